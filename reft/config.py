@@ -1,0 +1,373 @@
+"""The configuration of one adapter: every field is checked, and every field survives JSON."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from reft.positions import PROMPT_ENDS, SHORT_PROMPTS, Positions, parse_positions
+from reft_kernels.activations import ACTIVATIONS
+from reft_kernels.spec import FAMILY, EditSpec
+
+#: Version of the stored form that this library writes; older ones are read, newer ones refused.
+FORMAT_VERSION = 1
+
+#: PEFT's task names, and the head modules that PEFT trains and stores beside an adapter for each.
+HEAD_MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "SEQ_CLS": ("classifier", "score"),
+        "TOKEN_CLS": ("classifier", "score"),
+        "QUESTION_ANS": ("qa_outputs",),
+        "CAUSAL_LM": (),
+        "SEQ_2_SEQ_LM": (),
+        "FEATURE_EXTRACTION": (),
+    }
+)
+
+#: Stateless functions of ``transformers.activations.ACT2FN`` that ``reft_kernels`` has no name for.
+#: They are listed, not looked up, because a configuration must be readable without transformers.
+TRANSFORMERS_ACTIVATIONS = frozenset(
+    {
+        "gelu_10",
+        "gelu_accurate",
+        "gelu_fast",
+        "gelu_python",
+        "gelu_python_tanh",
+        "gelu_pytorch_tanh",
+        "hardswish",
+        "laplace",
+        "linear",
+        "quick_gelu",
+        "relu2",
+        "swish",
+    }
+)
+
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ReftConfig:
+    """What an adapter is: the edit, its size, where it acts, and what is trained beside it.
+
+    Attributes:
+        intervention: a name in ``reft_kernels.spec.FAMILY``; "loreft" is h + Rᵀ(W h + b − R h).
+        rank: r, the number of directions edited, at least 1.
+        layers: "all", a list of layer numbers, or "3;9;18;24". Negative numbers count from the last
+            layer. Kept as "all" or a tuple.
+        positions: "f7+l7", "f3", "l1", "prompt" or "all"; see :mod:`reft.positions`.
+        tied: one set of weights for first and last tokens. False: one for each side.
+        activation: name of the function around W h + b, None for none.
+        dropout: probability in [0, 1), in training only, on edited tokens only.
+        dropout_on: "delta" drops entries of the edit; "row" drops entries of the whole vector, as
+            pyreft does.
+        component: what is edited; only "block_output", the residual stream after a block.
+        init: "pyreft" starts as pyreft does, with a small random edit; "identity" with no edit.
+        dtype: of the trained parameters; they do not follow the base model's.
+        short_prompts: "pyreft" or "paper", how many tokens of a short prompt are edited.
+        prompt_end: "last" or "second_to_last", where the prompt is taken to end.
+        modules_to_save: names of modules of the base model that are trained in full and stored too.
+        task_type: PEFT's name of the task or None. It adds the task's head to ``modules_to_save``
+            where the model has one, see :data:`HEAD_MODULES`.
+        base_model_name_or_path: where the base model came from; for the reader of the file.
+        format_version: version of the stored form.
+
+    Raises:
+        ValueError: a bad value, naming the field, the value and what is allowed.
+    """
+
+    intervention: str = "loreft"
+    rank: int = 8
+    layers: str | Sequence[int] = "all"
+    positions: str = "f7+l7"
+    tied: bool = True
+    activation: str | None = None
+    dropout: float = 0.0
+    dropout_on: str = "delta"
+    component: str = "block_output"
+    init: str = "pyreft"
+    dtype: str | torch.dtype = "float32"
+    short_prompts: str = "pyreft"
+    prompt_end: str = "last"
+    modules_to_save: Sequence[str] | None = None
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+
+    # ---------------------------------------------------------------- what it means
+
+    @property
+    def spec(self) -> EditSpec:
+        """The row of the family table."""
+        return FAMILY[self.intervention]
+
+    @property
+    def parsed_positions(self) -> Positions:
+        """``positions``, parsed."""
+        return parse_positions(self.positions)
+
+    @property
+    def num_groups(self) -> int:
+        """Parameter sets in each layer: 2 for untied first and last tokens, else 1."""
+        return self.parsed_positions.num_groups(self.tied)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """``dtype`` as PyTorch's object."""
+        return getattr(torch, str(self.dtype))
+
+    def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The edited layers of a model with ``num_layers`` blocks: ascending, none negative.
+
+        Raises:
+            ValueError: a layer that the model does not have, or two names for one layer.
+        """
+        if self.layers == "all":
+            return tuple(range(num_layers))
+        named: dict[int, int] = {}
+        for layer in self.layers:
+            assert isinstance(layer, int)
+            index = layer + num_layers if layer < 0 else layer
+            if not 0 <= index < num_layers:
+                raise ValueError(
+                    f"ReftConfig.layers must lie in 0 … {num_layers - 1} (or −{num_layers} … −1) "
+                    f"for a model of {num_layers} blocks, got {layer}"
+                )
+            if index in named:
+                raise ValueError(
+                    f"ReftConfig.layers must name each layer once, got {named[index]} and {layer}, "
+                    f"both layer {index} of {num_layers}"
+                )
+            named[index] = layer
+        return tuple(sorted(named))
+
+    def resolve_modules_to_save(self, module_names: Iterable[str]) -> tuple[str, ...]:
+        """Full names of the base model's modules that are trained and stored beside the edit.
+
+        A name stands for every module whose path ends in it, as in PEFT. The head names that come
+        from ``task_type`` may be missing; those in ``modules_to_save`` may not.
+
+        Args:
+            module_names: the names of ``base_model.named_modules()``.
+
+        Returns:
+            The matches in the model's order, without modules that lie inside another match.
+
+        Raises:
+            ValueError: a name in ``modules_to_save`` that no module has.
+        """
+        present = list(module_names)
+        wanted = list(self.modules_to_save or ())
+        for name in wanted:
+            if not any(_ends_in(path, name) for path in present):
+                leaves = {path.rpartition(".")[2] for path in present} - {""}
+                raise ValueError(
+                    "ReftConfig.modules_to_save must name modules of the base model, got "
+                    f"{name!r}{_did_you_mean(name, leaves)}"
+                )
+        wanted += HEAD_MODULES.get(self.task_type or "", ())
+        found = [path for path in present if any(_ends_in(path, name) for name in wanted)]
+        return tuple(
+            path for path in found if not any(path.startswith(f"{outer}.") for outer in found)
+        )
+
+    # ---------------------------------------------------------------- JSON and back
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, as values that JSON knows."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ReftConfig:
+        """The configuration that :meth:`to_dict` wrote. Fields that are missing get their defaults.
+
+        Raises:
+            ValueError: an unknown field (with the nearest known one), a bad value, a newer format.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"a ReftConfig is stored as a mapping of fields, got {type(values).__name__}"
+            )
+        # First the version: the fields of a newer format are not mistakes.
+        if "format_version" in values:
+            _check_version("format_version", values["format_version"])
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ValueError(
+                    f"ReftConfig has no field {name!r}{_did_you_mean(str(name), known)}; "
+                    f"its fields are {', '.join(known)}"
+                )
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """Every field as indented JSON text, ending in a newline."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ReftConfig:
+        """The configuration that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: not JSON, or as :meth:`from_dict`.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not a ReftConfig in JSON: {error}") from None
+        return cls.from_dict(values)
+
+
+# -------------------------------------------------------------------- checks
+
+
+def _bad(name: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"ReftConfig.{name} must be {allowed}, got {value!r}")
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _ends_in(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _one_of(*allowed: str) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            listed = " or ".join(f'"{one}"' for one in allowed)
+            hint = _did_you_mean(value, allowed) if isinstance(value, str) else ""
+            raise ValueError(f"{_bad(name, value, listed)}{hint}")
+        return value
+
+    return check
+
+
+def _check_rank(name: str, value: Any) -> int:
+    if not _is_int(value) or value < 1:
+        raise _bad(name, value, "an integer of at least 1")
+    return value
+
+
+def _check_layers(name: str, value: Any) -> str | tuple[int, ...]:
+    allowed = '"all", a list of layer numbers such as [2, 5], or "3;9;18;24"'
+    if value == "all":
+        return "all"
+    layers = value
+    if isinstance(value, str):
+        try:
+            layers = [int(part) for part in value.split(";")]
+        except ValueError:
+            raise _bad(name, value, allowed) from None
+    if not isinstance(layers, Sequence) or not layers or not all(_is_int(one) for one in layers):
+        raise _bad(name, value, allowed)
+    if len(set(layers)) != len(layers):
+        raise _bad(name, value, "layer numbers that are all different")
+    return tuple(layers)
+
+
+def _check_positions(name: str, value: Any) -> str:
+    try:
+        return str(parse_positions(value))
+    except ValueError as error:
+        raise ValueError(f"ReftConfig.{error}") from None
+
+
+def _check_tied(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _bad(name, value, "True or False")
+    return value
+
+
+def _check_activation(name: str, value: Any) -> str | None:
+    known = {*ACTIVATIONS, *TRANSFORMERS_ACTIVATIONS}
+    if value is None or (isinstance(value, str) and value in known):
+        return value
+    hint = _did_you_mean(value, known) if isinstance(value, str) else ""
+    allowed = f"None or one of {', '.join(sorted(known))}"
+    raise ValueError(f"{_bad(name, value, allowed)}{hint}")
+
+
+def _check_dropout(name: str, value: Any) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value < 1:
+        raise _bad(name, value, "a number in [0, 1)")
+    return float(value)
+
+
+def _check_dtype(name: str, value: Any) -> str:
+    if isinstance(value, torch.dtype):
+        value = str(value).removeprefix("torch.")
+    return _one_of(*_DTYPES)(name, value)
+
+
+def _check_modules(name: str, value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    names = isinstance(value, Sequence) and not isinstance(value, str)
+    if not names or not all(isinstance(one, str) and one for one in value):
+        raise _bad(name, value, 'None or a list of module names such as ["classifier"]')
+    return tuple(value)
+
+
+def _check_task(name: str, value: Any) -> str | None:
+    return None if value is None else _one_of(*HEAD_MODULES)(name, value)
+
+
+def _check_text(name: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise _bad(name, value, "None or a string")
+    return value
+
+
+def _check_version(name: str, value: Any) -> int:
+    if not _is_int(value) or not 1 <= value <= FORMAT_VERSION:
+        raise _bad(
+            name,
+            value,
+            f"1 … {FORMAT_VERSION} in this version (a newer one may have written it)",
+        )
+    return value
+
+
+#: field -> its check, which returns the value as it is kept.
+_CHECKS: Mapping[str, Callable[[str, Any], Any]] = MappingProxyType(
+    {
+        "intervention": _one_of(*FAMILY),
+        "rank": _check_rank,
+        "layers": _check_layers,
+        "positions": _check_positions,
+        "tied": _check_tied,
+        "activation": _check_activation,
+        "dropout": _check_dropout,
+        "dropout_on": _one_of("delta", "row"),
+        "component": _one_of("block_output"),
+        "init": _one_of("pyreft", "identity"),
+        "dtype": _check_dtype,
+        "short_prompts": _one_of(*SHORT_PROMPTS),
+        "prompt_end": _one_of(*PROMPT_ENDS),
+        "modules_to_save": _check_modules,
+        "task_type": _check_task,
+        "base_model_name_or_path": _check_text,
+        "format_version": _check_version,
+    }
+)

@@ -1,0 +1,161 @@
+"""Which tokens of a sequence an adapter edits: the grammar, and the places in a padded batch.
+
+    f7+l7   the first seven and the last seven tokens of the prompt
+    f3, l1  one side only
+    prompt  every token of the prompt
+    all     every token of the prompt and every generated token
+
+Two conventions that differ between the paper and pyreft live here, and only here:
+
+- *short prompts*: of a prompt of n tokens, ``pyreft`` edits min(F, ⌊n/2⌋) first and min(L, ⌊n/2⌋)
+  last ones, also when only one side is asked for; ``paper`` min(F, ⌊n/2⌋) and min(L, ⌈n/2⌉).
+- *prompt end*: with ``second_to_last`` the prompt is taken to stop one token early, as in four of
+  pyreft's own datasets, so that ``l1`` is the token before the last one.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+SHORT_PROMPTS = ("pyreft", "paper")
+PROMPT_ENDS = ("last", "second_to_last")
+
+#: What :func:`parse_positions` accepts, in words, for every message about it.
+ALLOWED = '"f<n>+l<n>", "f<n>" or "l<n>" with n at least 1 ("f7+l7", "f3", "l1"), "prompt" or "all"'
+
+_ENDS = re.compile(r"(?:f([1-9]\d*))?(\+)?(?:l([1-9]\d*))?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """A parsed position string.
+
+    Attributes:
+        kind: "ends" for the first and last tokens of the prompt, "prompt" for all of it, "all" for
+            generated tokens too.
+        first: tokens edited at the start of the prompt; 0 unless kind is "ends".
+        last: tokens edited at its end; 0 unless kind is "ends".
+    """
+
+    kind: Literal["ends", "prompt", "all"]
+    first: int = 0
+    last: int = 0
+
+    def num_groups(self, tied: bool) -> int:
+        """Parameter sets a layer needs: 2 for untied prefix and suffix, else 1."""
+        return 2 if not tied and self.first and self.last else 1
+
+    def columns(self, tied: bool) -> list[int]:
+        """The group of each column of :func:`padded_positions`, prefix then suffix; kind "ends".
+
+        Raises:
+            ValueError: of another kind, whose columns are the window's and all of group 0.
+        """
+        if self.kind != "ends":
+            raise ValueError(
+                f'only positions of kind "ends" have columns of their own, got "{self.kind}"'
+            )
+        return [0] * self.first + [self.num_groups(tied) - 1] * self.last
+
+    def __str__(self) -> str:
+        if self.kind != "ends":
+            return self.kind
+        return "+".join(
+            f"{side}{count}" for side, count in (("f", self.first), ("l", self.last)) if count
+        )
+
+
+def parse_positions(text: str) -> Positions:
+    """Parse a position string such as ``"f7+l7"``.
+
+    Raises:
+        ValueError: anything but the grammar of this module, with what is allowed.
+    """
+    if text == "prompt":
+        return Positions("prompt")
+    if text == "all":
+        return Positions("all")
+    match = _ENDS.fullmatch(text) if isinstance(text, str) else None
+    first, plus, last = match.groups() if match else (None, None, None)
+    if not (first or last) or bool(plus) != bool(first and last):
+        raise ValueError(f"positions must be {ALLOWED}, got {text!r}")
+    return Positions("ends", int(first or 0), int(last or 0))
+
+
+def padded_positions(
+    spec: Positions,
+    start: Tensor,
+    length: Tensor,
+    *,
+    window_start: int | Tensor = 0,
+    window: int,
+    short_prompts: str = "pyreft",
+    prompt_end: str = "last",
+) -> Tensor:
+    """The places to edit in each sequence of a padded batch, computed on the device of ``start``.
+
+    The window is the part of the padded batch that this forward sees: columns ``window_start`` to
+    ``window_start + window``. A prompt that arrives in chunks is several windows of one prompt, and
+    each place falls into exactly one of them. With n = ``length`` (less 1 for "second_to_last") and
+    n_f, n_l as the module's docstring says, the columns of the padded batch that are edited are
+
+        ends:   start + j  for j < n_f,   start + n − n_l + k  for k < n_l
+        prompt: start + j  for j < n      all: everything from start on
+
+    No value is read on the host and every shape depends on ``spec`` and ``window`` alone.
+
+    Args:
+        spec: what to edit.
+        start: int (B,), the column of each sequence's first attended token.
+        length: int (B,), the number of its prompt tokens.
+        window_start: first column of the window: the length of the cache. A 0-dim tensor will do.
+        window: S, the number of columns in the window.
+        short_prompts: "pyreft" or "paper".
+        prompt_end: "last" or "second_to_last"; no meaning for kind "all".
+
+    Returns:
+        int64 (B, P), places relative to ``window_start``, each at most once in a sequence, −1 where
+        there is none. P = first + last for kind "ends" (prefix, then suffix columns), else P = S.
+
+    Raises:
+        ValueError: start or length is not a vector or their sizes differ, window is negative, or an
+            option has no such value.
+    """
+    if start.ndim != 1 or start.shape != length.shape:
+        raise ValueError(
+            "start and length must both be (batch,), got shapes "
+            f"{tuple(start.shape)} and {tuple(length.shape)}"
+        )
+    if window < 0:
+        raise ValueError(f"window must be at least 0, got {window}")
+    if short_prompts not in SHORT_PROMPTS:
+        raise ValueError(f"short_prompts must be one of {SHORT_PROMPTS}, got {short_prompts!r}")
+    if prompt_end not in PROMPT_ENDS:
+        raise ValueError(f"prompt_end must be one of {PROMPT_ENDS}, got {prompt_end!r}")
+
+    begin = start.long().unsqueeze(1)
+    n = length.long().unsqueeze(1)
+    if prompt_end == "second_to_last":
+        n = (n - 1).clamp(min=0)
+
+    if spec.kind == "ends":
+        half = n // 2
+        longer = half if short_prompts == "pyreft" else n - half
+        n_first, n_last = half.clamp(max=spec.first), longer.clamp(max=spec.last)
+        j = torch.arange(spec.first, device=start.device)
+        k = torch.arange(spec.last, device=start.device)
+        wanted = torch.cat([j < n_first, k < n_last], dim=1)
+        place = torch.cat([begin + j, begin + n - n_last + k], dim=1) - window_start
+        wanted &= (place >= 0) & (place < window)
+    else:
+        place = torch.arange(window, device=start.device).expand(start.shape[0], window)
+        offset = place + window_start - begin
+        wanted = offset >= 0
+        if spec.kind == "prompt":
+            wanted = wanted & (offset < n)
+    return torch.where(wanted, place, -1)

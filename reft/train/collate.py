@@ -1,0 +1,229 @@
+"""From records or tokenised features to a padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+#: The label that no loss counts.
+IGNORED = -100
+
+#: Fields of a feature that hold one number a sequence: their names in the batch.
+_SCALARS = {"label": "labels", "label_ids": "labels", "prompt_length": "prompt_lengths"}
+
+#: Fields of a record; beside ``input_ids`` they are leftovers.
+_RAW = ("prompt", "completion", "text")
+
+#: A tokenizer without a limit says so with a number of this size.
+_NO_LIMIT = 10**9
+
+
+@dataclass
+class ReftDataCollator:
+    """Tokenises what is not tokenised yet, and pads a list of features on the right.
+
+    A feature is one of
+
+    - ``prompt`` and ``completion``: the two are tokenised apart, so that the prompt has the very
+      tokens that generation will see, and joined. Labels are −100 on the prompt;
+    - ``prompt`` alone, for inference: no labels;
+    - ``text`` and ``label``: for a classifier. A sequence of labels is taken as it is;
+    - ``input_ids`` and whatever belongs to them. ``labels`` of the length of ``input_ids`` are
+      padded with −100; without labels, ``prompt_length`` or ``prompt_lengths`` (one number)
+      makes them: −100 on so many tokens, the ids after.
+
+    Attributes:
+        tokenizer: of the base model.
+        max_length: the most tokens of a sequence; None for the tokenizer's own limit.
+        truncate: cut completions and texts that are too long. Prompts never are: what the
+            adapter edits would move.
+        append_eos: end completions with the tokenizer's end-of-sequence token.
+        prompt_lengths: also return ``prompt_lengths`` (B,). Needed only where labels do not show
+            where the prompt ends; else the wrapped model finds it itself.
+        pad_to_multiple_of: pad further, to a multiple of this.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int | None = None
+    truncate: bool = False
+    append_eos: bool = True
+    prompt_lengths: bool = False
+    pad_to_multiple_of: int | None = None
+
+    #: Fields of a feature that are read here and that no model knows.
+    columns = ("prompt", "completion", "text", "prompt_length", "prompt_lengths", "adapter_names")
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length must be at least 1 or None, got {self.max_length}")
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of a sequence, None for no limit."""
+        if self.max_length is not None:
+            return self.max_length
+        own = self.tokenizer.model_max_length
+        return own if own < _NO_LIMIT else None
+
+    def tokenize(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """One record as a feature with ``input_ids``; a feature that has them is returned as it is.
+
+        Doing this before training finds a record that is too long before the first step.
+
+        Raises:
+            ValueError: a prompt that leaves no room for a completion, a completion or text that
+                is too long (unless ``truncate``), an empty one, or a record of another form.
+        """
+        if "input_ids" in record:
+            return {name: value for name, value in record.items() if name not in _RAW}
+        if "prompt" in record:
+            return self._tokenize_prompt(record["prompt"], record.get("completion"))
+        if "text" in record:
+            feature = dict(self.tokenizer(record["text"], truncation=False))
+            self._fit(feature, "text", record["text"])
+            if "label" in record:
+                feature["labels"] = record["label"]
+            return feature
+        raise ValueError(
+            "a feature must hold 'input_ids', or 'prompt' and 'completion', or 'text' and 'label'; "
+            f"got {sorted(record)}"
+        )
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The padded batch.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` int64 (B, S); ``labels`` (B, S), or (B,) of a
+            classifier, where the features have them; every other field of the features, padded
+            with 0 if it has a number for each token; ``prompt_lengths`` int64 (B,) if asked for
+            or given.
+
+        Raises:
+            ValueError: as :meth:`tokenize`; features with different fields; an empty list.
+        """
+        if not features:
+            raise ValueError("a batch needs at least one feature, got none")
+        rows = [self._complete(self.tokenize(feature)) for feature in features]
+        names = list(rows[0])
+        for row in rows[1:]:
+            if set(row) != set(names):
+                raise ValueError(
+                    f"the features of a batch must have the same fields, got {sorted(names)} and "
+                    f"{sorted(row)}"
+                )
+        lengths = [len(row["input_ids"]) for row in rows]
+        size = max(lengths)
+        if self.pad_to_multiple_of:
+            size += -size % self.pad_to_multiple_of
+        return {
+            name: self._stack(name, [row[name] for row in rows], lengths, size) for name in names
+        }
+
+    # ---------------------------------------------------------------- one feature
+
+    def _tokenize_prompt(self, prompt: str, completion: str | None) -> dict[str, Any]:
+        ids = list(self.tokenizer(prompt)["input_ids"])
+        eos = self.tokenizer.eos_token_id
+        # Some tokenizers end every text with this token, but a prompt goes on.
+        ended = bool(ids) and eos is not None and ids[-1] == eos
+        if ended and not prompt.endswith(str(self.tokenizer.eos_token)):
+            ids.pop()
+        if not ids:
+            raise ValueError(f"the prompt has no tokens: {prompt!r}")
+        room = None if self.limit is None else self.limit - len(ids)
+        needed = 0 if completion is None else 1
+        if room is not None and room < needed:
+            what = "the completion" if needed else "anything"
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and max_length is {self.limit}: no room for "
+                f"{what}. Prompts are never cut; the prompt begins {prompt[:60]!r}"
+            )
+        feature: dict[str, Any] = {"input_ids": ids, "prompt_length": len(ids)}
+        if completion is None:
+            return feature
+        answer = list(self.tokenizer(completion, add_special_tokens=False)["input_ids"])
+        if self.append_eos and eos is not None and answer[-1:] != [eos]:
+            answer.append(eos)
+        if not answer:
+            raise ValueError(f"the completion of the prompt {prompt[:60]!r} has no tokens")
+        if room is not None and len(answer) > room:
+            if not self.truncate:
+                raise ValueError(
+                    f"prompt and completion have {len(ids)} + {len(answer)} tokens and max_length "
+                    f"is {self.limit}; allow completions to be cut (truncate=True) or raise "
+                    f"max_length. The prompt begins {prompt[:60]!r}"
+                )
+            answer = answer[:room]
+        feature["labels"] = [IGNORED] * len(ids) + answer
+        feature["input_ids"] = ids + answer
+        return feature
+
+    def _fit(self, feature: dict[str, Any], name: str, text: str) -> None:
+        length = len(feature["input_ids"])
+        if not length:
+            raise ValueError(f"the {name} has no tokens: {text!r}")
+        if self.limit is None or length <= self.limit:
+            return
+        if not self.truncate:
+            raise ValueError(
+                f"the {name} has {length} tokens and max_length is {self.limit}; allow it to be "
+                f"cut (truncate=True) or raise max_length. It begins {text[:60]!r}"
+            )
+        # The tokenizer cuts, so that the special tokens at the end stay.
+        feature.update(self.tokenizer(text, truncation=True, max_length=self.limit))
+
+    def _complete(self, feature: dict[str, Any]) -> dict[str, Any]:
+        """Names as in the batch, an attention mask, and labels if a prompt length implies them."""
+        row = {_SCALARS.get(name, name): value for name, value in feature.items()}
+        ids = _numbers(row["input_ids"])
+        row.setdefault("attention_mask", [1] * len(ids))
+        prompt = row.get("prompt_lengths")
+        if prompt is not None and "labels" not in row and int(prompt) < len(ids):
+            row["labels"] = [IGNORED] * int(prompt) + ids[int(prompt) :]
+        if self.prompt_lengths and prompt is None:
+            row["prompt_lengths"] = _before_labels(row.get("labels"), len(ids))
+        if not self.prompt_lengths and "prompt_lengths" not in feature:
+            row.pop("prompt_lengths", None)
+        return row
+
+    # ---------------------------------------------------------------- the batch
+
+    def _stack(self, name: str, values: list[Any], lengths: list[int], size: int) -> Any:
+        if name == "adapter_names":
+            return values
+        first = values[0]
+        if not isinstance(first, (Tensor, Sequence)) or isinstance(first, str):
+            return torch.tensor(values)
+        rows = [_numbers(value) for value in values]
+        if [len(row) for row in rows] == lengths:
+            fill = self._fill(name)
+            rows = [row + [fill] * (size - len(row)) for row in rows]
+        return torch.tensor(rows)
+
+    def _fill(self, name: str) -> int:
+        if name == "labels":
+            return IGNORED
+        if name == "token_type_ids":
+            return self.tokenizer.pad_token_type_id
+        if name == "input_ids":
+            # Without a padding token any will do: the attention mask is made from lengths.
+            pad = self.tokenizer.pad_token_id
+            return pad if pad is not None else self.tokenizer.eos_token_id or 0
+        return 0
+
+
+def _numbers(value: Any) -> list[Any]:
+    return value.tolist() if hasattr(value, "tolist") else list(value)
+
+
+def _before_labels(labels: Any, length: int) -> int:
+    """Tokens before the first one that a loss counts; all of them where labels are not by token."""
+    if not isinstance(labels, (Tensor, Sequence)) or isinstance(labels, str):
+        return length
+    counted = (at for at, label in enumerate(_numbers(labels)) if label != IGNORED)
+    return next(counted, length)

@@ -1,0 +1,27 @@
+"""The Triton kernels. Importing this package does not import triton; importing ``launch`` does."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+
+def interpreted() -> bool:
+    """Whether kernels run on the CPU under Triton's interpreter. Triton reads the switch when a kernel is
+    decorated, so it must be set before the first edit."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def missing(device_type: str) -> str | None:
+    """What keeps the kernels from running on this kind of device, or None."""
+    if not _installed():
+        return "triton is not installed"
+    if device_type != "cuda" and not (device_type == "cpu" and interpreted()):
+        return f"hidden is on {device_type}; the kernels need CUDA or ROCm, or TRITON_INTERPRET=1"
+    return None
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None

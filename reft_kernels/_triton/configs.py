@@ -1,0 +1,79 @@
+"""Launch settings as data: a pure function of shape and dtype, no autotuning at run time.
+
+Two regimes by rank. Up to 8 the products are summed by fused multiply-adds over a [rows, rank, chunk] tile in
+registers, exact in float32; above, the matrix units take over (they work on 16 at least). Tile sizes are
+chosen so that no build spills on the targets of ``python -m benchmarks compile`` (seen in its table); none
+of them has been tuned on a device yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+#: The FMA tile [rows, rank, chunk] in elements: 32 accumulators a thread at 4 warps.
+_FMA_TILE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class KernelConfig:
+    """Constants of one kernel build.
+
+    Attributes:
+        rows: BLOCK_N, rows a program holds.
+        rank: BLOCK_R, the rank padded to a power of two.
+        chunk: BLOCK_D, columns read at a time.
+        dot: whether products go to the matrix units.
+        precision: of their float32 products, in Triton's words.
+        warps, stages: launch options.
+        splits: programs that share the row loop of a parameter's gradient.
+    """
+
+    rows: int
+    rank: int
+    chunk: int
+    dot: bool
+    precision: str
+    warps: int = 4
+    stages: int = 2
+    splits: int = 1
+
+
+def choose(
+    kernel: str, *, dim: int, rank: int, num_rows: int, dtype: torch.dtype, hip: bool
+) -> KernelConfig:
+    """The settings of "rows" (forward and backward) or "params" (parameter gradients).
+
+    Args:
+        dim: D. rank: r. num_rows: n of the largest group.
+        dtype: of hidden; float64 (the interpreter's) never uses the matrix units.
+        hip: whether the target is AMD, whose matrix units have other precisions.
+    """
+    block_r = _power_of_two(rank)
+    dot = block_r > 8 and dtype is not torch.float64
+    if dot:
+        rows = 16
+        # Three tf32 products hold their operands twice: half the chunk, or the tile spills (seen on cuda:90).
+        chunk = 128 if block_r <= 32 and dtype is not torch.float32 else 64 if block_r <= 128 else 32
+    else:
+        rows = max(1, min(4, 32 // block_r))
+        chunk = max(16, min(256, _FMA_TILE // (rows * block_r)))
+    chunk = min(chunk, max(16, _power_of_two(dim)))
+    splits = 1
+    if kernel == "params":
+        # Enough programs to fill a device when D alone does not: at most 8 partial sums.
+        splits = max(1, min(8, num_rows // (64 * rows)))
+    return KernelConfig(rows, block_r, chunk, dot, _precision(dtype, hip), splits=splits)
+
+
+def _precision(dtype: torch.dtype, hip: bool) -> str:
+    """float32 hidden keeps float32 products; a bfloat16 or float16 value is exact in tf32 (10 bits of
+    mantissa), where only the float32 parameter is rounded, four to eight times finer than hidden is."""
+    if dtype is torch.float32:
+        return "ieee" if hip else "tf32x3"
+    return "tf32"
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << (value - 1).bit_length()

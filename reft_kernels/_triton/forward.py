@@ -1,0 +1,88 @@
+"""Forward kernel: the whole edit of BLOCK_N rows of one group.
+
+    u = A h + b        s = act(u) − σ R h        h' = h + Rᵀ s
+
+Grid: (tiles of the largest group, g); tiles past the end of their group leave at once.
+Bytes: n·D·e read twice (the second time from cache) and written once, n·D·e more where the rows are saved,
+and 2·r·D·4 of parameters a tile. Flops: 4·n·r·D, 6·n·r·D with σ beside an activation.
+"""
+
+import triton
+import triton.language as tl
+
+from reft_kernels._triton.primitives import activate, decoded, load_matrix, project
+
+
+@triton.jit
+def edit_rows_kernel(
+    hidden_ptr,  # (N, D), edited in place
+    stride_row,
+    stride_dim,
+    rows_ptr,  # (n,) int64, −1 for none
+    offsets_ptr,  # (g + 1,) int64
+    encode_ptr,  # (g, r, D)
+    bias_ptr,  # (g, r)
+    decode_ptr,  # (g, r, D)
+    x_ptr,  # (n, D) out
+    s_ptr,  # (n, r) out
+    u_ptr,  # (n, r) out
+    DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    HAS_ENCODE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SUBTRACT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SAVE_X: tl.constexpr,
+    SAVE_S: tl.constexpr,
+    SAVE_U: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    group = tl.program_id(1).to(tl.int64)
+    end = tl.load(offsets_ptr + group + 1)
+    places = tl.load(offsets_ptr + group) + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = places < end
+    if tl.max(inside.to(tl.int32), axis=0) == 0:
+        return
+    rows = tl.load(rows_ptr + places, mask=inside, other=-1)
+    live = rows >= 0
+    bases = tl.where(live, rows, 0) * stride_row
+    ranks = tl.arange(0, BLOCK_R)
+    m_code = inside[:, None] & (ranks < RANK)[None, :]
+    matrix = group * RANK * DIM
+
+    if HAS_ENCODE:
+        b_u = project(
+            hidden_ptr, bases, stride_dim, live, encode_ptr + matrix, x_ptr, places, inside,
+            DIM, RANK, SAVE_X, BLOCK_N, BLOCK_R, BLOCK_D, DOT, PRECISION, ACC,
+        )  # fmt: skip
+    else:
+        b_u = tl.zeros((BLOCK_N, BLOCK_R), ACC)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + group * RANK + ranks, mask=ranks < RANK, other=0.0)
+        b_u += bias.to(ACC)[None, :]
+    b_s = activate(b_u, ACTIVATION)
+    if SUBTRACT:
+        b_s -= project(
+            hidden_ptr, bases, stride_dim, live, decode_ptr + matrix, x_ptr, places, inside,
+            DIM, RANK, False, BLOCK_N, BLOCK_R, BLOCK_D, DOT, PRECISION, ACC,
+        )  # fmt: skip
+    code = places[:, None] * RANK + ranks[None, :]
+    if SAVE_U:
+        tl.store(u_ptr + code, b_u, mask=m_code)
+    if SAVE_S:
+        # A place without a row must add nothing to dR.
+        tl.store(s_ptr + code, tl.where(live[:, None], b_s, 0.0), mask=m_code)
+
+    for start in range(0, DIM, BLOCK_D):
+        dims = start + tl.arange(0, BLOCK_D)
+        m_row = live[:, None] & (dims < DIM)[None, :]
+        target = hidden_ptr + bases[:, None] + dims.to(tl.int64)[None, :] * stride_dim
+        b_h = tl.load(target, mask=m_row, other=0.0)
+        b_r = load_matrix(decode_ptr + matrix, dims, DIM, RANK, BLOCK_R, ACC)
+        b_y = b_h.to(ACC) + decoded(b_s, b_r, BLOCK_R, DOT, PRECISION, ACC)
+        tl.store(target, b_y.to(b_h.dtype), mask=m_row)

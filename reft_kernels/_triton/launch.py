@@ -1,0 +1,190 @@
+"""The only caller of the kernels: allocates what they write, computes grids, launches.
+
+Same two functions and the same meaning as ``torch_path``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reft_kernels._triton.backward import edit_params_grad_kernel, edit_rows_grad_kernel
+from reft_kernels._triton.configs import choose
+from reft_kernels._triton.forward import edit_rows_kernel
+from reft_kernels.rows import RowPlan
+
+_ACCUMULATE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def edit_forward(
+    hidden: Tensor,
+    plan: RowPlan,
+    encode: Tensor | None,
+    bias: Tensor | None,
+    decode: Tensor,
+    *,
+    subtract: bool,
+    activation: str | None,
+    save_rows: bool,
+    save_code: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Edit ``hidden`` (N, D) in place; returns x (n, D), s (n, r), u (n, r), None where not asked for."""
+    rank, dim = decode.shape[-2:]
+    n = plan.num_rows
+    compute = _compute_dtype(hidden, decode)
+    x = hidden.new_empty(n, dim) if save_rows else None
+    s = hidden.new_empty(n, rank, dtype=compute) if save_code else None
+    u = hidden.new_empty(n, rank, dtype=compute) if activation is not None else None
+    config = choose(
+        "rows",
+        dim=dim,
+        rank=rank,
+        num_rows=plan.largest_group,
+        dtype=compute if compute is torch.float64 else hidden.dtype,
+        hip=torch.version.hip is not None,
+    )
+    decode = decode.contiguous()
+    edit_rows_kernel[triton.cdiv(plan.largest_group, config.rows), plan.num_groups](
+        hidden,
+        hidden.stride(0),
+        hidden.stride(1),
+        plan.rows,
+        plan.device_offsets,
+        decode if encode is None else encode.contiguous(),
+        decode if bias is None else bias.contiguous(),
+        decode,
+        hidden if x is None else x,
+        hidden if s is None else s,
+        hidden if u is None else u,
+        DIM=dim,
+        RANK=rank,
+        HAS_ENCODE=encode is not None,
+        HAS_BIAS=bias is not None,
+        SUBTRACT=subtract,
+        ACTIVATION=activation or "",
+        SAVE_X=x is not None,
+        SAVE_S=s is not None,
+        SAVE_U=u is not None,
+        BLOCK_N=config.rows,
+        BLOCK_R=config.rank,
+        BLOCK_D=config.chunk,
+        DOT=config.dot,
+        PRECISION=config.precision,
+        ACC=_ACCUMULATE[compute],
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return x, s, u
+
+
+def edit_backward(
+    grad_out: Tensor,
+    grad_hidden: Tensor | None,
+    plan: RowPlan,
+    encode: Tensor | None,
+    decode: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    u: Tensor | None,
+    *,
+    subtract: bool,
+    activation: str | None,
+    wants: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dA, db, dR as wanted; rewrites the edited rows of ``grad_hidden``, a contiguous copy of ``grad_out``."""
+    rank, dim = decode.shape[-2:]
+    n = plan.num_rows
+    compute = _compute_dtype(grad_out, decode)
+    dtype = compute if compute is torch.float64 else grad_out.dtype
+    hip = torch.version.hip is not None
+    write_rows = grad_hidden is not None and encode is not None
+    want_code = wants[0] or wants[1]
+    want_difference = subtract and wants[2]
+    decode = decode.contiguous()
+    encode = decode if encode is None else encode.contiguous()
+    grad_strides = (grad_out.stride(0), grad_out.stride(1))
+    du = grad_out.new_empty(n, rank, dtype=compute) if want_code else None
+    ds = grad_out.new_empty(n, rank, dtype=compute) if want_difference else None
+    if write_rows or want_code or want_difference:
+        config = choose(
+            "rows", dim=dim, rank=rank, num_rows=plan.largest_group, dtype=dtype, hip=hip
+        )
+        edit_rows_grad_kernel[triton.cdiv(plan.largest_group, config.rows), plan.num_groups](
+            grad_out,
+            *grad_strides,
+            grad_out if grad_hidden is None else grad_hidden,
+            plan.rows,
+            plan.device_offsets,
+            encode,
+            decode,
+            decode if u is None else u,
+            decode if du is None else du,
+            decode if ds is None else ds,
+            DIM=dim,
+            RANK=rank,
+            WRITE_ROWS=write_rows,
+            SUBTRACT=subtract,
+            ACTIVATION=activation or "",
+            SAVE_DU=du is not None,
+            SAVE_DS=ds is not None,
+            BLOCK_N=config.rows,
+            BLOCK_R=config.rank,
+            BLOCK_D=config.chunk,
+            DOT=config.dot,
+            PRECISION=config.precision,
+            ACC=_ACCUMULATE[compute],
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+    if not any(wants):
+        return None, None, None
+
+    config = choose("params", dim=dim, rank=rank, num_rows=plan.largest_group, dtype=dtype, hip=hip)
+    whole = (config.splits, *decode.shape)
+    sums = tuple(
+        grad_out.new_empty(shape, dtype=compute) if want else None
+        for shape, want in zip((whole, whole[:-1], whole), wants, strict=True)
+    )
+    d_encode, d_bias, d_decode = sums
+    # Columns are divided among programs; without a matrix to divide, one program sums the bias.
+    columns = triton.cdiv(dim, config.chunk) if wants[0] or wants[2] else 1
+    edit_params_grad_kernel[columns, plan.num_groups, config.splits](
+        grad_out,
+        *grad_strides,
+        plan.rows,
+        plan.device_offsets,
+        grad_out if x is None else x,
+        decode if s is None else s,
+        decode if du is None else du,
+        decode if ds is None else ds,
+        decode if d_encode is None else d_encode,
+        decode if d_bias is None else d_bias,
+        decode if d_decode is None else d_decode,
+        DIM=dim,
+        RANK=rank,
+        WANT_ENCODE=wants[0],
+        WANT_BIAS=wants[1],
+        WANT_DECODE=wants[2],
+        SUBTRACT=want_difference,
+        BLOCK_N=config.rows,
+        BLOCK_R=config.rank,
+        BLOCK_D=config.chunk,
+        DOT=config.dot,
+        PRECISION=config.precision,
+        ACC=_ACCUMULATE[compute],
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    results = tuple(None if part is None else _joined(part, decode.dtype) for part in sums)
+    return results[0], results[1], results[2]
+
+
+def _compute_dtype(hidden: Tensor, parameter: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (hidden.dtype, parameter.dtype) else torch.float32
+
+
+def _joined(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """The splits of a gradient added in a fixed order."""
+    return (partial[0] if partial.shape[0] == 1 else partial.sum(0)).to(dtype)

@@ -1,0 +1,125 @@
+"""Device functions that the row kernels share: two passes over D, and the activations.
+
+A row kernel holds BLOCK_N rows. Pass one (``project``) reads the rows in chunks of BLOCK_D and reduces them
+to BLOCK_R numbers each; pass two (``add_decoded``) reads the chunks again, from cache, and writes them back
+with the decoded code added. Everything is accumulated in ACC, rounded once at the store.
+
+Names: ``b_`` tiles with their shape behind, ``m_`` masks. Row offsets are int64 before they are multiplied.
+"""
+
+import triton
+import triton.language as tl
+
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+_INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit
+def activate(u, ACTIVATION: tl.constexpr):
+    """act(u); the identity for an empty name."""
+    if ACTIVATION == "relu":
+        return tl.maximum(u, 0.0)
+    elif ACTIVATION == "gelu":
+        return 0.5 * u * (1.0 + tl.erf(u * _SQRT_HALF))
+    elif ACTIVATION == "silu":
+        return u / (1.0 + tl.exp(-u))
+    elif ACTIVATION == "tanh":
+        return _tanh(u)
+    else:
+        return u
+
+
+@triton.jit
+def activation_slope(u, ACTIVATION: tl.constexpr):
+    """act'(u); relu'(0) = 0 as in PyTorch."""
+    if ACTIVATION == "relu":
+        return tl.where(u > 0.0, 1.0, 0.0)
+    elif ACTIVATION == "gelu":
+        normal = 0.5 * (1.0 + tl.erf(u * _SQRT_HALF))
+        return normal + u * _INV_SQRT_2PI * tl.exp(-0.5 * u * u)
+    elif ACTIVATION == "silu":
+        sigmoid = 1.0 / (1.0 + tl.exp(-u))
+        return sigmoid * (1.0 + u * (1.0 - sigmoid))
+    elif ACTIVATION == "tanh":
+        t = _tanh(u)
+        return 1.0 - t * t
+    else:
+        return tl.full(u.shape, 1.0, u.dtype)
+
+
+@triton.jit
+def _tanh(u):
+    decay = tl.exp(-2.0 * tl.abs(u))
+    size = (1.0 - decay) / (1.0 + decay)
+    return tl.where(u < 0.0, -size, size)
+
+
+@triton.jit
+def load_matrix(ptr, dims, DIM: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr):
+    """Columns ``dims`` of a contiguous (r, D) parameter, 0 outside: [BLOCK_R, BLOCK_D]."""
+    ranks = tl.arange(0, BLOCK_R)
+    mask = (ranks < RANK)[:, None] & (dims < DIM)[None, :]
+    return tl.load(ptr + ranks[:, None] * DIM + dims[None, :], mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def project(
+    source_ptr,  # first row of the source
+    bases,  # [BLOCK_N] int64, element offset of each row
+    stride_dim,
+    live,  # [BLOCK_N]
+    matrix_ptr,  # (r, D) of this group
+    copy_ptr,  # (n, D) where the rows are copied, if COPY
+    places,  # [BLOCK_N] int64, row numbers in copy_ptr
+    inside,  # [BLOCK_N]
+    DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    COPY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """z = x Mᵀ: [BLOCK_N, BLOCK_R]. Rows that are not live read as 0 (and are copied as 0)."""
+    if DOT:
+        total = tl.zeros((BLOCK_N, BLOCK_R), ACC)
+    else:
+        partial = tl.zeros((BLOCK_N, BLOCK_R, BLOCK_D), ACC)
+    for start in range(0, DIM, BLOCK_D):
+        dims = start + tl.arange(0, BLOCK_D)
+        m_dims = (dims < DIM)[None, :]
+        b_x = tl.load(
+            source_ptr + bases[:, None] + dims.to(tl.int64)[None, :] * stride_dim,
+            mask=live[:, None] & m_dims,
+            other=0.0,
+        )  # [BLOCK_N, BLOCK_D]
+        if COPY:
+            tl.store(copy_ptr + places[:, None] * DIM + dims[None, :], b_x, mask=inside[:, None] & m_dims)
+        b_x = b_x.to(ACC)
+        b_m = load_matrix(matrix_ptr, dims, DIM, RANK, BLOCK_R, ACC)
+        if DOT:
+            total = tl.dot(b_x, tl.trans(b_m), total, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            partial += b_x[:, None, :] * b_m[None, :, :]
+    if DOT:
+        return total
+    else:
+        return tl.sum(partial, axis=2)
+
+
+@triton.jit
+def decoded(
+    b_s,
+    b_m,
+    BLOCK_R: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """s M for a code [BLOCK_N, BLOCK_R] and a chunk of M [BLOCK_R, BLOCK_D]: [BLOCK_N, BLOCK_D]."""
+    if DOT:
+        return tl.dot(b_s, b_m, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        return tl.sum(b_s[:, :, None] * b_m[None, :, :], axis=1)

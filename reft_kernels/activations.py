@@ -1,0 +1,49 @@
+"""Activations by name: the function for PyTorch paths, and which names the Triton kernels know.
+
+The names are those of ``transformers.activations.ACT2FN`` where both have one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+#: name -> elementwise function. ``gelu`` is the exact (erf) form.
+ACTIVATIONS: MappingProxyType[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "relu": torch.relu,
+        "gelu": F.gelu,
+        "silu": F.silu,
+        "tanh": torch.tanh,
+        "sigmoid": torch.sigmoid,
+        "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+        "elu": F.elu,
+        "leaky_relu": F.leaky_relu,
+        "mish": F.mish,
+        "relu6": F.relu6,
+        "softplus": F.softplus,
+    }
+)
+
+#: The names with a branch in ``_triton/primitives.py``.
+TRITON_ACTIVATIONS = frozenset({"relu", "gelu", "silu", "tanh"})
+
+
+def activate(name: str | None, u: Tensor) -> Tensor:
+    """``act(u)``; the identity for None."""
+    return u if name is None else ACTIVATIONS[name](u)
+
+
+def activation_grad(name: str | None, u: Tensor, grad: Tensor) -> Tensor:
+    """``grad * act'(u)``, by PyTorch's own derivative of the named function."""
+    if name is None:
+        return grad
+    with torch.enable_grad():
+        leaf = u.detach().requires_grad_()
+        out = ACTIVATIONS[name](leaf)
+    (result,) = torch.autograd.grad(out, leaf, grad)
+    return result

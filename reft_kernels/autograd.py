@@ -1,0 +1,143 @@
+"""The one autograd Function: what an edit saves, and in which order its gradients are formed.
+
+Saved for backward: the edited rows before the edit (n, D), their codes (n, r), nothing of the size of
+``hidden``, and nothing at all for inputs that need no gradient. First derivatives only.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from reft_kernels import library
+from reft_kernels.rows import RowPlan
+
+
+def apply_edit(
+    hidden: Tensor,
+    plan: RowPlan,
+    encode: Tensor | None,
+    bias: Tensor | None,
+    decode: Tensor,
+    *,
+    subtract: bool,
+    activation: str | None,
+    backend: str,
+    inplace: bool,
+) -> Tensor:
+    """Run an already checked edit, with a graph only where one is needed."""
+    parts = (hidden, encode, bias, decode)
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parts):
+        return LowRankEdit.apply(
+            hidden, encode, bias, decode, plan, subtract, activation, backend, inplace
+        )
+    out = hidden if inplace else hidden.clone(memory_format=torch.contiguous_format)
+    _edit(out, plan, encode, bias, decode, subtract, activation, backend, False, False)
+    return out
+
+
+class LowRankEdit(torch.autograd.Function):
+    """``h' = h + Rᵀ(act(W h + b) − σ R h)`` on the rows of a plan; gradients in ``torch_path``'s notation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        encode: Tensor | None,
+        bias: Tensor | None,
+        decode: Tensor,
+        plan: RowPlan,
+        subtract: bool,
+        activation: str | None,
+        backend: str,
+        inplace: bool,
+    ) -> Tensor:
+        _, want_encode, want_bias, want_decode, *_ = ctx.needs_input_grad
+        if inplace:
+            ctx.mark_dirty(hidden)
+            out = hidden
+        else:
+            out = hidden.clone(memory_format=torch.contiguous_format)
+        save_rows = want_encode or (subtract and want_decode)
+        x, s, u = _edit(
+            out, plan, encode, bias, decode, subtract, activation, backend, save_rows, want_decode
+        )
+        ctx.save_for_backward(x, s, u, encode, decode)
+        ctx.edit = (plan, subtract, activation, backend, (want_encode, want_bias, want_decode))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, s, u, encode, decode = ctx.saved_tensors
+        plan, subtract, activation, backend, wants = ctx.edit
+        grad_hidden = None
+        if ctx.needs_input_grad[0]:
+            # Autograd owns grad_out, so its edited rows are rewritten in a copy.
+            grad_hidden = grad_out.clone(memory_format=torch.contiguous_format)
+        with _full_precision(grad_out.device.type):
+            d_encode, d_bias, d_decode = library.implementation(backend).edit_backward(
+                grad_out.reshape(-1, grad_out.shape[-1]),
+                None if grad_hidden is None else grad_hidden.view(-1, grad_out.shape[-1]),
+                plan,
+                encode,
+                decode,
+                x,
+                s,
+                u,
+                subtract=subtract,
+                activation=activation,
+                wants=wants,
+            )
+        return grad_hidden, d_encode, d_bias, d_decode, None, None, None, None, None
+
+
+def _edit(
+    out: Tensor,
+    plan: RowPlan,
+    encode: Tensor | None,
+    bias: Tensor | None,
+    decode: Tensor,
+    subtract: bool,
+    activation: str | None,
+    backend: str,
+    save_rows: bool,
+    save_code: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Edit ``out`` (…, D) in place, through a copy where its rows have no common stride."""
+    rows = _row_view(out)
+    target = out.reshape(-1, out.shape[-1]) if rows is None else rows
+    with _full_precision(out.device.type):
+        saved = library.implementation(backend).edit_forward(
+            target,
+            plan,
+            encode,
+            bias,
+            decode,
+            subtract=subtract,
+            activation=activation,
+            save_rows=save_rows,
+            save_code=save_code,
+        )
+    if rows is None:
+        out.copy_(target.view(out.shape))
+    return saved
+
+
+def _row_view(tensor: Tensor) -> Tensor | None:
+    """(…, D) seen as (N, D), or None where the leading strides allow no such view."""
+    try:
+        return tensor.view(-1, tensor.shape[-1])
+    except RuntimeError:
+        return None
+
+
+def _full_precision(device_type: str) -> AbstractContextManager[object]:
+    """Keep autocast out: the edit accumulates in float32 whatever surrounds it."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

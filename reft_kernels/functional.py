@@ -1,0 +1,252 @@
+"""The public door: check, choose a backend, run. Users, tests and benchmarks all enter here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reft_kernels import reference
+from reft_kernels.activations import ACTIVATIONS, activate
+from reft_kernels.autograd import apply_edit
+from reft_kernels.dispatch import Choice, choose
+from reft_kernels.rows import RowPlan
+from reft_kernels.spec import fold
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def lowrank_edit(
+    hidden: Tensor,
+    plan: RowPlan,
+    encode: Tensor | None,
+    bias: Tensor | None,
+    decode: Tensor,
+    *,
+    subtract: bool = False,
+    activation: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``h' = h + Rᵀ(act(W h + b) − σ R h)`` on the rows of ``plan``, every other row bit for bit as it was.
+
+    The same as, for each group k and its rows i ≥ 0::
+
+        out = hidden.clone().view(-1, D);  h = out[i].float()
+        out[i] = (h + (act(h @ W[k].T + b[k]) - subtract * (h @ R[k].T)) @ R[k]).to(hidden.dtype)
+
+    Args:
+        hidden: (…, D), float32, bfloat16, float16 or float64. Not modified.
+        plan: the rows, on the device of ``hidden``.
+        encode: W, (r, D) or (g, r, D), or None where nothing is projected.
+        bias: b, (r,) or (g, r), or None for zero.
+        decode: R, (r, D) or (g, r, D), 1 ≤ r ≤ D. Parameters share one dtype, float32 or hidden's own.
+        subtract: σ = 1.
+        activation: a name of ``reft_kernels.activations.ACTIVATIONS``, or None for the identity.
+        backend: "auto", "triton", "torch" or "reference"; a named one works or raises.
+
+    Returns:
+        A contiguous tensor like ``hidden``, rounded once from a float32 (or float64) sum. Differentiable
+        once in hidden, encode, bias and decode.
+
+    Raises:
+        TypeError, ValueError: what was wrong, which value, and what is allowed; nothing was changed.
+    """
+    return _run(hidden, plan, encode, bias, decode, subtract, activation, backend, inplace=False)
+
+
+def lowrank_edit_(
+    hidden: Tensor,
+    plan: RowPlan,
+    encode: Tensor | None,
+    bias: Tensor | None,
+    decode: Tensor,
+    *,
+    subtract: bool = False,
+    activation: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`lowrank_edit` in place: writes the edited rows of ``hidden``, touches nothing else, returns it.
+
+    Raises:
+        ValueError: also if ``hidden`` is (a view of) a leaf that requires grad while gradients are
+            recorded, or overlaps itself in memory.
+    """
+    return _run(hidden, plan, encode, bias, decode, subtract, activation, backend, inplace=True)
+
+
+def loreft(
+    hidden: Tensor,
+    plan: RowPlan,
+    rotation: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """LoReFT, ``h' = h + Rᵀ(W h + b − R h)`` (arXiv 2404.03592, eq. 2): rotation is R, (r, D) or (g, r, D),
+    its rows taken as they are (see :func:`reft_kernels.orthonormalize`). Otherwise :func:`lowrank_edit`."""
+    return lowrank_edit(hidden, plan, weight, bias, rotation, subtract=True, backend=backend)
+
+
+def loreft_(
+    hidden: Tensor,
+    plan: RowPlan,
+    rotation: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`loreft` in place; see :func:`lowrank_edit_`."""
+    return lowrank_edit_(hidden, plan, weight, bias, rotation, subtract=True, backend=backend)
+
+
+def explain(
+    hidden: Tensor,
+    plan: RowPlan,
+    encode: Tensor | None,
+    bias: Tensor | None,
+    decode: Tensor,
+    *,
+    subtract: bool = False,
+    activation: str | None = None,
+    backend: str = "auto",
+) -> Choice:
+    """Which backend :func:`lowrank_edit` takes for these arguments, and why; computes nothing.
+
+    Returns:
+        (backend, reason), for example ``("torch", "hidden is on cpu; …")``.
+
+    Raises:
+        TypeError, ValueError: as :func:`lowrank_edit` would.
+    """
+    _check(hidden, plan, encode, bias, decode, subtract, activation)
+    return choose(backend, hidden, decode, activation)
+
+
+def _run(
+    hidden: Tensor,
+    plan: RowPlan,
+    encode: Tensor | None,
+    bias: Tensor | None,
+    decode: Tensor,
+    subtract: bool,
+    activation: str | None,
+    backend: str,
+    *,
+    inplace: bool,
+) -> Tensor:
+    _check(hidden, plan, encode, bias, decode, subtract, activation)
+    if inplace:
+        _check_inplace(hidden)
+    choice = choose(backend, hidden, decode, activation).backend
+    if choice == "reference":
+        edited = reference.lowrank_edit(
+            hidden, plan, encode, bias, decode, subtract=subtract, activation=activation
+        )
+        return hidden.copy_(edited) if inplace else edited
+    if plan.num_rows == 0 or hidden.numel() == 0:
+        return hidden if inplace else hidden.clone(memory_format=torch.contiguous_format)
+    encode, bias, decode = _stacked(encode, 2), _stacked(bias, 1), _stacked(decode, 2)
+    if encode is None and bias is not None and activation is not None:
+        bias, activation = activate(activation, bias), None
+    encode, subtract = fold(encode, decode, subtract, activation)
+    if inplace and torch.compiler.is_compiling():
+        # Dynamo has no mark_dirty; the compiler turns this copy back into a write of the rows.
+        edited = apply_edit(
+            hidden, plan, encode, bias, decode,
+            subtract=subtract, activation=activation, backend=choice, inplace=False,
+        )  # fmt: skip
+        return hidden.copy_(edited)
+    return apply_edit(
+        hidden, plan, encode, bias, decode,
+        subtract=subtract, activation=activation, backend=choice, inplace=inplace,
+    )  # fmt: skip
+
+
+def _stacked(parameter: Tensor | None, dims: int) -> Tensor | None:
+    """One group's parameter as a stack of one; ``dims`` is how many dimensions a group's has."""
+    if parameter is None or parameter.ndim > dims:
+        return parameter
+    return parameter.unsqueeze(0)
+
+
+def _check(
+    hidden: Tensor,
+    plan: RowPlan,
+    encode: Tensor | None,
+    bias: Tensor | None,
+    decode: Tensor,
+    subtract: bool,
+    activation: str | None,
+) -> None:
+    for name, value in (("hidden", hidden), ("decode", decode)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not isinstance(plan, RowPlan):
+        raise TypeError(f"plan must be a RowPlan, got {type(plan).__name__}")
+    if hidden.dtype not in _FLOATS:
+        allowed = ", ".join(str(dtype) for dtype in _FLOATS)
+        raise TypeError(f"hidden must have a dtype of {allowed}; got {hidden.dtype}")
+    if hidden.ndim < 1:
+        raise ValueError("hidden must be (…, D), got a scalar")
+    if decode.ndim not in (2, 3):
+        raise ValueError(f"decode must be (r, D) or (g, r, D), got shape {tuple(decode.shape)}")
+    rank, dim = decode.shape[-2:]
+    if dim != hidden.shape[-1]:
+        raise ValueError(
+            f"decode must have D = {hidden.shape[-1]} columns as hidden has, "
+            f"got shape {tuple(decode.shape)}"
+        )
+    if not 1 <= rank <= dim:
+        raise ValueError(f"rank must lie in 1 … D = {dim}, got {rank} (decode {tuple(decode.shape)})")
+    groups = decode.shape[0] if decode.ndim == 3 else 1
+    if groups != plan.num_groups:
+        raise ValueError(f"decode holds {groups} group(s), the plan has {plan.num_groups}")
+    if activation is not None and activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activation must be None or one of {known}; got {activation!r}")
+    if encode is None and bias is None and not subtract:
+        raise ValueError("encode and bias are both None and subtract is False: there is no edit")
+    for name, value, shape in (
+        ("encode", encode, decode.shape),
+        ("bias", bias, decode.shape[:-1]),
+        ("decode", decode, decode.shape),
+    ):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor or None, got {type(value).__name__}")
+        if value.shape != shape:
+            raise ValueError(
+                f"{name} must have shape {tuple(shape)} to match decode, got {tuple(value.shape)}"
+            )
+        if value.dtype != decode.dtype or value.dtype not in (torch.float32, hidden.dtype):
+            raise TypeError(
+                f"{name} must be float32 or hidden's {hidden.dtype}, one dtype for all parameters; "
+                f"got {value.dtype} (decode {decode.dtype})"
+            )
+        if value.device != hidden.device:
+            raise ValueError(f"{name} must be on hidden's device {hidden.device}, got {value.device}")
+    if plan.device != hidden.device:
+        raise ValueError(f"plan must be on hidden's device {hidden.device}, got {plan.device}")
+    if plan.max_row is not None and plan.max_row * dim >= max(hidden.numel(), 1):
+        raise ValueError(
+            f"plan names row {plan.max_row}, hidden has {hidden.numel() // dim} rows "
+            f"(shape {tuple(hidden.shape)})"
+        )
+
+
+def _check_inplace(hidden: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if torch.is_grad_enabled():
+        base = hidden._base if hidden._is_view() else hidden
+        if base is not None and base.is_leaf and base.requires_grad:
+            raise ValueError(
+                f"hidden (shape {tuple(hidden.shape)}) is a leaf that requires grad, or a view of one: "
+                "edit it out of place with lowrank_edit, or under torch.no_grad()"
+            )
+    if any(stride == 0 and size > 1 for size, stride in zip(hidden.shape, hidden.stride(), strict=True)):
+        raise ValueError(
+            f"hidden overlaps itself in memory (strides {hidden.stride()}): edit a contiguous tensor"
+        )

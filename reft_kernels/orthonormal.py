@@ -1,0 +1,2 @@
+def orthonormalize(v, base=None): raise NotImplementedError
+def reflector_base(rotation): raise NotImplementedError

@@ -1,0 +1,70 @@
+"""The meaning of the operator, in plain PyTorch: any device, any floating dtype, gradients by autograd.
+
+Everything else in this package is measured against these lines. They may synchronise and allocate; they
+compute in the wider of float32 and the dtypes given, add the edit there and round once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reft_kernels.activations import activate
+from reft_kernels.rows import RowPlan
+
+
+def lowrank_edit(
+    hidden: Tensor,
+    plan: RowPlan,
+    encode: Tensor | None,
+    bias: Tensor | None,
+    decode: Tensor,
+    *,
+    subtract: bool = False,
+    activation: str | None = None,
+) -> Tensor:
+    """``h' = h + Rᵀ(act(W h + b) − σ R h)`` on the rows of the plan; a new tensor.
+
+    Args:
+        hidden: (…, D).
+        plan: which rows, by group.
+        encode: W, (r, D) or (g, r, D), or None for no learned projection.
+        bias: b, (r,) or (g, r), or None for zero.
+        decode: R, (r, D) or (g, r, D).
+        subtract: σ = 1.
+        activation: a name of ``activations.ACTIVATIONS`` or None.
+    """
+    dim = hidden.shape[-1]
+    compute = torch.promote_types(torch.promote_types(hidden.dtype, decode.dtype), torch.float32)
+    w, b, r = (_stacked(p, per, compute) for p, per in ((encode, 2), (bias, 1), (decode, 2)))
+    assert r is not None
+    flat = hidden.reshape(-1, dim)
+    out = flat
+    for k in range(plan.num_groups):
+        rows = plan.rows[plan.offsets[k] : plan.offsets[k + 1]]
+        rows = rows[rows >= 0]
+        h = flat[rows].to(compute)
+        u = h.new_zeros(h.shape[0], r.shape[1])
+        if w is not None:
+            u = u + h @ w[k].T
+        if b is not None:
+            u = u + b[k]
+        s = activate(activation, u)
+        if subtract:
+            s = s - h @ r[k].T
+        out = out.index_copy(0, rows, (h + s @ r[k]).to(hidden.dtype))
+    return out.clone().reshape(hidden.shape) if out is flat else out.reshape(hidden.shape)
+
+
+def loreft(
+    hidden: Tensor, plan: RowPlan, rotation: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
+    """``h' = h + Rᵀ(W h + b − R h)``, equation 2 of arXiv 2404.03592; ``rotation`` is R."""
+    return lowrank_edit(hidden, plan, weight, bias, rotation, subtract=True)
+
+
+def _stacked(parameter: Tensor | None, dims: int, dtype: torch.dtype) -> Tensor | None:
+    """The parameter as (g, …) in ``dtype``; ``dims`` is how many dimensions one group has."""
+    if parameter is None:
+        return None
+    return (parameter.unsqueeze(0) if parameter.ndim == dims else parameter).to(dtype)

@@ -1,0 +1,246 @@
+"""Which rows an edit touches, and which parameters edit them.
+
+The operator sees ``hidden`` of any leading shape as N rows of D. A :class:`RowPlan` names n of them,
+group by group: rows ``offsets[k] : offsets[k + 1]`` are edited with the parameters of group k. Tied
+positions, untied prefix and suffix weights, several adapters in one batch are all this one index.
+
+``-1`` means "no row here". It lets short prompts keep the shape of long ones, so that nothing has to ask
+the device how many rows there are: no host synchronisation, static shapes, graphs can be captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+IntArray = Tensor | Sequence[int]
+_INT_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class Place:
+    """The rows of one group as gather and scatter code needs them: the same number whatever is −1.
+
+    A −1 borrows the group's largest row and later writes the very values of that row; a group without any
+    row borrows row 0 and writes it back as it is.
+
+    Attributes:
+        rows: int64 (m,), all of them valid, repeated where borrowed.
+    """
+
+    __slots__ = ("_anchored", "_live", "_source", "rows")
+
+    def __init__(self, rows: Tensor, complete: bool) -> None:
+        self.rows = rows
+        self._live: Tensor | None = None
+        if complete or rows.shape[0] == 0:
+            return
+        anchor = rows.argmax()
+        live = rows >= 0
+        own = torch.arange(rows.shape[0], device=rows.device)
+        self._live, self._anchored = live.unsqueeze(1), live[anchor]
+        self._source = torch.where(live, own, anchor)
+        self.rows = rows[self._source].clamp(min=0)
+
+    def write(self, target: Tensor, values: Tensor) -> None:
+        """``target[rows] = values`` for target (N, D), values (m, D), in place; −1 changes nothing."""
+        if self._live is not None:
+            borrowed = values.index_select(0, self._source)
+            values = torch.where(self._anchored, borrowed, target.index_select(0, self.rows))
+        target.index_copy_(0, self.rows, values)
+
+    def cleared(self, values: Tensor) -> Tensor:
+        """Values (m, …) with 0 where there is no row, so that sums over rows do not see them."""
+        return values if self._live is None else values.masked_fill(~self._live, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class RowPlan:
+    """Rows to edit, group-major. Build it with :meth:`from_rows` or :meth:`from_padded`.
+
+    Attributes:
+        rows: int64 (n,), each row at most once, −1 for none; contiguous, on the device of ``hidden``.
+        offsets: g + 1 host integers; group k owns ``rows[offsets[k] : offsets[k + 1]]``.
+        max_row: the largest row, where the host could see it without asking a device; else None.
+        complete: True where the host knows that no entry is −1.
+    """
+
+    rows: Tensor
+    offsets: tuple[int, ...]
+    max_row: int | None = field(default=None, kw_only=True)
+    complete: bool = field(default=False, kw_only=True)
+
+    @property
+    def num_rows(self) -> int:
+        """n: entries of ``rows``, −1 included."""
+        return self.offsets[-1]
+
+    @property
+    def num_groups(self) -> int:
+        """g: how many parameter sets the plan addresses."""
+        return len(self.offsets) - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    @cached_property
+    def largest_group(self) -> int:
+        """Rows of the largest group: what a launch grid has to cover."""
+        return max(b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False))
+
+    @cached_property
+    def device_offsets(self) -> Tensor:
+        """``offsets`` as int64 (g + 1,) beside ``rows``. Equal groups are counted out on the device, so
+        only ragged groups cost a copy, once per plan."""
+        size = self.largest_group
+        if size and all(offset == k * size for k, offset in enumerate(self.offsets)):
+            return torch.arange(0, self.num_rows + 1, size, device=self.device)
+        return torch.tensor(self.offsets, dtype=torch.int64, device=self.device)
+
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """One :class:`Place` a group."""
+        bounds = zip(self.offsets, self.offsets[1:], strict=False)
+        return tuple(Place(self.rows[a:b], self.complete) for a, b in bounds)
+
+    def to(self, device: torch.device | str) -> RowPlan:
+        """The same plan with its rows on ``device``."""
+        if self.rows.device == torch.device(device):
+            return self
+        return RowPlan(
+            self.rows.to(device), self.offsets, max_row=self.max_row, complete=self.complete
+        )
+
+    @classmethod
+    def from_rows(
+        cls, rows: IntArray, groups: IntArray | None = None, num_groups: int = 1
+    ) -> RowPlan:
+        """A plan from flat row numbers.
+
+        Args:
+            rows: int (n,), a tensor or list. Row i of ``hidden.reshape(-1, D)``; −1 for none.
+            groups: int (n,), the group of each row, or None for group 0. Rows are sorted by group, stably.
+                Read on the host: as a CUDA tensor it costs one synchronisation here (never later).
+            num_groups: g, at least 1.
+
+        Raises:
+            TypeError: rows or groups are not integers.
+            ValueError: wrong shape, a row below −1, a duplicate row, a group outside 0 … g − 1. Rows on a
+                device other than the CPU are not looked at.
+        """
+        row_tensor = _int_vector("rows", rows)
+        n = row_tensor.shape[0]
+        order, offsets = _sort_by_group(groups, n, num_groups)
+        max_row, complete = _inspect(row_tensor)
+        if order is not None:
+            row_tensor = row_tensor[order.to(row_tensor.device)]
+        return cls(row_tensor.contiguous(), offsets, max_row=max_row, complete=complete)
+
+    @classmethod
+    def from_padded(
+        cls, positions: Tensor, seq_len: int, groups: IntArray | None = None, num_groups: int = 1
+    ) -> RowPlan:
+        """A plan from positions in each sequence of a batch, computed on their device.
+
+        Args:
+            positions: int (B, P); position p of sequence b is row ``b * seq_len + p``; −1 for none.
+                Trusted to be unique in each sequence and below ``seq_len`` unless on the CPU.
+            seq_len: S, rows a sequence holds in ``hidden`` (B, S, D).
+            groups: what broadcasts to (B, P): (P,) gives each column its group, (B, 1) each sequence.
+            num_groups: g, at least 1.
+
+        Raises:
+            TypeError, ValueError: as :meth:`from_rows`; also a position ≥ ``seq_len`` on the CPU.
+        """
+        if not isinstance(positions, Tensor) or positions.dtype not in _INT_TYPES:
+            raise TypeError(f"positions must be an integer tensor (B, P), got {_describe(positions)}")
+        if positions.ndim != 2:
+            raise ValueError(f"positions must be (batch, places), got shape {tuple(positions.shape)}")
+        if seq_len < 0:
+            raise ValueError(f"seq_len must be at least 0, got {seq_len}")
+        positions = positions.long()
+        batch, places = positions.shape
+        if _visible(positions) and positions.numel() and int(positions.max()) >= seq_len:
+            raise ValueError(
+                f"positions must be below seq_len = {seq_len} (or −1), got {int(positions.max())}"
+            )
+        starts = torch.arange(batch, device=positions.device).unsqueeze(1) * seq_len
+        rows = torch.where(positions < 0, positions, positions + starts).reshape(-1)
+        if groups is not None:
+            groups = torch.as_tensor(groups, device="cpu")
+            try:
+                groups = groups.expand(batch, places).reshape(-1)
+            except RuntimeError:
+                raise ValueError(
+                    f"groups must broadcast to positions {(batch, places)}: (places,) by column or "
+                    f"(batch, 1) by sequence; got shape {tuple(groups.shape)}"
+                ) from None
+        return cls.from_rows(rows, groups, num_groups)
+
+
+def _int_vector(name: str, values: IntArray) -> Tensor:
+    if not isinstance(values, Tensor):
+        if not all(isinstance(value, int) for value in values):
+            raise TypeError(f"{name} must be integers, got {list(values)!r}")
+        values = torch.tensor(values, dtype=torch.int64)
+    if values.dtype not in _INT_TYPES:
+        raise TypeError(f"{name} must have an integer dtype, got {values.dtype}")
+    if values.ndim != 1:
+        raise ValueError(f"{name} must be one-dimensional, got shape {tuple(values.shape)}")
+    return values.long()
+
+
+def _sort_by_group(
+    groups: IntArray | None, n: int, num_groups: int
+) -> tuple[Tensor | None, tuple[int, ...]]:
+    """The stable order that makes rows group-major (None if they are), and the offsets."""
+    if not isinstance(num_groups, int) or num_groups < 1:
+        raise ValueError(f"num_groups must be an integer of at least 1, got {num_groups!r}")
+    if groups is None:
+        return None, (0, n) + (n,) * (num_groups - 1)
+    group_tensor = _int_vector("groups", groups).cpu()
+    if group_tensor.shape[0] != n:
+        raise ValueError(f"groups must have one entry a row: {n} rows, {group_tensor.shape[0]} groups")
+    # Only ever lists and CPU tensors: no device waits for these.
+    values = group_tensor.tolist()
+    for value in values:
+        if not 0 <= value < num_groups:
+            raise ValueError(f"groups must lie in 0 … {num_groups - 1}, got {value}")
+    sizes = [0] * num_groups
+    for value in values:
+        sizes[value] += 1
+    offsets = (0, *accumulate(sizes))
+    if values == sorted(values):
+        return None, offsets
+    return torch.argsort(group_tensor, stable=True), offsets
+
+
+def _visible(tensor: Tensor) -> bool:
+    """Whether values can be read without waiting for a device or breaking a traced graph."""
+    return (
+        tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is Tensor
+    )
+
+
+def _inspect(rows: Tensor) -> tuple[int | None, bool]:
+    """(largest row, whether no −1 is there) where the host can see the rows, after checking them."""
+    if not _visible(rows):
+        return None, False
+    if rows.numel() == 0:
+        return -1, True
+    if int(rows.min()) < -1:
+        raise ValueError(f"rows must be −1 (none) or at least 0, got {int(rows.min())}")
+    used = rows[rows >= 0]
+    unique, counts = torch.unique(used, return_counts=True)
+    if unique.shape[0] != used.shape[0]:
+        raise ValueError(f"rows must not repeat, got row {int(unique[counts.argmax()])} twice or more")
+    return int(rows.max()), used.shape[0] == rows.shape[0]
+
+
+def _describe(value: object) -> str:
+    return f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

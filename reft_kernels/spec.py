@@ -1,0 +1,73 @@
+"""The family table: every ReFT variant is one low-rank edit with other switches.
+
+    h' = h + Rᵀ ( act(W h + b) − σ R h )            W, R: (r, D)   b: (r,)   σ ∈ {0, 1}
+
+A member of the family is a row of :data:`FAMILY`; nothing below this table knows a variant by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class EditSpec:
+    """One member of the family.
+
+    Attributes:
+        name: the name used in configurations.
+        has_encode: whether there is a learned W; without it the edit is Rᵀ(b − σ R h).
+        subtract: σ = 1.
+        orthonormal: whether the rows of R are kept orthonormal.
+        paper: what arXiv 2404.03592 calls it.
+        pyreft: the class of pyreft 0.1.0 that computes it. The names cross over: the paper's DiReFT is
+            pyreft's ``NodireftIntervention``, and pyreft's ``DireftIntervention`` is an ablation.
+    """
+
+    name: str
+    has_encode: bool
+    subtract: bool
+    orthonormal: bool
+    paper: str
+    pyreft: str
+
+
+_ROWS = (
+    EditSpec("loreft", True, True, True, "LoReFT (eq. 2)", "LoreftIntervention"),
+    EditSpec("direft", True, False, False, "DiReFT (eq. 3)", "NodireftIntervention"),
+    EditSpec("noreft", True, True, False, "ablation, free R", "NoreftIntervention"),
+    EditSpec(
+        "direft_orthonormal", True, False, True, "ablation, Rᵀ(Wh + b)", "DireftIntervention"
+    ),
+    EditSpec("consreft", False, True, True, "ablation, Rᵀ(b − Rh)", "ConsreftIntervention"),
+    EditSpec("lobireft", False, False, True, "ablation, Rᵀb", "LobireftIntervention"),
+)
+
+#: name -> :class:`EditSpec`, read-only.
+FAMILY = MappingProxyType({spec.name: spec for spec in _ROWS})
+
+
+def fold(
+    encode: Tensor | None, decode: Tensor, subtract: bool, activation: str | None
+) -> tuple[Tensor | None, bool]:
+    """Fold the subtraction into the encoder where that is exact.
+
+    Without an activation, act(W h + b) − R h = (W − R) h + b, so ``A = W − R`` is formed once (an r·D
+    subtraction that autograd routes to W and R) and the kernels see one formula. An activation stands
+    between the two terms, so there the pair is returned as it came.
+
+    Args:
+        encode: W, (r, D) or (g, r, D), or None.
+        decode: R, of the same shape.
+        subtract: σ = 1.
+        activation: name of the activation, None for the identity.
+
+    Returns:
+        (encode, subtract) of the equivalent edit that is left to compute.
+    """
+    if not subtract or (activation is not None and encode is not None):
+        return encode, subtract
+    return (-decode if encode is None else encode - decode), False

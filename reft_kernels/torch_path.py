@@ -1,0 +1,126 @@
+"""The edit in batched PyTorch calls, forward and backward: the path wherever Triton is not.
+
+Per group: gather rows, one product with the encoder, one with the decoder, write the rows back. Nothing of
+the size of ``hidden`` is read or allocated, nothing synchronises with the device.
+
+Rows marked −1 must change nothing, yet shapes stay static: see :class:`reft_kernels.rows.Place`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reft_kernels.activations import activate, activation_grad
+from reft_kernels.rows import RowPlan
+
+
+def edit_forward(
+    hidden: Tensor,
+    plan: RowPlan,
+    encode: Tensor | None,
+    bias: Tensor | None,
+    decode: Tensor,
+    *,
+    subtract: bool,
+    activation: str | None,
+    save_rows: bool,
+    save_code: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Edit ``hidden`` (N, D) in place; parameters (g, r, D), bias (g, r).
+
+    Returns:
+        x (n, D): the rows before the edit, in hidden's dtype; s (n, r): their codes; u (n, r): the argument
+        of the activation. None where not asked for (u: where there is no activation).
+    """
+    compute = compute_dtype(hidden, decode)
+    saved_x, saved_s, saved_u = [], [], []
+    for k, place in enumerate(plan.places):
+        x = hidden.index_select(0, place.rows)
+        h, r = x.to(compute), decode[k].to(compute)
+        if encode is None:
+            assert bias is not None
+            u = bias[k].to(compute).expand(h.shape[0], -1)
+        elif bias is None:
+            u = h @ encode[k].to(compute).T
+        else:
+            u = torch.addmm(bias[k].to(compute), h, encode[k].to(compute).T)
+        s = activate(activation, u)
+        if subtract:
+            s = s - h @ r.T
+        place.write(hidden, h.addmm(s, r).to(hidden.dtype))
+        if save_rows:
+            saved_x.append(x)
+        if save_code:
+            saved_s.append(place.cleared(s))
+        if activation is not None:
+            saved_u.append(u)
+    return _joined(saved_x), _joined(saved_s), _joined(saved_u)
+
+
+def edit_backward(
+    grad_out: Tensor,
+    grad_hidden: Tensor | None,
+    plan: RowPlan,
+    encode: Tensor | None,
+    decode: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    u: Tensor | None,
+    *,
+    subtract: bool,
+    activation: str | None,
+    wants: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the edit for upstream v = ``grad_out`` (N, D).
+
+        ds = v Rᵀ    du = ds · act′(u)    dh = v + du A − σ ds R    dA = duᵀ x    db = Σ du
+        dR = sᵀ v − σ dsᵀ x
+
+    Args:
+        grad_hidden: a copy of ``grad_out`` whose edited rows become dh, or None if nobody wants it.
+        wants: which of dA (g, r, D), db (g, r), dR (g, r, D) to return; the others are None.
+    """
+    compute = compute_dtype(grad_out, decode)
+    grads: tuple[list[Tensor], ...] = ([], [], [])
+    for k, place in enumerate(plan.places):
+        own = slice(plan.offsets[k], plan.offsets[k + 1])
+        v = grad_out.index_select(0, place.rows).to(compute)
+        r = decode[k].to(compute)
+        ds = v @ r.T
+        du = ds if u is None else activation_grad(activation, u[own], ds)
+        if grad_hidden is not None and encode is not None:
+            dh = v.addmm(du, encode[k].to(compute))
+            if subtract:
+                dh = dh.addmm(ds, r, alpha=-1)
+            place.write(grad_hidden, dh.to(grad_hidden.dtype))
+        du, ds = place.cleared(du), place.cleared(ds)
+        if wants[0]:
+            assert x is not None
+            grads[0].append(du.T @ x[own].to(compute))
+        if wants[1]:
+            grads[1].append(du.sum(0))
+        if wants[2]:
+            assert s is not None
+            d_decode = s[own].T @ v
+            if subtract:
+                assert x is not None
+                d_decode = d_decode.addmm(ds.T, x[own].to(compute), alpha=-1)
+            grads[2].append(d_decode)
+    d_encode, d_bias, d_decode_all = (
+        torch.stack(parts).to(decode.dtype) if parts else None for parts in grads
+    )
+    return d_encode, d_bias, d_decode_all
+
+
+def compute_dtype(hidden: Tensor, parameter: Tensor) -> torch.dtype:
+    """The accumulation dtype: float32, or float64 where either tensor is."""
+    return torch.promote_types(
+        torch.promote_types(hidden.dtype, parameter.dtype), torch.float32
+    )
+
+
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    if not parts:
+        return None
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
