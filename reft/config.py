@@ -75,6 +75,8 @@ class ReftConfig:
         modules_to_save: names of modules of the base model that are trained in full and stored too.
         task_type: PEFT's name of the task or None. It adds the task's head to ``modules_to_save``
             where the model has one, see :data:`HEAD_MODULES`.
+        block_path: name of the ``ModuleList`` that holds the model's blocks, where the model's
+            structure does not tell it; None to find it.
         base_model_name_or_path: where the base model came from; for the reader of the file.
         format_version: version of the stored form.
 
@@ -97,6 +99,7 @@ class ReftConfig:
     prompt_end: str = "last"
     modules_to_save: Sequence[str] | None = None
     task_type: str | None = None
+    block_path: str | None = None
     base_model_name_or_path: str | None = None
     format_version: int = FORMAT_VERSION
 
@@ -367,6 +370,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = MappingProxyType(
         "prompt_end": _one_of(*PROMPT_ENDS),
         "modules_to_save": _check_modules,
         "task_type": _check_task,
+        "block_path": _check_text,
         "base_model_name_or_path": _check_text,
         "format_version": _check_version,
     }

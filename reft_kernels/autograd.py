@@ -1,7 +1,7 @@
 """The one autograd Function: what an edit saves, and in which order its gradients are formed.
 
-Saved for backward: the edited rows before the edit (n, D), their codes (n, r), nothing of the size of
-``hidden``, and nothing at all for inputs that need no gradient. First derivatives only.
+Saved for backward: the edited rows before the edit (n, D), their codes (n, r), nothing of the size
+of ``hidden``, and nothing at all for inputs that need no gradient. First derivatives only.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ def apply_edit(
     inplace: bool,
 ) -> Tensor:
     """Run an already checked edit, with a graph only where one is needed."""
+    # What all layers share is made here: tensors made inside the Function cannot reach its backward
+    # in a traced graph.
+    _ = plan.places if backend == "torch" else plan.device_offsets
     parts = (hidden, encode, bias, decode)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parts):
         return LowRankEdit.apply(
@@ -41,7 +44,7 @@ def apply_edit(
 
 
 class LowRankEdit(torch.autograd.Function):
-    """``h' = h + Rᵀ(act(W h + b) − σ R h)`` on the rows of a plan; gradients in ``torch_path``'s notation."""
+    """``h' = h + Rᵀ(act(W h + b) − σ R h)`` on the rows of a plan; see ``torch_path``."""
 
     @staticmethod
     def forward(
@@ -56,7 +59,8 @@ class LowRankEdit(torch.autograd.Function):
         backend: str,
         inplace: bool,
     ) -> Tensor:
-        _, want_encode, want_bias, want_decode, *_ = ctx.needs_input_grad
+        wants = ctx.needs_input_grad[:4]
+        _, want_encode, _, want_decode = wants
         if inplace:
             ctx.mark_dirty(hidden)
             out = hidden
@@ -67,7 +71,7 @@ class LowRankEdit(torch.autograd.Function):
             out, plan, encode, bias, decode, subtract, activation, backend, save_rows, want_decode
         )
         ctx.save_for_backward(x, s, u, encode, decode)
-        ctx.edit = (plan, subtract, activation, backend, (want_encode, want_bias, want_decode))
+        ctx.edit = (plan, subtract, activation, backend, wants)
         return out
 
     @staticmethod
@@ -75,14 +79,9 @@ class LowRankEdit(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, s, u, encode, decode = ctx.saved_tensors
         plan, subtract, activation, backend, wants = ctx.edit
-        grad_hidden = None
-        if ctx.needs_input_grad[0]:
-            # Autograd owns grad_out, so its edited rows are rewritten in a copy.
-            grad_hidden = grad_out.clone(memory_format=torch.contiguous_format)
         with _full_precision(grad_out.device.type):
-            d_encode, d_bias, d_decode = library.implementation(backend).edit_backward(
+            d_hidden, d_encode, d_bias, d_decode = library.implementation(backend).edit_backward(
                 grad_out.reshape(-1, grad_out.shape[-1]),
-                None if grad_hidden is None else grad_hidden.view(-1, grad_out.shape[-1]),
                 plan,
                 encode,
                 decode,
@@ -93,7 +92,9 @@ class LowRankEdit(torch.autograd.Function):
                 activation=activation,
                 wants=wants,
             )
-        return grad_hidden, d_encode, d_bias, d_decode, None, None, None, None, None
+        if d_hidden is not None:
+            d_hidden = d_hidden.view(grad_out.shape)
+        return d_hidden, d_encode, d_bias, d_decode, None, None, None, None, None
 
 
 def _edit(

@@ -1,7 +1,7 @@
 """Which implementation computes an edit, and why.
 
-``auto`` takes Triton on a GPU and the torch path elsewhere. A backend named by hand works or raises with the
-reason; it never turns into another one.
+``auto`` takes Triton on a GPU and the torch path elsewhere. A backend named by hand works or raises
+with the reason; it never turns into another one.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def lowrank_edit(
     activation: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """``h' = h + Rᵀ(act(W h + b) − σ R h)`` on the rows of ``plan``, every other row bit for bit as it was.
+    """``h' = h + Rᵀ(act(W h + b) − σ R h)`` on the rows of ``plan``; other rows stay bit for bit.
 
     The same as, for each group k and its rows i ≥ 0::
 
@@ -38,17 +38,19 @@ def lowrank_edit(
         plan: the rows, on the device of ``hidden``.
         encode: W, (r, D) or (g, r, D), or None where nothing is projected.
         bias: b, (r,) or (g, r), or None for zero.
-        decode: R, (r, D) or (g, r, D), 1 ≤ r ≤ D. Parameters share one dtype, float32 or hidden's own.
+        decode: R, (r, D) or (g, r, D), 1 ≤ r ≤ D. Parameters share one dtype, float32 or hidden's
+            own.
         subtract: σ = 1.
         activation: a name of ``reft_kernels.activations.ACTIVATIONS``, or None for the identity.
         backend: "auto", "triton", "torch" or "reference"; a named one works or raises.
 
     Returns:
-        A contiguous tensor like ``hidden``, rounded once from a float32 (or float64) sum. Differentiable
-        once in hidden, encode, bias and decode.
+        A contiguous tensor like ``hidden``, rounded once from a float32 (or float64) sum.
+        Differentiable once in hidden, encode, bias and decode.
 
     Raises:
-        TypeError, ValueError: what was wrong, which value, and what is allowed; nothing was changed.
+        TypeError, ValueError: what was wrong, which value, and what is allowed; nothing was
+            changed.
     """
     return _run(hidden, plan, encode, bias, decode, subtract, activation, backend, inplace=False)
 
@@ -64,7 +66,7 @@ def lowrank_edit_(
     activation: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """:func:`lowrank_edit` in place: writes the edited rows of ``hidden``, touches nothing else, returns it.
+    """:func:`lowrank_edit` in place: writes only the edited rows, returns ``hidden``.
 
     Raises:
         ValueError: also if ``hidden`` is (a view of) a leaf that requires grad while gradients are
@@ -82,8 +84,10 @@ def loreft(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """LoReFT, ``h' = h + Rᵀ(W h + b − R h)`` (arXiv 2404.03592, eq. 2): rotation is R, (r, D) or (g, r, D),
-    its rows taken as they are (see :func:`reft_kernels.orthonormalize`). Otherwise :func:`lowrank_edit`."""
+    """LoReFT, ``h' = h + Rᵀ(W h + b − R h)`` (arXiv 2404.03592, eq. 2): rotation is R, (r, D) or
+    (g, r, D),
+    its rows taken as they are (see :func:`reft_kernels.orthonormalize`). Otherwise
+    :func:`lowrank_edit`."""
     return lowrank_edit(hidden, plan, weight, bias, rotation, subtract=True, backend=backend)
 
 
@@ -146,28 +150,30 @@ def _run(
         return hidden.copy_(edited) if inplace else edited
     if plan.num_rows == 0 or hidden.numel() == 0:
         return hidden if inplace else hidden.clone(memory_format=torch.contiguous_format)
-    encode, bias, decode = _stacked(encode, 2), _stacked(bias, 1), _stacked(decode, 2)
-    if encode is None and bias is not None and activation is not None:
-        bias, activation = activate(activation, bias), None
+    if decode.ndim == 2:
+        decode = decode.unsqueeze(0)
+        encode = None if encode is None else encode.unsqueeze(0)
+        bias = None if bias is None else bias.unsqueeze(0)
+    if encode is None and activation is not None:
+        # Nothing of h is inside the activation: act(b) is the constant of an edit without one.
+        zero = decode.new_zeros(decode.shape[:-1])
+        bias, activation = activate(activation, zero if bias is None else bias), None
     encode, subtract = fold(encode, decode, subtract, activation)
-    if inplace and torch.compiler.is_compiling():
-        # Dynamo has no mark_dirty; the compiler turns this copy back into a write of the rows.
-        edited = apply_edit(
-            hidden, plan, encode, bias, decode,
-            subtract=subtract, activation=activation, backend=choice, inplace=False,
-        )  # fmt: skip
-        return hidden.copy_(edited)
-    return apply_edit(
-        hidden, plan, encode, bias, decode,
-        subtract=subtract, activation=activation, backend=choice, inplace=inplace,
-    )  # fmt: skip
-
-
-def _stacked(parameter: Tensor | None, dims: int) -> Tensor | None:
-    """One group's parameter as a stack of one; ``dims`` is how many dimensions a group's has."""
-    if parameter is None or parameter.ndim > dims:
-        return parameter
-    return parameter.unsqueeze(0)
+    # Dynamo has no mark_dirty: traced, the edit is made apart and copied, which the compiler turns
+    # back into a write of the rows.
+    traced = inplace and torch.compiler.is_compiling()
+    edited = apply_edit(
+        hidden,
+        plan,
+        encode,
+        bias,
+        decode,
+        subtract=subtract,
+        activation=activation,
+        backend=choice,
+        inplace=inplace and not traced,
+    )
+    return hidden.copy_(edited) if traced else edited
 
 
 def _check(
@@ -179,9 +185,9 @@ def _check(
     subtract: bool,
     activation: str | None,
 ) -> None:
-    for name, value in (("hidden", hidden), ("decode", decode)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    for name, given in (("hidden", hidden), ("decode", decode)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
     if not isinstance(plan, RowPlan):
         raise TypeError(f"plan must be a RowPlan, got {type(plan).__name__}")
     if hidden.dtype not in _FLOATS:
@@ -198,7 +204,9 @@ def _check(
             f"got shape {tuple(decode.shape)}"
         )
     if not 1 <= rank <= dim:
-        raise ValueError(f"rank must lie in 1 … D = {dim}, got {rank} (decode {tuple(decode.shape)})")
+        raise ValueError(
+            f"rank must lie in 1 … D = {dim}, got {rank} (decode {tuple(decode.shape)})"
+        )
     groups = decode.shape[0] if decode.ndim == 3 else 1
     if groups != plan.num_groups:
         raise ValueError(f"decode holds {groups} group(s), the plan has {plan.num_groups}")
@@ -226,7 +234,9 @@ def _check(
                 f"got {value.dtype} (decode {decode.dtype})"
             )
         if value.device != hidden.device:
-            raise ValueError(f"{name} must be on hidden's device {hidden.device}, got {value.device}")
+            raise ValueError(
+                f"{name} must be on hidden's device {hidden.device}, got {value.device}"
+            )
     if plan.device != hidden.device:
         raise ValueError(f"plan must be on hidden's device {hidden.device}, got {plan.device}")
     if plan.max_row is not None and plan.max_row * dim >= max(hidden.numel(), 1):
@@ -243,10 +253,12 @@ def _check_inplace(hidden: Tensor) -> None:
         base = hidden._base if hidden._is_view() else hidden
         if base is not None and base.is_leaf and base.requires_grad:
             raise ValueError(
-                f"hidden (shape {tuple(hidden.shape)}) is a leaf that requires grad, or a view of one: "
+                f"hidden (shape {tuple(hidden.shape)}) is (a view of) a leaf that requires grad: "
                 "edit it out of place with lowrank_edit, or under torch.no_grad()"
             )
-    if any(stride == 0 and size > 1 for size, stride in zip(hidden.shape, hidden.stride(), strict=True)):
+    if any(
+        stride == 0 and size > 1 for size, stride in zip(hidden.shape, hidden.stride(), strict=True)
+    ):
         raise ValueError(
-            f"hidden overlaps itself in memory (strides {hidden.stride()}): edit a contiguous tensor"
+            f"hidden overlaps itself in memory (strides {hidden.stride()}): make it contiguous"
         )

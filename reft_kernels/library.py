@@ -1,7 +1,7 @@
 """The kernels as opaque operators, for ``torch.compile`` only.
 
-In eager mode a registered operator costs more than the kernel it launches, so there the launcher is called
-directly. While compiling, Dynamo sees two operators with a schema and shapes, and no kernel.
+In eager mode a registered operator costs more than the kernel it launches, so there the launcher is
+called directly. While compiling, Dynamo sees two operators with a schema and shapes, and no kernel.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _forward_op(
     activation: str | None,
     save_rows: bool,
     save_code: bool,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     from reft_kernels._triton import launch
 
     saved = launch.edit_forward(
@@ -53,7 +53,8 @@ def _forward_op(
         save_rows=save_rows,
         save_code=save_code,
     )
-    return [tensor for tensor in saved if tensor is not None]
+    x, s, u = _filled(saved, hidden)
+    return x, s, u
 
 
 @_forward_op.register_fake
@@ -68,23 +69,19 @@ def _(
     activation: str | None,
     save_rows: bool,
     save_code: bool,
-) -> list[Tensor]:
-    n, rank = rows.shape[0], decode.shape[-2]
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, (rank, dim) = rows.shape[0], decode.shape[-2:]
     compute = torch_path.compute_dtype(hidden, decode)
-    shapes = []
-    if save_rows:
-        shapes.append(hidden.new_empty(n, hidden.shape[-1]))
-    if save_code:
-        shapes.append(hidden.new_empty(n, rank, dtype=compute))
-    if activation is not None:
-        shapes.append(hidden.new_empty(n, rank, dtype=compute))
-    return shapes
+    return (
+        hidden.new_empty((n, dim) if save_rows else 0),
+        hidden.new_empty((n, rank) if save_code else 0, dtype=compute),
+        hidden.new_empty((n, rank) if activation is not None else 0, dtype=compute),
+    )
 
 
-@torch.library.custom_op("reft_kernels::edit_backward", mutates_args=("grad_hidden",))
+@torch.library.custom_op("reft_kernels::edit_backward", mutates_args=())
 def _backward_op(
     grad_out: Tensor,
-    grad_hidden: Tensor | None,
     rows: Tensor,
     offsets: list[int],
     encode: Tensor | None,
@@ -95,12 +92,11 @@ def _backward_op(
     subtract: bool,
     activation: str | None,
     wants: list[bool],
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from reft_kernels._triton import launch
 
     grads = launch.edit_backward(
         grad_out,
-        grad_hidden,
         RowPlan(rows, tuple(offsets)),
         encode,
         decode,
@@ -109,15 +105,15 @@ def _backward_op(
         u,
         subtract=subtract,
         activation=activation,
-        wants=(wants[0], wants[1], wants[2]),
+        wants=(wants[0], wants[1], wants[2], wants[3]),
     )
-    return [grad for grad in grads if grad is not None]
+    d_hidden, d_encode, d_bias, d_decode = _filled(grads, decode)
+    return d_hidden, d_encode, d_bias, d_decode
 
 
 @_backward_op.register_fake
 def _(
     grad_out: Tensor,
-    grad_hidden: Tensor | None,
     rows: Tensor,
     offsets: list[int],
     encode: Tensor | None,
@@ -128,9 +124,13 @@ def _(
     subtract: bool,
     activation: str | None,
     wants: list[bool],
-) -> list[Tensor]:
-    shapes = (decode.shape, decode.shape[:2], decode.shape)
-    return [decode.new_empty(shape) for shape, want in zip(shapes, wants, strict=True) if want]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        grad_out.new_empty(grad_out.shape if wants[0] else 0),
+        decode.new_empty(decode.shape if wants[1] else 0),
+        decode.new_empty(decode.shape[:2] if wants[2] else 0),
+        decode.new_empty(decode.shape if wants[3] else 0),
+    )
 
 
 def _forward(
@@ -157,12 +157,11 @@ def _forward(
         save_rows,
         save_code,
     )
-    return _spread(saved, (save_rows, save_code, activation is not None))
+    return _chosen(saved, (save_rows, save_code, activation is not None))
 
 
 def _backward(
     grad_out: Tensor,
-    grad_hidden: Tensor | None,
     plan: RowPlan,
     encode: Tensor | None,
     decode: Tensor,
@@ -172,11 +171,10 @@ def _backward(
     *,
     subtract: bool,
     activation: str | None,
-    wants: tuple[bool, bool, bool],
+    wants: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     grads = torch.ops.reft_kernels.edit_backward(
         grad_out,
-        grad_hidden,
         plan.rows,
         list(plan.offsets),
         encode,
@@ -188,13 +186,17 @@ def _backward(
         activation,
         list(wants),
     )
-    return _spread(grads, wants)
+    return _chosen(grads, wants)
 
 
-def _spread(present: list[Tensor], slots: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
-    """The returned tensors back in their three slots, None where none was asked for."""
-    remaining = iter(present)
-    return tuple(next(remaining) if slot else None for slot in slots)
+def _filled(values: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """None as an empty tensor: the schema of an operator has no optional results."""
+    return tuple(like.new_empty(0) if value is None else value for value in values)
+
+
+def _chosen(values: tuple[Tensor, ...], asked: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """The results that were asked for, None for the others."""
+    return tuple(value if wanted else None for value, wanted in zip(values, asked, strict=True))
 
 
 _OPERATORS = SimpleNamespace(edit_forward=_forward, edit_backward=_backward)

@@ -1,7 +1,8 @@
 """Compile the kernels without a GPU and read what they would occupy on one.
 
 ``triton.compile`` needs only a target's name. For NVIDIA the cubin is then read by Triton's own
-``cuobjdump -res-usage``, for AMD the resources stand in the assembly. A spill shows as local or scratch memory.
+``cuobjdump -res-usage``, for AMD the resources stand in the assembly. A spill shows as local or
+scratch memory.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Build:
 
     Attributes:
         kernel: "edit_rows", "edit_rows_grad" or "edit_params_grad".
-        variant: "linear" (the folded edit) or "gelu" (activation with the subtraction beside it, the largest).
+        variant: "linear" (the folded edit) or "gelu" (activation with the subtraction beside it,
+            the largest).
     """
 
     kernel: str
@@ -102,9 +104,7 @@ def compile_build(build: Build, target: str) -> Resources:
     return _amd_resources(compiled.asm["amdgcn"], compiled.metadata.shared)
 
 
-def _source(
-    build: Build, hip: bool
-) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+def _source(build: Build, hip: bool) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
     """The kernel of a build with its signature, constants and launch options, as ``launch`` passes them."""
     import triton.language as tl
 

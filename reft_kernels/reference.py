@@ -1,7 +1,7 @@
-"""The meaning of the operator, in plain PyTorch: any device, any floating dtype, gradients by autograd.
+"""The meaning of the operator, in plain PyTorch: any device, any float, gradients by autograd.
 
-Everything else in this package is measured against these lines. They may synchronise and allocate; they
-compute in the wider of float32 and the dtypes given, add the edit there and round once.
+Everything else in this package is measured against these lines. They may synchronise and allocate;
+they compute in the wider of float32 and the dtypes given, add the edit there and round once.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ def lowrank_edit(
     return out.clone().reshape(hidden.shape) if out is flat else out.reshape(hidden.shape)
 
 
-def loreft(
-    hidden: Tensor, plan: RowPlan, rotation: Tensor, weight: Tensor, bias: Tensor
-) -> Tensor:
+def loreft(hidden: Tensor, plan: RowPlan, rotation: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``h' = h + Rᵀ(W h + b − R h)``, equation 2 of arXiv 2404.03592; ``rotation`` is R."""
     return lowrank_edit(hidden, plan, weight, bias, rotation, subtract=True)
 

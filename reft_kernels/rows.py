@@ -1,18 +1,19 @@
 """Which rows an edit touches, and which parameters edit them.
 
-The operator sees ``hidden`` of any leading shape as N rows of D. A :class:`RowPlan` names n of them,
-group by group: rows ``offsets[k] : offsets[k + 1]`` are edited with the parameters of group k. Tied
-positions, untied prefix and suffix weights, several adapters in one batch are all this one index.
+The operator sees ``hidden`` of any leading shape as N rows of D. A :class:`RowPlan` names n of
+them, group by group: rows ``offsets[k] : offsets[k + 1]`` are edited with the parameters of group
+k. Tied positions, untied prefix and suffix weights, several adapters in one batch are all this one
+index.
 
-``-1`` means "no row here". It lets short prompts keep the shape of long ones, so that nothing has to ask
-the device how many rows there are: no host synchronisation, static shapes, graphs can be captured.
+``-1`` means "no row here". It lets short prompts keep the shape of long ones, so that nothing has
+to ask the device how many rows there are: no host synchronisation, static shapes, graphs can be
+captured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -25,8 +26,8 @@ _INT_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 class Place:
     """The rows of one group as gather and scatter code needs them: the same number whatever is −1.
 
-    A −1 borrows the group's largest row and later writes the very values of that row; a group without any
-    row borrows row 0 and writes it back as it is.
+    A −1 borrows the group's largest row and later writes the very values of that row; a group
+    without any row borrows row 0 and writes it back as it is.
 
     Attributes:
         rows: int64 (m,), all of them valid, repeated where borrowed.
@@ -42,12 +43,12 @@ class Place:
         anchor = rows.argmax()
         live = rows >= 0
         own = torch.arange(rows.shape[0], device=rows.device)
-        self._live, self._anchored = live.unsqueeze(1), live[anchor]
+        self._live, self._anchored = live.unsqueeze(1), live.any()
         self._source = torch.where(live, own, anchor)
         self.rows = rows[self._source].clamp(min=0)
 
     def write(self, target: Tensor, values: Tensor) -> None:
-        """``target[rows] = values`` for target (N, D), values (m, D), in place; −1 changes nothing."""
+        """``target[rows] = values`` for target (N, D), values (m, D), in place, −1 none."""
         if self._live is not None:
             borrowed = values.index_select(0, self._source)
             values = torch.where(self._anchored, borrowed, target.index_select(0, self.rows))
@@ -63,7 +64,8 @@ class RowPlan:
     """Rows to edit, group-major. Build it with :meth:`from_rows` or :meth:`from_padded`.
 
     Attributes:
-        rows: int64 (n,), each row at most once, −1 for none; contiguous, on the device of ``hidden``.
+        rows: int64 (n,), each row at most once, −1 for none; contiguous, on the device of
+            ``hidden``.
         offsets: g + 1 host integers; group k owns ``rows[offsets[k] : offsets[k + 1]]``.
         max_row: the largest row, where the host could see it without asking a device; else None.
         complete: True where the host knows that no entry is −1.
@@ -73,6 +75,10 @@ class RowPlan:
     offsets: tuple[int, ...]
     max_row: int | None = field(default=None, kw_only=True)
     complete: bool = field(default=False, kw_only=True)
+    # Made when first asked for, then shared by every layer. Lists, since Dynamo cannot trace
+    # functools.cached_property.
+    _device_offsets: list[Tensor] = field(default_factory=list, init=False, repr=False)
+    _places: list[Place] = field(default_factory=list, init=False, repr=False)
 
     @property
     def num_rows(self) -> int:
@@ -88,25 +94,31 @@ class RowPlan:
     def device(self) -> torch.device:
         return self.rows.device
 
-    @cached_property
+    @property
     def largest_group(self) -> int:
         """Rows of the largest group: what a launch grid has to cover."""
         return max(b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False))
 
-    @cached_property
+    @property
     def device_offsets(self) -> Tensor:
         """``offsets`` as int64 (g + 1,) beside ``rows``. Equal groups are counted out on the device, so
         only ragged groups cost a copy, once per plan."""
-        size = self.largest_group
-        if size and all(offset == k * size for k, offset in enumerate(self.offsets)):
-            return torch.arange(0, self.num_rows + 1, size, device=self.device)
-        return torch.tensor(self.offsets, dtype=torch.int64, device=self.device)
+        if not self._device_offsets:
+            size = self.largest_group
+            if size and all(offset == k * size for k, offset in enumerate(self.offsets)):
+                made = torch.arange(0, self.num_rows + 1, size, device=self.device)
+            else:
+                made = torch.tensor(self.offsets, dtype=torch.int64, device=self.device)
+            self._device_offsets.append(made)
+        return self._device_offsets[0]
 
-    @cached_property
-    def places(self) -> tuple[Place, ...]:
+    @property
+    def places(self) -> list[Place]:
         """One :class:`Place` a group."""
-        bounds = zip(self.offsets, self.offsets[1:], strict=False)
-        return tuple(Place(self.rows[a:b], self.complete) for a, b in bounds)
+        if not self._places:
+            bounds = zip(self.offsets, self.offsets[1:], strict=False)
+            self._places.extend(Place(self.rows[a:b], self.complete) for a, b in bounds)
+        return self._places
 
     def to(self, device: torch.device | str) -> RowPlan:
         """The same plan with its rows on ``device``."""
@@ -124,14 +136,15 @@ class RowPlan:
 
         Args:
             rows: int (n,), a tensor or list. Row i of ``hidden.reshape(-1, D)``; −1 for none.
-            groups: int (n,), the group of each row, or None for group 0. Rows are sorted by group, stably.
+            groups: int (n,), the group of each row, or None for group 0. Rows are sorted by group,
+                stably.
                 Read on the host: as a CUDA tensor it costs one synchronisation here (never later).
             num_groups: g, at least 1.
 
         Raises:
             TypeError: rows or groups are not integers.
-            ValueError: wrong shape, a row below −1, a duplicate row, a group outside 0 … g − 1. Rows on a
-                device other than the CPU are not looked at.
+            ValueError: wrong shape, a row below −1, a duplicate row, a group outside 0 … g − 1.
+                Rows on a device other than the CPU are not looked at.
         """
         row_tensor = _int_vector("rows", rows)
         n = row_tensor.shape[0]
@@ -151,16 +164,21 @@ class RowPlan:
             positions: int (B, P); position p of sequence b is row ``b * seq_len + p``; −1 for none.
                 Trusted to be unique in each sequence and below ``seq_len`` unless on the CPU.
             seq_len: S, rows a sequence holds in ``hidden`` (B, S, D).
-            groups: what broadcasts to (B, P): (P,) gives each column its group, (B, 1) each sequence.
+            groups: what broadcasts to (B, P): (P,) gives each column its group, (B, 1) each
+                sequence.
             num_groups: g, at least 1.
 
         Raises:
             TypeError, ValueError: as :meth:`from_rows`; also a position ≥ ``seq_len`` on the CPU.
         """
         if not isinstance(positions, Tensor) or positions.dtype not in _INT_TYPES:
-            raise TypeError(f"positions must be an integer tensor (B, P), got {_describe(positions)}")
+            raise TypeError(
+                f"positions must be an integer tensor (B, P), got {_describe(positions)}"
+            )
         if positions.ndim != 2:
-            raise ValueError(f"positions must be (batch, places), got shape {tuple(positions.shape)}")
+            raise ValueError(
+                f"positions must be (batch, places), got shape {tuple(positions.shape)}"
+            )
         if seq_len < 0:
             raise ValueError(f"seq_len must be at least 0, got {seq_len}")
         positions = positions.long()
@@ -205,7 +223,9 @@ def _sort_by_group(
         return None, (0, n) + (n,) * (num_groups - 1)
     group_tensor = _int_vector("groups", groups).cpu()
     if group_tensor.shape[0] != n:
-        raise ValueError(f"groups must have one entry a row: {n} rows, {group_tensor.shape[0]} groups")
+        raise ValueError(
+            f"groups must have one entry a row: {n} rows, {group_tensor.shape[0]} groups"
+        )
     # Only ever lists and CPU tensors: no device waits for these.
     values = group_tensor.tolist()
     for value in values:
@@ -228,7 +248,7 @@ def _visible(tensor: Tensor) -> bool:
 
 
 def _inspect(rows: Tensor) -> tuple[int | None, bool]:
-    """(largest row, whether no −1 is there) where the host can see the rows, after checking them."""
+    """(largest row, whether no −1 is there), checked, where the host can see the rows."""
     if not _visible(rows):
         return None, False
     if rows.numel() == 0:
@@ -238,7 +258,9 @@ def _inspect(rows: Tensor) -> tuple[int | None, bool]:
     used = rows[rows >= 0]
     unique, counts = torch.unique(used, return_counts=True)
     if unique.shape[0] != used.shape[0]:
-        raise ValueError(f"rows must not repeat, got row {int(unique[counts.argmax()])} twice or more")
+        raise ValueError(
+            f"rows must not repeat, got row {int(unique[counts.argmax()])} twice or more"
+        )
     return int(rows.max()), used.shape[0] == rows.shape[0]
 
 

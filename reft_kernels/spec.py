@@ -23,8 +23,9 @@ class EditSpec:
         subtract: σ = 1.
         orthonormal: whether the rows of R are kept orthonormal.
         paper: what arXiv 2404.03592 calls it.
-        pyreft: the class of pyreft 0.1.0 that computes it. The names cross over: the paper's DiReFT is
-            pyreft's ``NodireftIntervention``, and pyreft's ``DireftIntervention`` is an ablation.
+        pyreft: the class of pyreft 0.1.0 that computes it. The names cross over: the paper's DiReFT
+            is pyreft's ``NodireftIntervention``, and pyreft's ``DireftIntervention`` is an
+            ablation.
     """
 
     name: str
@@ -39,9 +40,7 @@ _ROWS = (
     EditSpec("loreft", True, True, True, "LoReFT (eq. 2)", "LoreftIntervention"),
     EditSpec("direft", True, False, False, "DiReFT (eq. 3)", "NodireftIntervention"),
     EditSpec("noreft", True, True, False, "ablation, free R", "NoreftIntervention"),
-    EditSpec(
-        "direft_orthonormal", True, False, True, "ablation, Rᵀ(Wh + b)", "DireftIntervention"
-    ),
+    EditSpec("direft_orthonormal", True, False, True, "ablation, Rᵀ(Wh + b)", "DireftIntervention"),
     EditSpec("consreft", False, True, True, "ablation, Rᵀ(b − Rh)", "ConsreftIntervention"),
     EditSpec("lobireft", False, False, True, "ablation, Rᵀb", "LobireftIntervention"),
 )
@@ -55,9 +54,9 @@ def fold(
 ) -> tuple[Tensor | None, bool]:
     """Fold the subtraction into the encoder where that is exact.
 
-    Without an activation, act(W h + b) − R h = (W − R) h + b, so ``A = W − R`` is formed once (an r·D
-    subtraction that autograd routes to W and R) and the kernels see one formula. An activation stands
-    between the two terms, so there the pair is returned as it came.
+    Without an activation, act(W h + b) − R h = (W − R) h + b, so ``A = W − R`` is formed once (an
+    r·D subtraction that autograd routes to W and R) and the kernels see one formula. An activation
+    stands between the two terms, so there the pair is returned as it came.
 
     Args:
         encode: W, (r, D) or (g, r, D), or None.

@@ -1,7 +1,7 @@
 """The edit in batched PyTorch calls, forward and backward: the path wherever Triton is not.
 
-Per group: gather rows, one product with the encoder, one with the decoder, write the rows back. Nothing of
-the size of ``hidden`` is read or allocated, nothing synchronises with the device.
+Per group: gather rows, one product with the encoder, one with the decoder, write the rows back.
+Nothing of the size of ``hidden`` is read or allocated, nothing synchronises with the device.
 
 Rows marked −1 must change nothing, yet shapes stay static: see :class:`reft_kernels.rows.Place`.
 """
@@ -30,8 +30,8 @@ def edit_forward(
     """Edit ``hidden`` (N, D) in place; parameters (g, r, D), bias (g, r).
 
     Returns:
-        x (n, D): the rows before the edit, in hidden's dtype; s (n, r): their codes; u (n, r): the argument
-        of the activation. None where not asked for (u: where there is no activation).
+        x (n, D): the rows before the edit, in hidden's dtype; s (n, r): their codes; u (n, r): the
+        argument of the activation. None where not asked for (u: where there is no activation).
     """
     compute = compute_dtype(hidden, decode)
     saved_x, saved_s, saved_u = [], [], []
@@ -60,7 +60,6 @@ def edit_forward(
 
 def edit_backward(
     grad_out: Tensor,
-    grad_hidden: Tensor | None,
     plan: RowPlan,
     encode: Tensor | None,
     decode: Tensor,
@@ -70,18 +69,21 @@ def edit_backward(
     *,
     subtract: bool,
     activation: str | None,
-    wants: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    wants: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the edit for upstream v = ``grad_out`` (N, D).
 
         ds = v Rᵀ    du = ds · act′(u)    dh = v + du A − σ ds R    dA = duᵀ x    db = Σ du
         dR = sᵀ v − σ dsᵀ x
 
     Args:
-        grad_hidden: a copy of ``grad_out`` whose edited rows become dh, or None if nobody wants it.
-        wants: which of dA (g, r, D), db (g, r), dR (g, r, D) to return; the others are None.
+        wants: which of dh (N, D), dA (g, r, D), db (g, r), dR (g, r, D) to return; the others are
+            None.
+            dh is a new tensor: autograd owns ``grad_out``.
     """
     compute = compute_dtype(grad_out, decode)
+    want_hidden, want_encode, want_bias, want_decode = wants
+    d_hidden = grad_out.clone(memory_format=torch.contiguous_format) if want_hidden else None
     grads: tuple[list[Tensor], ...] = ([], [], [])
     for k, place in enumerate(plan.places):
         own = slice(plan.offsets[k], plan.offsets[k + 1])
@@ -89,35 +91,33 @@ def edit_backward(
         r = decode[k].to(compute)
         ds = v @ r.T
         du = ds if u is None else activation_grad(activation, u[own], ds)
-        if grad_hidden is not None and encode is not None:
+        if d_hidden is not None and encode is not None:
             dh = v.addmm(du, encode[k].to(compute))
             if subtract:
                 dh = dh.addmm(ds, r, alpha=-1)
-            place.write(grad_hidden, dh.to(grad_hidden.dtype))
+            place.write(d_hidden, dh.to(d_hidden.dtype))
         du, ds = place.cleared(du), place.cleared(ds)
-        if wants[0]:
+        if want_encode:
             assert x is not None
             grads[0].append(du.T @ x[own].to(compute))
-        if wants[1]:
+        if want_bias:
             grads[1].append(du.sum(0))
-        if wants[2]:
+        if want_decode:
             assert s is not None
-            d_decode = s[own].T @ v
+            outer = s[own].T @ v
             if subtract:
                 assert x is not None
-                d_decode = d_decode.addmm(ds.T, x[own].to(compute), alpha=-1)
-            grads[2].append(d_decode)
-    d_encode, d_bias, d_decode_all = (
+                outer = outer.addmm(ds.T, x[own].to(compute), alpha=-1)
+            grads[2].append(outer)
+    d_encode, d_bias, d_decode = (
         torch.stack(parts).to(decode.dtype) if parts else None for parts in grads
     )
-    return d_encode, d_bias, d_decode_all
+    return d_hidden, d_encode, d_bias, d_decode
 
 
 def compute_dtype(hidden: Tensor, parameter: Tensor) -> torch.dtype:
     """The accumulation dtype: float32, or float64 where either tensor is."""
-    return torch.promote_types(
-        torch.promote_types(hidden.dtype, parameter.dtype), torch.float32
-    )
+    return torch.promote_types(torch.promote_types(hidden.dtype, parameter.dtype), torch.float32)
 
 
 def _joined(parts: list[Tensor]) -> Tensor | None:

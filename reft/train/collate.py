@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 #: The label that no loss counts.
@@ -70,6 +69,28 @@ class ReftDataCollator:
         own = self.tokenizer.model_max_length
         return own if own < _NO_LIMIT else None
 
+    @property
+    def pad_id(self) -> int:
+        """What fills ``input_ids``. Without a padding token any will do, since masks are given."""
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return pad if pad is not None else eos or 0
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The tokens of a prompt, in training as in generation, whatever their number.
+
+        Raises:
+            ValueError: there are none.
+        """
+        ids = list(self.tokenizer(prompt)["input_ids"])
+        eos = self.tokenizer.eos_token_id
+        # Some tokenizers end every text with this token, but a prompt goes on.
+        ended = bool(ids) and eos is not None and ids[-1] == eos
+        if ended and not prompt.endswith(str(self.tokenizer.eos_token)):
+            ids.pop()
+        if not ids:
+            raise ValueError(f"the prompt has no tokens: {prompt!r}")
+        return ids
+
     def tokenize(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """One record as a feature with ``input_ids``; a feature that has them is returned as it is.
 
@@ -82,17 +103,16 @@ class ReftDataCollator:
         if "input_ids" in record:
             return {name: value for name, value in record.items() if name not in _RAW}
         if "prompt" in record:
-            return self._tokenize_prompt(record["prompt"], record.get("completion"))
-        if "text" in record:
-            feature = dict(self.tokenizer(record["text"], truncation=False))
-            self._fit(feature, "text", record["text"])
-            if "label" in record:
-                feature["labels"] = record["label"]
-            return feature
-        raise ValueError(
-            "a feature must hold 'input_ids', or 'prompt' and 'completion', or 'text' and 'label'; "
-            f"got {sorted(record)}"
-        )
+            feature = self._tokenize_prompt(record["prompt"], record.get("completion"))
+        elif "text" in record:
+            feature = self._tokenize_text(record["text"])
+        else:
+            raise ValueError(
+                "a feature must hold 'input_ids', or 'prompt' and 'completion', or 'text' and "
+                f"'label'; got {sorted(record)}"
+            )
+        kept = ("label", "adapter_names")
+        return feature | {name: record[name] for name in kept if name in record}
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The padded batch.
@@ -127,14 +147,8 @@ class ReftDataCollator:
     # ---------------------------------------------------------------- one feature
 
     def _tokenize_prompt(self, prompt: str, completion: str | None) -> dict[str, Any]:
-        ids = list(self.tokenizer(prompt)["input_ids"])
+        ids = self.prompt_ids(prompt)
         eos = self.tokenizer.eos_token_id
-        # Some tokenizers end every text with this token, but a prompt goes on.
-        ended = bool(ids) and eos is not None and ids[-1] == eos
-        if ended and not prompt.endswith(str(self.tokenizer.eos_token)):
-            ids.pop()
-        if not ids:
-            raise ValueError(f"the prompt has no tokens: {prompt!r}")
         room = None if self.limit is None else self.limit - len(ids)
         needed = 0 if completion is None else 1
         if room is not None and room < needed:
@@ -163,19 +177,20 @@ class ReftDataCollator:
         feature["input_ids"] = ids + answer
         return feature
 
-    def _fit(self, feature: dict[str, Any], name: str, text: str) -> None:
+    def _tokenize_text(self, text: str) -> dict[str, Any]:
+        feature = dict(self.tokenizer(text))
         length = len(feature["input_ids"])
         if not length:
-            raise ValueError(f"the {name} has no tokens: {text!r}")
+            raise ValueError(f"the text has no tokens: {text!r}")
         if self.limit is None or length <= self.limit:
-            return
+            return feature
         if not self.truncate:
             raise ValueError(
-                f"the {name} has {length} tokens and max_length is {self.limit}; allow it to be "
-                f"cut (truncate=True) or raise max_length. It begins {text[:60]!r}"
+                f"the text has {length} tokens and max_length is {self.limit}; allow it to be cut "
+                f"(truncate=True) or raise max_length. It begins {text[:60]!r}"
             )
         # The tokenizer cuts, so that the special tokens at the end stay.
-        feature.update(self.tokenizer(text, truncation=True, max_length=self.limit))
+        return dict(self.tokenizer(text, truncation=True, max_length=self.limit))
 
     def _complete(self, feature: dict[str, Any]) -> dict[str, Any]:
         """Names as in the batch, an attention mask, and labels if a prompt length implies them."""
@@ -196,34 +211,36 @@ class ReftDataCollator:
     def _stack(self, name: str, values: list[Any], lengths: list[int], size: int) -> Any:
         if name == "adapter_names":
             return values
-        first = values[0]
-        if not isinstance(first, (Tensor, Sequence)) or isinstance(first, str):
-            return torch.tensor(values)
         rows = [_numbers(value) for value in values]
-        if [len(row) for row in rows] == lengths:
+        by_token = [len(row) if isinstance(row, list) else -1 for row in rows] == lengths
+        if by_token:
             fill = self._fill(name)
             rows = [row + [fill] * (size - len(row)) for row in rows]
-        return torch.tensor(rows)
+        try:
+            return torch.tensor(rows)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"field {name!r} of the features does not make a tensor: {error}"
+            ) from None
 
     def _fill(self, name: str) -> int:
         if name == "labels":
             return IGNORED
         if name == "token_type_ids":
             return self.tokenizer.pad_token_type_id
-        if name == "input_ids":
-            # Without a padding token any will do: the attention mask is made from lengths.
-            pad = self.tokenizer.pad_token_id
-            return pad if pad is not None else self.tokenizer.eos_token_id or 0
-        return 0
+        return self.pad_id if name == "input_ids" else 0
 
 
-def _numbers(value: Any) -> list[Any]:
-    return value.tolist() if hasattr(value, "tolist") else list(value)
+def _numbers(value: Any) -> Any:
+    """Tensors, arrays and sequences as lists; one number as it is."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _before_labels(labels: Any, length: int) -> int:
     """Tokens before the first one that a loss counts; all of them where labels are not by token."""
-    if not isinstance(labels, (Tensor, Sequence)) or isinstance(labels, str):
+    numbers = _numbers(labels)
+    if not isinstance(numbers, list):
         return length
-    counted = (at for at, label in enumerate(_numbers(labels)) if label != IGNORED)
-    return next(counted, length)
+    return next((at for at, label in enumerate(numbers) if label != IGNORED), length)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 
 def interpreted() -> bool:
-    """Whether kernels run on the CPU under Triton's interpreter. Triton reads the switch when a kernel is
+    """Whether kernels run under Triton's interpreter. Triton reads the switch when a kernel is
     decorated, so it must be set before the first edit."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 

@@ -3,11 +3,12 @@
     ds = R v    du = ds · act′(u)    dh = v + Aᵀ du − σ Rᵀ ds
     dA = Σ du hᵀ    db = Σ du    dR = Σ s vᵀ − σ Σ ds hᵀ
 
-``edit_rows_grad_kernel`` does the first line, with the grid of the forward kernel. Bytes: n·D·e read twice,
-written once; flops 4·n·r·D (6·n·r·D with σ).
-``edit_params_grad_kernel`` does the second: a program owns BLOCK_D columns of one group and walks over its
-rows, so nothing is added atomically and two runs agree bit for bit. Bytes: 2·n·D·e read, 2·r·D·4 written
-(times the number of splits of the row loop, whose partial sums PyTorch adds in a fixed order); flops 4·n·r·D.
+``edit_rows_grad_kernel`` does the first line, with the grid of the forward kernel. Bytes: n·D·e
+read twice, written once; flops 4·n·r·D (6·n·r·D with σ).
+``edit_params_grad_kernel`` does the second: a program owns BLOCK_D columns of one group and walks
+over its rows, so nothing is added atomically and two runs agree bit for bit. Bytes: 2·n·D·e read,
+2·r·D·4 written (times the number of splits of the row loop, whose partial sums PyTorch adds in a
+fixed order); flops 4·n·r·D.
 """
 
 import triton
@@ -93,7 +94,9 @@ def edit_rows_grad_kernel(
 
 
 @triton.jit
-def _outer_sum(total, b_code, b_rows, DOT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+def _outer_sum(
+    total, b_code, b_rows, DOT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
+):
     """total + codeᵀ rows: [BLOCK_R, BLOCK_D] from [BLOCK_N, BLOCK_R] and [BLOCK_N, BLOCK_D]."""
     if DOT:
         return tl.dot(tl.trans(b_code), b_rows, total, input_precision=PRECISION, out_dtype=ACC)

@@ -1,9 +1,9 @@
 """Launch settings as data: a pure function of shape and dtype, no autotuning at run time.
 
-Two regimes by rank. Up to 8 the products are summed by fused multiply-adds over a [rows, rank, chunk] tile in
-registers, exact in float32; above, the matrix units take over (they work on 16 at least). Tile sizes are
-chosen so that no build spills on the targets of ``python -m benchmarks compile`` (seen in its table); none
-of them has been tuned on a device yet.
+Two regimes by rank. Up to 8 the products are summed by fused multiply-adds over a [rows, rank,
+chunk] tile in registers, exact in float32; above, the matrix units take over (they work on 16 at
+least). Tile sizes are chosen so that no build spills on the targets of ``python -m benchmarks
+compile`` (seen in its table); none of them has been tuned on a device yet.
 """
 
 from __future__ import annotations
@@ -54,8 +54,11 @@ def choose(
     dot = block_r > 8 and dtype is not torch.float64
     if dot:
         rows = 16
-        # Three tf32 products hold their operands twice: half the chunk, or the tile spills (seen on cuda:90).
-        chunk = 128 if block_r <= 32 and dtype is not torch.float32 else 64 if block_r <= 128 else 32
+        # Three tf32 products hold their operands twice: half the chunk, or the tile spills (seen on
+        # cuda:90).
+        chunk = (
+            128 if block_r <= 32 and dtype is not torch.float32 else 64 if block_r <= 128 else 32
+        )
     else:
         rows = max(1, min(4, 32 // block_r))
         chunk = max(16, min(256, _FMA_TILE // (rows * block_r)))
@@ -69,7 +72,8 @@ def choose(
 
 def _precision(dtype: torch.dtype, hip: bool) -> str:
     """float32 hidden keeps float32 products; a bfloat16 or float16 value is exact in tf32 (10 bits of
-    mantissa), where only the float32 parameter is rounded, four to eight times finer than hidden is."""
+    mantissa), where only the float32 parameter is rounded, four to eight times finer than hidden
+    is."""
     if dtype is torch.float32:
         return "ieee" if hip else "tf32x3"
     return "tf32"

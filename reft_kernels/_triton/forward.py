@@ -3,8 +3,8 @@
     u = A h + b        s = act(u) − σ R h        h' = h + Rᵀ s
 
 Grid: (tiles of the largest group, g); tiles past the end of their group leave at once.
-Bytes: n·D·e read twice (the second time from cache) and written once, n·D·e more where the rows are saved,
-and 2·r·D·4 of parameters a tile. Flops: 4·n·r·D, 6·n·r·D with σ beside an activation.
+Bytes: n·D·e read twice (the second time from cache) and written once, n·D·e more where the rows are
+saved, and 2·r·D·4 of parameters a tile. Flops: 4·n·r·D, 6·n·r·D with σ beside an activation.
 """
 
 import triton

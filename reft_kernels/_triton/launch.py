@@ -30,7 +30,7 @@ def edit_forward(
     save_rows: bool,
     save_code: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Edit ``hidden`` (N, D) in place; returns x (n, D), s (n, r), u (n, r), None where not asked for."""
+    """Edit ``hidden`` (N, D) in place; returns x (n, D), s (n, r), u (n, r) as asked."""
     rank, dim = decode.shape[-2:]
     n = plan.num_rows
     compute = _compute_dtype(hidden, decode)
@@ -81,7 +81,6 @@ def edit_forward(
 
 def edit_backward(
     grad_out: Tensor,
-    grad_hidden: Tensor | None,
     plan: RowPlan,
     encode: Tensor | None,
     decode: Tensor,
@@ -91,17 +90,20 @@ def edit_backward(
     *,
     subtract: bool,
     activation: str | None,
-    wants: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dA, db, dR as wanted; rewrites the edited rows of ``grad_hidden``, a contiguous copy of ``grad_out``."""
+    wants: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dh (N, D), a new tensor, dA, db and dR, None where not wanted."""
     rank, dim = decode.shape[-2:]
     n = plan.num_rows
     compute = _compute_dtype(grad_out, decode)
     dtype = compute if compute is torch.float64 else grad_out.dtype
     hip = torch.version.hip is not None
-    write_rows = grad_hidden is not None and encode is not None
-    want_code = wants[0] or wants[1]
-    want_difference = subtract and wants[2]
+    want_hidden, want_encode, want_bias, want_decode = wants
+    # Autograd owns grad_out, so its edited rows are rewritten in a copy.
+    d_hidden = grad_out.clone(memory_format=torch.contiguous_format) if want_hidden else None
+    write_rows = want_hidden and encode is not None
+    want_code = want_encode or want_bias
+    want_difference = subtract and want_decode
     decode = decode.contiguous()
     encode = decode if encode is None else encode.contiguous()
     grad_strides = (grad_out.stride(0), grad_out.stride(1))
@@ -114,7 +116,7 @@ def edit_backward(
         edit_rows_grad_kernel[triton.cdiv(plan.largest_group, config.rows), plan.num_groups](
             grad_out,
             *grad_strides,
-            grad_out if grad_hidden is None else grad_hidden,
+            grad_out if d_hidden is None else d_hidden,
             plan.rows,
             plan.device_offsets,
             encode,
@@ -138,18 +140,18 @@ def edit_backward(
             num_warps=config.warps,
             num_stages=config.stages,
         )
-    if not any(wants):
-        return None, None, None
+    if not any(wants[1:]):
+        return d_hidden, None, None, None
 
     config = choose("params", dim=dim, rank=rank, num_rows=plan.largest_group, dtype=dtype, hip=hip)
     whole = (config.splits, *decode.shape)
     sums = tuple(
         grad_out.new_empty(shape, dtype=compute) if want else None
-        for shape, want in zip((whole, whole[:-1], whole), wants, strict=True)
+        for shape, want in zip((whole, whole[:-1], whole), wants[1:], strict=True)
     )
     d_encode, d_bias, d_decode = sums
     # Columns are divided among programs; without a matrix to divide, one program sums the bias.
-    columns = triton.cdiv(dim, config.chunk) if wants[0] or wants[2] else 1
+    columns = triton.cdiv(dim, config.chunk) if want_encode or want_decode else 1
     edit_params_grad_kernel[columns, plan.num_groups, config.splits](
         grad_out,
         *grad_strides,
@@ -164,9 +166,9 @@ def edit_backward(
         decode if d_decode is None else d_decode,
         DIM=dim,
         RANK=rank,
-        WANT_ENCODE=wants[0],
-        WANT_BIAS=wants[1],
-        WANT_DECODE=wants[2],
+        WANT_ENCODE=want_encode,
+        WANT_BIAS=want_bias,
+        WANT_DECODE=want_decode,
         SUBTRACT=want_difference,
         BLOCK_N=config.rows,
         BLOCK_R=config.rank,
@@ -177,8 +179,10 @@ def edit_backward(
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    results = tuple(None if part is None else _joined(part, decode.dtype) for part in sums)
-    return results[0], results[1], results[2]
+    d_encode, d_bias, d_decode = (
+        None if part is None else _joined(part, decode.dtype) for part in sums
+    )
+    return d_hidden, d_encode, d_bias, d_decode
 
 
 def _compute_dtype(hidden: Tensor, parameter: Tensor) -> torch.dtype:

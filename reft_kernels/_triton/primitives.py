@@ -1,10 +1,12 @@
 """Device functions that the row kernels share: two passes over D, and the activations.
 
-A row kernel holds BLOCK_N rows. Pass one (``project``) reads the rows in chunks of BLOCK_D and reduces them
-to BLOCK_R numbers each; pass two (``add_decoded``) reads the chunks again, from cache, and writes them back
-with the decoded code added. Everything is accumulated in ACC, rounded once at the store.
+A row kernel holds BLOCK_N rows. Pass one (``project``) reads the rows in chunks of BLOCK_D and
+reduces them to BLOCK_R numbers each; pass two (``add_decoded``) reads the chunks again, from cache,
+and writes them back with the decoded code added. Everything is accumulated in ACC, rounded once at
+the store.
 
-Names: ``b_`` tiles with their shape behind, ``m_`` masks. Row offsets are int64 before they are multiplied.
+Names: ``b_`` tiles with their shape behind, ``m_`` masks. Row offsets are int64 before they are
+multiplied.
 """
 
 import triton
@@ -55,7 +57,9 @@ def _tanh(u):
 
 
 @triton.jit
-def load_matrix(ptr, dims, DIM: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr):
+def load_matrix(
+    ptr, dims, DIM: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr
+):
     """Columns ``dims`` of a contiguous (r, D) parameter, 0 outside: [BLOCK_R, BLOCK_D]."""
     ranks = tl.arange(0, BLOCK_R)
     mask = (ranks < RANK)[:, None] & (dims < DIM)[None, :]
@@ -96,7 +100,9 @@ def project(
             other=0.0,
         )  # [BLOCK_N, BLOCK_D]
         if COPY:
-            tl.store(copy_ptr + places[:, None] * DIM + dims[None, :], b_x, mask=inside[:, None] & m_dims)
+            tl.store(
+                copy_ptr + places[:, None] * DIM + dims[None, :], b_x, mask=inside[:, None] & m_dims
+            )
         b_x = b_x.to(ACC)
         b_m = load_matrix(matrix_ptr, dims, DIM, RANK, BLOCK_R, ACC)
         if DOT:

@@ -193,18 +193,18 @@ def position_table(positions: str, tied: bool) -> Tensor:
 
 
 def write(name: str, groups: dict[str, dict[str, Tensor]], **metadata: object) -> None:
-    """``golden/<name>.safetensors`` with keys "group/tensor", and the versions in its metadata."""
+    """``golden/<name>.safetensors``: keys "group/tensor", JSON in its metadata under "golden"."""
     versions = {package: version(package) for package in PACKAGES}
     versions["python"] = platform.python_version()
-    texts = {"made_by": "tests/parity/make_golden.py", "versions": json.dumps(versions)}
-    texts |= {key: json.dumps(value) for key, value in metadata.items()}
+    # One entry, because safetensors writes several in an order that changes from run to run.
+    facts = {"made_by": "tests/parity/make_golden.py", "versions": versions, **metadata}
     flat = {
         f"{group}/{key}": value.contiguous()
         for group, found in groups.items()
         for key, value in found.items()
     }
     path = GOLDEN / f"{name}.safetensors"
-    save_file(flat, path, texts)
+    save_file(flat, path, {"golden": json.dumps(facts)})
     path.chmod(0o644)
     log.info("%s: %d tensors, %.0f kB", path.name, len(flat), path.stat().st_size / 1e3)
 

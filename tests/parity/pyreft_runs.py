@@ -34,7 +34,7 @@ FAMILY = {  # this library's name -> pyreft's class
 
 
 def tiny_model() -> LlamaForCausalLM:
-    """A random Llama whose weights are large enough for an edit of the prompt to move the answer."""
+    """A random Llama with weights large enough for an edit of the prompt to move the answer."""
     torch.manual_seed(1)
     config = LlamaConfig(
         hidden_size=HIDDEN,
@@ -70,8 +70,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Prompts(pyreft.ReftGenerationDataset):
-    """pyreft's dataset, for which a prompt ends one token early; ``prompt_end="last"`` undoes that, as
-    the datasets of its examples (the paper's runs) do."""
+    """pyreft's dataset, for which a prompt ends one token early; ``prompt_end="last"`` undoes that,
+    as the datasets of its examples (the paper's runs) do."""
 
     def preprocess(self, kwargs: dict) -> None:
         super().preprocess(kwargs)
@@ -150,8 +150,8 @@ def reflectors(columns: Tensor) -> tuple[Tensor, Tensor]:
     """(packed (D, r), base (D, D)) of Rᵀ (D, r) with orthonormal columns.
 
     ``torch.geqrf`` writes Rᵀ = H(V₀) E diag(s) with s = ±1. base is H(V₀) with its first r columns
-    multiplied by s, an orthogonal completion of Rᵀ. packed holds V₀ strictly below the diagonal (its
-    unit diagonal is implied) and −s on it: zero free parameters give H(0) E = −E, hence
+    multiplied by s, an orthogonal completion of Rᵀ. packed holds V₀ strictly below the diagonal
+    (its unit diagonal is implied) and −s on it: zero free parameters give H(0) E = −E, hence
     Rᵀ = H(V₀) H(0) E diag(−s).
     """
     packed, tau = torch.geqrf(columns)
@@ -173,7 +173,7 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
-    """The gradients, ``grad.`` before each name; ``grad.free`` (D, r) is that of the parameter which
+    """The gradients, ``grad.`` before each name; ``grad.free`` (D, r) is that of the parameter that
     torch's parametrisation trains.
 
     Left out is what has none: R outside ``one_rotation``, a projection bias that pyreft ignores.
@@ -233,7 +233,7 @@ def reft_model(
 
 
 def stacked(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors as (layers, groups, …): group 0 the prefix (or every position), group 1 the suffix."""
+    """Tensors as (layers, groups, …): group 0 the prefix (or every position), 1 the suffix."""
     stacks = {key: torch.stack([entry[key] for entry in found]) for key in found[0]}
     return {
         key: value.unflatten(0, (-1, LAYERS)).transpose(0, 1).contiguous()
@@ -263,7 +263,10 @@ class RecordingTrainer(pyreft.ReftTrainer):
 
 
 def train(model: pyreft.ReftModel, data: Prompts, steps: int, learning_rate: float) -> Tensor:
-    """The losses (steps,) float64, each before its step of AdamW: constant rate, no decay, no clipping."""
+    """The losses (steps,) float64, each before its step of AdamW.
+
+    The rate is constant; there is no weight decay (it sets R to zero) and no clipping.
+    """
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,

@@ -31,6 +31,7 @@ OTHER = {
     "prompt_end": "second_to_last",
     "modules_to_save": ("classifier", "score"),
     "task_type": "SEQ_CLS",
+    "block_path": "model.layers",
     "base_model_name_or_path": "some/model",
     "format_version": FORMAT_VERSION,  # the only one there is
 }
@@ -84,6 +85,7 @@ configs = st.builds(
     prompt_end=st.sampled_from(["last", "second_to_last"]),
     modules_to_save=st.none() | st.lists(st.text(min_size=1), max_size=3),
     task_type=st.sampled_from([None, *HEAD_MODULES]),
+    block_path=st.none() | st.text(),
     base_model_name_or_path=st.none() | st.text(),
 )
 
@@ -185,6 +187,7 @@ BAD = [
     ("modules_to_save", "classifier", ["'classifier'", "list of module names"]),
     ("modules_to_save", [""], ["['']", "list of module names"]),
     ("task_type", "SEQ_CLASS", ["'SEQ_CLASS'", "did you mean 'SEQ_CLS'?", "CAUSAL_LM"]),
+    ("block_path", 3, ["3", "string"]),
     ("base_model_name_or_path", 3, ["3", "string"]),
     ("format_version", 0, ["0"]),
     ("format_version", FORMAT_VERSION + 1, [str(FORMAT_VERSION + 1), "newer"]),

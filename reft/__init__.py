@@ -1,0 +1,49 @@
+"""Representation finetuning (ReFT) of Hugging Face models.
+
+    model = reft.get_reft_model(base_model, reft.ReftConfig(positions="f7+l7", rank=8))
+
+Importing this package imports none of its parts: each name loads what it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reft.config import ReftConfig
+    from reft.model.reft_model import ReftModel, get_reft_model
+    from reft.train.collate import ReftDataCollator
+    from reft.train.trainer import ReftTrainer
+
+__version__ = "0.1.0"
+
+#: public name -> the module that defines it.
+_HOMES = {
+    "ReftConfig": "reft.config",
+    "ReftDataCollator": "reft.train.collate",
+    "ReftModel": "reft.model.reft_model",
+    "ReftTrainer": "reft.train.trainer",
+    "get_reft_model": "reft.model.reft_model",
+}
+
+__all__ = [
+    "ReftConfig",
+    "ReftDataCollator",
+    "ReftModel",
+    "ReftTrainer",
+    "__version__",
+    "get_reft_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,93 @@
+"""The command line: ``reft demo``, ``train``, ``evaluate``, ``generate``.
+
+Nothing heavy is imported before a command runs, so that ``reft --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+
+from reft.cli import demo, evaluate, generate, train
+from reft.cli.errors import UserError, one_line
+
+app = typer.Typer(
+    name="reft",
+    help="Representation finetuning: train and use ReFT adapters of Hugging Face models.",
+    epilog="Every error that you can put right is one line; --traceback shows where it came from.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+
+
+def _show_version(value: bool) -> None:
+    if not value:
+        return
+    try:
+        typer.echo(f"reft {version('reft')}")
+    except PackageNotFoundError:
+        typer.echo("reft (not installed)")
+    raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and leave."
+        ),
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error came from.")
+    ] = False,
+) -> None:
+    context.obj = {"traceback": traceback}
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave: 0 if all went well, 2 after a mistake of the user's.
+
+    Args:
+        arguments: those after the name of the program; None for the process's own.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command: Any = typer.main.get_command(app)
+    try:
+        code = command.main(args=given, prog_name="reft", standalone_mode=False)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        message = _message(error)
+        if message is None or "--traceback" in given:
+            raise
+        typer.echo(f"Error: {message}", err=True)
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell the user; None if the error is not the user's but a defect."""
+    if hasattr(error, "format_message"):  # click's errors; typer brings a click of its own
+        context = getattr(error, "ctx", None)
+        where = f" (see {context.command_path} --help)" if context is not None else ""
+        return " ".join(error.format_message().split()) + where
+    if isinstance(error, (UserError, ValueError, OSError, ImportError)):
+        return one_line(error)
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"{one_line(error)} (a smaller --batch-size may help)"
+    if isinstance(error, typer.Abort):
+        return "aborted"
+    return None

@@ -1,0 +1,81 @@
+"""``reft generate``: completions on stdout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reft.cli import options
+from reft.cli.errors import UserError, writable_file
+
+
+def generate(
+    model: options.Model,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The prompt to complete.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", "-d", help="JSON or JSONL with a 'prompt' in each record."),
+    ] = None,
+    adapter: options.Adapter = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write JSONL with prompt and completion there."),
+    ] = None,
+    max_new_tokens: options.MaxNewTokens = 64,
+    batch_size: options.BatchSize = 8,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="Sample at this; 0 is greedy.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+) -> None:
+    """Complete one prompt, or every prompt of a file."""
+    import json
+
+    from rich.console import Console
+
+    from reft.cli.loading import check_model_name, load_model
+    from reft.train.evaluate import generate_completions
+    from reft.train.records import read_records
+
+    if (prompt is None) == (data is None):
+        raise UserError("give one of --prompt and --data")
+    if data is not None:
+        records = read_records(data, required=("prompt",), optional=("completion",))
+        prompts = [record["prompt"] for record in records]
+    else:
+        prompts = [str(prompt)]
+    if output is not None:
+        writable_file(output)
+    check_model_name(model)
+    wrapped, tokenizer = load_model(model, adapter, dtype=dtype, device=device)
+    sampling = {}
+    if temperature:
+        import torch
+
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature}
+    completions = generate_completions(
+        wrapped,
+        tokenizer,
+        prompts,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        console=Console(stderr=True),
+        **sampling,
+    )
+    if output is None:
+        for completion in completions:
+            typer.echo(completion)
+        return
+    lines = [
+        json.dumps({"prompt": asked, "completion": answer}, ensure_ascii=False) + "\n"
+        for asked, answer in zip(prompts, completions, strict=True)
+    ]
+    output.write_text("".join(lines), encoding="utf-8")
+    typer.echo(f"wrote {len(lines)} completions to {output}", err=True)

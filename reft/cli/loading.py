@@ -1,0 +1,95 @@
+"""Models, tokenizers and adapters from what the user typed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from reft.cli.errors import UserError, one_line
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+#: A name on the hub: one or two parts, no path.
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def check_model_name(model: str) -> None:
+    """Refuse what can be neither a model folder nor a name on the hub, without loading anything."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            held = "an adapter" if (folder / "adapter_config.json").is_file() else "no config.json"
+            raise UserError(f"{model} is not a model folder: it holds {held}")
+    elif folder.exists():
+        raise UserError(f"{model} is not a model folder: it is a file")
+    elif not _HUB_NAME.fullmatch(model) or model.startswith("."):
+        raise UserError(f"no such model folder: {model}")
+
+
+def resolve_device(name: str) -> Any:
+    """A ``torch.device`` that is there."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--device {name} cannot be used: {first}") from None
+    return device
+
+
+def load_base(model: str, *, dtype: str, device: str) -> tuple[Any, Any]:
+    """(causal language model in eval mode, its tokenizer)."""
+    if dtype not in _DTYPES:
+        raise UserError(f"--dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
+    check_model_name(model)
+    target = resolve_device(device)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"cannot load a causal language model from {model}: {_first(error)}"
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load a tokenizer from {model}: {_first(error)}") from error
+    return base.to(target).eval(), tokenizer
+
+
+def check_adapter(adapter: Path) -> None:
+    """Refuse a folder that holds no readable adapter, before the model is loaded."""
+    from reft.model.checkpoint import read_adapter
+
+    read_adapter(adapter)
+
+
+def load_model(model: str, adapter: Path | None, *, dtype: str, device: str) -> tuple[Any, Any]:
+    """(model with the adapter if one is named, tokenizer)."""
+    if adapter is not None:
+        check_adapter(adapter)
+    base, tokenizer = load_base(model, dtype=dtype, device=device)
+    if adapter is None:
+        return base, tokenizer
+    from reft.model.reft_model import ReftModel
+
+    try:
+        return ReftModel.from_pretrained(base, adapter).eval(), tokenizer
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the adapter in {adapter} does not fit {model}: {one_line(error)}"
+        ) from error
+
+
+def _first(error: BaseException) -> str:
+    """The first sentence of transformers' long messages."""
+    return " ".join(str(error).split("\n\n")[0].split()).split(". ")[0]

@@ -1,0 +1,51 @@
+"""Training progress on the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+class ProgressCallback(TrainerCallback):
+    """A bar of optimizer steps with the latest losses; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.losses: dict[str, str] = {}
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"),
+            console=console,
+        )
+        self.task = self.bar.add_task("training", losses="")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        found = {
+            name: f"{name.replace('_', ' ')} {logs[name]:.4f}"
+            for name in ("loss", "eval_loss")
+            if logs and name in logs
+        }
+        if not found:
+            return
+        self.losses |= found
+        self.bar.update(self.task, losses=", ".join(self.losses.values()))
+        if not self.console.is_terminal:
+            self.console.print(f"step {state.global_step}: {', '.join(found.values())}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.stop()

@@ -1,0 +1,209 @@
+"""``reft train``: one adapter from one data file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from reft.cli import options
+from reft.cli.errors import UserError, writable_folder
+
+if TYPE_CHECKING:
+    from reft.train.collate import ReftDataCollator
+
+
+def train(
+    model: options.Model,
+    data: Annotated[
+        Path,
+        typer.Option("--data", "-d", help="JSON or JSONL with 'prompt' and 'completion'."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the adapter goes.")],
+    eval_data: Annotated[
+        Path | None, typer.Option("--eval-data", help="Report the loss on this file each epoch.")
+    ] = None,
+    intervention: Annotated[
+        str, typer.Option("--intervention", help="loreft, direft, noreft, consreft, lobireft, …")
+    ] = "loreft",
+    rank: Annotated[int, typer.Option("--rank", "-r", help="Directions edited.")] = 8,
+    layers: Annotated[
+        str, typer.Option("--layers", help='all, or numbers such as "3;9;18;24"; −1 is the last.')
+    ] = "all",
+    positions: Annotated[
+        str, typer.Option("--positions", help="Tokens edited: f7+l7, f3, l1, prompt, all.")
+    ] = "f7+l7",
+    tied: Annotated[
+        bool, typer.Option("--tied/--untied", help="One set of weights for first and last tokens.")
+    ] = True,
+    activation: Annotated[
+        str | None, typer.Option("--activation", help="Around the encoder: relu, gelu, silu, …")
+    ] = None,
+    dropout: Annotated[float, typer.Option("--dropout", help="Of the edit, in [0, 1).")] = 0.0,
+    init: Annotated[
+        str, typer.Option("--init", help="pyreft: a small random edit; identity: none.")
+    ] = "pyreft",
+    epochs: Annotated[float, typer.Option("--epochs", min=0.0, help="Passes over the data.")] = 3.0,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Optimizer steps, instead of --epochs.")
+    ] = None,
+    batch_size: options.BatchSize = 8,
+    accumulate: Annotated[
+        int, typer.Option("--accumulate", min=1, help="Batches in one optimizer step.")
+    ] = 1,
+    learning_rate: Annotated[float, typer.Option("--lr", min=0.0, help="At its highest.")] = 9e-4,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", min=0.0)] = 0.0,
+    warmup: Annotated[
+        float, typer.Option("--warmup", min=0.0, max=0.99, help="Share of steps with rising lr.")
+    ] = 0.0,
+    schedule: Annotated[
+        str, typer.Option("--schedule", help="linear, cosine, constant, … as in transformers.")
+    ] = "linear",
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", min=1, help="The most tokens of a sequence.")
+    ] = None,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut completions that are too long.")
+    ] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    save_steps: Annotated[
+        int | None, typer.Option("--save-steps", min=1, help="A checkpoint every so many steps.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the adapter that is in --output.")
+    ] = False,
+    log_steps: Annotated[int, typer.Option("--log-steps", min=1, help="Steps between logs.")] = 10,
+    seed: Annotated[int, typer.Option("--seed")] = 42,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+) -> None:
+    """Train an adapter of a causal language model on prompts and completions."""
+    from reft.cli.loading import check_model_name, load_base
+    from reft.config import ReftConfig
+    from reft.train.records import read_records
+
+    # In the order of what they cost: nothing is loaded or written for an input that is refused.
+    config = ReftConfig(
+        intervention=intervention,
+        rank=rank,
+        layers=layers,
+        positions=positions,
+        tied=tied,
+        activation=activation,
+        dropout=dropout,
+        init=init,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model,
+    )
+    records = read_records(data)
+    eval_records = None if eval_data is None else read_records(eval_data)
+    check_model_name(model)
+    checkpoint = _checkpoint(output, resume=resume, overwrite=overwrite)
+    writable_folder(output)
+
+    from rich.console import Console
+    from transformers import PrinterCallback, TrainingArguments, set_seed
+    from transformers.trainer_utils import SchedulerType
+
+    from reft.cli.progress import ProgressCallback
+    from reft.model.reft_model import get_reft_model
+    from reft.train.collate import ReftDataCollator
+    from reft.train.evaluate import context_length
+    from reft.train.trainer import ReftTrainer, require_accelerate
+
+    require_accelerate()
+    schedules = [one.value for one in SchedulerType]
+    if schedule not in schedules:
+        raise UserError(f"--schedule must be one of {', '.join(schedules)}; got {schedule!r}")
+    base, tokenizer = load_base(model, dtype=dtype, device=device)
+    limit = context_length(base)
+    if max_length is not None and limit is not None and max_length > limit:
+        raise UserError(f"--max-length is {max_length}, but {model} has {limit} positions")
+    collator = ReftDataCollator(tokenizer, max_length=max_length or limit, truncate=truncate)
+    examples = _tokenize(collator, records, data)
+    eval_examples = None if eval_records is None else _tokenize(collator, eval_records, eval_data)
+
+    set_seed(seed)
+    wrapped = get_reft_model(base, config)
+    console = Console(stderr=True)
+    trainable, total = wrapped.get_nb_trainable_parameters()
+    console.print(
+        f"{len(examples)} records; training {trainable:,} of {total:,} parameters "
+        f"({100 * trainable / total:.4f} %) on {base.device}"
+    )
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=epochs,
+        max_steps=steps or -1,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=accumulate,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        warmup_steps=warmup,
+        lr_scheduler_type=schedule,
+        gradient_checkpointing=gradient_checkpointing,
+        eval_strategy="no" if eval_examples is None else "epoch",
+        save_strategy="no" if save_steps is None else "steps",
+        save_steps=save_steps or 500,
+        logging_steps=log_steps,
+        seed=seed,
+        use_cpu=base.device.type == "cpu",
+        disable_tqdm=True,
+        report_to="none",
+    )
+    trainer = ReftTrainer(
+        wrapped,
+        arguments,
+        collator,
+        examples,
+        eval_examples,
+        processing_class=tokenizer,
+        callbacks=[ProgressCallback(console)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = {"train loss": result.training_loss}
+    if eval_examples is not None:
+        metrics["eval loss"] = trainer.evaluate()["eval_loss"]
+    wrapped.save_pretrained(output)
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    typer.echo(f"{losses}; adapter written to {output}")
+
+
+def _checkpoint(output: Path, *, resume: bool, overwrite: bool) -> str | None:
+    """The checkpoint to go on from, if asked; refuses to replace an adapter unless told to."""
+    from reft.model.checkpoint import WEIGHTS_FILE
+
+    if resume:
+        found = sorted(
+            (int(folder.name.removeprefix("checkpoint-")), folder)
+            for folder in output.glob("checkpoint-*")
+            if folder.name.removeprefix("checkpoint-").isdigit()
+        )
+        if not found:
+            raise UserError(f"--resume: there is no checkpoint in {output}")
+        return str(found[-1][1])
+    if (output / WEIGHTS_FILE).exists() and not overwrite:
+        raise UserError(f"{output} holds an adapter already; --overwrite replaces it")
+    return None
+
+
+def _tokenize(
+    collator: ReftDataCollator, records: Sequence[dict[str, Any]], source: Path | None
+) -> list[dict[str, Any]]:
+    """The records as token ids, so that one that is too long is found before the first step."""
+    examples = []
+    for number, record in enumerate(records, start=1):
+        try:
+            examples.append(collator.tokenize(record))
+        except ValueError as error:
+            raise UserError(f"{source}, record {number}: {error}") from None
+    return examples

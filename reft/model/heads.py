@@ -1,0 +1,126 @@
+"""Modules of the base that an adapter trains in full, PEFT's ``modules_to_save``.
+
+The active adapter's copy stands in the base model where the original stood; originals and the
+copies of other adapters wait here, frozen. A module is always in exactly one place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class HeadStore(nn.Module):
+    """Heads that are not in the model at the moment.
+
+    Attributes:
+        shown: the adapter whose copies are in the model, or None for the originals.
+        paths: adapter -> the paths of its heads in the base model.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting = nn.ModuleDict()
+        self.shown: str | None = None
+        self.paths: dict[str, tuple[str, ...]] = {}
+
+    def add(self, name: str, copies: Mapping[str, nn.Module]) -> None:
+        """Keep an adapter's heads, by their path in the base model."""
+        self.paths[name] = tuple(copies)
+        for path, module in copies.items():
+            self.waiting[_key(name, path)] = module
+
+    def remove(self, base: nn.Module, name: str) -> None:
+        """Forget an adapter's heads; if they are in the model, the originals return."""
+        if self.shown == name:
+            self.show(base, None)
+        for path in self.paths.pop(name):
+            del self.waiting[_key(name, path)]
+
+    def show(self, base: nn.Module, name: str | None) -> None:
+        """Put an adapter's copies into the model, or the originals for None."""
+        if name == self.shown:
+            return
+        if self.shown is not None:
+            self._swap(base, self.shown, taken=self.shown, put=None)
+        if name is not None:
+            self._swap(base, name, taken=None, put=name)
+        self.shown = name
+
+    def _swap(self, base: nn.Module, owner: str, *, taken: str | None, put: str | None) -> None:
+        for path in self.paths[owner]:
+            present, key = base.get_submodule(path), _key(put, path)
+            _set(base, path, self.waiting[key])
+            del self.waiting[key]
+            self.waiting[_key(taken, path)] = present
+
+    def modules_of(self, base: nn.Module, name: str) -> dict[str, nn.Module]:
+        """An adapter's heads by path, wherever they are."""
+        if self.shown == name:
+            return {path: base.get_submodule(path) for path in self.paths[name]}
+        return {path: self.waiting[_key(name, path)] for path in self.paths[name]}
+
+    def check_mixed(self, names: Iterable[str], active: str | None) -> None:
+        """Refuse a batch in which sequences would need different heads.
+
+        Raises:
+            ValueError: an adapter other than the active one alone, where one of them has heads.
+        """
+        named = set(names)
+        holders = [name for name in {*named, *([active] if active else [])} if self.paths.get(name)]
+        if holders and named != {active}:
+            raise ValueError(
+                f"adapter_names cannot mix adapters that train whole modules, which {holders[0]!r} does "
+                f"({', '.join(self.paths[holders[0]])}); make one batch for each and set_adapter"
+            )
+
+
+def copy_heads(base: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    """Copies of modules to train, by path; in the base's dtype, which their input has."""
+    return {path: copy.deepcopy(base.get_submodule(path)) for path in paths}
+
+
+def load_heads(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Set heads from ``<path>.<parameter>`` tensors.
+
+    Raises:
+        ValueError: a missing or unknown name or a wrong shape. Nothing was changed.
+    """
+    wanted = dict(head_state(modules))
+    missing, unknown = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
+    if missing or unknown:
+        raise ValueError(
+            f"stored heads do not fit the model; missing: {', '.join(missing) or 'none'}, "
+            f"unknown: {', '.join(unknown) or 'none'}"
+        )
+    for name, target in wanted.items():
+        if target.shape != tensors[name].shape:
+            raise ValueError(
+                f"stored head {name} must have shape {tuple(target.shape)}, "
+                f"got {tuple(tensors[name].shape)}"
+            )
+    with torch.no_grad():
+        for name, target in wanted.items():
+            target.copy_(tensors[name])
+
+
+def head_state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Parameters and buffers of heads as ``<path>.<parameter>``."""
+    return {
+        f"{path}.{name}": value
+        for path, module in modules.items()
+        for name, value in module.state_dict().items()
+    }
+
+
+def _key(owner: str | None, path: str) -> str:
+    # A module name holds no dots; an adapter name holds none either, so the key is unambiguous.
+    return f"{'' if owner is None else owner}/{path.replace('.', '/')}"
+
+
+def _set(base: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(base.get_submodule(parent), name, module)

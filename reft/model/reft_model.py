@@ -1,0 +1,436 @@
+"""``ReftModel``: a transformers model whose blocks' outputs are edited, with PEFT's names and
+habits."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from reft.config import ReftConfig
+from reft.model import storage
+from reft.model.attachment import BASE, Attachment
+from reft.model.generation import capture
+from reft.model.heads import copy_heads
+from reft.model.hooks import EditBlock, ForgetPlan, MakePlan
+from reft.model.sites import find_sites, site_device
+from reft.nn.bank import Bank
+
+logger = logging.getLogger(__name__)
+
+#: Name of the attachment among the base model's submodules.
+SUBMODULE = "reft"
+
+
+def get_reft_model(
+    base_model: nn.Module,
+    config: ReftConfig,
+    adapter_name: str = "default",
+    *,
+    generator: torch.Generator | None = None,
+) -> ReftModel:
+    """Attach a new adapter to a model: freeze it, and edit its blocks' outputs as ``config`` says.
+
+    Args:
+        base_model: a transformers model; changed in place until :meth:`ReftModel.unload`.
+        config: what the adapter is.
+        adapter_name: its name.
+        generator: the source of randomness for the adapter's first values.
+
+    Raises:
+        TypeError, ValueError: a model, configuration or name that does not fit. Nothing was
+            changed.
+    """
+    model = ReftModel(base_model, config.block_path)
+    try:
+        model.add_adapter(adapter_name, config, generator=generator)
+        model.set_adapter(adapter_name)
+    except BaseException:
+        model.unload()
+        raise
+    return model
+
+
+class ReftModel(nn.Module):
+    """A base model and its adapters. Made by :func:`get_reft_model` or :meth:`from_pretrained`.
+
+    It is called as the base model is, with two more keywords: ``prompt_lengths``, int (B,), the
+    number of prompt tokens of each sequence, and ``adapter_names``, one a sequence, "__base__" for
+    none. Attributes that it has not are the base model's.
+
+    Attributes:
+        base_model: the model; its submodule ``reft`` holds the adapters.
+    """
+
+    base_model: nn.Module
+
+    def __init__(self, base_model: nn.Module, block_path: str | None = None) -> None:
+        super().__init__()
+        if not isinstance(base_model, nn.Module):
+            raise TypeError(
+                f"base_model must be a torch.nn.Module, got {type(base_model).__name__}"
+            )
+        if isinstance(base_model, ReftModel) or hasattr(base_model, SUBMODULE):
+            raise ValueError(
+                f"base_model must not have adapters (an attribute {SUBMODULE!r}) yet, got "
+                f"{type(base_model).__name__} with one; use add_adapter, or unload() first"
+            )
+        sites = find_sites(base_model, block_path)
+        can_generate = getattr(base_model, "can_generate", None)
+        self.base_model = base_model
+        self._trainable_before = frozenset(
+            name for name, parameter in base_model.named_parameters() if parameter.requires_grad
+        )
+        for parameter in base_model.parameters():
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+        attachment = Attachment(sites, causal=bool(can_generate is not None and can_generate()))
+        base_model.add_module(SUBMODULE, attachment)
+        self._handles: dict[int | str, RemovableHandle] = {
+            "make": base_model.register_forward_pre_hook(
+                MakePlan(attachment, base_model), with_kwargs=True
+            ),
+            "forget": base_model.register_forward_hook(ForgetPlan(attachment), always_call=True),
+        }
+        attachment.train(base_model.training)
+        self.training = base_model.training
+        # On the instance, because signatures differ from base to base and Trainer reads them.
+        forward = functools.partial(ReftModel.forward, self)
+        forward.__signature__ = _signature(base_model)  # type: ignore[attr-defined]
+        self.forward = forward  # type: ignore[method-assign]
+
+    # ---------------------------------------------------------------- calls
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward, edited."""
+        return self.base_model(*args, **kwargs)
+
+    def generate(
+        self,
+        *args: Any,
+        prompt_lengths: Tensor | Sequence[int] | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's ``generate``, with the edits of its prompt.
+
+        The prompt is what is given to generate, or its first ``prompt_lengths`` tokens. Edits
+        happen while it is read, whole or in chunks; decoding costs nothing unless positions are
+        "all".
+
+        Args:
+            prompt_lengths: int (B,), before beams.
+            adapter_names: one a sequence, before beams; "__base__" for none.
+        """
+        generation = capture(self.base_model, args, kwargs, prompt_lengths, adapter_names)
+        with self._attached.generating(generation):
+            return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, with the adapters still attached; :meth:`unload` detaches them."""
+        return self.base_model
+
+    @property
+    def _attached(self) -> Attachment:
+        attachment = self.base_model._modules.get(SUBMODULE)
+        if not isinstance(attachment, Attachment):
+            raise RuntimeError("this ReftModel has no adapters: it was unloaded")
+        return attachment
+
+    # ---------------------------------------------------------------- adapters
+
+    @property
+    def configs(self) -> dict[str, ReftConfig]:
+        """name -> configuration of each adapter."""
+        attached = self._attached
+        return {name: attached.bank(name).config for name in attached.adapters}
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The adapter that forwards use; None if there is none."""
+        return self._attached.active
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """:attr:`active_adapter` as a list."""
+        return [] if self.active_adapter is None else [self.active_adapter]
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: ReftConfig,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Add a new adapter, frozen and not active; :meth:`set_adapter` activates it.
+
+        Models compiled before do not see it: add first, compile then.
+
+        Raises:
+            ValueError: a name that is taken or not allowed, a configuration that does not fit the
+                model. Nothing was changed.
+        """
+        bank, heads = self._new(adapter_name, config, generator)
+        self._attach(adapter_name, bank, heads)
+
+    def _new(
+        self, name: str, config: ReftConfig, generator: torch.Generator | None = None
+    ) -> tuple[Bank, dict[str, nn.Module]]:
+        attached = self._attached
+        _check_name(name, attached)
+        sites = attached.sites
+        if config.block_path not in (None, sites.path):
+            raise ValueError(
+                f"ReftConfig.block_path must be {sites.path!r}, where this model's adapters are, or "
+                f"None; got {config.block_path!r}"
+            )
+        if config.base_model_name_or_path is None:
+            origin = getattr(getattr(self.base_model, "config", None), "_name_or_path", None)
+            config = replace(config, base_model_name_or_path=origin or None)
+        layers = config.resolve_layers(len(sites.blocks))
+        own = attached.heads.shown
+        attached.heads.show(self.base_model, None)
+        try:
+            outside = (
+                path
+                for path, _ in self.base_model.named_modules()
+                if path != SUBMODULE and not path.startswith(f"{SUBMODULE}.")
+            )
+            heads = copy_heads(self.base_model, config.resolve_modules_to_save(outside))
+        finally:
+            attached.heads.show(self.base_model, own)
+        device = site_device(sites.blocks[layers[0]])
+        return Bank(config, layers, sites.dim, device=device, generator=generator), heads
+
+    def _attach(self, name: str, bank: Bank, heads: Mapping[str, nn.Module]) -> None:
+        attached = self._attached
+        bank.train(self.base_model.training).requires_grad_(False)
+        attached.adapters[name] = bank
+        attached.heads.add(name, heads)
+        for module in heads.values():
+            module.train(self.base_model.training).requires_grad_(False)
+        for layer in bank.layers:
+            if layer not in self._handles:
+                self._handles[layer] = attached.sites.blocks[layer].register_forward_hook(
+                    EditBlock(attached, layer), with_kwargs=True
+                )
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make an adapter the active one, and the only one that is trained.
+
+        Args:
+            adapter_name: its name.
+            inference_mode: leave it frozen.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        attached = self._attached
+        attached.bank(adapter_name)
+        attached.active = adapter_name
+        if not attached.disabled:
+            attached.heads.show(self.base_model, adapter_name)
+        for name in attached.adapters:
+            trained = name == adapter_name and not inference_mode
+            attached.bank(name).requires_grad_(trained)
+            for module in attached.heads.modules_of(self.base_model, name).values():
+                module.requires_grad_(trained)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was active, the oldest of the others becomes active, frozen.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        attached = self._attached
+        attached.bank(adapter_name)
+        attached.heads.remove(self.base_model, adapter_name)
+        del attached.adapters[adapter_name]
+        used = {layer for name in attached.adapters for layer in attached.bank(name).layers}
+        for layer in [one for one in self._handles if isinstance(one, int) and one not in used]:
+            self._handles.pop(layer).remove()
+        if attached.active == adapter_name:
+            attached.active = None
+            for other in attached.adapters:
+                logger.warning("adapter %r was active; now %r is", adapter_name, other)
+                self.set_adapter(other, inference_mode=True)
+                break
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the model is its base, bit for bit, heads included. May be nested."""
+        attached = self._attached
+        attached.disabled += 1
+        try:
+            attached.heads.show(self.base_model, None)
+            yield
+        finally:
+            attached.disabled -= 1
+            if not attached.disabled:
+                attached.heads.show(self.base_model, attached.active)
+
+    def unload(self) -> nn.Module:
+        """Detach everything and return the base model as it was before, its ``requires_grad``
+        too."""
+        attached = self._attached
+        attached.heads.show(self.base_model, None)
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+        delattr(self.base_model, SUBMODULE)
+        for name, parameter in self.base_model.named_parameters():
+            if parameter.requires_grad != (name in self._trainable_before):
+                parameter.requires_grad_(name in self._trainable_before)
+        return self.base_model
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused.
+
+        Raises:
+            NotImplementedError: always, with the reason.
+        """
+        raise NotImplementedError(
+            "a ReFT adapter cannot be merged: it edits hidden vectors at chosen tokens, and no change of "
+            "the weights, which act on every token alike, does the same. unload() gives the base back"
+        )
+
+    merge_adapter = merge_and_unload
+
+    # ---------------------------------------------------------------- reports
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trained parameters, all parameters), the adapters' included."""
+        trained = total = 0
+        for parameter in self.parameters():
+            number = _count(parameter)
+            total += number
+            trained += number if parameter.requires_grad else 0
+        return trained, total
+
+    def print_trainable_parameters(self) -> None:
+        """Print :meth:`get_nb_trainable_parameters` in PEFT's words."""
+        trained, total = self.get_nb_trainable_parameters()
+        Console().print(
+            f"trainable params: {trained:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * trained / total:.4f}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def orthonormality_error(self) -> float:
+        """max |R Rᵀ − I| over all adapters whose R is kept orthonormal; 0.0 if there are none."""
+        attached = self._attached
+        errors = [attached.bank(name).orthonormality_error() for name in attached.adapters]
+        return max(errors, default=0.0)
+
+    # ---------------------------------------------------------------- on disk
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        adapter_name: str | None = None,
+        training_state: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write an adapter: its configuration, R, W, b and its heads.
+
+        Args:
+            save_directory: made if missing.
+            adapter_name: None for the active one.
+            training_state: also what :meth:`restore` needs to go on bit for bit.
+            state_dict: this model's (or the base model's) whole state, where an engine that shards
+                parameters has gathered it; None to read the parameters.
+        """
+        storage.save(self, save_directory, adapter_name, training_state, state_dict)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base_model: nn.Module,
+        path: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+    ) -> ReftModel:
+        """Attach an adapter that was saved, in eval mode and frozen unless ``is_trainable``.
+
+        Raises:
+            OSError, TypeError, ValueError: nothing was changed.
+        """
+        return storage.load_model(cls, base_model, path, adapter_name, is_trainable)
+
+    def load_adapter(
+        self,
+        path: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+    ) -> None:
+        """Add an adapter that was saved; not active unless there is no other.
+
+        Raises:
+            OSError, ValueError: nothing was changed.
+        """
+        storage.load_adapter(self, path, adapter_name, is_trainable)
+
+    def restore(self, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+        """Set an adapter, None for the active one, to what was saved with ``training_state=True``.
+
+        Raises:
+            OSError: no such adapter on disk.
+            ValueError: another configuration, or it was saved without its training state. Nothing
+                was changed.
+        """
+        storage.restore(self, path, adapter_name)
+
+
+def _signature(base_model: nn.Module) -> inspect.Signature:
+    """The base's signature with this library's two keywords."""
+    own = inspect.signature(base_model.forward)
+    parameters = list(own.parameters.values())
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in ("prompt_lengths", "adapter_names")
+        if name not in own.parameters
+    ]
+    rest = len(parameters)
+    if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        rest -= 1
+    return own.replace(parameters=[*parameters[:rest], *extra, *parameters[rest:]])
+
+
+def _check_name(name: str, attached: Attachment) -> None:
+    allowed = "a new name without dots or slashes"
+    if not isinstance(name, str) or not name or "." in name or "/" in name:
+        raise ValueError(f"adapter_name must be {allowed}, got {name!r}")
+    if name == BASE or hasattr(attached.adapters, name):
+        taken = "taken" if name in attached.adapters else "reserved"
+        raise ValueError(f"adapter_name must be {allowed}, got {name!r}, which is {taken}")
+
+
+def _count(parameter: Tensor) -> int:
+    """Entries of a parameter, also of one that DeepSpeed has sharded or bitsandbytes has packed."""
+    number = parameter.numel()
+    if number == 0 and hasattr(parameter, "ds_numel"):
+        number = int(parameter.ds_numel)
+    if type(parameter).__name__ == "Params4bit":
+        storage_type = getattr(parameter, "quant_storage", torch.uint8)
+        number *= 2 * storage_type.itemsize
+    return number

@@ -1,0 +1,143 @@
+"""Saving and loading the adapters of a model; the files themselves are ``checkpoint``'s."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from reft.config import ReftConfig
+from reft.model.checkpoint import read_adapter, write_adapter
+from reft.model.heads import head_state, load_heads
+
+if TYPE_CHECKING:
+    from reft.model.reft_model import ReftModel
+
+_Path = str | os.PathLike[str]
+_HEADS = "heads."
+
+
+def save(
+    model: ReftModel,
+    path: _Path,
+    adapter_name: str | None,
+    training_state: bool,
+    state_dict: Mapping[str, Tensor] | None,
+) -> None:
+    """See :meth:`ReftModel.save_pretrained`."""
+    attached, base = model._attached, model.base_model
+    name = _name(model, adapter_name)
+    bank = attached.bank(name)
+    heads = attached.heads.modules_of(base, name)
+    own = stored_heads = None
+    if state_dict is not None:
+        names = {id(module): path for path, module in base.named_modules()}
+        own = _part(state_dict, names[id(bank)])
+        stored_heads = {
+            f"{path}.{key}": value
+            for path, module in heads.items()
+            for key, value in _part(state_dict, names[id(module)]).items()
+        }
+    tensors = bank.training_state(own) if training_state else bank.published_state(own)
+    tensors |= {
+        _HEADS + key: _whole(value) for key, value in (stored_heads or head_state(heads)).items()
+    }
+    write_adapter(path, bank.config, tensors)
+
+
+def load_model(
+    cls: type[ReftModel], base_model: nn.Module, path: _Path, adapter_name: str, is_trainable: bool
+) -> ReftModel:
+    """See :meth:`ReftModel.from_pretrained`."""
+    config, _ = read_adapter(path)
+    model = cls(base_model, config.block_path)
+    try:
+        load_adapter(model, path, adapter_name, is_trainable)
+    except BaseException:
+        model.unload()
+        raise
+    return model if is_trainable else model.eval()
+
+
+def load_adapter(model: ReftModel, path: _Path, adapter_name: str, is_trainable: bool) -> None:
+    """See :meth:`ReftModel.load_adapter`."""
+    config, tensors = read_adapter(path)
+    # Whatever the stored configuration starts from, it is overwritten.
+    bank, heads = model._new(adapter_name, replace(config, init="pyreft"))
+    bank.config = replace(bank.config, init=config.init)
+    if bank.bias.is_meta:
+        raise ValueError("base_model must be on a real device to load an adapter, got meta tensors")
+    edit, head_tensors = _split(tensors)
+    try:
+        bank.load(edit)
+        load_heads(heads, head_tensors)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from None
+    model._attach(adapter_name, bank, heads)
+    if model.active_adapter is None:
+        model.set_adapter(adapter_name, inference_mode=not is_trainable)
+
+
+def restore(model: ReftModel, path: _Path, adapter_name: str | None) -> None:
+    """See :meth:`ReftModel.restore`."""
+    attached = model._attached
+    name = _name(model, adapter_name)
+    bank = attached.bank(name)
+    config, tensors = read_adapter(path)
+    _check_same(path, config, bank.config)
+    edit, head_tensors = _split(tensors)
+    heads = attached.heads.modules_of(model.base_model, name)
+    try:
+        load_heads(heads, head_tensors)
+        bank.load(edit, training_state=True)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from None
+
+
+def _name(model: ReftModel, adapter_name: str | None) -> str:
+    name = model.active_adapter if adapter_name is None else adapter_name
+    if name is None:
+        raise ValueError("adapter_name must be given, no adapter is active")
+    return name
+
+
+def _part(state: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
+    """The entries of one module of the base, in the base's state or the wrapper's."""
+    for prefix in (f"{module}.", f"base_model.{module}."):
+        part = {
+            key.removeprefix(prefix): value
+            for key, value in state.items()
+            if key.startswith(prefix)
+        }
+        if part:
+            return part
+    raise ValueError(f"state_dict must hold the parameters of {module}, it has none")
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The edit's tensors, and those of heads without their prefix."""
+    heads = {
+        key.removeprefix(_HEADS): value for key, value in tensors.items() if key.startswith(_HEADS)
+    }
+    return {key: value for key, value in tensors.items() if not key.startswith(_HEADS)}, heads
+
+
+def _check_same(path: _Path, stored: ReftConfig, present: ReftConfig) -> None:
+    ours, theirs = present.to_dict(), stored.to_dict()
+    differing = [
+        f"{name} = {theirs[name]!r} (here {ours[name]!r})"
+        for name in ours
+        if name != "base_model_name_or_path" and ours[name] != theirs[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"{os.fspath(path)} must hold an adapter of the same configuration; it has "
+            f"{', '.join(differing)}"
+        )

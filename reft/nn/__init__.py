@@ -1,0 +1,1 @@
+"""Trained parameters of an adapter and how they start. PyTorch only, no transformers."""

@@ -1,0 +1,394 @@
+"""The trained parameters of one adapter, all its layers stacked.
+
+One bank holds W, b and R of every edited layer and group as (L, g, …) tensors, so that what a
+forward needs of them, R orthonormal and A = W − R folded, comes from one batched call whatever L
+is.
+
+An orthonormal R is not stored: the trained parameter is ``free``, (L, g, D, r), around a fixed
+``base`` of r reflectors, and R = orthonormalize(free, base). A new or loaded bank has free = 0,
+R in the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reft.config import ReftConfig
+from reft.nn import init
+from reft_kernels import fold, orthonormalize, reflector_base
+from reft_kernels.activations import ACTIVATIONS, activate
+
+#: transformers' other names for functions that ``reft_kernels`` knows.
+_ALIASES = {
+    "swish": "silu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_python_tanh": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_accurate": "gelu_new",
+}
+
+#: Largest |R Rᵀ − I| of a matrix that is taken for orthonormal, for what was stored in each dtype.
+_ORTHONORMAL_WITHIN = {torch.bfloat16: 0.05, torch.float16: 0.01}
+
+
+@dataclass(frozen=True, eq=False)
+class Effective:
+    """What the kernels need, layer by layer: the edit is act(A h + b)·R − σ·R h, with A, b, R
+    given.
+
+    Attributes:
+        encode: A or W of each layer, (g, r, D), or None.
+        bias: b of each layer, (g, r).
+        decode: R of each layer, (g, r, D).
+        subtract: σ = 1 is left to the kernel, because an activation stands between.
+        activation: its name, or None.
+    """
+
+    encode: tuple[Tensor, ...] | None
+    bias: tuple[Tensor, ...]
+    decode: tuple[Tensor, ...]
+    subtract: bool
+    activation: str | None
+
+
+class Bank(nn.Module):
+    """Parameters of one adapter.
+
+    Attributes:
+        config: what the adapter is.
+        layers: the numbers of the edited blocks, in the order of the stack.
+        weight: W, (L, g, r, D), of ``config.dtype``; None where the family row has none.
+        bias: b, (L, g, r).
+        free: (L, g, D, r), around ``base`` (a buffer), where R is orthonormal; else None.
+        decode: R, (L, g, r, D), where R is free; else None.
+
+    Args:
+        config: as above.
+        layers: as above.
+        dim: D, the width of the residual stream.
+        device: where the parameters live; on "meta" nothing is allocated or drawn.
+        generator: the source of randomness.
+
+    Raises:
+        ValueError: a rank above D, an activation the kernels do not know, an impossible "identity".
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter
+    free: nn.Parameter | None
+    decode: nn.Parameter | None
+    base: Tensor | None
+
+    def __init__(
+        self,
+        config: ReftConfig,
+        layers: tuple[int, ...],
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if config.rank > dim:
+            raise ValueError(
+                f"ReftConfig.rank must be at most D = {dim}, the model's width; got {config.rank}"
+            )
+        self.config, self.layers, self.spec = config, layers, config.spec
+        self.activation = _kernel_name(config.activation)
+        self.shape = (len(layers), config.num_groups, config.rank, dim)
+        self._cached: tuple[tuple[Any, ...], Effective] | None = None
+
+        dtype = config.torch_dtype
+        stacked, groups, rank, _ = self.shape
+        transposed = (stacked, groups, dim, rank)
+        spec = self.spec
+
+        def parameter(shape: tuple[int, ...]) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+
+        self.register_parameter("weight", parameter(self.shape) if spec.has_encode else None)
+        self.register_parameter("bias", parameter(self.shape[:3]))
+        self.register_parameter("free", parameter(transposed) if spec.orthonormal else None)
+        self.register_parameter("decode", None if spec.orthonormal else parameter(self.shape))
+        # Never in state_dict(): a persistent buffer breaks accelerate's memory-saving FSDP start.
+        # Its signs and reflectors stay in full precision, whatever is trained around them.
+        wide = _compute_dtype(dtype)
+        base = torch.empty(transposed, dtype=wide, device=device) if spec.orthonormal else None
+        self.register_buffer("base", base, persistent=False)
+        self.reset_parameters(generator)
+
+    def extra_repr(self) -> str:
+        layers, groups, rank, dim = self.shape
+        return f"{self.spec.name}, layers={layers}, groups={groups}, rank={rank}, dim={dim}"
+
+    # ---------------------------------------------------------------- first values
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw first values as ``config.init`` says; on the meta device there is nothing to draw.
+
+        Raises:
+            ValueError: "identity" for a row of the family whose edit cannot be zero.
+        """
+        dtype, kind = self.bias.dtype, self.config.init
+        if kind == "identity":
+            obstacle = init.identity_obstacle(self.spec, self.activation, dtype)
+            if obstacle is not None:
+                raise ValueError(
+                    f'ReftConfig.init must be "pyreft" for this {self.spec.name}, got "identity": '
+                    f"{obstacle}"
+                )
+        if self.bias.is_meta:
+            return
+        start = init.pyreft(
+            self.spec,
+            self.shape,
+            dtype=_compute_dtype(dtype),
+            device=self.bias.device,
+            generator=generator,
+        )
+        self.assign(rotation=start.rotation, weight=start.weight, bias=start.bias)
+        if kind == "identity":
+            self.assign(**init.identity(self.spec, start, self.rotation()))
+
+    # ---------------------------------------------------------------- what a forward needs
+
+    def rotation(self) -> Tensor:
+        """R, (L, g, r, D), in float32 or wider, orthonormal where the family row says so; with a
+        graph."""
+        wide = _compute_dtype(self.bias.dtype)
+        with _no_autocast(self.bias.device.type):
+            if self.free is None:
+                assert self.decode is not None
+                return self.decode.to(wide)
+            assert self.base is not None
+            return orthonormalize(self.free.to(wide), self.base.to(wide))
+
+    def forward(self) -> Effective:
+        """:meth:`effective`; a call of the module, so that engines which gather parameters do."""
+        return self.effective()
+
+    def effective(self) -> Effective:
+        """A, b and R of all layers, in float32 or wider, from one batched call.
+
+        No result shares memory with a parameter: an engine may free the parameters right
+            afterwards.
+        Without gradients and in eval mode it is kept until a parameter changes.
+        """
+        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
+            self._cached = None
+            return self._compute()
+        key = tuple(_version(tensor) for tensor in (*self.parameters(), *self.buffers()))
+        if self._cached is None or self._cached[0] != key:
+            self._cached = (key, self._compute())
+        return self._cached[1]
+
+    def _compute(self) -> Effective:
+        rotation = self.rotation()
+        wide = rotation.dtype
+        with _no_autocast(rotation.device.type):
+            bias, activation, subtract = self.bias.to(wide), self.activation, self.spec.subtract
+            encode = None if self.weight is None else self.weight.to(wide)
+            if encode is None and activation is not None:
+                bias, activation = activate(activation, bias), None
+            encode, subtract = fold(encode, rotation, subtract, activation)
+        # unbind, not indexing: its backward is one stack, not one full-size gradient a layer.
+        return Effective(
+            encode=None if encode is None else _own(encode, self.weight).unbind(0),
+            bias=_own(bias, self.bias).unbind(0),
+            decode=_own(rotation, self.decode).unbind(0),
+            subtract=subtract,
+            activation=activation,
+        )
+
+    def train(self, mode: bool = True) -> Bank:
+        # Some optimizers write past the version counters; between two modes nothing is trusted.
+        self._cached = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}
+
+    @torch.no_grad()
+    def orthonormality_error(self) -> float:
+        """max |R Rᵀ − I| over layers and groups; 0.0 where R is not kept orthonormal."""
+        return _frame_error(self.rotation()) if self.spec.orthonormal else 0.0
+
+    # ---------------------------------------------------------------- values by name
+
+    @torch.no_grad()
+    def assign(
+        self,
+        *,
+        rotation: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        """Set parameters by hand; what is None keeps its value.
+
+        Args:
+            rotation: R, (L, g, r, D). Where R is orthonormal its rows must be; it becomes the
+                base point and ``free`` is cleared.
+            weight: W, (L, g, r, D).
+            bias: b, (L, g, r).
+
+        Raises:
+            ValueError: a wrong shape, a W where the family row has none, rows that are not
+                orthonormal. Nothing was changed.
+        """
+        given = {"rotation": rotation, "weight": weight, "bias": bias}
+        new = {name: value for name, value in given.items() if value is not None}
+        for name, value in new.items():
+            shape = self.shape[:3] if name == "bias" else self.shape
+            if name == "weight" and self.weight is None:
+                raise ValueError(f"weight must be None, {self.spec.name} has no W")
+            if tuple(value.shape) != shape:
+                raise ValueError(
+                    f"{name} must have shape {shape}, (layers, groups, rank) and for R and W the width; "
+                    f"got {tuple(value.shape)}"
+                )
+        self._cached = None
+        if rotation is not None:
+            self._assign_rotation(rotation.to(self.bias.device))
+        for target, value in ((self.weight, weight), (self.bias, bias)):
+            if value is not None:
+                assert target is not None
+                target.copy_(value)
+
+    def _assign_rotation(self, rotation: Tensor) -> None:
+        if self.decode is not None:
+            self.decode.copy_(rotation)
+            return
+        assert self.free is not None and self.base is not None
+        wide = rotation.to(self.base.dtype)
+        error, within = _frame_error(wide), _ORTHONORMAL_WITHIN.get(rotation.dtype, 1e-3)
+        if not error <= within:
+            raise ValueError(
+                f"rotation must have orthonormal rows for {self.spec.name} (max |R Rᵀ − I| at most "
+                f"{within:g}), got {error:.3g}"
+            )
+        self.base.copy_(reflector_base(wide))
+        self.free.zero_()
+
+    @torch.no_grad()
+    def published_state(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What an adapter is to its users: ``rotation`` (R), ``weight`` (W), ``bias`` (b), new
+        tensors.
+
+        Args:
+            state: parameters by their name in this module instead of the module's own, as an engine
+                that shards them gathers them.
+        """
+        own = self._gathered(state)
+        published = {"bias": own["bias"].clone()}
+        if self.weight is not None:
+            published["weight"] = own["weight"].clone()
+        if self.free is None:
+            published["rotation"] = own["decode"].clone()
+        else:
+            assert self.base is not None
+            wide = self.base.dtype
+            base = self.base.to(own["free"].device)
+            published["rotation"] = orthonormalize(own["free"].to(wide), base)
+        return published
+
+    @torch.no_grad()
+    def training_state(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """:meth:`published_state`, and ``rotation.free`` and ``rotation.base``, with which a
+        training run continues bit for bit."""
+        saved = self.published_state(state)
+        if self.base is not None:
+            saved["rotation.free"] = self._gathered(state)["free"].clone()
+            saved["rotation.base"] = self.base.clone()
+        return saved
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor], *, training_state: bool = False) -> None:
+        """Set every value from :meth:`published_state` or :meth:`training_state`.
+
+        Args:
+            tensors: by name. Without ``training_state`` the tensors of a training run may be
+                there and are not read.
+            training_state: take ``rotation.free`` and ``rotation.base``, bit for bit.
+
+        Raises:
+            ValueError: a missing or unknown name, or as :meth:`assign`. Nothing was changed.
+        """
+        extra = {"rotation.free", "rotation.base"} if self.spec.orthonormal else set()
+        needed = {"rotation", "bias"} | ({"weight"} if self.spec.has_encode else set())
+        known = needed | extra
+        missing = sorted((known if training_state else needed) - tensors.keys())
+        unknown = sorted(tensors.keys() - known)
+        if missing or unknown:
+            raise ValueError(
+                f"an adapter of {self.spec.name} has {', '.join(sorted(known))}; "
+                f"missing: {', '.join(missing) or 'none'}, unknown: {', '.join(unknown) or 'none'}"
+            )
+        if not (training_state and extra):
+            self.assign(**{name: tensors[name] for name in sorted(needed)})
+            return
+        assert self.free is not None and self.base is not None
+        for name in sorted(extra):
+            if tensors[name].shape != self.free.shape:
+                raise ValueError(
+                    f"{name} must have shape {tuple(self.free.shape)}, got {tuple(tensors[name].shape)}"
+                )
+        self.assign(**{name: tensors[name] for name in sorted(needed - {"rotation"})})
+        self.base.copy_(tensors["rotation.base"])
+        self.free.copy_(tensors["rotation.free"])
+
+    def _gathered(self, state: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        """The parameters by name, whole where an engine holds shards (then every rank has to
+        call)."""
+        if state is not None:
+            return state
+        return {
+            name: value.full_tensor() if hasattr(value, "full_tensor") else value.detach()
+            for name, value in self.named_parameters()
+        }
+
+
+def _kernel_name(activation: str | None) -> str | None:
+    """The name under which the kernels know a configured activation."""
+    if activation is None or activation == "linear":
+        return None
+    name = _ALIASES.get(activation, activation)
+    if name not in ACTIVATIONS:
+        raise ValueError(
+            "ReftConfig.activation must be a function that reft_kernels computes "
+            f"({', '.join(ACTIVATIONS)}), got {activation!r}"
+        )
+    return name
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _own(value: Tensor, parameter: Tensor | None) -> Tensor:
+    """``value`` in memory of its own."""
+    return value.clone() if value is parameter else value
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a tensor is written or replaced."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """R is orthonormal and A exact in float32 only, whatever precision surrounds the model."""
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _frame_error(rotation: Tensor) -> float:
+    eye = torch.eye(rotation.shape[-2], dtype=rotation.dtype, device=rotation.device)
+    return float((rotation @ rotation.mT - eye).abs().max())

@@ -1,0 +1,54 @@
+"""The edit with dropout, for training: gathered rows through the operator, then dropped, then
+added."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reft_kernels import RowPlan, lowrank_edit
+
+
+def dropped_edit(
+    hidden: Tensor,
+    plan: RowPlan,
+    encode: Tensor | None,
+    bias: Tensor | None,
+    decode: Tensor,
+    *,
+    subtract: bool,
+    activation: str | None,
+    p: float,
+    on: str,
+    in_place: bool,
+) -> Tensor:
+    """Edit the rows of a plan with dropout.
+
+    With x a row, y its edit and drop(·) dropout scaled by 1/(1 − p):
+
+        on = "delta":  x + drop(y − x)        on = "row":  drop(y), as pyreft does
+
+    The step from x is formed in float32 and rounded to hidden's dtype before it is added.
+
+    Args:
+        hidden: (…, D).
+        plan: the rows.
+        encode, bias, decode, subtract, activation: as in :func:`reft_kernels.lowrank_edit`.
+        p: probability of dropping an entry, in [0, 1).
+        on: "delta" or "row".
+        in_place: write ``hidden`` where its memory allows that, and return it.
+    """
+    dim = hidden.shape[-1]
+    flat = hidden.reshape(-1, dim)
+    rows = plan.rows.clamp(min=0)
+    x = flat.index_select(0, rows).to(torch.promote_types(hidden.dtype, torch.float32))
+    own = RowPlan(torch.arange(plan.num_rows, device=rows.device), plan.offsets, complete=True)
+    y = lowrank_edit(x, own, encode, bias, decode, subtract=subtract, activation=activation)
+    step = F.dropout(y, p) - x if on == "row" else F.dropout(y - x, p)
+    # A −1 borrowed row 0: it adds zeros there.
+    step = step.masked_fill((plan.rows < 0).unsqueeze(1), 0).to(hidden.dtype)
+    if in_place and hidden.is_contiguous():
+        flat.index_add_(0, rows, step)
+        return hidden
+    return flat.index_add(0, rows, step).view(hidden.shape)

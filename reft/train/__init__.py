@@ -1,0 +1,1 @@
+"""Training and evaluation: data files, batches, a Trainer, exact match."""

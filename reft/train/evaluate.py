@@ -1,0 +1,204 @@
+"""Greedy generation in left-padded batches, and how many answers are right."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from reft.train.collate import ReftDataCollator
+
+#: (generated, expected) -> whether the answer counts.
+Scorer = Callable[[str, str], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What became of one record: its prompt, the expected and the generated completion."""
+
+    prompt: str
+    completion: str
+    prediction: str
+    correct: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """All predictions, in the order of the records."""
+
+    predictions: tuple[Prediction, ...]
+
+    @property
+    def correct(self) -> int:
+        """How many are right."""
+        return sum(one.correct for one in self.predictions)
+
+    @property
+    def score(self) -> float:
+        """The share that is right, in [0, 1]."""
+        return self.correct / len(self.predictions)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the predictions as JSONL, replacing the file in one step."""
+        target = Path(path)
+        lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in self.predictions]
+        beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        beside.write_text("".join(lines), encoding="utf-8")
+        beside.replace(target)
+
+
+def exact_match(generated: str, expected: str) -> bool:
+    """Whether two answers are the same but for white space."""
+    return generated.split() == expected.split()
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The most tokens the model has positions for, None if its configuration does not say."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def generate_completions(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 64,
+    console: Console | None = None,
+    **generate: Any,
+) -> list[str]:
+    """Complete prompts, greedily unless told otherwise.
+
+    Prompts of similar length share a batch, padded on the left. A batch near the end of the model's
+    positions generates fewer tokens.
+
+    Args:
+        model: a wrapped or a plain causal language model. Evaluated in eval mode, and left as it
+            was.
+        tokenizer: of the base model; tokens are those that :class:`ReftDataCollator` trains on.
+        prompts: what to complete.
+        batch_size: sequences at a time.
+        max_new_tokens: the most tokens of a completion.
+        console: where to show progress; None for silence.
+        generate: further arguments of the model's own ``generate``.
+
+    Returns:
+        The completions, without special tokens, in the order of the prompts.
+
+    Raises:
+        ValueError: a prompt without tokens or as long as the model's positions; a size below 1.
+    """
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    limit = context_length(model)
+    collator = ReftDataCollator(tokenizer)
+    ids = [collator.prompt_ids(prompt) for prompt in prompts]
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        if limit is not None and len(tokens) >= limit:
+            raise ValueError(
+                f"the prompt has {len(tokens)} tokens and the model has {limit} positions: no room "
+                f"for a completion. The prompt begins {prompt[:60]!r}"
+            )
+    pad = collator.pad_id
+    # Sampling settings of a chat model's own generation_config would only warn here.
+    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    settings = {**({} if generate.get("do_sample") else greedy), "pad_token_id": pad, **generate}
+    device = next(model.parameters()).device
+    longest_first = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
+    completions = [""] * len(ids)
+    with _evaluating(model), _progress(console, len(ids)) as advance:
+        for begin in range(0, len(ids), batch_size):
+            batch = longest_first[begin : begin + batch_size]
+            width = len(ids[batch[0]])
+            padded = [[pad] * (width - len(ids[index])) + ids[index] for index in batch]
+            mask = [[0] * (width - len(ids[index])) + [1] * len(ids[index]) for index in batch]
+            output = model.generate(  # type: ignore[operator]
+                input_ids=torch.tensor(padded, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                max_new_tokens=max_new_tokens
+                if limit is None
+                else min(max_new_tokens, limit - width),
+                **settings,
+            )
+            for index, row in zip(batch, output[:, width:].tolist(), strict=True):
+                completions[index] = tokenizer.decode(row, skip_special_tokens=True)
+            advance(len(batch))
+    return completions
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Mapping[str, Any]],
+    *,
+    scorer: Scorer = exact_match,
+    **generate: Any,
+) -> Evaluation:
+    """Complete the prompts of records and compare with their completions.
+
+    Args:
+        model, tokenizer: as :func:`generate_completions`.
+        records: with ``prompt`` and ``completion``.
+        scorer: (generated, expected) -> whether it counts.
+        generate: every other argument of :func:`generate_completions`.
+
+    Raises:
+        ValueError: no record; as :func:`generate_completions`.
+    """
+    if not records:
+        raise ValueError("there must be at least one record to evaluate, got none")
+    prompts = [record["prompt"] for record in records]
+    answers = generate_completions(model, tokenizer, prompts, **generate)
+    return Evaluation(
+        tuple(
+            Prediction(
+                record["prompt"], record["completion"], answer, scorer(answer, record["completion"])
+            )
+            for record, answer in zip(records, answers, strict=True)
+        )
+    )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; the mode of every submodule is put back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _progress(console: Console | None, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over ``total`` prompts; yields what advances it."""
+    if console is None:
+        yield lambda count: None
+        return
+    columns = (
+        TextColumn("generating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("generating", total=total)
+        yield lambda count: progress.advance(task, count)
