@@ -2,7 +2,8 @@
 
     model = reft.get_reft_model(base_model, reft.ReftConfig(positions="f7+l7", rank=8))
 
-Importing this package imports none of its parts: each name loads what it needs when it is first used.
+Importing this package imports none of its parts: each name loads what it needs when it is first
+used.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def _source(build: Build, hip: bool) -> tuple[Any, dict[str, str], dict[str, Any
         else:
             signature[name] = "constexpr"
             constants[name] = values.get(name, True)  # HAS_…, SAVE_…, WANT_…: all on
-    return kernel, signature, constants, {"num_warps": config.warps, "num_stages": config.stages}
+    return kernel, signature, constants, config.launch_options
 
 
 def _nvidia_resources(cubin: bytes, shared: int) -> Resources:

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        message = _message(error)
+        message = _message(error, given)
         if message is None or "--traceback" in given:
             raise
         typer.echo(f"Error: {message}", err=True)
@@ -78,12 +78,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _message(error: Exception) -> str | None:
+def _value(error: Exception, given: Sequence[str]) -> str:
+    """The refused value of an option, which click's message leaves out."""
+    names = getattr(getattr(error, "param", None), "opts", ())
+    for at, argument in enumerate(given):
+        name, equals, value = argument.partition("=")
+        if name in names and (equals or at + 1 < len(given)):
+            return f", got {value if equals else given[at + 1]!r}"
+    return ""
+
+
+def _message(error: Exception, given: Sequence[str]) -> str | None:
     """What to tell the user; None if the error is not the user's but a defect."""
     if hasattr(error, "format_message"):  # click's errors; typer brings a click of its own
         context = getattr(error, "ctx", None)
         where = f" (see {context.command_path} --help)" if context is not None else ""
-        return " ".join(error.format_message().split()) + where
+        return " ".join(error.format_message().split()) + _value(error, given) + where
     if isinstance(error, (UserError, ValueError, OSError, ImportError)):
         return one_line(error)
     if type(error).__name__ == "OutOfMemoryError":

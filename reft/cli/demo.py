@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from reft.cli.errors import writable_folder
+from reft.cli.errors import check_folder
 
 
 def demo(
@@ -19,7 +19,8 @@ def demo(
     ] = False,
 ) -> None:
     """Train, evaluate, save and reload an adapter of a small model."""
-    writable_folder(output)
+    check_folder(output)
+    output.mkdir(parents=True, exist_ok=True)
     if encoder:
         from reft.demo import encoder as encoder_demo
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import os
 from pathlib import Path
 
 
@@ -18,19 +18,19 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def writable_folder(path: Path) -> Path:
-    """``path`` as a folder that can be written to, made if missing; found out before any work."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror or error}") from None
+def check_folder(path: Path) -> None:
+    """Refuse a folder that cannot be written to, or made, before any work and without making it."""
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"cannot write to {path}: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {path}: no permission for {existing}")
 
 
-def writable_file(path: Path) -> Path:
-    """``path`` as a file that can be written, with its folder made if missing."""
+def check_file(path: Path) -> None:
+    """Refuse a file that cannot be written, before any work and without making anything."""
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder")
-    writable_folder(path.parent)
-    return path
+    check_folder(path.absolute().parent)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from reft.cli import options
-from reft.cli.errors import writable_file
+from reft.cli.errors import check_file
 
 
 def evaluate(
@@ -39,7 +39,7 @@ def evaluate(
 
     records = read_records(data)[:limit]
     if predictions is not None:
-        writable_file(predictions)
+        check_file(predictions)
     check_model_name(model)
     wrapped, tokenizer = load_model(model, adapter, dtype=dtype, device=device)
     result = evaluate_records(
@@ -51,5 +51,6 @@ def evaluate(
         console=Console(stderr=True),
     )
     if predictions is not None:
+        predictions.parent.mkdir(parents=True, exist_ok=True)
         result.write(predictions)
     typer.echo(f"exact match {result.score:.4f} ({result.correct} of {len(result.predictions)})")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from reft.cli import options
-from reft.cli.errors import UserError, writable_file
+from reft.cli.errors import UserError, check_file
 
 
 def generate(
@@ -51,7 +51,7 @@ def generate(
     else:
         prompts = [str(prompt)]
     if output is not None:
-        writable_file(output)
+        check_file(output)
     check_model_name(model)
     wrapped, tokenizer = load_model(model, adapter, dtype=dtype, device=device)
     sampling = {}
@@ -77,5 +77,6 @@ def generate(
         json.dumps({"prompt": asked, "completion": answer}, ensure_ascii=False) + "\n"
         for asked, answer in zip(prompts, completions, strict=True)
     ]
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("".join(lines), encoding="utf-8")
     typer.echo(f"wrote {len(lines)} completions to {output}", err=True)

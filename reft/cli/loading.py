@@ -63,7 +63,18 @@ def load_base(model: str, *, dtype: str, device: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load a tokenizer from {model}: {_first(error)}") from error
+    _check_causal(base, model)
     return base.to(target).eval(), tokenizer
+
+
+def _check_causal(base: Any, model: str) -> None:
+    """Refuse an encoder that loads as a language model all the same: its tokens see the answer."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    kind = base.config.model_type
+    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if encoder and not getattr(base.config, "is_decoder", False):
+        raise UserError(f"{model} is an encoder ({kind}), a causal language model is needed")
 
 
 def check_adapter(adapter: Path) -> None:
@@ -84,7 +95,7 @@ def load_model(model: str, adapter: Path | None, *, dtype: str, device: str) -> 
 
     try:
         return ReftModel.from_pretrained(base, adapter).eval(), tokenizer
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise UserError(
             f"the adapter in {adapter} does not fit {model}: {one_line(error)}"
         ) from error

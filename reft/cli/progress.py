@@ -35,7 +35,7 @@ class ProgressCallback(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        found = {
+        found: dict[str, str] = {
             name: f"{name.replace('_', ' ')} {logs[name]:.4f}"
             for name in ("loss", "eval_loss")
             if logs and name in logs

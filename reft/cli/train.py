@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from reft.cli import options
-from reft.cli.errors import UserError, writable_folder
+from reft.cli.errors import UserError, check_folder
 
 if TYPE_CHECKING:
     from reft.train.collate import ReftDataCollator
@@ -106,7 +107,7 @@ def train(
     eval_records = None if eval_data is None else read_records(eval_data)
     check_model_name(model)
     checkpoint = _checkpoint(output, resume=resume, overwrite=overwrite)
-    writable_folder(output)
+    check_folder(output)
 
     from rich.console import Console
     from transformers import PrinterCallback, TrainingArguments, set_seed
@@ -149,7 +150,7 @@ def train(
         weight_decay=weight_decay,
         warmup_steps=warmup,
         lr_scheduler_type=schedule,
-        gradient_checkpointing=gradient_checkpointing,
+        **_checkpointing(TrainingArguments, gradient_checkpointing),
         eval_strategy="no" if eval_examples is None else "epoch",
         save_strategy="no" if save_steps is None else "steps",
         save_steps=save_steps or 500,
@@ -172,10 +173,20 @@ def train(
     result = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = {"train loss": result.training_loss}
     if eval_examples is not None:
-        metrics["eval loss"] = trainer.evaluate()["eval_loss"]
+        last = [row for row in trainer.state.log_history if "eval_loss" in row][-1:]
+        known = bool(last) and last[0]["step"] == trainer.state.global_step
+        metrics["eval loss"] = (last[0] if known else trainer.evaluate())["eval_loss"]
     wrapped.save_pretrained(output)
     losses = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     typer.echo(f"{losses}; adapter written to {output}")
+
+
+def _checkpointing(arguments: type, wanted: bool) -> dict[str, Any]:
+    """The argument that recomputes activations, by the name that this transformers gives it."""
+    names = [field.name for field in fields(arguments)]
+    new = "activation_checkpointing"
+    name = new if new in names else "gradient_checkpointing"
+    return {name: True} if wanted else {}
 
 
 def _checkpoint(output: Path, *, resume: bool, overwrite: bool) -> str | None:

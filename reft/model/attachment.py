@@ -87,6 +87,19 @@ class Attachment(nn.Module):
         assert isinstance(bank, Bank)
         return bank
 
+    def check_new_name(self, name: str) -> None:
+        """Refuse a name that an adapter cannot get.
+
+        Raises:
+            ValueError: it is empty, taken, reserved, or holds a dot or a slash.
+        """
+        allowed = "a new name without dots or slashes"
+        if not isinstance(name, str) or not name or "." in name or "/" in name:
+            raise ValueError(f"adapter_name must be {allowed}, got {name!r}")
+        if name == BASE or hasattr(self.adapters, name):
+            taken = "taken" if name in self.adapters else "reserved"
+            raise ValueError(f"adapter_name must be {allowed}, got {name!r}, which is {taken}")
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "current": None, "generation": None}
 
@@ -150,14 +163,20 @@ class Attachment(nn.Module):
             start, done = _progress(generation, call, window)
         else:
             generation = None
-            start = _known_length(_past_length(call), window)
+            known = _known_length(_past_length(call), window)
+            start = 0 if known is None else known
             # What follows a cache is not the prompt, unless the caller says how long that is.
-            done = prompt_lengths is None and not (isinstance(start, int) and start == 0)
+            done = prompt_lengths is None and not (isinstance(known, int) and known == 0)
         chosen = [
             (self.bank(name), sequences)
             for name, sequences in self._chosen(adapter_names, batch, tokens.device)
         ]
         if done:
+            if generation is None and self.causal and call.get("labels") is not None:
+                raise ValueError(
+                    "prompt_lengths must be given with labels and a filled cache: the labels do not "
+                    "tell how much of the prompt the cache holds"
+                )
             chosen = [pair for pair in chosen if pair[0].config.positions == "all"]
         if not chosen:
             return None
@@ -206,7 +225,8 @@ class Attachment(nn.Module):
             return [(self.active, None)]
         if isinstance(adapter_names, str) or len(adapter_names) != batch:
             raise ValueError(
-                f"adapter_names must be a list of one name a sequence ({batch}), got {adapter_names!r}"
+                "adapter_names must be a list of one name a sequence "
+                f"({batch} of them), got {adapter_names!r}"
             )
         sequences: dict[str, list[int]] = {}
         for index, name in enumerate(adapter_names):
@@ -224,40 +244,45 @@ def _progress(
 ) -> tuple[int | Tensor, bool]:
     """First column of this forward of a generate(), and whether it lies behind the prompt.
 
-    A cache that keeps its length on the device is not asked: the host counts columns instead.
+    A cache that keeps its length on the device, or none at all, is not asked: the host counts.
     """
     past = _past_length(call)
     behind = past if isinstance(past, int) else generation.seen
     done = behind >= generation.width
     if not done:
         generation.seen = behind + window
-    return past, done
+    return (behind if past is None else past), done
 
 
-def _past_length(call: dict[str, Any]) -> int | Tensor:
-    """Columns in the cache before this forward: a number, or a tensor where the cache keeps it
-    so."""
-    cache = call.get("past_key_values")
+def _past_length(call: dict[str, Any]) -> int | Tensor | None:
+    """Columns in the cache before this forward: a number, a tensor where the cache keeps it so, or
+    None where the cache, that of a state-space model, does not know."""
+    cache: Any = call.get("past_key_values")
+    if cache is None:
+        cache = call.get("cache_params")
     if hasattr(cache, "get_seq_length"):
-        return cache.get_seq_length()
+        try:
+            return cache.get_seq_length()
+        except ValueError:
+            return None
     if isinstance(cache, (tuple, list)) and cache and isinstance(cache[0], (tuple, list)):
         return int(cache[0][0].shape[-2])
-    return 0
+    return 0 if cache is None else None
 
 
-def _known_length(past: int | Tensor, window: int) -> int | Tensor:
-    """The length of a cache outside generate(), where a hand-written loop may hold a static cache.
+def _known_length(past: int | Tensor | None, window: int) -> int | Tensor | None:
+    """The length of a cache outside generate(), in a hand-written loop.
 
-    It is read from the device; while compiling it cannot be, and a forward of one column is taken
-    for what it nearly always is, a step of decoding.
+    One on the device is read from there. While compiling it cannot be, and some caches do not know
+    theirs: a forward of one column is then taken for what it nearly always is, a step of decoding.
     """
-    if not isinstance(past, Tensor):
+    if isinstance(past, int):
         return past
-    if not torch.compiler.is_compiling():
+    if isinstance(past, Tensor) and not torch.compiler.is_compiling():
         return int(past)
     if window == 1:
         return past
     raise ValueError(
-        "a compiled forward of several columns with a static cache cannot tell whether they are the "
-        "prompt; use ReftModel.generate, or run that forward uncompiled"
+        "this cache does not tell how much it holds (it is static and compiled, or of a state-space "
+        "model), so a forward of several columns may be the prompt or not; use ReftModel.generate"
     )

@@ -73,8 +73,9 @@ class HeadStore(nn.Module):
         holders = [name for name in {*named, *([active] if active else [])} if self.paths.get(name)]
         if holders and named != {active}:
             raise ValueError(
-                f"adapter_names cannot mix adapters that train whole modules, which {holders[0]!r} does "
-                f"({', '.join(self.paths[holders[0]])}); make one batch for each and set_adapter"
+                f"adapter_names cannot mix adapters that train whole modules, which {holders[0]!r} "
+                f"does ({', '.join(self.paths[holders[0]])}); make one batch for each and call "
+                "set_adapter"
             )
 
 
@@ -83,11 +84,11 @@ def copy_heads(base: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
     return {path: copy.deepcopy(base.get_submodule(path)) for path in paths}
 
 
-def load_heads(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
-    """Set heads from ``<path>.<parameter>`` tensors.
+def check_heads(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Check that ``<path>.<parameter>`` tensors are the state of these heads.
 
     Raises:
-        ValueError: a missing or unknown name or a wrong shape. Nothing was changed.
+        ValueError: a missing or unknown name or a wrong shape.
     """
     wanted = dict(head_state(modules))
     missing, unknown = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
@@ -102,9 +103,13 @@ def load_heads(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) 
                 f"stored head {name} must have shape {tuple(target.shape)}, "
                 f"got {tuple(tensors[name].shape)}"
             )
-    with torch.no_grad():
-        for name, target in wanted.items():
-            target.copy_(tensors[name])
+
+
+@torch.no_grad()
+def load_heads(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Set heads from tensors that :func:`check_heads` has accepted."""
+    for name, target in head_state(modules).items():
+        target.copy_(tensors[name])
 
 
 def head_state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ class EditBlock:
             edited = _apply(edit, edited, in_place or edited is not hidden)
         if edited is hidden:
             return None
-        if edited is not hidden and isinstance(output, (tuple, list)):
+        if isinstance(output, (tuple, list)):
             return type(output)([edited, *output[1:]])
         return edited
 
@@ -102,10 +102,10 @@ class EditBlock:
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward and not sent:
             raise RuntimeError(
-                f"block {self.layer} ({type(block).__name__}) is run again in backward, and its plan "
-                "was not sent to it: this transformers checkpoints a block with its hooks, and this "
-                "architecture hands no keywords to its blocks. Update transformers to 5.23 or turn "
-                "gradient checkpointing off"
+                f"block {self.layer} ({type(block).__name__}) is run again in backward and its "
+                "plan was not sent to it: this transformers checkpoints a block with its hooks, "
+                "and this architecture hands no keywords to its blocks. Update transformers to "
+                "5.23 or turn gradient checkpointing off"
             )
         if plan is not None and plan.recorded:
             if not torch.is_grad_enabled():
@@ -147,7 +147,8 @@ def _may_write(hidden: Tensor, args: tuple[Any, ...]) -> bool:
 
 
 def _apply(edit: Edit, hidden: Tensor, in_place: bool) -> Tensor:
-    rows, weights = edit.rows, (edit.encode, edit.bias, edit.decode)
+    rows = edit.rows
+    weights: tuple[Tensor | None, ...] = (edit.encode, edit.bias, edit.decode)
     if edit.decode.device != hidden.device:  # a model spread over devices
         rows = rows.to(hidden.device)
         weights = tuple(None if one is None else one.to(hidden.device) for one in weights)
@@ -163,3 +164,18 @@ def _apply(edit: Edit, hidden: Tensor, in_place: bool) -> Tensor:
         )  # fmt: skip
     operator = lowrank_edit_ if in_place else lowrank_edit
     return operator(hidden, rows, encode, bias, decode, **how)
+
+
+def extended_signature(base_model: nn.Module) -> inspect.Signature:
+    """The base's signature with this library's two keywords."""
+    own = inspect.signature(base_model.forward)
+    parameters = list(own.parameters.values())
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in ("prompt_lengths", "adapter_names")
+        if name not in own.parameters
+    ]
+    rest = len(parameters)
+    if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        rest -= 1
+    return own.replace(parameters=[*parameters[:rest], *extra, *parameters[rest:]])

@@ -104,8 +104,8 @@ def find_prompt(
         return Prompt(start, total)
     if labels.shape != attended.shape:
         raise ValueError(
-            f"labels must have the shape of the batch, {tuple(attended.shape)}, to tell the prompt; "
-            f"got {tuple(labels.shape)}"
+            f"labels must have the shape of the batch, {tuple(attended.shape)}, to tell the "
+            f"prompt; got {tuple(labels.shape)}"
         )
     # Before the first target: no target so far.
     before = (labels.to(device) != IGNORED).cumsum(dim=1) == 0
@@ -127,8 +127,8 @@ def _checked_lengths(values: Tensor | Sequence[int], batch: int, total: Tensor) 
         if bool(wrong.any()):
             at = int(wrong.int().argmax())
             raise ValueError(
-                f"prompt_lengths must lie in 0 … the attended tokens of each sequence; sequence {at} "
-                f"has {int(total[at])}, got {int(lengths[at])}"
+                f"prompt_lengths must lie in 0 … the attended tokens of each sequence; sequence "
+                f"{at} has {int(total[at])}, got {int(lengths[at])}"
             )
     return lengths.to(total.device, torch.int64)
 
@@ -245,8 +245,11 @@ def _assemble(members: tuple[Member, ...]) -> dict[int, tuple[Edit, ...]]:
             if key not in plans:
                 plans[key] = _row_plan([rows for index in chosen for rows in members[index].rows])
             places = [members[index].bank.layers.index(layer) for index in chosen]
-            weights = _stack([effective[index] for index in chosen], places)
-            calls.append(Edit(plans[key], *weights, *kind))
+            encode, bias, decode = _stack([effective[index] for index in chosen], places)
+            subtract, activation, dropout, dropout_on = kind
+            calls.append(
+                Edit(plans[key], encode, bias, decode, subtract, activation, dropout, dropout_on)
+            )
         edits[layer] = tuple(calls)
     return edits
 

@@ -4,7 +4,6 @@ habits."""
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +18,11 @@ from torch.utils.hooks import RemovableHandle
 
 from reft.config import ReftConfig
 from reft.model import storage
-from reft.model.attachment import BASE, Attachment
+from reft.model.attachment import Attachment
 from reft.model.generation import capture
 from reft.model.heads import copy_heads
-from reft.model.hooks import EditBlock, ForgetPlan, MakePlan
+from reft.model.hooks import EditBlock, ForgetPlan, MakePlan, extended_signature
+from reft.model.report import count_parameters
 from reft.model.sites import find_sites, site_device
 from reft.nn.bank import Bank
 
@@ -106,7 +106,7 @@ class ReftModel(nn.Module):
         self.training = base_model.training
         # On the instance, because signatures differ from base to base and Trainer reads them.
         forward = functools.partial(ReftModel.forward, self)
-        forward.__signature__ = _signature(base_model)  # type: ignore[attr-defined]
+        forward.__signature__ = extended_signature(base_model)  # type: ignore[attr-defined]
         self.forward = forward  # type: ignore[method-assign]
 
     # ---------------------------------------------------------------- calls
@@ -195,12 +195,12 @@ class ReftModel(nn.Module):
         self, name: str, config: ReftConfig, generator: torch.Generator | None = None
     ) -> tuple[Bank, dict[str, nn.Module]]:
         attached = self._attached
-        _check_name(name, attached)
+        attached.check_new_name(name)
         sites = attached.sites
         if config.block_path not in (None, sites.path):
             raise ValueError(
-                f"ReftConfig.block_path must be {sites.path!r}, where this model's adapters are, or "
-                f"None; got {config.block_path!r}"
+                f"ReftConfig.block_path must be {sites.path!r}, where this model's adapters are, "
+                f"or None; got {config.block_path!r}"
             )
         if config.base_model_name_or_path is None:
             origin = getattr(getattr(self.base_model, "config", None), "_name_or_path", None)
@@ -308,8 +308,9 @@ class ReftModel(nn.Module):
             NotImplementedError: always, with the reason.
         """
         raise NotImplementedError(
-            "a ReFT adapter cannot be merged: it edits hidden vectors at chosen tokens, and no change of "
-            "the weights, which act on every token alike, does the same. unload() gives the base back"
+            "a ReFT adapter cannot be merged: it edits hidden vectors at chosen tokens, and no "
+            "change of the weights, which act on every token alike, does the same. unload() gives "
+            "the base back"
         )
 
     merge_adapter = merge_and_unload
@@ -318,12 +319,7 @@ class ReftModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained parameters, all parameters), the adapters' included."""
-        trained = total = 0
-        for parameter in self.parameters():
-            number = _count(parameter)
-            total += number
-            trained += number if parameter.requires_grad else 0
-        return trained, total
+        return count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         """Print :meth:`get_nb_trainable_parameters` in PEFT's words."""
@@ -399,38 +395,3 @@ class ReftModel(nn.Module):
                 was changed.
         """
         storage.restore(self, path, adapter_name)
-
-
-def _signature(base_model: nn.Module) -> inspect.Signature:
-    """The base's signature with this library's two keywords."""
-    own = inspect.signature(base_model.forward)
-    parameters = list(own.parameters.values())
-    extra = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in ("prompt_lengths", "adapter_names")
-        if name not in own.parameters
-    ]
-    rest = len(parameters)
-    if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
-        rest -= 1
-    return own.replace(parameters=[*parameters[:rest], *extra, *parameters[rest:]])
-
-
-def _check_name(name: str, attached: Attachment) -> None:
-    allowed = "a new name without dots or slashes"
-    if not isinstance(name, str) or not name or "." in name or "/" in name:
-        raise ValueError(f"adapter_name must be {allowed}, got {name!r}")
-    if name == BASE or hasattr(attached.adapters, name):
-        taken = "taken" if name in attached.adapters else "reserved"
-        raise ValueError(f"adapter_name must be {allowed}, got {name!r}, which is {taken}")
-
-
-def _count(parameter: Tensor) -> int:
-    """Entries of a parameter, also of one that DeepSpeed has sharded or bitsandbytes has packed."""
-    number = parameter.numel()
-    if number == 0 and hasattr(parameter, "ds_numel"):
-        number = int(parameter.ds_numel)
-    if type(parameter).__name__ == "Params4bit":
-        storage_type = getattr(parameter, "quant_storage", torch.uint8)
-        number *= 2 * storage_type.itemsize
-    return number

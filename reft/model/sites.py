@@ -46,8 +46,8 @@ def find_sites(model: nn.Module, block_path: str | None = None) -> Sites:
     config = _text_config(model)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"base_model must be one stack of blocks; {type(model).__name__} is an encoder–decoder, "
-            "whose generate() calls the encoder past any hook on the model"
+            f"base_model must be one stack of blocks; {type(model).__name__} is an "
+            "encoder–decoder, whose generate() calls the encoder past any hook on the model"
         )
     dim = getattr(config, "hidden_size", None)
     if not isinstance(dim, int):
@@ -65,8 +65,8 @@ def find_sites(model: nn.Module, block_path: str | None = None) -> Sites:
         path = _by_length(model, lists, getattr(config, "num_hidden_layers", None))
     if path not in lists:
         raise ValueError(
-            f"ReftConfig.block_path must name a ModuleList of {type(model).__name__}, got {path!r}; "
-            f"it has {_listing(lists)}"
+            f"ReftConfig.block_path must name a ModuleList of {type(model).__name__}, got "
+            f"{path!r}; it has {_listing(lists)}"
         )
     return Sites(path, tuple(lists[path]), dim)
 
@@ -108,8 +108,8 @@ def _by_length(model: nn.Module, lists: dict[str, nn.ModuleList], num_layers: in
     if len(outer) != 1:
         raise ValueError(
             f"cannot tell the blocks of {type(model).__name__}: of its lists of modules, "
-            f"{_listing(lists)}, {len(outer)} have config.num_hidden_layers = {num_layers} entries. "
-            'Name the list: ReftConfig(block_path="…")'
+            f"{_listing(lists)}, {len(outer)} have config.num_hidden_layers = {num_layers} "
+            'entries. Name the list: ReftConfig(block_path="…")'
         )
     return outer[0]
 

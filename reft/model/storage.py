@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from reft.config import ReftConfig
 from reft.model.checkpoint import read_adapter, write_adapter
-from reft.model.heads import head_state, load_heads
+from reft.model.heads import check_heads, head_state, load_heads
 
 if TYPE_CHECKING:
     from reft.model.reft_model import ReftModel
@@ -72,10 +72,11 @@ def load_adapter(model: ReftModel, path: _Path, adapter_name: str, is_trainable:
         raise ValueError("base_model must be on a real device to load an adapter, got meta tensors")
     edit, head_tensors = _split(tensors)
     try:
+        check_heads(heads, head_tensors)
         bank.load(edit)
-        load_heads(heads, head_tensors)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from None
+    load_heads(heads, head_tensors)
     model._attach(adapter_name, bank, heads)
     if model.active_adapter is None:
         model.set_adapter(adapter_name, inference_mode=not is_trainable)
@@ -91,10 +92,11 @@ def restore(model: ReftModel, path: _Path, adapter_name: str | None) -> None:
     edit, head_tensors = _split(tensors)
     heads = attached.heads.modules_of(model.base_model, name)
     try:
-        load_heads(heads, head_tensors)
+        check_heads(heads, head_tensors)
         bank.load(edit, training_state=True)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from None
+    load_heads(heads, head_tensors)
 
 
 def _name(model: ReftModel, adapter_name: str | None) -> str:

@@ -251,16 +251,16 @@ class Bank(nn.Module):
                 raise ValueError(f"weight must be None, {self.spec.name} has no W")
             if tuple(value.shape) != shape:
                 raise ValueError(
-                    f"{name} must have shape {shape}, (layers, groups, rank) and for R and W the width; "
-                    f"got {tuple(value.shape)}"
+                    f"{name} must have shape {shape}: layers, groups, rank, and for R and W the "
+                    f"width; got {tuple(value.shape)}"
                 )
         self._cached = None
         if rotation is not None:
             self._assign_rotation(rotation.to(self.bias.device))
-        for target, value in ((self.weight, weight), (self.bias, bias)):
-            if value is not None:
+        for target, given_value in ((self.weight, weight), (self.bias, bias)):
+            if given_value is not None:
                 assert target is not None
-                target.copy_(value)
+                target.copy_(given_value)
 
     def _assign_rotation(self, rotation: Tensor) -> None:
         if self.decode is not None:
@@ -338,7 +338,8 @@ class Bank(nn.Module):
         for name in sorted(extra):
             if tensors[name].shape != self.free.shape:
                 raise ValueError(
-                    f"{name} must have shape {tuple(self.free.shape)}, got {tuple(tensors[name].shape)}"
+                    f"{name} must have shape {tuple(self.free.shape)}, "
+                    f"got {tuple(tensors[name].shape)}"
                 )
         self.assign(**{name: tensors[name] for name in sorted(needed - {"rotation"})})
         self.base.copy_(tensors["rotation.base"])

@@ -136,7 +136,7 @@ def generate_completions(
                 **settings,
             )
             for index, row in zip(batch, output[:, width:].tolist(), strict=True):
-                completions[index] = tokenizer.decode(row, skip_special_tokens=True)
+                completions[index] = str(tokenizer.decode(row, skip_special_tokens=True))
             advance(len(batch))
     return completions
 

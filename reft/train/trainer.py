@@ -8,13 +8,14 @@ alone.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -23,6 +24,8 @@ from transformers.utils import can_return_loss, find_labels, is_accelerate_avail
 from reft.model.reft_model import ReftModel
 from reft.nn.bank import Bank
 from reft.train.collate import IGNORED, ReftDataCollator
+
+logger = logging.getLogger(__name__)
 
 #: Names of data columns that the wrapper understands beside those of the base model.
 _WRAPPER_COLUMNS = ("prompt_lengths", "adapter_names", "label", "label_ids")
@@ -61,6 +64,17 @@ class ReftTrainer(Trainer):
         require_accelerate()
         if model is not None:
             _require_reft_model(model)
+            if getattr(model, "is_quantized", False):
+                # Trainer's word for "this quantised model carries an adapter". On the wrapper
+                # alone: on the base, transformers would look for PEFT's layers.
+                model._hf_peft_config_loaded = True  # type: ignore[assignment]
+        if args is not None and args.n_gpu > 1:
+            logger.warning(
+                "%d devices are visible, one is used: edits and DataParallel do not mix; start one "
+                "process a device, with torchrun or accelerate launch",
+                args.n_gpu,
+            )
+            args._n_gpu = 1
         if data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase):
             data_collator = ReftDataCollator(processing_class)
         super().__init__(
@@ -79,7 +93,7 @@ class ReftTrainer(Trainer):
         self._is_causal = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         if self.label_smoother is not None and self._is_causal:
             # Trainer decides by the class name of the wrapper, which is no language model's.
-            self.label_smoother = _Shifted(self.label_smoother)
+            self.label_smoother = _Shifted(self.label_smoother)  # type: ignore[assignment]
 
     # ---------------------------------------------------------------- the model
 
@@ -92,7 +106,7 @@ class ReftTrainer(Trainer):
     def _reft_model(self) -> ReftModel:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
-    def _base_model(self) -> PreTrainedModel:
+    def _base_model(self) -> nn.Module:
         return self._reft_model().base_model
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -116,7 +130,7 @@ class ReftTrainer(Trainer):
                 # What the collator turns into the model's arguments must reach the collator.
                 *getattr(self.data_collator, "columns", ()),
             ]
-            self._signature_columns = list(dict.fromkeys(columns))
+            self._signature_columns = list(dict.fromkeys(columns))  # type: ignore[assignment]
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -137,7 +151,10 @@ class ReftTrainer(Trainer):
             return
         folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
-        self._reft_model().save_pretrained(folder, training_state=checkpoint)
+        # An engine that shards parameters has gathered them; every rank was needed for that.
+        self._reft_model().save_pretrained(
+            folder, training_state=checkpoint, state_dict=state_dict or None
+        )
         processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if processing is not None:
             processing.save_pretrained(folder)

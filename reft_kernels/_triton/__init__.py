@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from functools import cache
 from importlib.util import find_spec
+
+# Found, not imported.
+_INSTALLED = find_spec("triton") is not None
 
 
 def interpreted() -> bool:
@@ -15,13 +17,8 @@ def interpreted() -> bool:
 
 def missing(device_type: str) -> str | None:
     """What keeps the kernels from running on this kind of device, or None."""
-    if not _installed():
+    if not _INSTALLED:
         return "triton is not installed"
     if device_type != "cuda" and not (device_type == "cpu" and interpreted()):
         return f"hidden is on {device_type}; the kernels need CUDA or ROCm, or TRITON_INTERPRET=1"
     return None
-
-
-@cache
-def _installed() -> bool:
-    return find_spec("triton") is not None

@@ -14,6 +14,10 @@ import torch
 
 #: The FMA tile [rows, rank, chunk] in elements: 32 accumulators a thread at 4 warps.
 _FMA_TILE = 4096
+#: All the registers an NVIDIA thread can address. Unless told a limit, ptxas spills a few of 40 to
+#: 130 registers to reach the next step of occupancy (seen on cuda:80 and cuda:100); told one, it
+#: spills only beyond it. 255 registers leave room for one block of 8 warps.
+_MAX_REGISTERS = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,7 @@ class KernelConfig:
         dot: whether products go to the matrix units.
         precision: of their float32 products, in Triton's words.
         warps, stages: launch options.
+        max_registers: limit of registers a thread; None (AMD) leaves it to the compiler.
         splits: programs that share the row loop of a parameter's gradient.
     """
 
@@ -37,7 +42,16 @@ class KernelConfig:
     precision: str
     warps: int = 4
     stages: int = 2
+    max_registers: int | None = None
     splits: int = 1
+
+    @property
+    def launch_options(self) -> dict[str, int]:
+        """What a launch takes beside the kernel's arguments, and ``triton.compile`` as options."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 def choose(
@@ -61,13 +75,21 @@ def choose(
         )
     else:
         rows = max(1, min(4, 32 // block_r))
-        chunk = max(16, min(256, _FMA_TILE // (rows * block_r)))
+        chunk = max(16, min(128, _FMA_TILE // (rows * block_r)))
     chunk = min(chunk, max(16, _power_of_two(dim)))
     splits = 1
     if kernel == "params":
         # Enough programs to fill a device when D alone does not: at most 8 partial sums.
         splits = max(1, min(8, num_rows // (64 * rows)))
-    return KernelConfig(rows, block_r, chunk, dot, _precision(dtype, hip), splits=splits)
+    return KernelConfig(
+        rows,
+        block_r,
+        chunk,
+        dot,
+        _precision(dtype, hip),
+        max_registers=None if hip else _MAX_REGISTERS,
+        splits=splits,
+    )
 
 
 def _precision(dtype: torch.dtype, hip: bool) -> str:

@@ -73,8 +73,7 @@ def edit_forward(
         DOT=config.dot,
         PRECISION=config.precision,
         ACC=_ACCUMULATE[compute],
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.launch_options,
     )
     return x, s, u
 
@@ -137,8 +136,7 @@ def edit_backward(
             DOT=config.dot,
             PRECISION=config.precision,
             ACC=_ACCUMULATE[compute],
-            num_warps=config.warps,
-            num_stages=config.stages,
+            **config.launch_options,
         )
     if not any(wants[1:]):
         return d_hidden, None, None, None
@@ -176,8 +174,7 @@ def edit_backward(
         DOT=config.dot,
         PRECISION=config.precision,
         ACC=_ACCUMULATE[compute],
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.launch_options,
     )
     d_encode, d_bias, d_decode = (
         None if part is None else _joined(part, decode.dtype) for part in sums

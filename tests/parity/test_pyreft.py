@@ -8,6 +8,7 @@ was measured on the machine that wrote it.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -15,9 +16,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainingArguments,
+    default_data_collator,
+)
 
-from reft import ReftConfig, ReftModel, get_reft_model
+from reft import ReftConfig, ReftModel, ReftTrainer, get_reft_model
 from reft.nn.bank import Bank
 from reft.positions import padded_positions, parse_positions
 from reft_kernels import FAMILY, RowPlan, lowrank_edit, orthonormalize, reflector_base
@@ -272,9 +278,62 @@ def test_padding(case: str) -> None:
 # ------------------------------------------------------------------- training
 
 
+def batch_of_training() -> dict[str, Tensor]:
+    values = golden("models")[0]["loreft-tied"]
+    return {key: values[key] for key in ("input_ids", "attention_mask", "labels")}
+
+
+def trained_by_hand(model: ReftModel, facts: dict, folder: Path) -> list[Tensor]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=facts["learning_rate"], weight_decay=0.0)
+    losses = []
+    for _ in range(facts["steps"]):
+        loss = model(**batch_of_training()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return losses
+
+
+class RecordingTrainer(ReftTrainer):
+    def compute_loss(self, *args: object, **kwargs: object) -> Tensor:
+        loss = super().compute_loss(*args, **kwargs)
+        self.losses.append(loss.detach())
+        return loss
+
+
+def trained_by_trainer(model: ReftModel, facts: dict, folder: Path) -> list[Tensor]:
+    """With the settings that pyreft's trainer had."""
+    batch = batch_of_training()
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(len(batch["labels"]))]
+    arguments = TrainingArguments(
+        str(folder),
+        num_train_epochs=facts["steps"],
+        per_device_train_batch_size=len(rows),
+        optim="adamw_torch",
+        learning_rate=facts["learning_rate"],
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = RecordingTrainer(model, arguments, default_data_collator, train_dataset=rows)
+    trainer.losses = []
+    trainer.train()
+    return trainer.losses
+
+
+@pytest.mark.parametrize("train", [trained_by_hand, trained_by_trainer])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("weights", ["tied", "untied"])
-def test_fifty_steps_of_adamw(weights: str, dtype: str) -> None:
+def test_fifty_steps_of_adamw(
+    weights: str, dtype: str, train: Callable[..., list[Tensor]], tmp_path: Path
+) -> None:
     """The loss curve of pyreft's trainer, from the same R, W, b and the same completion of R.
 
     Adam scales each coordinate of the free parameter by itself, so its path depends on the
@@ -286,21 +345,9 @@ def test_fifty_steps_of_adamw(weights: str, dtype: str) -> None:
     """
     groups, facts = golden("training")
     theirs = groups[f"{weights}/{dtype}"]
-    batch = golden("models")[0]["loreft-tied"]
     model, bank = with_parameters({"rank": 4, "tied": weights == "tied"}, theirs, "start.")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert {id(parameter) for parameter in trained} == {id(p) for p in bank.parameters()}
-    optimizer = torch.optim.AdamW(trained, lr=facts["learning_rate"], weight_decay=0.0)
-    losses = []
-    for _ in range(facts["steps"]):
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
-        loss = model(**inputs).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach().double())
-
-    drift = float((torch.stack(losses) - theirs["losses"]).abs().max())
+    losses = torch.stack(train(model, facts, tmp_path)).double()
+    drift = float((losses - theirs["losses"]).abs().max())
     spread = [
         float((groups[f"{weights}/completion{seed}"]["losses"] - theirs["losses"]).abs().max())
         for seed in facts["completions"]

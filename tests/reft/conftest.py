@@ -9,8 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+_COLORS = ["red", "green", "blue"]
 _LETTERS, _NUMBERS = list("abcdefgh"), ["one", "two", "three", "four", "five"]
-WORDS = [*_LETTERS, *_NUMBERS, "yes", "no", "red", "green", "blue", ":", "?"]
+WORDS = [*_LETTERS, *_NUMBERS, "yes", "no", *_COLORS, ":", "?"]
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
 
@@ -36,7 +37,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def _trained_llama(word_tokenizer) -> LlamaForCausalLM:
-    """Two blocks that learnt the form ``a one : ? red <eos>``, but not which colour goes with what."""
+    """Two blocks that learnt ``a : one green <eos>``: green, blue, red for one, two, three."""
     config = LlamaConfig(
         vocab_size=len(word_tokenizer),
         hidden_size=32,
@@ -55,10 +56,9 @@ def _trained_llama(word_tokenizer) -> LlamaForCausalLM:
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-        for _ in range(150):
-            columns = [_LETTERS, _NUMBERS, [":"], ["?"], ["red", "green", "blue"], ["<eos>"]]
-            picked = [[words[i] for i in torch.randint(len(words), (16,))] for words in columns]
-            sentences = [" ".join(words) for words in zip(*picked, strict=True)]
+        for _ in range(100):
+            pairs = zip(*(torch.randint(n, (16,)).tolist() for n in (8, 3)), strict=True)
+            sentences = [f"{_LETTERS[i]} : {_NUMBERS[k]} {_COLORS[k - 2]} <eos>" for i, k in pairs]
             ids = word_tokenizer(sentences, return_tensors="pt")["input_ids"]
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from transformers import BertConfig, BertLMHeadModel
 
 from reft.cli.app import main
 from reft.config import ReftConfig
@@ -18,7 +19,7 @@ from reft.train.evaluate import generate_completions
 
 COLORS = {"one": "red", "two": "green", "three": "blue"}
 RECORDS = [
-    {"prompt": f"{letter} {number} : ?", "completion": color}
+    {"prompt": f"{letter} : {number}", "completion": color}
     for letter in "abcd"
     for number, color in COLORS.items()
 ]
@@ -77,10 +78,10 @@ def test_train_evaluate_generate(place, reft, word_llama, word_tokenizer):
     assert out != "exact match 1.0000 (5 of 5)\n"
 
     generate = ("generate", "-m", "model", "--device", "cpu", "--max-new-tokens", "3")
-    code, out, _ = reft(*generate, "-a", "out", "-p", "e two : ?")
+    code, out, _ = reft(*generate, "-a", "out", "-p", "e : two")
     assert (code, out) == (0, "green\n")
-    code, out, _ = reft(*generate, "-p", "e two : ?")
-    [expected] = generate_completions(word_llama, word_tokenizer, ["e two : ?"], max_new_tokens=3)
+    code, out, _ = reft(*generate, "-p", "e : two")
+    [expected] = generate_completions(word_llama, word_tokenizer, ["e : two"], max_new_tokens=3)
     assert (code, out) == (0, expected + "\n")
     code, out, _ = reft(*generate, "-a", "out", "-d", "data.jsonl", "-o", "answers.jsonl")
     assert (code, out) == (0, "")
@@ -221,6 +222,10 @@ def wreck(place):
     (place / "mute").mkdir()
     for name in ("config.json", "model.safetensors"):
         (place / "mute" / name).write_bytes((place / "model" / name).read_bytes())
+    word = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    BertLMHeadModel(BertConfig(intermediate_size=8, **word)).save_pretrained(place / "encoder")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (place / "encoder" / name).write_bytes((place / "model" / name).read_bytes())
     (place / "future").mkdir()
     (place / "future" / "config.json").write_text('{"model_type": "nosuchmodel"}')
     weights = {"bias": torch.zeros(2, 1, 2), "rotation": torch.zeros(2, 1, 2, 8)}
@@ -275,6 +280,7 @@ MISTAKES = {
     "model-without-weights": (using(**{"-m": "nothing"}), ["cannot load", "nothing"]),
     "model-unknown": (using(**{"-m": "future"}), ["cannot load", "future", "nosuchmodel"]),
     "model-without-tokenizer": (using(**{"-m": "mute"}), ["tokenizer", "mute"]),
+    "model-is-an-encoder": (using(**{"-m": "encoder"}), ["encoder (bert)", "causal"]),
     "model-is-an-adapter": (using(**{"-m": "narrow"}), ["narrow", "an adapter"]),
     "output-is-a-file": (using(**{"-o": "data.jsonl"}), ["cannot write", "data.jsonl"]),
     "output-below-a-file": (using(**{"-o": "data.jsonl/out"}), ["cannot write", "data.jsonl"]),

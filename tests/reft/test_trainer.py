@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -22,7 +22,7 @@ from reft.train.trainer import ReftTrainer
 
 COLORS = {"one": "red", "two": "green", "three": "blue"}
 RECORDS = [
-    {"prompt": f"{letter} {number} : ?", "completion": color}
+    {"prompt": f"{letter} : {number}", "completion": color}
     for letter in "abcd"
     for number, color in COLORS.items()
 ]
@@ -85,15 +85,12 @@ def test_the_loss_goes_down_and_the_base_stays(make, word_llama, intervention, w
     config = ReftConfig(intervention=intervention, rank=4, positions="f2+l2")
     before = {name: value.clone() for name, value in word_llama.state_dict().items()}
     trainer = make(config=config, weight_decay=weight_decay, max_steps=40)
-    start = trainable(trainer.model)
     trainer.train()
     found = losses(trainer)
-    assert found[0] > 2.0
-    assert sum(found[-3:]) / 3 < 0.6 * found[0]
+    assert found[0] > 0.4  # half of ln 3: one of three colours, and an end that the base knows
+    assert sum(found[-3:]) / 3 < 0.25 * found[0]
     assert trainer.model.orthonormality_error() < 1e-5
-    base = trainer.model.unload()
-    assert same(before, base.state_dict())
-    assert not same(start, trainable(trainer.model)) or not trainable(trainer.model)
+    assert same(before, trainer.model.unload().state_dict())
 
 
 def test_weight_decay_acts_on_matrices_and_not_on_biases_or_rotations(make):
@@ -158,6 +155,66 @@ def test_gradient_accumulation_is_one_large_batch(make):
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
     for name, value in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], value, rtol=1e-4, atol=1e-6)
+
+
+ARGUMENTS = {
+    "plain": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "reentrant": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "buckets": {"auto_find_batch_size": True},
+    "adafactor": {"optim": "adafactor"},
+    "bfloat16": {"bf16": True},
+    "noise": {"neftune_noise_alpha": 1.0},
+    "tokens": {"include_num_input_tokens_seen": "all"},
+    "workers": {"dataloader_num_workers": 1},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*use_reentrant.*:UserWarning")
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_what_trainer_offers_works_with_an_adapter(make, name):
+    trainer = make(max_steps=2, **ARGUMENTS[name])
+    start = trainable(trainer.model)
+    trainer.train()
+    after = trainable(trainer.model)
+    assert not any(torch.equal(start[parameter], after[parameter]) for parameter in start)
+    assert all(torch.isfinite(torch.tensor(losses(trainer))))
+    if "checkpointing" not in name and name != "reentrant":
+        return
+    trainer.model.unload()
+    plain = make(max_steps=2)
+    plain.train()
+    for parameter, value in trainable(plain.model).items():
+        torch.testing.assert_close(after[parameter], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_quantised_base_may_be_trained(make, word_llama):
+    # What Trainer looks at, without the quantisation library.
+    word_llama.is_quantized = True
+    word_llama.hf_quantizer = SimpleNamespace(is_trainable=True, is_qat_trainable=False)
+    with pytest.raises(ValueError, match="purely quantized"):
+        Trainer(word_llama, TrainingArguments(report_to="none", use_cpu=True))
+    trainer = make()
+    trainer.train()
+    assert not getattr(word_llama, "_hf_peft_config_loaded", False)
+
+
+def test_several_visible_devices_do_not_make_it_data_parallel(make, caplog):
+    trainer = make()
+    trainer.args._n_gpu = 2
+    again = ReftTrainer(
+        trainer.model,
+        trainer.args,
+        train_dataset=RECORDS,
+        processing_class=trainer.processing_class,
+    )
+    assert again.args.n_gpu == 1
+    assert "torchrun" in caplog.text
+    again.train()
 
 
 # ------------------------------------------------------------------ disk
@@ -259,12 +316,12 @@ def test_metrics_see_logits_and_labels(make, word_tokenizer):
     trainer = make(eval_data=RECORDS)
     trainer.compute_metrics = compute_metrics
     assert 0.0 <= trainer.evaluate()["eval_accuracy"] < 0.7
-    assert seen["shapes"] == ((12, 7, len(word_tokenizer)), (12, 7))
+    assert seen["shapes"] == ((12, 6, len(word_tokenizer)), (12, 6))
     trainer.args.max_steps = 60
     trainer.train()
     assert trainer.evaluate()["eval_accuracy"] > 0.7
     predicted = trainer.predict(RECORDS[:2])
-    assert predicted.predictions.shape == (2, 7, len(word_tokenizer))
+    assert predicted.predictions.shape == (2, 6, len(word_tokenizer))
 
 
 def test_label_smoothing_and_own_losses_still_edit_the_prompt(make, word_tokenizer):
@@ -305,13 +362,21 @@ def test_columns_that_no_one_reads_are_dropped_and_ours_are_kept(make):
     assert {"input_ids", "attention_mask", "labels"} <= set(trainer._signature_columns)
 
 
-def test_the_trainer_asks_the_base_model(make, word_llama):
-    trainer = make()
-    assert trainer.model_accepts_loss_kwargs is True
-    assert trainer.label_names == ["labels"]
-    trainer.model.unload()
-    word_llama.accepts_loss_kwargs = False
-    assert make().model_accepts_loss_kwargs is False
+@pytest.mark.parametrize("accepts", [None, True, False])
+def test_the_trainer_knows_what_it_would_know_of_the_base_alone(make, word_llama, accepts):
+    if accepts is not None:
+        word_llama.accepts_loss_kwargs = accepts
+    ours = make()
+    arguments, base = ours.args, ours.model.unload()
+    plain = Trainer(base, arguments)
+    names = ("model_accepts_loss_kwargs", "label_names", "can_return_loss", "_loss_shifts_labels")
+    for name in names:
+        assert getattr(ours, name, None) == getattr(plain, name, None), name
+    assert ours.label_names == ["labels"]
+    plain._set_signature_columns_if_needed()
+    ours = make()
+    ours._set_signature_columns_if_needed()
+    assert set(plain._signature_columns) < set(ours._signature_columns)
 
 
 # ------------------------------------------------------------------ classifiers
@@ -327,6 +392,9 @@ def classifier(word_tokenizer) -> BertForSequenceClassification:
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=32,
+        initializer_range=0.3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
         num_labels=3,
     )
     return BertForSequenceClassification(config)
@@ -340,7 +408,7 @@ LABELLED = [
 
 
 def test_a_classifier_trains_its_head_and_both_come_back(make, classifier, tmp_path):
-    config = ReftConfig(rank=2, positions="f3", task_type="SEQ_CLS")
+    config = ReftConfig(rank=4, positions="prompt", task_type="SEQ_CLS")
     head = {name: value.clone() for name, value in classifier.classifier.state_dict().items()}
     frozen = {
         n: v.clone() for n, v in classifier.bert.encoder.named_parameters() if "reft" not in n
@@ -355,12 +423,12 @@ def test_a_classifier_trains_its_head_and_both_come_back(make, classifier, tmp_p
         model=get_reft_model(classifier, config),
         data=LABELLED,
         eval_data=LABELLED,
-        max_steps=40,
+        max_steps=60,
+        per_device_train_batch_size=18,
         save_strategy="steps",
-        save_steps=40,
+        save_steps=60,
     )
     trainer.compute_metrics = accuracy
-    assert trainer.model_accepts_loss_kwargs is False
     trainer.train()
     metrics = trainer.evaluate()
     assert metrics["eval_accuracy"] == 1.0
@@ -373,7 +441,7 @@ def test_a_classifier_trains_its_head_and_both_come_back(make, classifier, tmp_p
     for name, value in frozen.items():
         assert torch.equal(dict(base.bert.encoder.named_parameters())[name], value)
     base.classifier.load_state_dict(head)
-    for folder in ("published", "run/checkpoint-40"):
+    for folder in ("published", "run/checkpoint-60"):
         loaded = ReftModel.from_pretrained(base, tmp_path / folder).eval()
         torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-5, atol=1e-6)
         base = loaded.unload()
@@ -404,13 +472,7 @@ def test_model_init_works(word_llama, word_tokenizer, make, tmp_path):
     assert again.label_names == ["labels"]
 
 
-def test_without_accelerate_the_error_says_what_to_install():
-    code = (
-        "import sys; sys.modules['accelerate'] = None\n"
-        "from reft.train import trainer\n"
-        "trainer.is_accelerate_available = lambda: False\n"
-        "try: trainer.ReftTrainer(None)\n"
-        "except ImportError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install 'reft[train]'" in done.stdout
+def test_without_accelerate_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("reft.train.trainer.is_accelerate_available", lambda: False)
+    with pytest.raises(ImportError, match=r"pip install 'reft\[train\]'"):
+        ReftTrainer(None)

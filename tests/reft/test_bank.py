@@ -1,0 +1,317 @@
+"""The parameters of an adapter: which exist, how they start, what comes out of them and back in."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from reft.config import ReftConfig
+from reft.nn.bank import Bank
+from reft_kernels.spec import FAMILY
+
+LAYERS, RANK, DIM = (1, 3, 4), 4, 20
+
+PARAMETERS = {
+    "loreft": {"weight", "bias", "free"},
+    "direft": {"weight", "bias", "decode"},
+    "noreft": {"weight", "bias", "decode"},
+    "direft_orthonormal": {"weight", "bias", "free"},
+    "consreft": {"bias", "free"},
+    "lobireft": {"bias", "free"},
+}
+
+
+def bank(intervention="loreft", seed=0, dim=DIM, layers=LAYERS, **changes) -> Bank:
+    changes = {"rank": RANK, "positions": "f2+l2", "tied": False, **changes}
+    config = ReftConfig(intervention=intervention, **changes)
+    return Bank(config, layers, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def moved(one: Bank) -> Bank:
+    """A bank as after some training: every parameter away from where it started."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in one.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return one
+
+
+def test_every_family_row_is_here():
+    assert PARAMETERS.keys() == FAMILY.keys()
+
+
+@pytest.mark.parametrize("intervention", FAMILY)
+def test_parameters_of_each_family_row(intervention):
+    one = bank(intervention)
+    shapes = {
+        "weight": (3, 2, RANK, DIM),
+        "bias": (3, 2, RANK),
+        "free": (3, 2, DIM, RANK),
+        "decode": (3, 2, RANK, DIM),
+    }
+    found = {name: tuple(p.shape) for name, p in one.named_parameters()}
+    assert found == {name: shapes[name] for name in PARAMETERS[intervention]}
+    # Engines break on persistent buffers, so the state holds parameters only.
+    assert set(one.state_dict()) == PARAMETERS[intervention]
+
+
+@pytest.mark.parametrize("intervention", FAMILY)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_effective_weights_compute_the_edit(intervention, activation):
+    one = moved(bank(intervention, activation=activation))
+    spec = FAMILY[intervention]
+    out, r = one(), one.rotation()
+    h = torch.randn(7, DIM)
+    act = torch.relu if activation else lambda x: x
+    for layer in range(3):
+        for group in range(2):
+            code = one.bias[layer, group].expand(7, -1)
+            if one.weight is not None:
+                code = code + h @ one.weight[layer, group].T
+            code = act(code) - (h @ r[layer, group].T if spec.subtract else 0)
+            folded = out.bias[layer][group].expand(7, -1)
+            if out.encode is not None:
+                folded = folded + h @ out.encode[layer][group].T
+            if out.activation:
+                folded = act(folded)
+            if out.subtract:
+                folded = folded - h @ out.decode[layer][group].T
+            torch.testing.assert_close(folded, code, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(out.decode[layer][group], r[layer, group])
+    assert out.subtract == (activation is not None and spec.subtract and spec.has_encode)
+
+
+def test_effective_weights_share_no_memory_with_parameters():
+    for intervention in FAMILY:
+        one = bank(intervention)
+        own = {p.untyped_storage().data_ptr() for p in one.parameters()}
+        out = one.effective()
+        for part in (*(out.encode or ()), *out.bias, *out.decode):
+            assert part.untyped_storage().data_ptr() not in own, intervention
+
+
+def test_low_precision_around_the_bank_does_not_reach_it():
+    one = moved(bank())
+    expected = one.effective()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = one.effective()
+    for name in ("encode", "bias", "decode"):
+        for mine, theirs in zip(getattr(got, name), getattr(expected, name), strict=True):
+            assert mine.dtype == torch.float32
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_dtype_of_parameters_and_of_what_comes_out(dtype):
+    one = bank(dtype=dtype)
+    assert {p.dtype for p in one.parameters()} == {getattr(torch, dtype)}
+    wide = torch.promote_types(getattr(torch, dtype), torch.float32)
+    out = one.effective()
+    assert {part.dtype for part in (*out.encode, *out.bias, *out.decode)} == {wide}
+    assert one.orthonormality_error() < 1e-5
+
+
+class TestInit:
+    def test_orthonormal_frames_are_uniform(self):
+        one = bank(layers=tuple(range(300)), dim=6, rank=2)
+        r = one.rotation().detach()
+        eye = torch.eye(2).expand(300, 2, 2, 2)
+        torch.testing.assert_close(r @ r.mT, eye, rtol=0, atol=1e-5)
+        # Entries of a uniform frame: mean 0, variance 1/D, either sign on the diagonal.
+        assert r.mean().abs() < 0.02
+        assert abs(r.var() * 6 - 1) < 0.05
+        assert 0.4 < (r.diagonal(dim1=-2, dim2=-1) > 0).float().mean() < 0.6
+
+    @pytest.mark.parametrize("intervention", ["loreft", "direft"])
+    def test_linear_parts_are_drawn_like_nn_linear(self, intervention):
+        one = bank(intervention, layers=tuple(range(40)))
+        linear = torch.nn.Linear(DIM, RANK * 2000)
+        bound = 1 / math.sqrt(DIM)
+        for value in (one.weight, one.bias, *([] if one.decode is None else [one.decode])):
+            assert value.abs().max() <= bound
+            assert abs(value.std() / linear.weight.std() - 1) < 0.05
+
+    @pytest.mark.parametrize("intervention", ["consreft", "lobireft"])
+    def test_a_bias_without_a_weight_is_uniform_in_0_1(self, intervention):
+        bias = bank(intervention, layers=tuple(range(100))).bias
+        assert bias.min() >= 0 and bias.max() < 1
+        assert abs(bias.mean() - 0.5) < 0.05
+        assert abs(bias.var() - 1 / 12) < 0.01
+
+    def test_a_generator_decides(self):
+        for name, value in bank(seed=4).published_state().items():
+            assert torch.equal(value, bank(seed=4).published_state()[name])
+            assert not torch.equal(value, bank(seed=5).published_state()[name])
+
+    @pytest.mark.parametrize("intervention", FAMILY)
+    @pytest.mark.parametrize("activation", [None, "relu", "sigmoid"])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_identity_is_exact_or_refused(self, intervention, activation, dtype):
+        impossible = (
+            intervention == "consreft"
+            or (intervention == "loreft" and (activation or dtype == "bfloat16"))
+            or (intervention in ("direft_orthonormal", "lobireft") and activation == "sigmoid")
+        )
+        settings = {"activation": activation, "dtype": dtype, "init": "identity"}
+        if impossible:
+            with pytest.raises(ValueError, match=r"ReftConfig.init.*identity"):
+                bank(intervention, **settings)
+            return
+        out = bank(intervention, **settings).effective()
+        h = torch.randn(9, DIM)
+        for layer in range(3):
+            r, code = out.decode[layer][0], out.bias[layer][0].expand(9, -1)
+            if out.encode is not None:
+                code = code + h @ out.encode[layer][0].T
+            if out.activation:
+                code = getattr(torch, out.activation)(code)
+            if out.subtract:
+                code = code - h @ r.T
+            assert torch.equal(code @ r, torch.zeros(9, DIM))
+
+    def test_meta_allocates_nothing(self):
+        config = ReftConfig(rank=8)
+        one = Bank(config, tuple(range(80)), 8192, device="meta")
+        assert all(t.is_meta for t in (*one.parameters(), *one.buffers()))
+        one.to_empty(device="cpu") if False else None
+
+
+class TestAssign:
+    def test_by_hand(self):
+        one, other = moved(bank()), bank(seed=9)
+        values = other.published_state()
+        one.assign(**values)
+        for name, value in one.published_state().items():
+            torch.testing.assert_close(value, values[name], rtol=1e-5, atol=1e-6)
+        assert one.free.abs().max() == 0
+
+    @pytest.mark.parametrize(
+        ("intervention", "values", "words"),
+        [
+            ("loreft", {"weight": torch.zeros(2, RANK, DIM)}, "weight must have shape (3, 2, 4, 20)"),
+            ("loreft", {"bias": torch.zeros(3, 2, 5)}, "bias must have shape (3, 2, 4)"),
+            ("loreft", {"rotation": torch.zeros(3, 2, DIM, RANK)}, "rotation must have shape"),
+            ("loreft", {"rotation": torch.zeros(3, 2, RANK, DIM)}, "orthonormal rows"),
+            ("loreft", {"rotation": torch.full((3, 2, RANK, DIM), math.nan)}, "orthonormal rows"),
+            ("consreft", {"weight": torch.zeros(3, 2, RANK, DIM)}, "weight must be None"),
+        ],
+    )
+    def test_what_does_not_fit_changes_nothing(self, intervention, values, words):
+        one = moved(bank(intervention))
+        before = one.training_state()
+        with pytest.raises(ValueError) as caught:
+            one.assign(**{"bias": torch.zeros(3, 2, RANK), **values})
+        assert words in str(caught.value)
+        for name, value in one.training_state().items():
+            assert torch.equal(value, before[name])
+
+    def test_a_free_rotation_may_be_anything(self):
+        one = bank("direft")
+        one.assign(rotation=torch.full((3, 2, RANK, DIM), 2.0))
+        assert torch.equal(one.effective().decode[0], torch.full((2, RANK, DIM), 2.0))
+
+    def test_limits_of_a_bank(self):
+        with pytest.raises(ValueError, match=r"rank must be at most D = 20.*got 21"):
+            bank(rank=21)
+        with pytest.raises(ValueError, match="activation.*laplace") if False else _known("laplace"):
+            bank(activation="laplace")
+
+
+def _known(name):
+    """An activation the kernels do not compute is refused by name; one they do is taken."""
+    from contextlib import nullcontext
+
+    from reft_kernels.activations import ACTIVATIONS
+
+    if name in ACTIVATIONS:
+        return nullcontext()
+    return pytest.raises(ValueError, match=name)
+
+
+class TestState:
+    @pytest.mark.parametrize("intervention", FAMILY)
+    def test_published(self, intervention):
+        one, other = moved(bank(intervention)), bank(intervention, seed=3)
+        other.load(one.published_state())
+        mine, theirs = one.effective(), other.effective()
+        for name in ("encode", "bias", "decode"):
+            pairs = zip(getattr(mine, name) or (), getattr(theirs, name) or (), strict=True)
+            for a, b in pairs:
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("intervention", FAMILY)
+    def test_training_is_bit_for_bit(self, intervention):
+        one, other = moved(bank(intervention)), bank(intervention, seed=3)
+        other.load(one.training_state(), training_state=True)
+        for mine, theirs in zip(
+            (*one.parameters(), *one.buffers()), (*other.parameters(), *other.buffers()), strict=True
+        ):
+            assert torch.equal(mine, theirs)
+
+    def test_names_are_checked(self):
+        one = bank()
+        state = one.training_state()
+        with pytest.raises(ValueError, match="missing: weight, unknown: none"):
+            one.load({name: state[name] for name in ("rotation", "bias")})
+        with pytest.raises(ValueError, match="missing: none, unknown: extra"):
+            one.load({**state, "extra": torch.zeros(1)})
+        with pytest.raises(ValueError, match=r"missing: rotation.base, rotation.free"):
+            one.load(one.published_state(), training_state=True)
+        with pytest.raises(ValueError, match=r"rotation.free must have shape"):
+            one.load({**state, "rotation.free": torch.zeros(1)}, training_state=True)
+
+    def test_gathered_parameters_are_taken(self):
+        one, other = moved(bank()), bank(seed=3)
+        gathered = {name: p.detach() for name, p in one.named_parameters()}
+        with torch.no_grad():
+            other.base.copy_(one.base)
+        for name, value in other.published_state(gathered).items():
+            assert torch.equal(value, one.published_state()[name])
+
+
+class TestCache:
+    @pytest.fixture
+    def one(self):
+        return bank().eval()
+
+    @torch.no_grad()
+    def test_it_is_kept_while_nothing_changes(self, one):
+        assert one.effective() is one.effective()
+
+    @torch.no_grad()
+    def test_any_write_ends_it(self, one):
+        for name, tensor in (*one.named_parameters(), *one.named_buffers()):
+            before = one.effective()
+            tensor.mul_(1.0)
+            assert one.effective() is not before, name
+
+    @torch.no_grad()
+    def test_a_replaced_parameter_ends_it(self, one):
+        before = one.effective()
+        one.bias.data = torch.zeros_like(one.bias)
+        assert torch.equal(one.effective().bias[0], torch.zeros(2, RANK))
+        assert not torch.equal(before.bias[0], torch.zeros(2, RANK))
+
+    @torch.no_grad()
+    def test_writes_past_the_version_end_with_the_mode(self, one):
+        one.effective()
+        one.bias.data.zero_()
+        one.train().eval()
+        assert torch.equal(one.effective().bias[0], torch.zeros(2, RANK))
+
+    def test_gradients_are_never_cached(self, one):
+        with torch.no_grad():
+            kept = one.effective()
+        out = one.effective()
+        assert out is not kept
+        assert out.decode[0].requires_grad
+        with torch.no_grad():
+            assert not one.effective().decode[0].requires_grad
+
+    def test_inference_mode_works(self, one):
+        with torch.inference_mode():
+            first = one.effective()
+        with torch.no_grad():
+            assert torch.equal(one.effective().decode[0], first.decode[0])
