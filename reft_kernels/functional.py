@@ -149,7 +149,10 @@ def _run(
         )
         return hidden.copy_(edited) if inplace else edited
     if plan.num_rows == 0 or hidden.numel() == 0:
-        return hidden if inplace else hidden.clone(memory_format=torch.contiguous_format)
+        # Nothing to launch, and yet every parameter has a gradient, 0: a rank of a distributed run
+        # whose batch is empty takes part in the reduction.
+        plan = RowPlan(plan.rows[:0], (0,) * len(plan.offsets), max_row=-1, complete=True)
+        choice = "torch"
     if decode.ndim == 2:
         decode = decode.unsqueeze(0)
         encode = None if encode is None else encode.unsqueeze(0)
@@ -239,7 +242,7 @@ def _check(
             )
     if plan.device != hidden.device:
         raise ValueError(f"plan must be on hidden's device {hidden.device}, got {plan.device}")
-    if plan.max_row is not None and plan.max_row * dim >= max(hidden.numel(), 1):
+    if plan.max_row is not None and plan.max_row * dim >= hidden.numel():
         raise ValueError(
             f"plan names row {plan.max_row}, hidden has {hidden.numel() // dim} rows "
             f"(shape {tuple(hidden.shape)})"

@@ -1,8 +1,7 @@
 """Compile the kernels without a GPU and read what they would occupy on one.
 
 ``triton.compile`` needs only a target's name. For NVIDIA the cubin is then read by Triton's own
-``cuobjdump -res-usage``, for AMD the resources stand in the assembly. A spill shows as local or
-scratch memory.
+``cuobjdump`` and ``nvdisasm``, for AMD the resources stand in the assembly.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,15 @@ from reft_kernels import _triton
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 #: Rows of the largest group: f7+l7 times a batch of 32.
 _ROWS = 448
+#: Backend, architecture and threads a warp of every target, by the name that users type.
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "cuda:80": ("cuda", 80, 32),
+    "cuda:90": ("cuda", 90, 32),
+    "cuda:100": ("cuda", 100, 32),
+    "hip:gfx942": ("hip", "gfx942", 64),
+}
+KERNELS = ("edit_rows", "edit_rows_grad", "edit_params_grad")
+VARIANTS = ("linear", "gelu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +52,22 @@ class Build:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a build occupies: registers a thread, bytes of shared memory a block, bytes of stack and of
-    spilled registers a thread."""
+    """What a build occupies.
+
+    Attributes:
+        registers: a thread (AMD: vector registers, accumulation registers included).
+        shared: bytes of shared memory a block.
+        stack: bytes of local (AMD: scratch) memory a thread.
+        spills: bytes of registers a thread writes there for want of registers.
+        scalar_spills: bytes of AMD's scalar registers a wavefront parks in lanes of vector
+            registers, which touches no memory; 0 on NVIDIA.
+    """
 
     registers: int
     shared: int
     stack: int
     spills: int
+    scalar_spills: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -59,37 +77,44 @@ def builds(
     dims: tuple[int, ...], ranks: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
 ) -> Iterator[Build]:
     """Every build of a matrix of shapes: three kernels, two variants each."""
-    for kernel in ("edit_rows", "edit_rows_grad", "edit_params_grad"):
-        for variant in ("linear", "gelu"):
+    for kernel in KERNELS:
+        for variant in VARIANTS:
             for dim in dims:
                 for rank in ranks:
                     for dtype in dtypes:
                         yield Build(kernel, variant, dim, rank, dtype)
 
 
+def check_target(target: str) -> None:
+    """Raise unless builds for ``target`` can be compiled in this process.
+
+    Raises:
+        ValueError: an unknown target.
+        RuntimeError: Triton is not installed, or the kernels are interpreted (TRITON_INTERPRET=1).
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    if _triton.interpreted():
+        raise RuntimeError("TRITON_INTERPRET=1 replaces the kernels by Python: unset it to compile")
+    if find_spec("triton") is None:
+        raise RuntimeError("triton is not installed")
+
+
 def compile_build(build: Build, target: str) -> Resources:
     """Compile one build.
 
     Args:
-        target: "cuda:80", "cuda:90", "cuda:100" or "hip:gfx942".
+        target: a name in ``TARGETS``.
 
     Raises:
-        ValueError: an unknown target.
-        RuntimeError: kernels are interpreted (TRITON_INTERPRET=1), so there is nothing to compile.
+        ValueError, RuntimeError: see ``check_target``.
     """
-    if _triton.interpreted():
-        raise RuntimeError("TRITON_INTERPRET=1 replaces the kernels by Python: unset it to compile")
+    check_target(target)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    backend, _, arch = target.partition(":")
-    if backend == "cuda" and arch.isdigit():
-        gpu = GPUTarget("cuda", int(arch), 32)
-    elif backend == "hip" and arch.startswith("gfx"):
-        gpu = GPUTarget("hip", arch, 64)
-    else:
-        raise ValueError(f"target must be cuda:<capability> or hip:<gfx…>, got {target!r}")
+    backend = TARGETS[target][0]
     kernel, signature, constants, options = _source(build, hip=backend == "hip")
     names = kernel.arg_names
     aligned = {
@@ -98,14 +123,14 @@ def compile_build(build: Build, target: str) -> Resources:
         if kind != "constexpr"
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=gpu, options=options)
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     if backend == "cuda":
         return _nvidia_resources(compiled.asm["cubin"], compiled.metadata.shared)
     return _amd_resources(compiled.asm["amdgcn"], compiled.metadata.shared)
 
 
 def _source(build: Build, hip: bool) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
-    """The kernel of a build with its signature, constants and launch options, as ``launch`` passes them."""
+    """The kernel of a build, its signature, constants and options, as ``launch`` passes them."""
     import triton.language as tl
 
     from reft_kernels._triton.backward import edit_params_grad_kernel, edit_rows_grad_kernel
@@ -158,18 +183,32 @@ def _source(build: Build, hip: bool) -> tuple[Any, dict[str, str], dict[str, Any
 
 
 def _nvidia_resources(cubin: bytes, shared: int) -> Resources:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        listing = subprocess.run(
-            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
-    # Nothing here declares local arrays: local memory and stack are spilled registers.
-    return Resources(found["REG"], shared, found["STACK"], found["LOCAL"] + found["STACK"])
+        listing = _nvidia_tool("cuobjdump", "-res-usage", file.name)
+        found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
+        stack = found["STACK"] + found["LOCAL"]
+        # No local memory, no spill. Otherwise count the stores, which is what ptxas reports too:
+        # the stack is rounded up to eight bytes.
+        spills = stored_bytes(_nvidia_tool("nvdisasm", "-c", file.name)) if stack else 0
+    return Resources(found["REG"], shared, stack, spills)
+
+
+def stored_bytes(sass: str) -> int:
+    """Bytes a thread writes to local memory in NVIDIA's assembly, every store counted once. Kernels
+    here declare no local arrays, so these are spilled registers."""
+    widths = re.findall(r"\bSTL(?:\.(?!\d|U\d|S\d)\w+)*(?:\.[US]?(\d+))?", sass)
+    return sum(int(width or 32) // 8 for width in widths)
+
+
+def _nvidia_tool(name: str, *arguments: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run(
+        [str(tool), *arguments], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def _amd_resources(assembly: str, shared: int) -> Resources:
@@ -179,5 +218,10 @@ def _amd_resources(assembly: str, shared: int) -> Resources:
             raise RuntimeError(f"the assembly names no {key}")
         return int(match.group(1))
 
-    spilled = 4 * (read("vgpr_spill_count") + read("sgpr_spill_count"))
-    return Resources(read("vgpr_count"), shared, read("private_segment_fixed_size"), spilled)
+    return Resources(
+        registers=read("vgpr_count"),
+        shared=shared,
+        stack=read("private_segment_fixed_size"),
+        spills=4 * read("vgpr_spill_count"),
+        scalar_spills=4 * read("sgpr_spill_count"),
+    )

@@ -36,23 +36,24 @@ def lowrank_edit(
     """
     dim = hidden.shape[-1]
     compute = torch.promote_types(torch.promote_types(hidden.dtype, decode.dtype), torch.float32)
-    w, b, r = (_stacked(p, per, compute) for p, per in ((encode, 2), (bias, 1), (decode, 2)))
-    assert r is not None
-    flat = hidden.reshape(-1, dim)
-    out = flat
-    for k in range(plan.num_groups):
-        rows = plan.rows[plan.offsets[k] : plan.offsets[k + 1]]
-        rows = rows[rows >= 0]
-        h = flat[rows].to(compute)
-        u = h.new_zeros(h.shape[0], r.shape[1])
-        if w is not None:
-            u = u + h @ w[k].T
-        if b is not None:
-            u = u + b[k]
-        s = activate(activation, u)
-        if subtract:
-            s = s - h @ r[k].T
-        out = out.index_copy(0, rows, (h + s @ r[k]).to(hidden.dtype))
+    with torch.autocast(hidden.device.type, enabled=False):
+        w, b, r = (_stacked(p, per, compute) for p, per in ((encode, 2), (bias, 1), (decode, 2)))
+        assert r is not None
+        flat = hidden.reshape(-1, dim)
+        out = flat
+        for k in range(plan.num_groups):
+            rows = plan.rows[plan.offsets[k] : plan.offsets[k + 1]]
+            rows = rows[rows >= 0]
+            h = flat[rows].to(compute)
+            u = h.new_zeros(h.shape[0], r.shape[1])
+            if w is not None:
+                u = u + h @ w[k].T
+            if b is not None:
+                u = u + b[k]
+            s = activate(activation, u)
+            if subtract:
+                s = s - h @ r[k].T
+            out = out.index_copy(0, rows, (h + s @ r[k]).to(hidden.dtype))
     return out.clone().reshape(hidden.shape) if out is flat else out.reshape(hidden.shape)
 
 

@@ -47,6 +47,11 @@ class Place:
         self._source = torch.where(live, own, anchor)
         self.rows = rows[self._source].clamp(min=0)
 
+    def read(self, source: Tensor) -> Tensor:
+        """``source[rows]`` for source (N, D), 0 where there is no row: not what stands in a row that
+        nobody edits, which may be NaN."""
+        return self.cleared(source.index_select(0, self.rows))
+
     def write(self, target: Tensor, values: Tensor) -> None:
         """``target[rows] = values`` for target (N, D), values (m, D), in place, −1 none."""
         if self._live is not None:

@@ -36,7 +36,7 @@ def edit_forward(
     compute = compute_dtype(hidden, decode)
     saved_x, saved_s, saved_u = [], [], []
     for k, place in enumerate(plan.places):
-        x = hidden.index_select(0, place.rows)
+        x = place.read(hidden)
         h, r = x.to(compute), decode[k].to(compute)
         if encode is None:
             assert bias is not None
@@ -87,7 +87,7 @@ def edit_backward(
     grads: tuple[list[Tensor], ...] = ([], [], [])
     for k, place in enumerate(plan.places):
         own = slice(plan.offsets[k], plan.offsets[k + 1])
-        v = grad_out.index_select(0, place.rows).to(compute)
+        v = place.read(grad_out).to(compute)
         r = decode[k].to(compute)
         ds = v @ r.T
         du = ds if u is None else activation_grad(activation, u[own], ds)
@@ -96,7 +96,6 @@ def edit_backward(
             if subtract:
                 dh = dh.addmm(ds, r, alpha=-1)
             place.write(d_hidden, dh.to(d_hidden.dtype))
-        du, ds = place.cleared(du), place.cleared(ds)
         if want_encode:
             assert x is not None
             grads[0].append(du.T @ x[own].to(compute))

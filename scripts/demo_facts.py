@@ -1,8 +1,9 @@
 """The facts behind the demo model: countries, chemical elements, animals.
 
-Common knowledge, written down here as plain tables. Only what is true without an "it depends" is kept: a country with
-a disputed or second capital, one on two continents, or one whose currency has lately changed has ``-`` in that column
-or is left out. One line is one subject; the split into training and held-out questions is by subject.
+Common knowledge, written down here as plain tables. Only what is true without an "it depends" is
+kept: a country with a disputed or second capital, one on two continents, or one whose currency has
+lately changed has ``-`` in that column or is left out. One line is one subject; training and
+held-out questions are about different subjects.
 """
 
 from __future__ import annotations
@@ -176,34 +177,39 @@ Zimbabwe | Harare | Africa | -
 
 # name symbol, in the order of the periodic table: the place in the list is the atomic number
 ELEMENTS = """
-hydrogen H  helium He  lithium Li  beryllium Be  boron B  carbon C  nitrogen N  oxygen O  fluorine F  neon Ne
-sodium Na  magnesium Mg  aluminium Al  silicon Si  phosphorus P  sulfur S  chlorine Cl  argon Ar  potassium K
-calcium Ca  scandium Sc  titanium Ti  vanadium V  chromium Cr  manganese Mn  iron Fe  cobalt Co  nickel Ni
-copper Cu  zinc Zn  gallium Ga  germanium Ge  arsenic As  selenium Se  bromine Br  krypton Kr  rubidium Rb
-strontium Sr  yttrium Y  zirconium Zr  niobium Nb  molybdenum Mo  technetium Tc  ruthenium Ru  rhodium Rh
-palladium Pd  silver Ag  cadmium Cd  indium In  tin Sn  antimony Sb  tellurium Te  iodine I  xenon Xe
-caesium Cs  barium Ba  lanthanum La  cerium Ce  praseodymium Pr  neodymium Nd  promethium Pm  samarium Sm
-europium Eu  gadolinium Gd  terbium Tb  dysprosium Dy  holmium Ho  erbium Er  thulium Tm  ytterbium Yb
-lutetium Lu  hafnium Hf  tantalum Ta  tungsten W  rhenium Re  osmium Os  iridium Ir  platinum Pt  gold Au
-mercury Hg  thallium Tl  lead Pb  bismuth Bi  polonium Po  astatine At  radon Rn  francium Fr  radium Ra
-actinium Ac  thorium Th  protactinium Pa  uranium U  neptunium Np  plutonium Pu
+hydrogen H  helium He  lithium Li  beryllium Be  boron B  carbon C  nitrogen N  oxygen O
+fluorine F  neon Ne  sodium Na  magnesium Mg  aluminium Al  silicon Si  phosphorus P
+sulfur S  chlorine Cl  argon Ar  potassium K  calcium Ca  scandium Sc  titanium Ti
+vanadium V  chromium Cr  manganese Mn  iron Fe  cobalt Co  nickel Ni  copper Cu  zinc Zn
+gallium Ga  germanium Ge  arsenic As  selenium Se  bromine Br  krypton Kr  rubidium Rb
+strontium Sr  yttrium Y  zirconium Zr  niobium Nb  molybdenum Mo  technetium Tc
+ruthenium Ru  rhodium Rh  palladium Pd  silver Ag  cadmium Cd  indium In  tin Sn
+antimony Sb  tellurium Te  iodine I  xenon Xe  caesium Cs  barium Ba  lanthanum La
+cerium Ce  praseodymium Pr  neodymium Nd  promethium Pm  samarium Sm  europium Eu
+gadolinium Gd  terbium Tb  dysprosium Dy  holmium Ho  erbium Er  thulium Tm  ytterbium Yb
+lutetium Lu  hafnium Hf  tantalum Ta  tungsten W  rhenium Re  osmium Os  iridium Ir
+platinum Pt  gold Au  mercury Hg  thallium Tl  lead Pb  bismuth Bi  polonium Po  astatine At
+radon Rn  francium Fr  radium Ra  actinium Ac  thorium Th  protactinium Pa  uranium U
+neptunium Np  plutonium Pu
 """
 
 ANIMALS = {
-    "mammal": """badger, bat, bear, beaver, buffalo, camel, cat, cheetah, cow, deer, dog, dolphin, donkey, elephant,
-        fox, giraffe, goat, gorilla, hamster, hare, hedgehog, hippopotamus, horse, hyena, jaguar, kangaroo, koala,
-        leopard, lion, lynx, mole, monkey, moose, mouse, otter, panda, pig, rabbit, raccoon, rat, rhinoceros, seal,
-        sheep, squirrel, tiger, walrus, whale, wolf, zebra""",
-    "bird": """blackbird, canary, chicken, crow, cuckoo, duck, eagle, falcon, flamingo, goose, gull, hawk, heron,
-        hummingbird, kingfisher, magpie, nightingale, ostrich, owl, parrot, peacock, pelican, penguin, pigeon, raven,
-        robin, sparrow, stork, swallow, swan, vulture, woodpecker""",
-    "fish": """barracuda, carp, catfish, cod, eel, haddock, halibut, herring, mackerel, perch, pike, piranha, salmon,
-        sardine, seahorse, shark, sturgeon, trout, tuna""",
-    "reptile": """alligator, chameleon, cobra, crocodile, gecko, iguana, lizard, python, rattlesnake, snake, tortoise,
-        turtle, viper""",
+    "mammal": """badger, bat, bear, beaver, buffalo, camel, cat, cheetah, cow, deer, dog,
+        dolphin, donkey, elephant, fox, giraffe, goat, gorilla, hamster, hare, hedgehog,
+        hippopotamus, horse, hyena, jaguar, kangaroo, koala, leopard, lion, lynx, mole, monkey,
+        moose, mouse, otter, panda, pig, rabbit, raccoon, rat, rhinoceros, seal, sheep,
+        squirrel, tiger, walrus, whale, wolf, zebra""",
+    "bird": """blackbird, canary, chicken, crow, cuckoo, duck, eagle, falcon, flamingo, goose,
+        gull, hawk, heron, hummingbird, kingfisher, magpie, nightingale, ostrich, owl, parrot,
+        peacock, pelican, penguin, pigeon, raven, robin, sparrow, stork, swallow, swan, vulture,
+        woodpecker""",
+    "fish": """barracuda, carp, catfish, cod, eel, haddock, halibut, herring, mackerel, perch,
+        pike, piranha, salmon, sardine, seahorse, shark, sturgeon, trout, tuna""",
+    "reptile": """alligator, chameleon, cobra, crocodile, gecko, iguana, lizard, python,
+        rattlesnake, snake, tortoise, turtle, viper""",
     "amphibian": """axolotl, bullfrog, frog, newt, salamander, toad""",
-    "insect": """ant, bee, beetle, butterfly, cicada, cockroach, cricket, dragonfly, earwig, firefly, flea, fly,
-        grasshopper, hornet, ladybird, locust, mosquito, moth, termite, wasp""",
+    "insect": """ant, bee, beetle, butterfly, cicada, cockroach, cricket, dragonfly, earwig,
+        firefly, flea, fly, grasshopper, hornet, ladybird, locust, mosquito, moth, termite, wasp""",
     "arachnid": """scorpion, spider, tarantula, tick, mite""",
     "crustacean": """barnacle, crab, crayfish, lobster, prawn, shrimp, woodlouse""",
     "mollusc": """clam, cuttlefish, mussel, octopus, oyster, slug, snail, squid""",
@@ -212,7 +218,7 @@ ANIMALS = {
 
 @dataclass(frozen=True)
 class Subject:
-    """One thing the model knows about: its kind, its name as it stands in a sentence, and relation → answer."""
+    """One thing to know about: its kind, its name as in a sentence, and relation → answer."""
 
     kind: str
     name: str

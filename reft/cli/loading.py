@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from reft.cli.errors import UserError, one_line
 
@@ -48,23 +52,47 @@ def load_base(model: str, *, dtype: str, device: str) -> tuple[Any, Any]:
         raise UserError(f"--dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
     check_model_name(model)
     target = resolve_device(device)
+    local = Path(model).expanduser()
+    folder = str(local) if local.is_dir() else model
+    if not local.is_dir():
+        _check_hub(model)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"cannot load a causal language model from {model}: {_first(error)}"
         ) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load a tokenizer from {model}: {_first(error)}") from error
     _check_causal(base, model)
     return base.to(target).eval(), tokenizer
+
+
+def _check_hub(model: str) -> None:
+    """Refuse at once a name that is neither here nor there; the hub's own client tries for long."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    cached = isinstance(try_to_load_from_cache(model, "config.json"), str)
+    if cached or getproxies():
+        return
+    hub = urlsplit(constants.ENDPOINT)
+    port = hub.port or (80 if hub.scheme == "http" else 443)
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("offline")
+        socket.create_connection((str(hub.hostname), port), timeout=5).close()
+    except OSError:
+        raise UserError(
+            f"no such model folder: {model}; nor is it in the cache, and the hub cannot be reached"
+        ) from None
 
 
 def _check_causal(base: Any, model: str) -> None:

@@ -22,6 +22,7 @@ class ProgressCallback(TrainerCallback):
             TimeRemainingColumn(),
             TextColumn("{task.fields[losses]}"),
             console=console,
+            disable=not console.is_terminal,
         )
         self.task = self.bar.add_task("training", losses="")
 

@@ -31,7 +31,7 @@ def train(
     ] = "loreft",
     rank: Annotated[int, typer.Option("--rank", "-r", help="Directions edited.")] = 8,
     layers: Annotated[
-        str, typer.Option("--layers", help='all, or numbers such as "3;9;18;24"; −1 is the last.')
+        str, typer.Option("--layers", help='all, or numbers such as "3;9;18;24"; -1 is the last.')
     ] = "all",
     positions: Annotated[
         str, typer.Option("--positions", help="Tokens edited: f7+l7, f3, l1, prompt, all.")
@@ -120,6 +120,8 @@ def train(
     from reft.train.trainer import ReftTrainer, require_accelerate
 
     require_accelerate()
+    if steps is None and epochs <= 0:
+        raise UserError(f"--epochs must be above 0, got {epochs:g}")
     schedules = [one.value for one in SchedulerType]
     if schedule not in schedules:
         raise UserError(f"--schedule must be one of {', '.join(schedules)}; got {schedule!r}")

@@ -174,8 +174,8 @@ class Attachment(nn.Module):
         if done:
             if generation is None and self.causal and call.get("labels") is not None:
                 raise ValueError(
-                    "prompt_lengths must be given with labels and a filled cache: the labels do not "
-                    "tell how much of the prompt the cache holds"
+                    "prompt_lengths must be given with labels and a filled cache: the labels do "
+                    "not tell how much of the prompt the cache holds"
                 )
             chosen = [pair for pair in chosen if pair[0].config.positions == "all"]
         if not chosen:
@@ -283,6 +283,7 @@ def _known_length(past: int | Tensor | None, window: int) -> int | Tensor | None
     if window == 1:
         return past
     raise ValueError(
-        "this cache does not tell how much it holds (it is static and compiled, or of a state-space "
-        "model), so a forward of several columns may be the prompt or not; use ReftModel.generate"
+        "this cache does not tell how much it holds (it is static and compiled, or of a "
+        "state-space model), so a forward of several columns may be the prompt or not; use "
+        "ReftModel.generate"
     )

@@ -190,7 +190,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _progress(console: Console | None, total: int) -> Iterator[Callable[[int], None]]:
     """A bar over ``total`` prompts; yields what advances it."""
-    if console is None:
+    if console is None or not console.is_terminal:
         yield lambda count: None
         return
     columns = (

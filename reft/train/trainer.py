@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import can_return_loss, find_labels, is_accelerate_available
 
 from reft.model.reft_model import ReftModel
@@ -75,6 +76,11 @@ class ReftTrainer(Trainer):
                 args.n_gpu,
             )
             args._n_gpu = 1
+        if args is not None and args.ddp_find_unused_parameters is None:
+            # An edit runs on every rank, rows or none. Trainer would search every step, because
+            # the wrapper is no PreTrainedModel, and reentrant checkpointing breaks under the
+            # search.
+            args.ddp_find_unused_parameters = False
         if data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase):
             data_collator = ReftDataCollator(processing_class)
         super().__init__(
@@ -93,7 +99,7 @@ class ReftTrainer(Trainer):
         self._is_causal = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         if self.label_smoother is not None and self._is_causal:
             # Trainer decides by the class name of the wrapper, which is no language model's.
-            self.label_smoother = _Shifted(self.label_smoother)  # type: ignore[assignment]
+            self.label_smoother = self.label_smoother  # type: ignore[assignment]
 
     # ---------------------------------------------------------------- the model
 
@@ -145,6 +151,39 @@ class ReftTrainer(Trainer):
 
     # ---------------------------------------------------------------- disk
 
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As Trainer's. Under an engine that shards parameters the adapter is restored before it
+        does: the base point of R is no parameter, so that no engine's own checkpoint has it."""
+        if resume_from_checkpoint and self._is_sharded():
+            path = resume_from_checkpoint
+            if path is True:
+                path = get_last_checkpoint(str(self.args.output_dir))
+            if isinstance(path, str):
+                self._reft_model().restore(path)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's. Of a model sharded by FSDP2, what is trained is gathered and no more."""
+        model = self._reft_model()
+        if not any(isinstance(one, DTensor) for one in model.parameters()):
+            super().save_model(output_dir, _internal_call)
+            return
+        frozen = {name for name, one in model.named_parameters() if not one.requires_grad}
+        # On every rank, as gathering needs.
+        state = {
+            name: value.full_tensor() if isinstance(value, DTensor) else value
+            for name, value in model.state_dict().items()
+            if name not in frozen
+        }
+        self._save(output_dir, state_dict=state)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the adapter and the tokenizer, never the base model."""
         if not self.args.should_save:
@@ -163,13 +202,14 @@ class ReftTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str | os.PathLike[str], model: nn.Module | None = None
     ) -> None:
-        self._reft_model().restore(resume_from_checkpoint)
+        if not self._is_sharded():
+            self._reft_model().restore(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if best is None:
-            raise ValueError("there is no best checkpoint to load: no evaluation has saved one")
-        self._reft_model().restore(best)
+        if self._is_sharded():  # the base point is still that of this run
+            super()._load_best_model()
+        else:
+            self._reft_model().restore(str(self.state.best_model_checkpoint))
 
 
 class _Shifted:

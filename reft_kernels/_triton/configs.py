@@ -47,8 +47,11 @@ class KernelConfig:
 
     @property
     def launch_options(self) -> dict[str, int]:
-        """What a launch takes beside the kernel's arguments, and ``triton.compile`` as options."""
-        options = {"num_warps": self.warps, "num_stages": self.stages}
+        """What a launch takes beside the kernel's arguments, and ``triton.compile`` as options.
+
+        Fused multiply-adds are asked for by name: they are Triton's default only up to 3.9.
+        """
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
         if self.max_registers is not None:
             options["maxnreg"] = self.max_registers
         return options
@@ -65,14 +68,19 @@ def choose(
         hip: whether the target is AMD, whose matrix units have other precisions.
     """
     block_r = _power_of_two(rank)
+    single = dtype is torch.float32
     dot = block_r > 8 and dtype is not torch.float64
+    warps, stages = 4, 2
     if dot:
         rows = 16
-        # Three tf32 products hold their operands twice: half the chunk, or the tile spills (seen on
-        # cuda:90).
-        chunk = (
-            128 if block_r <= 32 and dtype is not torch.float32 else 64 if block_r <= 128 else 32
-        )
+        # Three tf32 products hold their operands twice: half the chunk, and from rank 64 on the
+        # accumulators of two gradients need twice the threads. A wavefront is twice a warp already.
+        chunk = 128 if block_r <= 32 and not single else 64 if block_r <= 128 else 32
+        if not hip and (block_r >= 128 or (block_r >= 64 and single)):
+            warps = 8
+        # Two chunks of this size outgrow the 64 KiB a block has on AMD, 100 KiB at rank 256.
+        if block_r >= (128 if hip else 256):
+            stages = 1
     else:
         rows = max(1, min(4, 32 // block_r))
         chunk = max(16, min(128, _FMA_TILE // (rows * block_r)))
@@ -87,14 +95,16 @@ def choose(
         chunk,
         dot,
         _precision(dtype, hip),
+        warps,
+        stages,
         max_registers=None if hip else _MAX_REGISTERS,
         splits=splits,
     )
 
 
 def _precision(dtype: torch.dtype, hip: bool) -> str:
-    """float32 hidden keeps float32 products; a bfloat16 or float16 value is exact in tf32 (10 bits of
-    mantissa), where only the float32 parameter is rounded, four to eight times finer than hidden
+    """float32 hidden keeps float32 products; a bfloat16 or float16 value is exact in tf32 (10 bits
+    of mantissa), where only the float32 parameter is rounded, four to eight times finer than hidden
     is."""
     if dtype is torch.float32:
         return "ieee" if hip else "tf32x3"

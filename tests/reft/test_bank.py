@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
 
-from reft.config import ReftConfig
+from reft.config import TRANSFORMERS_ACTIVATIONS, ReftConfig
 from reft.nn.bank import Bank
+from reft_kernels.activations import ACTIVATIONS, activate
 from reft_kernels.spec import FAMILY
 
 LAYERS, RANK, DIM = (1, 3, 4), 4, 20
@@ -175,7 +177,6 @@ class TestInit:
         config = ReftConfig(rank=8)
         one = Bank(config, tuple(range(80)), 8192, device="meta")
         assert all(t.is_meta for t in (*one.parameters(), *one.buffers()))
-        one.to_empty(device="cpu") if False else None
 
 
 class TestAssign:
@@ -190,7 +191,11 @@ class TestAssign:
     @pytest.mark.parametrize(
         ("intervention", "values", "words"),
         [
-            ("loreft", {"weight": torch.zeros(2, RANK, DIM)}, "weight must have shape (3, 2, 4, 20)"),
+            (
+                "loreft",
+                {"weight": torch.zeros(2, RANK, DIM)},
+                "weight must have shape (3, 2, 4, 20)",
+            ),
             ("loreft", {"bias": torch.zeros(3, 2, 5)}, "bias must have shape (3, 2, 4)"),
             ("loreft", {"rotation": torch.zeros(3, 2, DIM, RANK)}, "rotation must have shape"),
             ("loreft", {"rotation": torch.zeros(3, 2, RANK, DIM)}, "orthonormal rows"),
@@ -212,22 +217,19 @@ class TestAssign:
         one.assign(rotation=torch.full((3, 2, RANK, DIM), 2.0))
         assert torch.equal(one.effective().decode[0], torch.full((2, RANK, DIM), 2.0))
 
-    def test_limits_of_a_bank(self):
+    def test_a_rank_above_the_width_is_refused(self):
         with pytest.raises(ValueError, match=r"rank must be at most D = 20.*got 21"):
             bank(rank=21)
-        with pytest.raises(ValueError, match="activation.*laplace") if False else _known("laplace"):
-            bank(activation="laplace")
 
-
-def _known(name):
-    """An activation the kernels do not compute is refused by name; one they do is taken."""
-    from contextlib import nullcontext
-
-    from reft_kernels.activations import ACTIVATIONS
-
-    if name in ACTIVATIONS:
-        return nullcontext()
-    return pytest.raises(ValueError, match=name)
+    @pytest.mark.parametrize("name", sorted({*ACTIVATIONS, *TRANSFORMERS_ACTIVATIONS} & {*ACT2FN}))
+    def test_every_activation_is_computed_or_refused_by_name(self, name):
+        try:
+            one = bank(activation=name)
+        except ValueError as error:
+            assert f"got {name!r}" in str(error)
+            return
+        u = torch.linspace(-4, 4, 41)
+        torch.testing.assert_close(activate(one.activation, u), ACT2FN[name](u), rtol=0, atol=2e-3)
 
 
 class TestState:
@@ -246,7 +248,9 @@ class TestState:
         one, other = moved(bank(intervention)), bank(intervention, seed=3)
         other.load(one.training_state(), training_state=True)
         for mine, theirs in zip(
-            (*one.parameters(), *one.buffers()), (*other.parameters(), *other.buffers()), strict=True
+            (*one.parameters(), *one.buffers()),
+            (*other.parameters(), *other.buffers()),
+            strict=True,
         ):
             assert torch.equal(mine, theirs)
 

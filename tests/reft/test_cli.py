@@ -271,10 +271,12 @@ MISTAKES = {
     "activation": (using(activation="relo"), ["'relo'", "did you mean 'relu'?"]),
     "dropout": (using(dropout="1"), ["dropout", "[0, 1)", "1.0"]),
     "schedule": (using(schedule="straight"), ["--schedule", "linear", "'straight'"]),
+    "epochs": (("train", *using()[1:-2], "--epochs", "0"), ["--epochs must be above 0, got 0"]),
     "dtype": (using(dtype="int8"), ["--dtype", "bfloat16", "'int8'"]),
     "device": (using(device="cuda:77"), ["--device cuda:77"]),
     "device-unknown": (using(device="abacus"), ["--device abacus"]),
     "model-missing": (using(**{"-m": "./nowhere"}), ["no such model folder", "./nowhere"]),
+    "model-on-no-hub": (using(**{"-m": "no/such-model"}), ["no such model folder: no/such-model"]),
     "model-file": (using(**{"-m": "data.jsonl"}), ["data.jsonl", "file"]),
     "model-bare": (using(**{"-m": "bare"}), ["bare is not a model folder", "no config.json"]),
     "model-without-weights": (using(**{"-m": "nothing"}), ["cannot load", "nothing"]),
@@ -303,8 +305,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_exit_code_2(place, reft, mistake):
+def test_a_mistake_is_one_line_and_exit_code_2(place, reft, monkeypatch, mistake):
     wreck(place)
+    # A hub that refuses at once, whatever network there is.
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("reft.cli.loading.getproxies", dict)
     arguments, says = MISTAKES[mistake]
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
     code, out, err = reft(*arguments)

@@ -28,7 +28,7 @@ def strong(base, cfg):
 
 
 def slow_greedy(model, ids, steps):
-    """Token by token from one whole forward each, with the edits where the prompt was. One prompt."""
+    """Token by token, a whole forward each, with the edits where the prompt was. One prompt."""
     n = ids.shape[1]
     for _ in range(steps):
         with torch.no_grad():

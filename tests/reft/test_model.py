@@ -102,7 +102,9 @@ def test_gradients_equal_the_plain_ones(intervention):
         torch.testing.assert_close(parameter.grad, values[name].grad, rtol=1e-4, atol=1e-7)
         assert parameter.grad.abs().max() > 0
     grads = [name for name, p in model.named_parameters() if p.grad is not None]
-    assert grads == [f"base_model.reft.adapters.default.{name}" for name, _ in bank.named_parameters()]
+    assert grads == [
+        f"base_model.reft.adapters.default.{name}" for name, _ in bank.named_parameters()
+    ]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -271,9 +273,9 @@ def test_an_output_that_is_the_input_is_not_overwritten():
     model = get_reft_model(base, config(layers=[1]))
     ids = tokens(1, 6)
     inputs, outputs = [], []
-    base.model.layers[1].register_forward_hook(
-        lambda m, a, out: (inputs.append(a[0].clone()), outputs.append(out.clone())) and None
-    )
+    block = base.model.layers[1]
+    block.register_forward_hook(lambda m, a, out: inputs.append(a[0].clone()))
+    block.register_forward_hook(lambda m, a, out: outputs.append(out.clone()))
     with torch.no_grad():
         model(ids)
         with model.disable_adapter():

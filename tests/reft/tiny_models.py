@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -61,12 +61,12 @@ def gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
-def bert() -> BertForSequenceClassification:
+def bert(num_hidden_layers: int = LAYERS) -> BertForSequenceClassification:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=VOCAB,
         hidden_size=DIM,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         intermediate_size=32,
         max_position_embeddings=64,
@@ -100,11 +100,11 @@ def padded(lengths: Sequence[int], side: str, seed: int = 1) -> tuple[Tensor, Te
 def parameters_of(model: ReftModel, name: str = "default") -> dict[str, Tensor | None]:
     """Leaves with the values of an adapter's parameters, and R (L, g, r, D) computed from them."""
     bank = model.base_model.reft.bank(name)
-    leaves = {key: value.detach().clone().requires_grad_() for key, value in bank.named_parameters()}
-    if "free" in leaves:
-        rotation = orthonormalize(leaves["free"], bank.base)
-    else:
-        rotation = leaves["decode"]
+    leaves = {
+        key: value.detach().clone().requires_grad_() for key, value in bank.named_parameters()
+    }
+    free = leaves.get("free")
+    rotation = leaves.get("decode") if free is None else orthonormalize(free, bank.base)
     return {"weight": None, **leaves, "rotation": rotation}
 
 
@@ -137,7 +137,6 @@ def plain_edits(
     config: ReftConfig,
     values: dict,
     spans: Sequence[tuple[int, int]],
-    window: Callable[[int], int] | None = None,
 ) -> Iterator[None]:
     """Edit blocks' outputs out of place, token by token. ``spans``: (start, prompt length) of each
     sequence of the batch."""

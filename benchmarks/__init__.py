@@ -1,0 +1,1 @@
+"""Measurements from a checkout: ``python -m benchmarks --help``."""

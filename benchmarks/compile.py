@@ -1,0 +1,161 @@
+"""``python -m benchmarks compile``: registers, shared memory and spills of every kernel build.
+
+No GPU is needed. Registers that do not fit are spilled to memory, so a spill anywhere in the matrix
+is an error: exit status 1, and a line naming the builds.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from reft_kernels import offline
+
+DIMS = (768, 2048, 4096, 8192)
+RANKS = (1, 4, 8, 16, 32, 64)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_BUILD = ("target", "kernel", "variant", "D", "r", "dtype")
+_RESOURCES = ("registers", "shared", "stack", "spills", "scalar_spills")
+
+
+def _joined(values: Sequence[Any] | dict[str, Any]) -> str:
+    return ",".join(map(str, values))
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    target: str
+    build: offline.Build
+
+
+def compile_kernels(
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target", help=f"One of {', '.join(offline.TARGETS)}; may be repeated. Default: all."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    dims: Annotated[str, typer.Option(help="D, separated by commas.")] = _joined(DIMS),
+    ranks: Annotated[str, typer.Option(help="r, separated by commas.")] = _joined(RANKS),
+    dtypes: Annotated[
+        str, typer.Option(help="Of the hidden states, separated by commas.")
+    ] = _joined(DTYPES),
+    kernels: Annotated[str, typer.Option(help="Separated by commas.")] = _joined(offline.KERNELS),
+    jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = os.cpu_count() or 1,
+) -> None:
+    """Compile every kernel build for a target and print what it occupies."""
+    try:
+        todo = _jobs(targets or list(offline.TARGETS), dims, ranks, dtypes, kernels)
+    except (ValueError, RuntimeError) as error:
+        _stop(str(error), 2)
+
+    progress = Console(stderr=True)
+    table = Table(*_BUILD, *_RESOURCES, title="bytes of memory; stack and spills are per thread")
+    bad = []
+    rows = _compiled(todo, min(jobs, len(todo)))
+    for row in track(rows, "compiling", total=len(todo), console=progress, transient=True):
+        if row["error"] or row["spills"]:
+            bad.append(row)
+        if as_json:
+            typer.echo(json.dumps(row))
+        else:
+            table.add_row(
+                *("–" if row[key] is None else str(row[key]) for key in _BUILD + _RESOURCES)
+            )
+    if not as_json:
+        console = Console()
+        # A pipe or a file has no width to fit: rich would cut the table to 80 columns.
+        (console if console.is_terminal else Console(width=140)).print(table)
+    if bad:
+        _stop(f"{len(bad)} of {len(todo)} builds: {'; '.join(map(_complaint, bad))}", 1)
+
+
+def _jobs(targets: Sequence[str], dims: str, ranks: str, dtypes: str, kernels: str) -> list[_Job]:
+    """The builds asked for, target by target. ValueError and RuntimeError say what is wrong with
+    the question."""
+    for target in targets:
+        offline.check_target(target)
+    kinds = _names("dtypes", dtypes, DTYPES)
+    wanted = _names("kernels", kernels, offline.KERNELS)
+    matrix = [
+        build
+        for build in offline.builds(
+            _integers("dims", dims), _integers("ranks", ranks), tuple(DTYPES[k] for k in kinds)
+        )
+        if build.kernel in wanted
+    ]
+    return [_Job(target, build) for target in dict.fromkeys(targets) for build in matrix]
+
+
+def _integers(option: str, text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--{option} takes positive integers separated by commas, got {text!r}")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def _names(option: str, text: str, allowed: Sequence[str] | dict[str, Any]) -> tuple[str, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if part not in allowed:
+            raise ValueError(f"--{option} takes {', '.join(allowed)}, got {part!r}")
+    return tuple(dict.fromkeys(parts))
+
+
+def _compiled(todo: Sequence[_Job], workers: int) -> Iterator[dict[str, Any]]:
+    """One row a job, in order."""
+    if workers == 1:
+        yield from map(_compile, todo)
+        return
+    # Spawned, not forked: torch and the progress bar have threads by now.
+    with ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_single_thread
+    ) as pool:
+        yield from pool.map(_compile, todo)
+
+
+def _single_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _compile(job: _Job) -> dict[str, Any]:
+    build = job.build
+    row: dict[str, Any] = {
+        "target": job.target,
+        "kernel": build.kernel,
+        "variant": build.variant,
+        "D": build.dim,
+        "r": build.rank,
+        "dtype": next(name for name, dtype in DTYPES.items() if dtype is build.dtype),
+        **dict.fromkeys(_RESOURCES),
+        "triton": version("triton"),
+        "error": None,
+    }
+    try:
+        row |= offline.compile_build(build, job.target).as_dict()
+    except Exception as error:  # a compiler's own: the other builds still have something to tell
+        row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return row
+
+
+def _complaint(row: dict[str, Any]) -> str:
+    name = "{target} {kernel} {variant} D={D} r={r} {dtype}".format(**row)
+    return f"{name}: {row['error'] or '{spills} bytes spilled'.format(**row)}"
+
+
+def _stop(message: str, status: int) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(status)

@@ -1,0 +1,247 @@
+"""A language model that knows facts but answers in the wrong way; LoReFT teaches it the right one.
+
+``scripts/make_demo_model.py`` made the model and the questions that lie in ``assets/facts``. Asked
+for the capital of France the model says a whole sentence; wanted is the bare name. The held-out
+questions are about other countries, elements and animals than those of training.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging as transformers_logging
+
+from reft.cli.progress import ProgressCallback
+from reft.config import ReftConfig
+from reft.demo.measure import StepTimes, compare_steps, frozen_step, training_step
+from reft.demo.plot import loss_curve
+from reft.demo.reload import answers_of_fresh_process
+from reft.demo.report import DemoReport, Goals, Sample, count_same, folder_bytes
+from reft.model.reft_model import ReftModel, get_reft_model
+from reft.train.collate import ReftDataCollator
+from reft.train.evaluate import exact_match, generate_completions
+from reft.train.records import Record, read_records
+from reft.train.trainer import ReftTrainer, require_accelerate
+
+ASSETS = Path(__file__).resolve().parent / "assets" / "facts"
+
+CONFIG = ReftConfig(
+    intervention="loreft", rank=8, layers="all", positions="f4+l4", task_type="CAUSAL_LM"
+)
+
+LEARNING_RATE = 5e-3
+BATCH_SIZE = 32
+LOG_STEPS = 5
+SHOWN = 6
+
+
+def load_base(device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(the shipped model in float32, its tokenizer)."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(ASSETS, dtype=torch.float32)
+    model.eval().to(device)
+    return model, AutoTokenizer.from_pretrained(ASSETS)
+
+
+def load_records(name: str, limit: int | None = None) -> list[Record]:
+    """The shipped records, "train" or "heldout"; with a limit so many of them, evenly spaced."""
+    records = read_records(ASSETS / f"{name}.jsonl")
+    if limit is None or limit >= len(records):
+        return records
+    return [records[index * len(records) // limit] for index in range(limit)]
+
+
+def answers_of(
+    model: ReftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    console: Console | None = None,
+) -> list[str]:
+    """The model's greedy answers to the prompts of records."""
+    prompts = [record["prompt"] for record in records]
+    return generate_completions(
+        model, tokenizer, prompts, batch_size=64, max_new_tokens=24, console=console
+    )
+
+
+def answers_of_saved(adapter: Path, heldout: int | None = None) -> list[str]:
+    """What the shipped model with an adapter from disk answers to the held-out questions."""
+    base, tokenizer = load_base(_device())
+    model = ReftModel.from_pretrained(base, adapter)
+    return answers_of(model, tokenizer, load_records("heldout", heldout))
+
+
+def run(
+    output: Path,
+    *,
+    epochs: float = 6.0,
+    seed: int = 0,
+    examples: int | None = None,
+    heldout: int | None = None,
+    goals: Goals | None = None,
+    console: Console | None = None,
+) -> DemoReport:
+    """Train, evaluate, save, reload and measure; print the figures and write them down.
+
+    In ``output`` are left: ``adapter/``, ``loss.png`` and ``report.json``.
+
+    Args:
+        output: a folder; made if it is not there.
+        epochs: passes over the training examples.
+        seed: of the adapter's first values and of the order of the examples.
+        examples, heldout: take only so many of the training examples and of the held-out questions.
+        goals: what the figures must reach; None for the promised ones.
+        console: where to print; None for the standard output.
+
+    Raises:
+        ImportError: accelerate is not installed.
+        GoalsMissed: after everything was printed and written.
+    """
+    began = time.perf_counter()
+    require_accelerate()
+    console = console or Console()
+    output.mkdir(parents=True, exist_ok=True)
+    device = _device()
+    base, tokenizer = load_base(device)
+    training, questions = load_records("train", examples), load_records("heldout", heldout)
+    console.print(
+        f"A language model of {base.num_parameters() / 1e6:.1f} million parameters answers "
+        f"{len(questions)} held-out questions …"
+    )
+    before = answers_of(base, tokenizer, questions, console)
+
+    set_seed(seed)
+    model = get_reft_model(base, CONFIG)
+    trained, total = model.get_nb_trainable_parameters()
+    console.print(
+        f"LoReFT: {CONFIG.positions}, rank {CONFIG.rank}, every layer: {trained:,} of {total:,} "
+        f"parameters ({trained / total:.2%}), {len(training)} examples"
+    )
+    steps, seconds, history = _train(model, tokenizer, training, output, epochs, seed, console)
+    after = answers_of(model, tokenizer, questions, console)
+
+    adapter = output / "adapter"
+    model.save_pretrained(adapter)
+    console.print("The same questions to the saved adapter in a fresh process …")
+    reloaded = answers_of_fresh_process("reft.demo.causal", adapter, heldout=heldout)
+    curve = output / "loss.png"
+    loss_curve(
+        curve,
+        [row["step"] for row in history],
+        [row["loss"] for row in history],
+        title=f"LoReFT learns the bare answer ({trained:,} trained parameters)",
+        every=LOG_STEPS,
+    )
+    report = DemoReport(
+        title="LoReFT on a small language model",
+        metric="exact match",
+        before=_share_right(before, questions),
+        after=_share_right(after, questions),
+        heldout=len(questions),
+        examples=len(training),
+        steps=steps,
+        seed=seed,
+        train_seconds=seconds,
+        trained=trained,
+        total=total,
+        times=_times(tokenizer, training, device),
+        orthonormality_error=model.orthonormality_error(),
+        adapter=str(adapter),
+        adapter_bytes=folder_bytes(adapter),
+        reloaded_same=count_same(after, reloaded),
+        reloaded=len(questions),
+        loss_curve=str(curve),
+        seconds=time.perf_counter() - began,
+        samples=_samples(questions, before, after),
+    )
+    report.write(output / "report.json")
+    report.show(console)
+    report.require(goals or Goals())
+    return report
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _train(
+    model: ReftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    output: Path,
+    epochs: float,
+    seed: int,
+    console: Console,
+) -> tuple[int, float, list[dict[str, Any]]]:
+    """(optimizer steps, seconds, logged losses)."""
+    collator = ReftDataCollator(tokenizer)
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
+        warmup_steps=0.1,
+        lr_scheduler_type="linear",
+        logging_steps=LOG_STEPS,
+        save_strategy="no",
+        seed=seed,
+        use_cpu=model.device.type == "cpu",
+        disable_tqdm=True,
+        report_to="none",
+    )
+    trainer = ReftTrainer(
+        model,
+        arguments,
+        collator,
+        [collator.tokenize(record) for record in records],
+        callbacks=[ProgressCallback(console)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    began = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - began
+    return trainer.state.global_step, seconds, [r for r in trainer.state.log_history if "loss" in r]
+
+
+def _times(
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], device: torch.device
+) -> StepTimes:
+    """A training step on one batch against the frozen model's own, each on a model of its own."""
+    batch = ReftDataCollator(tokenizer)(records[:BATCH_SIZE])
+    batch = {name: value.to(device) for name, value in batch.items()}
+    frozen, _ = load_base(device)
+    model = get_reft_model(load_base(device)[0], CONFIG).train()
+    first = CONFIG.resolve_layers(frozen.config.num_hidden_layers)[0]
+    floor = frozen_step(frozen.train(), frozen.model.layers[first], batch)
+    return compare_steps(training_step(model, batch, LEARNING_RATE), floor, device)
+
+
+def _share_right(answers: Sequence[str], records: Sequence[Record]) -> float:
+    right = sum(exact_match(a, r["completion"]) for a, r in zip(answers, records, strict=True))
+    return right / len(records)
+
+
+def _samples(
+    records: Sequence[Record], before: Sequence[str], after: Sequence[str]
+) -> tuple[Sample, ...]:
+    """A few answers from all over the held-out questions."""
+    count = min(SHOWN, len(records))
+    chosen = [(2 * number + 1) * len(records) // (2 * count) for number in range(count)]
+    return tuple(
+        Sample(records[i]["prompt"], records[i]["completion"], before[i], after[i]) for i in chosen
+    )

@@ -1,0 +1,52 @@
+"""The loss curve as a picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def loss_curve(
+    path: str | os.PathLike[str],
+    steps: Sequence[int],
+    losses: Sequence[float],
+    *,
+    title: str,
+    every: int = 1,
+) -> None:
+    """Write a PNG of the training loss, on a logarithmic scale, over optimizer steps.
+
+    Args:
+        path: of the PNG; replaced in one step.
+        steps: optimizer steps, rising.
+        losses: the loss at each, positive.
+        title: above the curve.
+        every: how many steps a loss is the mean of; named on the axis.
+
+    Raises:
+        ValueError: no point, or not as many losses as steps.
+    """
+    if not steps or len(steps) != len(losses):
+        raise ValueError(
+            f"steps and losses must be equally many, at least 1; got {len(steps)} and {len(losses)}"
+        )
+    # Not pyplot: its state and its choice of a window system belong to whoever calls this.
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="#1f5fa8", linewidth=1.8, marker="o", markersize=3)
+    axes.set_yscale("log")
+    axes.set_xlim(0, max(steps) * 1.02)
+    axes.set_title(title)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("training loss" + (f", mean of {every} steps" if every > 1 else ""))
+    axes.grid(True, which="major", alpha=0.4)
+    axes.grid(True, which="minor", axis="y", alpha=0.15)
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    canvas.print_png(beside)
+    beside.replace(target)

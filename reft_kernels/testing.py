@@ -1,0 +1,428 @@
+"""What tests and benchmarks share: cases, error budgets, poisoned memory, and which path ran.
+
+A :class:`Case` names a shape, :func:`make_edit` turns it into tensors, :func:`run_edit` runs one
+forward and backward, and a :class:`Budget` says how far from float64 the result may lie. Tests and
+the gate of every benchmark judge with the same functions, on every device.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reft_kernels.reference import lowrank_edit as _reference
+from reft_kernels.rows import RowPlan
+from reft_kernels.spec import FAMILY
+from reft_kernels.torch_path import compute_dtype
+
+#: Errors against float64 may be this many times those of eager PyTorch in the same dtypes …
+FACTOR = 3.0
+#: … plus one rounding step of the coarser of hidden's and its own dtype, plus this many of the dtype
+#: of the sums: of few numbers, eager PyTorch may have been lucky with all.
+STEPS = 4.0
+
+PARAMETERS = ("encode", "bias", "decode")
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One edit, by its shape.
+
+    Attributes:
+        dim, rank: D and r.
+        groups: how many places each group has.
+        missing: which of them hold −1: "none", "some" (every third) or "all".
+        member: a row of ``FAMILY``.
+        activation: its name or None.
+        dtype: of hidden. parameters: of encode, bias and decode; None: float64 beside float64, else
+            float32.
+        layout: how hidden lies in memory. "contiguous", "sliced" (columns of a wider tensor) and
+            "transposed" are (N, D); "swapped" is (B, S, D) with a common stride for no two rows.
+        biased: whether there is a bias where the member could do without.
+        extra: rows of hidden that no place names.
+        seed: of the random numbers.
+    """
+
+    dim: int
+    rank: int
+    groups: tuple[int, ...] = (7,)
+    missing: str = "none"
+    member: str = "loreft"
+    activation: str | None = None
+    dtype: torch.dtype = torch.float32
+    parameters: torch.dtype | None = None
+    layout: str = "contiguous"
+    biased: bool = True
+    extra: int = 6
+    seed: int = 0
+
+    def __str__(self) -> str:
+        """A readable id: what differs from the plainest case."""
+        parts = [self.member, f"D{self.dim}", f"r{self.rank}", _groups_id(self.groups), _short(self.dtype)]
+        if self.parameters is not None:
+            parts.append(f"params-{_short(self.parameters)}")
+        if self.activation is not None:
+            parts.append(self.activation)
+        if self.missing != "none":
+            parts.append(f"missing-{self.missing}")
+        if self.layout != "contiguous":
+            parts.append(self.layout)
+        if not self.biased:
+            parts.append("unbiased")
+        return "-".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """The tensors of a case, contiguous: ``layout`` is applied by :func:`run_edit`.
+
+    Attributes:
+        hidden: (N, D), or (B, S, D) for "swapped". upstream: like it, the gradient of the output.
+        options: subtract and activation.
+    """
+
+    hidden: Tensor
+    plan: RowPlan
+    encode: Tensor | None
+    bias: Tensor | None
+    decode: Tensor
+    upstream: Tensor
+    options: dict[str, Any]
+    layout: str = "contiguous"
+
+    def cast(self, dtype: torch.dtype) -> Edit:
+        """The same values with every float tensor in ``dtype``."""
+        names = ("hidden", *PARAMETERS, "upstream")
+        values = {name: getattr(self, name) for name in names}
+        return replace(self, **{k: None if v is None else v.to(dtype) for k, v in values.items()})
+
+    @property
+    def live(self) -> Tensor:
+        """The rows that are edited, in ascending order."""
+        return self.plan.rows[self.plan.rows >= 0].sort().values
+
+    @property
+    def unnamed(self) -> Tensor:
+        """The rows that are not."""
+        count = self.hidden.numel() // self.hidden.shape[-1]
+        mask = torch.ones(count, dtype=torch.bool, device=self.hidden.device)
+        return mask.index_fill_(0, self.live, False).nonzero().flatten()
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """An output and its gradients by argument name; None where none was asked for."""
+
+    out: Tensor
+    grads: dict[str, Tensor | None]
+
+
+def make_edit(case: Case, device: torch.device | str = "cpu") -> Edit:
+    """Random tensors for a case, of sizes at which every term of the edit shows in the output."""
+    random = torch.Generator().manual_seed(case.seed)
+    spec, (g, n) = FAMILY[case.member], (len(case.groups), sum(case.groups))
+    dim, rank, total = case.dim, case.rank, n + case.extra
+    dtype = case.dtype
+    params = case.parameters or (torch.float64 if dtype is torch.float64 else torch.float32)
+
+    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = params) -> Tensor:
+        values = torch.randn(*shape, generator=random, dtype=torch.float64) * scale
+        return values.to(device=device, dtype=dtype)
+
+    rows = torch.randperm(total, generator=random)[:n]
+    if case.missing != "none":
+        rows[:: 3 if case.missing == "some" else 1] = -1
+    owners = torch.repeat_interleave(torch.arange(g), torch.tensor(case.groups, dtype=torch.int64))
+    plan = RowPlan.from_rows(rows, owners, g).to(device)
+    stack = (g,) if g > 1 else ()
+    shape = (2, -(-total // 2), dim) if case.layout == "swapped" else (total, dim)
+    return Edit(
+        hidden=normal(*shape, dtype=dtype),
+        plan=plan,
+        encode=normal(*stack, rank, dim, scale=dim**-0.5) if spec.has_encode else None,
+        bias=normal(*stack, rank) if case.biased else None,
+        # R h is (D / r)^¼ times h, and so is Rᵀ R h: neither term drowns the other.
+        decode=normal(*stack, rank, dim, scale=(dim * rank) ** -0.25),
+        upstream=normal(*shape, dtype=dtype),
+        options={"subtract": spec.subtract, "activation": case.activation},
+        layout=case.layout,
+    )
+
+
+def run_edit(
+    function: Callable[..., Tensor],
+    edit: Edit,
+    *,
+    wants: tuple[str, ...] = ("hidden", *PARAMETERS),
+    **options: Any,
+) -> Result:
+    """Forward and backward of ``function`` (``lowrank_edit`` or ``lowrank_edit_``).
+
+    Args:
+        wants: arguments that require a gradient.
+        options: passed on beside subtract and activation, for example the backend.
+
+    Returns:
+        The output and the gradients, detached.
+    """
+    leaves = {}
+    for name in ("hidden", *PARAMETERS):
+        value = getattr(edit, name)
+        leaves[name] = None if value is None else value.clone().requires_grad_(name in wants)
+    hidden = laid_out(leaves["hidden"], edit.layout)
+    parameters = (leaves[name] for name in PARAMETERS)
+    out = function(hidden, edit.plan, *parameters, **edit.options, **options)
+    asked = [name for name in wants if leaves[name] is not None]
+    grads: dict[str, Tensor | None] = dict.fromkeys(leaves)
+    if asked:
+        grads |= zip(
+            asked, torch.autograd.grad(out, [leaves[k] for k in asked], edit.upstream), strict=True
+        )
+    return Result(out.detach(), grads)
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """A copy of ``values`` in another memory layout; gradients pass."""
+    if layout == "sliced":
+        return torch.nn.functional.pad(values, (3, 4), value=float("nan"))[..., 3:-4]
+    if layout == "transposed":
+        return values.T.clone(memory_format=torch.contiguous_format).T
+    if layout == "swapped":
+        return values.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
+    return values.clone(memory_format=torch.contiguous_format)
+
+
+# ------------------------------------------------------------------- error budgets
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How far from float64 each tensor of an edit may lie.
+
+    Attributes:
+        exact: the result of the reference in float64.
+        allowed: name ("out" or an argument) -> (relative Frobenius, relative maximum) error.
+    """
+
+    edit: Edit
+    exact: Result
+    allowed: dict[str, tuple[float, float]]
+
+    def check(self, result: Result) -> None:
+        """Compare a result; rows outside the plan must agree bit for bit.
+
+        Raises:
+            AssertionError: naming the tensor, its error and what was allowed.
+        """
+        edit = self.edit
+        flat = self.exact.out.shape[-1]
+        untouched = edit.unnamed
+        for name, actual, given in (
+            ("out", result.out, edit.hidden),
+            ("hidden", result.grads["hidden"], edit.upstream),
+        ):
+            if actual is not None:
+                rows = (t.reshape(-1, flat)[untouched] for t in (actual, given))
+                assert same_bits(*rows), f"{name}: a row outside the plan changed"
+        for name, exact in _compared(edit, self.exact).items():
+            actual = _compared(edit, result)[name]
+            if actual is None:
+                continue
+            assert exact is not None
+            assert actual.dtype == _stored(edit, name), f"{name} has dtype {actual.dtype}"
+            found, allowed = relative_error(actual, exact), self.allowed[name]
+            within = all(f <= a for f, a in zip(found, allowed, strict=True))
+            assert within, (
+                f"{name}: error (norm, max) {found[0]:.3g}, {found[1]:.3g} against float64, "
+                f"allowed {allowed[0]:.3g}, {allowed[1]:.3g}"
+            )
+
+
+def budget(edit: Edit) -> Budget:
+    """The budget of an edit: ``FACTOR`` times the error of the reference run by eager PyTorch in the
+    edit's own dtypes, plus a few rounding steps.
+
+    float64 is allowed what float32 needs, scaled down by the ratio of their steps.
+    """
+    exact = run_edit(_reference, edit.cast(torch.float64))
+    if edit.hidden.dtype is torch.float64:
+        single = edit.cast(torch.float32)
+        judged, eager = run_edit(_reference, single.cast(torch.float64)), run_edit(_reference, single)
+        scale = _step(torch.float64) / _step(torch.float32)
+    else:
+        judged, eager, scale = exact, run_edit(_reference, edit), 1.0
+    names, found = _compared(edit, judged), _compared(edit, eager)
+    allowed = {}
+    for name, value in names.items():
+        if value is not None:
+            storage = max(_step(edit.hidden.dtype), _step(_stored(edit, name)))
+            steps = storage + STEPS * _step(compute_dtype(edit.hidden, edit.decode))
+            rms, peak = relative_error(found[name], value)
+            allowed[name] = (FACTOR * scale * rms + steps, FACTOR * scale * peak + steps)
+    return Budget(edit, exact, allowed)
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> tuple[float, float]:
+    """‖actual − exact‖/‖exact‖ and max|actual − exact|/max|exact|; infinite for NaN, and for anything
+    but 0 where exact is 0."""
+    if exact.numel() == 0:
+        return 0.0, 0.0
+    difference, size = actual.double() - exact.double(), exact.double()
+    pairs = ((difference.norm(), size.norm()), (difference.abs().max(), size.abs().max()))
+    found = [0.0 if float(d) == 0 else float(d / s) for d, s in pairs]
+    rms, peak = (e if e == e else float("inf") for e in found)
+    return rms, peak
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits, NaN and −0 included."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    bits = _BITS[a.element_size()]
+    return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
+
+
+def _compared(edit: Edit, result: Result) -> dict[str, Tensor | None]:
+    """Edited rows of the output and of dh, and the whole of the other gradients."""
+
+    def rows(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.reshape(-1, tensor.shape[-1])[edit.live]
+
+    grads = result.grads
+    return {"out": rows(result.out), **grads, "hidden": rows(grads["hidden"])}
+
+
+def _stored(edit: Edit, name: str) -> torch.dtype:
+    return (edit.hidden if name in ("out", "hidden") else edit.decode).dtype
+
+
+def _step(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+# ------------------------------------------------------------------- apparatus
+
+
+@contextmanager
+def poisoned_memory(package: str = "reft_kernels") -> Iterator[None]:
+    """Memory that ``package`` asks for uninitialised holds NaN (integers: their smallest value), so an
+    element that no kernel writes shows."""
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+            made = make(*args, **kwargs)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.split(".")[0] == package and caller != __name__:
+                whole = made.is_floating_point() or made.is_complex()
+                made.fill_(float("nan") if whole else torch.iinfo(made.dtype).min)
+            return made
+
+        return wrapper
+
+    with (
+        mock.patch.object(torch, "empty", poisoned(torch.empty)),
+        mock.patch.object(torch, "empty_like", poisoned(torch.empty_like)),
+        mock.patch.object(Tensor, "new_empty", poisoned(Tensor.new_empty)),
+    ):
+        yield
+
+
+@contextmanager
+def count_paths() -> Iterator[Counter[str]]:
+    """Count what runs: "triton.<kernel>" per launch, "torch.edit_forward", "torch.edit_backward",
+    "reference.lowrank_edit". The part before the point is the backend."""
+    from reft_kernels import _triton, reference, torch_path
+
+    counts: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    patches: list[Any] = [
+        mock.patch.object(module, name, counted(f"{label}.{name}", getattr(module, name)))
+        for label, module, name in (
+            ("torch", torch_path, "edit_forward"),
+            ("torch", torch_path, "edit_backward"),
+            ("reference", reference, "lowrank_edit"),
+        )
+    ]
+    if _triton.missing("cuda") is None:
+        from reft_kernels._triton import launch
+
+        patches += [
+            mock.patch.object(launch, name, _CountedKernel(kernel, f"triton.{name}", counts))
+            for name, kernel in vars(launch).items()
+            if name.endswith("_kernel")
+        ]
+    with _all(patches):
+        yield counts
+
+
+class _CountedKernel:
+    """A kernel that notes each ``kernel[grid](…)``."""
+
+    def __init__(self, kernel: Any, name: str, counts: Counter[str]) -> None:
+        self._kernel, self._name, self._counts = kernel, name, counts
+
+    def __getitem__(self, grid: Any) -> Any:
+        self._counts[self._name] += 1
+        return self._kernel[grid]
+
+
+@contextmanager
+def _all(patches: list[Any]) -> Iterator[None]:
+    for patch in patches:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in reversed(patches):
+            patch.stop()
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Fails on every operator whose result, or its shape, the host has to wait for. (``tolist`` of a
+    CPU tensor is no operator: only the meta device refuses it.)"""
+
+    _WAITS = frozenset(
+        ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero")
+        + ("equal", "unique_consecutive", "_unique2", "unique_dim", "allclose", "bincount")
+    )
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        masks = name.startswith("index") and any(
+            isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8)
+            for argument in args[1:2]
+            if isinstance(argument, (list, tuple))
+            for i in argument
+        )
+        if name in self._WAITS or masks:
+            raise AssertionError(f"{func} makes the host wait for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def _groups_id(groups: tuple[int, ...]) -> str:
+    if len(groups) > 6:
+        return f"{len(groups)}groups-n{sum(groups)}"
+    return "n" + "+".join(map(str, groups))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")

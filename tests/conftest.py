@@ -1,0 +1,63 @@
+"""``--device cpu`` (the default) runs the Triton kernels in Triton's interpreter, ``--device cuda`` on
+the GPU."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import pytest
+
+
+def _device_asked_for() -> str:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_known_args()[0].device
+
+
+# Triton reads the switch when it is imported, which the next conftest may do: so here, not in a
+# hook. Workers of pytest-xdist have no arguments and inherit the environment.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    if _device_asked_for() == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    else:
+        os.environ.pop("TRITON_INTERPRET", None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cpu: the kernels are interpreted (default). cuda: they are compiled and run.",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    asked, interpreted = config.getoption("--device"), os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted != (asked == "cpu"):
+        raise pytest.UsageError(
+            f"--device {asked} with TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET')}: "
+            "give --device on the command line"
+        )
+    if asked == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: torch sees no CUDA device")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") == "cpu":
+        skip = pytest.mark.skip(reason="not run: needs --device cuda, the interpreter cannot judge it")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest):
+    """The device that tensors of a kernel test are made on."""
+    import torch
+
+    return torch.device(request.config.getoption("--device"))

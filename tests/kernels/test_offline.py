@@ -1,0 +1,209 @@
+"""What builds occupy on GPUs that are not here, and the command that lists it.
+
+Compiled kernels and interpreted ones cannot live in one process, and the other tests interpret: the
+compiler runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from reft_kernels import offline
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+ROOT = Path(__file__).parents[2]
+#: Some corners of the matrix, and the builds that needed their launch settings changed.
+BUILDS = [
+    ("cuda:80", "edit_rows", "linear", 8192, 1, "float32"),
+    ("cuda:80", "edit_rows", "gelu", 4096, 64, "float32"),
+    ("cuda:80", "edit_rows_grad", "linear", 768, 2, "bfloat16"),
+    ("cuda:80", "edit_params_grad", "gelu", 768, 4, "float32"),
+    ("cuda:80", "edit_params_grad", "gelu", 768, 64, "float32"),
+    ("cuda:90", "edit_rows", "gelu", 768, 1, "bfloat16"),
+    ("cuda:90", "edit_rows", "linear", 4096, 8, "float16"),
+    ("cuda:90", "edit_rows_grad", "gelu", 4096, 64, "float32"),
+    ("cuda:90", "edit_params_grad", "gelu", 4096, 8, "bfloat16"),
+    ("cuda:90", "edit_params_grad", "linear", 4096, 64, "bfloat16"),
+    ("cuda:100", "edit_rows", "linear", 4096, 64, "bfloat16"),
+    ("cuda:100", "edit_rows_grad", "gelu", 8192, 4, "float32"),
+    ("cuda:100", "edit_params_grad", "linear", 768, 1, "float32"),
+    ("hip:gfx942", "edit_rows", "gelu", 4096, 8, "float32"),
+    ("hip:gfx942", "edit_rows_grad", "gelu", 4096, 64, "float32"),
+    ("hip:gfx942", "edit_params_grad", "linear", 768, 1, "bfloat16"),
+]
+#: Settings under which the registers cannot do.
+STARVED = [
+    (("cuda:90", "edit_rows", "gelu", 768, 64, "float32"), {"max_registers": 32}),
+    (("hip:gfx942", "edit_rows", "linear", 768, 8, "float32"), {"rows": 32, "chunk": 512}),
+]
+COMPILE = """
+import dataclasses, json, sys
+import torch
+from reft_kernels import offline
+from reft_kernels._triton import configs
+
+choose = configs.choose
+for (target, kernel, variant, dim, rank, dtype), changes in json.load(sys.stdin):
+    configs.choose = lambda *a, **k: dataclasses.replace(choose(*a, **k), **changes)
+    build = offline.Build(kernel, variant, dim, rank, getattr(torch, dtype))
+    print(json.dumps(offline.compile_build(build, target).as_dict()))
+"""
+
+
+def uninterpreted(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["OMP_NUM_THREADS"] = "1"
+    return subprocess.run(
+        [sys.executable, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, int]]:
+    """The resources of BUILDS, then of STARVED."""
+    asked = [(build, {}) for build in BUILDS] + STARVED
+    done = uninterpreted("-c", COMPILE, stdin=json.dumps(asked))
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_builds_fit(compiled: list[dict[str, int]]) -> None:
+    for build, found in zip(BUILDS, compiled[: len(BUILDS)], strict=True):
+        amd = build[0].startswith("hip")
+        assert found["spills"] == found["stack"] == found["scalar_spills"] == 0, (build, found)
+        assert 16 <= found["registers"] <= (512 if amd else 255), (build, found)
+        assert found["shared"] <= (64 if amd else 100) * 1024, (build, found)
+
+
+@pytest.mark.slow
+def test_a_spill_is_seen(compiled: list[dict[str, int]]) -> None:
+    nvidia, amd = compiled[len(BUILDS) :]
+    # A store of four bytes at least for every slot of the stack, which is padded to eight.
+    assert nvidia["registers"] <= 32
+    assert 0 < nvidia["stack"] <= nvidia["spills"] + 4, nvidia
+    assert amd["stack"] > 0, amd
+    assert amd["spills"] > 0, amd
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_row_a_build() -> None:
+    shapes = ("--dims", "64", "--ranks", "1,16", "--dtypes", "bf16")
+    done = uninterpreted(
+        *("-m", "benchmarks", "compile", "--target", "cuda:90", "--kernels", "edit_rows"),
+        *(*shapes, "--jobs", "2", "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    named = [(row["variant"], row["r"]) for row in rows]
+    assert named == [("linear", 1), ("linear", 16), ("gelu", 1), ("gelu", 16)]
+    for row in rows:
+        assert row["target"] == "cuda:90"
+        assert (row["kernel"], row["D"], row["dtype"]) == ("edit_rows", 64, "bf16")
+        assert 16 <= row["registers"] <= 255
+        assert row["shared"] > 0
+        assert row["stack"] == row["spills"] == row["scalar_spills"] == 0
+        assert row["error"] is None
+        assert row["triton"]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module("benchmarks.compile")
+
+
+def invoke(command: ModuleType, *arguments: str) -> Result:
+    app = typer.Typer()
+    app.command()(command.compile_kernels)
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--target", "cuda:91"], "cuda:80, cuda:90, cuda:100, hip:gfx942, got 'cuda:91'"),
+        (["--target", "cuda:90"], "TRITON_INTERPRET=1"),
+        (["--dims", "768,x"], "--dims takes positive integers separated by commas, got '768,x'"),
+        (["--ranks", "0"], "--ranks takes positive integers separated by commas, got '0'"),
+        (["--dtypes", "fp8"], "--dtypes takes fp32, bf16, fp16, got 'fp8'"),
+        (["--kernels", "edit"], "--kernels takes edit_rows, edit_rows_grad, edit_params_grad, got"),
+    ],
+)
+def test_a_bad_question_is_one_line(
+    command: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[str], named: str
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if named.startswith("TRITON") else "0")
+    result = invoke(command, *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert named in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_spills_and_failures_are_named(
+    command: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_build(build: offline.Build, target: str) -> offline.Resources:
+        if build.rank == 4:
+            raise RuntimeError("no such instruction\nand more")
+        spilled = 8 if build.rank == 64 and build.variant == "gelu" else 0
+        return offline.Resources(200, 4096, spilled, spilled)
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(offline, "compile_build", compile_build)
+    question = ("--target", "cuda:80", "--kernels", "edit_rows", "--dims", "768", "--jobs", "1")
+    filters = (*question, "--dtypes", "fp16")
+
+    result = invoke(command, *filters, "--ranks", "1,4,64", "--json")
+    assert result.exit_code == 1
+    rows: list[dict[str, Any]] = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["spills"] for row in rows] == [0, None, 0, 0, None, 8]
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("error: 3 of 6 builds: ")
+    assert "cuda:80 edit_rows gelu D=768 r=64 fp16: 8 bytes spilled" in error
+    assert "cuda:80 edit_rows linear D=768 r=4 fp16: RuntimeError: no such instruction" in error
+
+    result = invoke(command, *filters, "--ranks", "1")
+    assert result.exit_code == 0
+    assert "edit_rows" in result.stdout
+    assert "4096" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("sass", "stored"),
+    [
+        ("/*01b0*/ STL [R1+0x4], R16 ;\n/*0ef0*/ LDL.LU R16, [R1+0x4] ;", 4),
+        ("@!P0 STL.64 [R1], R2 ;\nSTL.128 [R1+0x10], R4 ;", 24),
+        ("STL.U8 [R1], R2 ;\nSTL.S16 [R1], R2 ;\nSTL.STRONG.64 [R1], R2 ;", 11),
+        ("STG.E.128 [R2.64], R4 ;\nSTS.128 [R3], R4 ;", 0),
+    ],
+)
+def test_bytes_stored_to_local_memory(sass: str, stored: int) -> None:
+    assert offline.stored_bytes(sass) == stored
+
+
+def test_every_build_of_the_matrix_once() -> None:
+    import torch
+
+    found = list(offline.builds((768, 4096), (1, 8, 64), (torch.float32, torch.bfloat16)))
+    assert len(found) == len(set(found)) == 3 * 2 * 2 * 3 * 2

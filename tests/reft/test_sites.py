@@ -1,0 +1,169 @@
+"""Where blocks are found, in architectures of every shape, and what is said where they are not."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from tiny_models import tokens
+from torch import nn
+
+from reft import ReftConfig, get_reft_model
+from reft.model.sites import find_sites, site_device
+
+COMMON = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+OLD = {"vocab_size": 40, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 64}
+KV = {"num_key_value_heads": 2, "head_dim": 6}
+
+#: model class -> (configuration class, its arguments, path of the blocks)
+MODELS = {
+    "LlamaForCausalLM": ("LlamaConfig", {**COMMON, **KV}, "model.layers"),
+    "LlamaModel": ("LlamaConfig", {**COMMON, **KV}, "layers"),
+    "LlamaForSequenceClassification": ("LlamaConfig", {**COMMON, **KV}, "model.layers"),
+    "MistralForCausalLM": ("MistralConfig", {**COMMON, **KV}, "model.layers"),
+    "Qwen3ForCausalLM": ("Qwen3Config", {**COMMON, **KV}, "model.layers"),
+    "Gemma3ForCausalLM": ("Gemma3TextConfig", {**COMMON, **KV}, "model.layers"),
+    "MixtralForCausalLM": ("MixtralConfig", {**COMMON, **KV}, "model.layers"),
+    "GPT2LMHeadModel": ("GPT2Config", OLD, "transformer.h"),
+    "GPTJForCausalLM": ("GPTJConfig", {**OLD, "rotary_dim": 2}, "transformer.h"),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", COMMON, "gpt_neox.layers"),
+    "OPTForCausalLM": (
+        "OPTConfig",
+        {**COMMON, "ffn_dim": 32, "word_embed_proj_dim": 24},
+        "model.decoder.layers",
+    ),
+    "BloomForCausalLM": (
+        "BloomConfig",
+        {"vocab_size": 40, "hidden_size": 24, "n_layer": 3, "n_head": 4},
+        "transformer.h",
+    ),
+    "FalconForCausalLM": ("FalconConfig", COMMON, "transformer.h"),
+    "BertForSequenceClassification": ("BertConfig", COMMON, "bert.encoder.layer"),
+    "RobertaForSequenceClassification": ("RobertaConfig", COMMON, "roberta.encoder.layer"),
+    "DistilBertForSequenceClassification": (
+        "DistilBertConfig",
+        {"vocab_size": 40, "dim": 24, "hidden_dim": 32, "n_layers": 3, "n_heads": 4},
+        "distilbert.transformer.layer",
+    ),
+    "DebertaV2ForSequenceClassification": ("DebertaV2Config", COMMON, "deberta.encoder.layer"),
+}
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    config, arguments, _ = MODELS[name]
+    config = getattr(transformers, config)(**arguments)
+    return getattr(transformers, name)(config).eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_are_found_edited_and_trained(name):
+    base = build(name)
+    sites = find_sites(base)
+    assert (sites.path, len(sites.blocks), sites.dim) == (MODELS[name][2], 3, 24)
+    # One sequence: the score head of a Llama classifier reads its last token only.
+    ids = tokens(1, 7)
+    with torch.no_grad():
+        expected = base(ids)[0]
+    model = get_reft_model(base, ReftConfig(rank=2, positions="f2+l2"))
+    seen = []
+    sites.blocks[2].register_forward_hook(
+        lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
+    out = model(ids)[0]
+    assert (out - expected).abs().max() > 1e-4
+    seen[0].float().pow(2).sum().backward()
+    grads = model.base_model.reft.bank("default").bias.grad
+    assert (grads.flatten(1).abs().amax(1) > 0).tolist() == [True, True, True]
+
+
+def test_a_composite_model_is_edited_in_its_text_part():
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            **vision, num_attention_heads=2, image_size=8, patch_size=4
+        ),
+        text_config=transformers.LlamaConfig(**COMMON, **KV),
+        image_token_index=39,
+    )
+    sites = find_sites(transformers.LlavaForConditionalGeneration(config))
+    assert sites.path.endswith("language_model.layers")
+    assert sites.dim == 24
+
+
+class TestUnknownLayouts:
+    class Odd(nn.Module):
+        def __init__(self, **config):
+            super().__init__()
+            self.config = SimpleNamespace(hidden_size=4, num_hidden_layers=2, **config)
+            self.left = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+            self.right = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+            self.short = nn.ModuleList([nn.Linear(4, 4)])
+
+        def forward(self, input_ids):
+            return input_ids
+
+    def test_candidates_are_listed(self):
+        with pytest.raises(ValueError) as caught:
+            find_sites(self.Odd())
+        text = str(caught.value)
+        for words in ("left (2)", "right (2)", "short (1)", "block_path=", "2 have"):
+            assert words in text
+
+    def test_a_path_decides(self):
+        odd = self.Odd()
+        assert find_sites(odd, "right").blocks == tuple(odd.right)
+        assert find_sites(odd, "short").blocks == tuple(odd.short)
+        model = get_reft_model(odd, ReftConfig(rank=2, block_path="right"))
+        assert model.base_model.reft.sites.path == "right"
+        with pytest.raises(ValueError, match=r"block_path must be 'right'.*got 'left'"):
+            model.add_adapter("other", ReftConfig(rank=2, block_path="left"))
+        model.add_adapter("other", ReftConfig(rank=2))
+
+    def test_a_wrong_path(self):
+        with pytest.raises(ValueError, match=r"block_path must name a ModuleList.*'middle'.*left"):
+            find_sites(self.Odd(), "middle")
+
+    def test_no_list_fits(self):
+        odd = self.Odd()
+        odd.config.num_hidden_layers = 7
+        with pytest.raises(ValueError, match=r"0 have config\.num_hidden_layers = 7"):
+            find_sites(odd)
+
+    def test_no_width(self):
+        odd = self.Odd()
+        del odd.config.hidden_size
+        with pytest.raises(ValueError, match="hidden_size"):
+            find_sites(odd, "left")
+
+    def test_encoder_decoder(self):
+        config = transformers.T5Config(
+            vocab_size=40, d_model=24, d_kv=6, d_ff=32, num_layers=2, num_heads=2
+        )
+        with pytest.raises(ValueError, match="encoder–decoder"):
+            find_sites(transformers.T5ForConditionalGeneration(config))
+
+
+def test_an_output_of_another_layout_is_refused():
+    config = transformers.XLNetConfig(vocab_size=40, d_model=24, n_layer=2, n_head=2, d_inner=32)
+    model = get_reft_model(transformers.XLNetLMHeadModel(config), ReftConfig(rank=2))
+    with pytest.raises(ValueError, match=r"block 0 must return .* got shape \(9, 2, 24\)"):
+        model(tokens(2, 9))
+
+
+def test_the_device_is_where_a_block_computes():
+    block = nn.Linear(2, 2, device="meta")
+    assert site_device(block) == torch.device("meta")
+    block._hf_hook = SimpleNamespace(execution_device="cpu")
+    assert site_device(block) == torch.device("cpu")
+    assert site_device(nn.Identity()) == torch.device("cpu")
