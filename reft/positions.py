@@ -141,7 +141,7 @@ def padded_positions(
     begin = start.long().unsqueeze(1)
     n = length.long().unsqueeze(1)
     if prompt_end == "second_to_last":
-        n = (n - 1).clamp(min=0)
+        n = n - 1  # of an empty prompt −1: no place either way
 
     if spec.kind == "ends":
         half = n // 2

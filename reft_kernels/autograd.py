@@ -139,6 +139,6 @@ def _row_view(tensor: Tensor) -> Tensor | None:
 
 def _full_precision(device_type: str) -> AbstractContextManager[object]:
     """Keep autocast out: the edit accumulates in float32 whatever surrounds it."""
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

@@ -32,13 +32,12 @@ the same R. Coordinates differ by signs only, and neither SGD nor Adam can tell.
 Precision. Everything between input and output is float64, so that a float32 R is the float64 one,
 rounded once, and |R Rᵀ − I| is at most the rounding unit 1.2e-7 (measured at D ≥ 768: 8e-9). In
 float32, adding D small squares to the 1 on the diagonal already costs 5e-6 (D 768, r 32), and the
-process may allow TF32 in float32 products.
+process may allow TF32, or autocast bfloat16, in float32 products; float64 is out of their reach.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -104,16 +103,15 @@ def reflector_base(rotation: Tensor) -> Tensor:
     lead, (rank, dim) = rotation.shape[:-2], rotation.shape[-2:]
     if rotation.is_meta or rotation.numel() == 0:
         return rotation.new_empty(*lead, dim, rank)
-    with _full_precision(rotation.device.type):
-        given = rotation.reshape(-1, rank, dim).to(_wide(rotation))
-        _check_orthonormal(given)
-        packed, _ = torch.geqrf(given.mT)
-        reflectors = _reflectors(packed, None)
-        # Solvers disagree on whether a column that is already reduced is reflected; here it is. So
-        # the signs are read off the result: with V = 0 it is H(V₀) (−E) diag(s).
-        signs = -(_forward(reflectors, rank, None)[0] * given).sum(-1).sign()
-        reflectors.diagonal(dim1=-2, dim2=-1).copy_(signs)
-        return _columns(reflectors, rotation.dtype).reshape(*lead, dim, rank)
+    given = rotation.reshape(-1, rank, dim).to(_wide(rotation))
+    _check_orthonormal(given)
+    packed, _ = torch.geqrf(given.mT)
+    reflectors = _reflectors(packed, None)
+    # Solvers disagree on whether a column that is already reduced is reflected; here it is. So
+    # the signs are read off the result: with V = 0 it is H(V₀) (−E) diag(s).
+    signs = -(_forward(reflectors, rank, None)[0] * given).sum(-1).sign()
+    reflectors.diagonal(dim1=-2, dim2=-1).copy_(signs)
+    return _columns(reflectors, rotation.dtype).reshape(*lead, dim, rank)
 
 
 class _Orthonormalize(torch.autograd.Function):
@@ -124,8 +122,7 @@ class _Orthonormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, base: Tensor | None) -> Tensor:
-        with _full_precision(v.device.type):
-            rotation, system, codes = _forward(_reflectors(v, base), v.shape[-1], base)
+        rotation, system, codes = _forward(_reflectors(v, base), v.shape[-1], base)
         ctx.save_for_backward(v, base, system, codes)
         return rotation.to(v.dtype)
 
@@ -133,8 +130,7 @@ class _Orthonormalize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_rotation: Tensor) -> tuple[Tensor, None]:
         v, base, system, codes = ctx.saved_tensors
-        with _full_precision(v.device.type):
-            d_rows = _backward(d_rotation.to(_wide(v)), _reflectors(v, base), system, codes, base)
+        d_rows = _backward(d_rotation.to(_wide(v)), _reflectors(v, base), system, codes, base)
         return _columns(d_rows, v.dtype), None
 
 
@@ -191,15 +187,8 @@ def _signed(columns: Tensor, base: Tensor | None) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    """The dtype of sums over D; Apple's GPUs have no float64."""
+    """The dtype in between; Apple's GPUs have no float64, and there callers keep autocast away."""
     return tensor.dtype if tensor.device.type == "mps" else torch.float64
-
-
-def _full_precision(device_type: str) -> AbstractContextManager[object]:
-    """Keep autocast out: half precision cannot hold an orthonormal R."""
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 # ------------------------------------------------------------------- checks

@@ -21,11 +21,17 @@ def demo(
     """Train, evaluate, save and reload an adapter of a small model."""
     check_folder(output)
     output.mkdir(parents=True, exist_ok=True)
-    if encoder:
-        from reft.demo import encoder as encoder_demo
+    from reft.demo.report import GoalsMissed
 
-        encoder_demo.run(output)
-    else:
-        from reft.demo import causal as causal_demo
+    try:
+        if encoder:
+            from reft.demo import encoder as encoder_demo
 
-        causal_demo.run(output)
+            encoder_demo.run(output)
+        else:
+            from reft.demo import causal as causal_demo
+
+            causal_demo.run(output)
+    except GoalsMissed as error:
+        typer.echo(f"Error: the demo ran, but not as promised: {error}", err=True)
+        raise typer.Exit(1) from None

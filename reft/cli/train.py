@@ -113,10 +113,10 @@ def train(
     from transformers import PrinterCallback, TrainingArguments, set_seed
     from transformers.trainer_utils import SchedulerType
 
-    from reft.cli.progress import ProgressCallback
     from reft.model.reft_model import get_reft_model
     from reft.train.collate import ReftDataCollator
     from reft.train.evaluate import context_length
+    from reft.train.progress import ProgressCallback
     from reft.train.trainer import ReftTrainer, require_accelerate
 
     require_accelerate()

@@ -25,7 +25,6 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from reft.cli.progress import ProgressCallback
 from reft.config import ReftConfig
 from reft.demo.measure import StepTimes, compare_steps, frozen_step, training_step
 from reft.demo.plot import loss_curve
@@ -34,6 +33,7 @@ from reft.demo.report import DemoReport, Goals, Sample, count_same, folder_bytes
 from reft.model.reft_model import ReftModel, get_reft_model
 from reft.train.collate import ReftDataCollator
 from reft.train.evaluate import exact_match, generate_completions
+from reft.train.progress import ProgressCallback
 from reft.train.records import Record, read_records
 from reft.train.trainer import ReftTrainer, require_accelerate
 

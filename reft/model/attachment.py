@@ -15,11 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from reft.model.heads import HeadStore
 from reft.model.plan import ForwardPlan, Member, Prompt, find_prompt, member_rows
 from reft.model.sites import Sites
 from reft.nn.bank import Bank
+
+#: Name of the attachment among the base model's submodules.
+SUBMODULE = "reft"
 
 #: The adapter name that means "no adapter", PEFT's.
 BASE = "__base__"
@@ -57,6 +61,9 @@ class Attachment(nn.Module):
     Attributes:
         adapters: name -> its bank.
         heads: modules of the base that adapters train in full.
+        sites: the blocks of the base.
+        causal: whether labels are next tokens, so that the first one ends the prompt.
+        handles: block number -> the hook on it.
         active: the adapter that forwards use, or None.
         in_place: write edits into the blocks' outputs. False where something that saved a block's
             output for backward says that it was modified.
@@ -68,6 +75,7 @@ class Attachment(nn.Module):
         self.adapters = nn.ModuleDict()
         self.heads = HeadStore()
         self.sites, self.causal = sites, causal
+        self.handles: dict[int, RemovableHandle] = {}
         self.active: str | None = None
         self.in_place = True
         self.disabled = 0
@@ -154,6 +162,11 @@ class Attachment(nn.Module):
             raise ValueError(
                 f"{type(model).__name__} must be called with input_ids or inputs_embeds of (batch, "
                 "columns, …) while an adapter is active: positions are counted in them"
+            )
+        if call.get("cu_seq_lens_q") is not None:
+            raise ValueError(
+                "sequences that are packed into one row (cu_seq_lens_q) cannot be edited yet: "
+                "positions are counted in padded batches"
             )
         batch, window = tokens.shape[:2]
         generation = self._generation()

@@ -8,28 +8,22 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from reft.config import ReftConfig
-from reft.model import storage
-from reft.model.attachment import Attachment
+from reft.model import checkpointing, storage
+from reft.model.adapters import attach, build, detach
+from reft.model.attachment import SUBMODULE, Attachment
 from reft.model.generation import capture
-from reft.model.heads import copy_heads
-from reft.model.hooks import EditBlock, ForgetPlan, MakePlan, extended_signature
+from reft.model.hooks import ForgetPlan, MakePlan, extended_signature
 from reft.model.report import count_parameters
-from reft.model.sites import find_sites, site_device
-from reft.nn.bank import Bank
+from reft.model.sites import find_sites
 
 logger = logging.getLogger(__name__)
-
-#: Name of the attachment among the base model's submodules.
-SUBMODULE = "reft"
 
 
 def get_reft_model(
@@ -96,12 +90,11 @@ class ReftModel(nn.Module):
                 parameter.requires_grad_(False)
         attachment = Attachment(sites, causal=bool(can_generate is not None and can_generate()))
         base_model.add_module(SUBMODULE, attachment)
-        self._handles: dict[int | str, RemovableHandle] = {
-            "make": base_model.register_forward_pre_hook(
-                MakePlan(attachment, base_model), with_kwargs=True
-            ),
-            "forget": base_model.register_forward_hook(ForgetPlan(attachment), always_call=True),
-        }
+        make, forget = MakePlan(attachment, base_model), ForgetPlan(attachment)
+        self._handles = (
+            base_model.register_forward_pre_hook(make, with_kwargs=True),
+            base_model.register_forward_hook(forget, always_call=True),
+        )
         attachment.train(base_model.training)
         self.training = base_model.training
         # On the instance, because signatures differ from base to base and Trainer reads them.
@@ -135,6 +128,14 @@ class ReftModel(nn.Module):
         generation = capture(self.base_model, args, kwargs, prompt_lengths, adapter_names)
         with self._attached.generating(generation):
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The base model's, without gradients that nothing below the first edit needs."""
+        checkpointing.enable(self.base_model, "gradient_checkpointing_enable", args, kwargs)
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' new name for :meth:`gradient_checkpointing_enable`."""
+        checkpointing.enable(self.base_model, "activation_checkpointing_enable", args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -188,50 +189,10 @@ class ReftModel(nn.Module):
             ValueError: a name that is taken or not allowed, a configuration that does not fit the
                 model. Nothing was changed.
         """
-        bank, heads = self._new(adapter_name, config, generator)
-        self._attach(adapter_name, bank, heads)
-
-    def _new(
-        self, name: str, config: ReftConfig, generator: torch.Generator | None = None
-    ) -> tuple[Bank, dict[str, nn.Module]]:
-        attached = self._attached
-        attached.check_new_name(name)
-        sites = attached.sites
-        if config.block_path not in (None, sites.path):
-            raise ValueError(
-                f"ReftConfig.block_path must be {sites.path!r}, where this model's adapters are, "
-                f"or None; got {config.block_path!r}"
-            )
-        if config.base_model_name_or_path is None:
-            origin = getattr(getattr(self.base_model, "config", None), "_name_or_path", None)
-            config = replace(config, base_model_name_or_path=origin or None)
-        layers = config.resolve_layers(len(sites.blocks))
-        own = attached.heads.shown
-        attached.heads.show(self.base_model, None)
-        try:
-            outside = (
-                path
-                for path, _ in self.base_model.named_modules()
-                if path != SUBMODULE and not path.startswith(f"{SUBMODULE}.")
-            )
-            heads = copy_heads(self.base_model, config.resolve_modules_to_save(outside))
-        finally:
-            attached.heads.show(self.base_model, own)
-        device = site_device(sites.blocks[layers[0]])
-        return Bank(config, layers, sites.dim, device=device, generator=generator), heads
-
-    def _attach(self, name: str, bank: Bank, heads: Mapping[str, nn.Module]) -> None:
-        attached = self._attached
-        bank.train(self.base_model.training).requires_grad_(False)
-        attached.adapters[name] = bank
-        attached.heads.add(name, heads)
-        for module in heads.values():
-            module.train(self.base_model.training).requires_grad_(False)
-        for layer in bank.layers:
-            if layer not in self._handles:
-                self._handles[layer] = attached.sites.blocks[layer].register_forward_hook(
-                    EditBlock(attached, layer), with_kwargs=True
-                )
+        attached, base = self._attached, self.base_model
+        attach(
+            attached, base, adapter_name, *build(attached, base, adapter_name, config, generator)
+        )
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make an adapter the active one, and the only one that is trained.
@@ -262,11 +223,7 @@ class ReftModel(nn.Module):
         """
         attached = self._attached
         attached.bank(adapter_name)
-        attached.heads.remove(self.base_model, adapter_name)
-        del attached.adapters[adapter_name]
-        used = {layer for name in attached.adapters for layer in attached.bank(name).layers}
-        for layer in [one for one in self._handles if isinstance(one, int) and one not in used]:
-            self._handles.pop(layer).remove()
+        detach(attached, self.base_model, adapter_name)
         if attached.active == adapter_name:
             attached.active = None
             for other in attached.adapters:
@@ -292,9 +249,8 @@ class ReftModel(nn.Module):
         too."""
         attached = self._attached
         attached.heads.show(self.base_model, None)
-        for handle in self._handles.values():
+        for handle in (*self._handles, *attached.handles.values()):
             handle.remove()
-        self._handles.clear()
         delattr(self.base_model, SUBMODULE)
         for name, parameter in self.base_model.named_parameters():
             if parameter.requires_grad != (name in self._trainable_before):

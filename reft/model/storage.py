@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from reft.config import ReftConfig
+from reft.model.adapters import attach, build
 from reft.model.checkpoint import read_adapter, write_adapter
 from reft.model.heads import check_heads, head_state, load_heads
 
@@ -66,7 +67,8 @@ def load_adapter(model: ReftModel, path: _Path, adapter_name: str, is_trainable:
     """See :meth:`ReftModel.load_adapter`."""
     config, tensors = read_adapter(path)
     # Whatever the stored configuration starts from, it is overwritten.
-    bank, heads = model._new(adapter_name, replace(config, init="pyreft"))
+    attached, base = model._attached, model.base_model
+    bank, heads = build(attached, base, adapter_name, replace(config, init="pyreft"))
     bank.config = replace(bank.config, init=config.init)
     if bank.bias.is_meta:
         raise ValueError("base_model must be on a real device to load an adapter, got meta tensors")
@@ -77,7 +79,7 @@ def load_adapter(model: ReftModel, path: _Path, adapter_name: str, is_trainable:
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from None
     load_heads(heads, head_tensors)
-    model._attach(adapter_name, bank, heads)
+    attach(attached, base, adapter_name, bank, heads)
     if model.active_adapter is None:
         model.set_adapter(adapter_name, inference_mode=not is_trainable)
 

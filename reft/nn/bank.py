@@ -178,8 +178,7 @@ class Bank(nn.Module):
     def effective(self) -> Effective:
         """A, b and R of all layers, in float32 or wider, from one batched call.
 
-        No result shares memory with a parameter: an engine may free the parameters right
-            afterwards.
+        No result shares memory with a parameter, so that an engine may free the parameters at once.
         Without gradients and in eval mode it is kept until a parameter changes.
         """
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -69,14 +69,16 @@ class ReftTrainer(Trainer):
                 # Trainer's word for "this quantised model carries an adapter". On the wrapper
                 # alone: on the base, transformers would look for PEFT's layers.
                 model._hf_peft_config_loaded = True  # type: ignore[assignment]
-        if args is not None and args.n_gpu > 1:
+        if args is None:
+            args = TrainingArguments("tmp_trainer")
+        if args.n_gpu > 1:
             logger.warning(
                 "%d devices are visible, one is used: edits and DataParallel do not mix; start one "
                 "process a device, with torchrun or accelerate launch",
                 args.n_gpu,
             )
             args._n_gpu = 1
-        if args is not None and args.ddp_find_unused_parameters is None:
+        if args.ddp_find_unused_parameters is None:
             # An edit runs on every rank, rows or none. Trainer would search every step, because
             # the wrapper is no PreTrainedModel, and reentrant checkpointing breaks under the
             # search.
@@ -99,7 +101,7 @@ class ReftTrainer(Trainer):
         self._is_causal = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         if self.label_smoother is not None and self._is_causal:
             # Trainer decides by the class name of the wrapper, which is no language model's.
-            self.label_smoother = self.label_smoother  # type: ignore[assignment]
+            self.label_smoother = _Shifted(self.label_smoother)  # type: ignore[assignment]
 
     # ---------------------------------------------------------------- the model
 

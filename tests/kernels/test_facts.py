@@ -319,7 +319,7 @@ def test_loreft_is_the_edit_with_its_arguments_in_the_papers_order(backend, devi
 
 
 @pytest.mark.parametrize("activation", [None, "gelu"], ids=["linear", "gelu"])
-@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@backends
 def test_autocast_around_the_edit_does_not_reach_inside(backend, activation, device):
     edit = make_edit(Case(100, 16, (5, 4), activation=activation), device)
     plain = run_edit(lowrank_edit, edit, backend=backend)
@@ -327,3 +327,11 @@ def test_autocast_around_the_edit_does_not_reach_inside(backend, activation, dev
         wrapped = run_edit(lowrank_edit, edit, backend=backend)
     assert same_bits(plain.out, wrapped.out)
     assert all(same_bits(plain.grads[name], wrapped.grads[name]) for name in plain.grads)
+
+
+def test_autocast_does_not_reach_into_the_reference(device):
+    """Forward: plain autograd takes backward wherever it is called."""
+    edit = make_edit(Case(100, 16, (5, 4)), device)
+    plain = edited(edit, "reference")
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert same_bits(edited(edit, "reference"), plain)

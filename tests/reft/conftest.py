@@ -7,7 +7,11 @@ import copy
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 _COLORS = ["red", "green", "blue"]
 _LETTERS, _NUMBERS = list("abcdefgh"), ["one", "two", "three", "four", "five"]
@@ -70,3 +74,49 @@ def _trained_llama(word_tokenizer) -> LlamaForCausalLM:
 def word_llama(_trained_llama) -> LlamaForCausalLM:
     """A small Llama for :func:`word_tokenizer`, a fresh copy of always the same, in float32."""
     return copy.deepcopy(_trained_llama)
+
+
+@pytest.fixture
+def color_records() -> list[dict[str, str]]:
+    """Twelve prompts with other colours than :func:`word_llama` knows."""
+    pairs = [(letter, k) for letter in "abcd" for k in range(3)]
+    return [{"prompt": f"{i} : {_NUMBERS[k]}", "completion": _COLORS[k]} for i, k in pairs]
+
+
+@pytest.fixture
+def make_trainer(word_llama, word_tokenizer, color_records, tmp_path):
+    """A trainer of a fresh adapter; further keyword arguments go to TrainingArguments."""
+    from transformers import TrainingArguments
+
+    from reft.config import ReftConfig
+    from reft.model.reft_model import get_reft_model
+    from reft.train.trainer import ReftTrainer
+
+    def build(
+        folder: str = "run", *, model=None, config=None, data=None, eval_data=None, **arguments
+    ):
+        torch.manual_seed(1)
+        if model is None:
+            config = config or ReftConfig(rank=4, positions="f2+l2", dropout=0.1)
+            model = get_reft_model(word_llama, config)
+        settings = {
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 2e-2,
+            "lr_scheduler_type": "cosine",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": 3,
+        }
+        return ReftTrainer(
+            model,
+            TrainingArguments(output_dir=str(tmp_path / folder), **{**settings, **arguments}),
+            train_dataset=color_records if data is None else data,
+            eval_dataset=eval_data,
+            processing_class=word_tokenizer,
+        )
+
+    return build

@@ -17,20 +17,13 @@ from reft.model.checkpoint import read_adapter, write_adapter
 from reft.model.reft_model import ReftModel
 from reft.train.evaluate import generate_completions
 
-COLORS = {"one": "red", "two": "green", "three": "blue"}
-RECORDS = [
-    {"prompt": f"{letter} : {number}", "completion": color}
-    for letter in "abcd"
-    for number, color in COLORS.items()
-]
-
 
 @pytest.fixture
-def place(tmp_path, word_llama, word_tokenizer, monkeypatch):
+def place(tmp_path, word_llama, word_tokenizer, monkeypatch, color_records):
     """A folder with ``model``, ``data.jsonl`` and an untrained ``adapter``, and the user in it."""
     word_llama.save_pretrained(tmp_path / "model")
     word_tokenizer.save_pretrained(tmp_path / "model")
-    lines = [json.dumps(record) for record in RECORDS]
+    lines = [json.dumps(record) for record in color_records]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -56,7 +49,7 @@ QUICK = (*TRAIN, "--steps", "2", "--rank", "2")
 # ------------------------------------------------------------------ what works
 
 
-def test_train_evaluate_generate(place, reft, word_llama, word_tokenizer):
+def test_train_evaluate_generate(place, reft, word_llama, word_tokenizer, color_records):
     settings = ("--rank", "4", "--positions", "f2+l2", "--lr", "0.02", "--epochs", "25")
     code, out, err = reft(*TRAIN, *settings, "--batch-size", "4", "--eval-data", "data.jsonl")
     assert (code, "adapter written to out" in out, "eval loss" in out) == (0, True, True), err
@@ -70,7 +63,7 @@ def test_train_evaluate_generate(place, reft, word_llama, word_tokenizer):
     assert (code, out) == (0, "exact match 1.0000 (12 of 12)\n")
     lines = (place / "made" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
-        {**record, "prediction": record["completion"], "correct": True} for record in RECORDS
+        {**record, "prediction": record["completion"], "correct": True} for record in color_records
     ]
     code, out, _ = reft("evaluate", *shared, "--limit", "5")
     assert code == 0
@@ -86,9 +79,9 @@ def test_train_evaluate_generate(place, reft, word_llama, word_tokenizer):
     code, out, _ = reft(*generate, "-a", "out", "-d", "data.jsonl", "-o", "answers.jsonl")
     assert (code, out) == (0, "")
     lines = (place / "answers.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == RECORDS
+    assert [json.loads(line) for line in lines] == color_records
     code, out, _ = reft(*generate, "-a", "out", "-d", "data.jsonl")
-    assert out.splitlines() == [record["completion"] for record in RECORDS]
+    assert out.splitlines() == [record["completion"] for record in color_records]
 
 
 def test_every_training_option_arrives(place, reft):

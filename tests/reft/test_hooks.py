@@ -44,8 +44,35 @@ def assert_same(mine, theirs):
 def test_transformers_own_checkpointing(base, reentrant):
     model = get_reft_model(base(), config()).train()
     expected = gradients(model)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    switch_on(model, use_reentrant=reentrant)
     assert_same(gradients(model), expected)
+
+
+def test_checkpointing_does_not_reach_below_the_first_edit():
+    model = get_reft_model(llama(), config(layers=[1])).train()
+    recorded = []
+    for block in model.base_model.model.layers:
+        block.register_forward_hook(lambda m, a, out: recorded.append(out.requires_grad))
+
+    def blocks_recorded():
+        recorded.clear()
+        gradients(model)
+        return recorded[:3]
+
+    switch_on(model)
+    assert blocks_recorded() == [False, True, True]
+    model.enable_input_require_grads()  # who asks for gradients of the inputs keeps them
+    switch_on(model)
+    assert blocks_recorded() == [True, True, True]
+
+
+def switch_on(model, **kwargs):
+    """Checkpointing by its name in this transformers, and by the old one, which Trainer may use."""
+    enable = getattr(model.base_model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        model.activation_checkpointing_enable(kwargs or None)
+    else:
+        model.gradient_checkpointing_enable(kwargs or None)
 
 
 def checkpoint_with_hooks(base, reentrant: bool) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -180,6 +182,8 @@ def test_a_mask_that_hides_the_prompt_is_refused():
         model(tokens(2, 8), attention_mask=mask)
     with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
         model()
+    with pytest.raises(ValueError, match="packed into one row"):
+        model(tokens(1, 8), cu_seq_lens_q=torch.tensor([0, 3, 8]))
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -442,6 +446,12 @@ def test_an_identity_start_changes_nothing_and_can_learn():
     assert torch.equal(out, expected)
     out.pow(2).sum().backward()
     assert model.base_model.reft.bank("default").weight.grad.abs().max() > 0
+
+
+def test_importing_costs_nothing():
+    code = "import sys, reft; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
 
 
 def test_public_names_load_on_demand():

@@ -2,64 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
 
 from reft.config import ReftConfig
 from reft.model.checkpoint import read_adapter
-from reft.model.reft_model import ReftModel, get_reft_model
+from reft.model.reft_model import ReftModel
 from reft.train.collate import ReftDataCollator
 from reft.train.trainer import ReftTrainer
-
-COLORS = {"one": "red", "two": "green", "three": "blue"}
-RECORDS = [
-    {"prompt": f"{letter} : {number}", "completion": color}
-    for letter in "abcd"
-    for number, color in COLORS.items()
-]
-
-
-@pytest.fixture
-def make(word_llama, word_tokenizer, tmp_path):
-    """A trainer of a fresh adapter; keyword arguments go to TrainingArguments."""
-
-    def build(
-        folder: str = "run", *, model=None, config=None, data=RECORDS, eval_data=None, **arguments
-    ) -> ReftTrainer:
-        torch.manual_seed(1)
-        if model is None:
-            config = config or ReftConfig(rank=4, positions="f2+l2", dropout=0.1)
-            model = get_reft_model(word_llama, config)
-        settings = {
-            "max_steps": 6,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 2e-2,
-            "lr_scheduler_type": "cosine",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "seed": 3,
-        }
-        return ReftTrainer(
-            model,
-            TrainingArguments(output_dir=str(tmp_path / folder), **{**settings, **arguments}),
-            train_dataset=data,
-            eval_dataset=eval_data,
-            processing_class=word_tokenizer,
-        )
-
-    return build
 
 
 def losses(trainer: ReftTrainer) -> list[float]:
@@ -81,10 +34,12 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("intervention", ["loreft", "direft"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_the_loss_goes_down_and_the_base_stays(make, word_llama, intervention, weight_decay):
+def test_the_loss_goes_down_and_the_base_stays(
+    make_trainer, word_llama, intervention, weight_decay
+):
     config = ReftConfig(intervention=intervention, rank=4, positions="f2+l2")
     before = {name: value.clone() for name, value in word_llama.state_dict().items()}
-    trainer = make(config=config, weight_decay=weight_decay, max_steps=40)
+    trainer = make_trainer(config=config, weight_decay=weight_decay, max_steps=40)
     trainer.train()
     found = losses(trainer)
     assert found[0] > 0.4  # half of ln 3: one of three colours, and an end that the base knows
@@ -93,10 +48,12 @@ def test_the_loss_goes_down_and_the_base_stays(make, word_llama, intervention, w
     assert same(before, trainer.model.unload().state_dict())
 
 
-def test_weight_decay_acts_on_matrices_and_not_on_biases_or_rotations(make):
+def test_weight_decay_acts_on_matrices_and_not_on_biases_or_rotations(make_trainer):
     decayed = {}
     for intervention in ("loreft", "direft"):
-        trainer = make(config=ReftConfig(intervention=intervention, rank=2), weight_decay=0.1)
+        trainer = make_trainer(
+            config=ReftConfig(intervention=intervention, rank=2), weight_decay=0.1
+        )
         names = {id(p): n.rpartition(".")[2] for n, p in trainer.model.named_parameters()}
         optimizer = trainer.create_optimizer()
         decayed[intervention] = [
@@ -110,10 +67,12 @@ def test_weight_decay_acts_on_matrices_and_not_on_biases_or_rotations(make):
     }
 
 
-def test_one_step_is_the_gradient_step_of_the_plain_loop(make, word_llama, word_tokenizer):
-    trainer = make(
+def test_one_step_is_the_gradient_step_of_the_plain_loop(
+    make_trainer, word_llama, word_tokenizer, color_records
+):
+    trainer = make_trainer(
         config=ReftConfig(rank=2),
-        data=RECORDS[:4],
+        data=color_records[:4],
         max_steps=1,
         optim="sgd",
         lr_scheduler_type="constant",
@@ -121,7 +80,7 @@ def test_one_step_is_the_gradient_step_of_the_plain_loop(make, word_llama, word_
     )
     model = trainer.model
     start = trainable(model)
-    batch = ReftDataCollator(word_tokenizer)(RECORDS[:4])
+    batch = ReftDataCollator(word_tokenizer)(color_records[:4])
     model.train()
     model(**batch).loss.backward()
     expected = {
@@ -136,12 +95,12 @@ def test_one_step_is_the_gradient_step_of_the_plain_loop(make, word_llama, word_
     assert not same(start, after)
 
 
-def test_gradient_accumulation_is_one_large_batch(make):
+def test_gradient_accumulation_is_one_large_batch(make_trainer, color_records):
     # Completions of different lengths: a mean of means would be another loss.
-    data = [*RECORDS[:3], {"prompt": "a", "completion": "red green blue yes no"}]
+    data = [*color_records[:3], {"prompt": "a", "completion": "red green blue yes no"}]
     results = []
     for size, accumulate in ((4, 1), (1, 4)):
-        trainer = make(
+        trainer = make_trainer(
             config=ReftConfig(rank=2),
             data=data,
             max_steps=1,
@@ -157,71 +116,11 @@ def test_gradient_accumulation_is_one_large_batch(make):
         torch.testing.assert_close(results[1][1][name], value, rtol=1e-4, atol=1e-6)
 
 
-ARGUMENTS = {
-    "plain": {},
-    "checkpointing": {"gradient_checkpointing": True},
-    "reentrant": {
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": True},
-    },
-    "buckets": {"auto_find_batch_size": True},
-    "adafactor": {"optim": "adafactor"},
-    "bfloat16": {"bf16": True},
-    "noise": {"neftune_noise_alpha": 1.0},
-    "tokens": {"include_num_input_tokens_seen": "all"},
-    "workers": {"dataloader_num_workers": 1},
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
-@pytest.mark.filterwarnings("ignore:.*use_reentrant.*:UserWarning")
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_what_trainer_offers_works_with_an_adapter(make, name):
-    trainer = make(max_steps=2, **ARGUMENTS[name])
-    start = trainable(trainer.model)
-    trainer.train()
-    after = trainable(trainer.model)
-    assert not any(torch.equal(start[parameter], after[parameter]) for parameter in start)
-    assert all(torch.isfinite(torch.tensor(losses(trainer))))
-    if "checkpointing" not in name and name != "reentrant":
-        return
-    trainer.model.unload()
-    plain = make(max_steps=2)
-    plain.train()
-    for parameter, value in trainable(plain.model).items():
-        torch.testing.assert_close(after[parameter], value, rtol=1e-4, atol=1e-6)
-
-
-def test_a_quantised_base_may_be_trained(make, word_llama):
-    # What Trainer looks at, without the quantisation library.
-    word_llama.is_quantized = True
-    word_llama.hf_quantizer = SimpleNamespace(is_trainable=True, is_qat_trainable=False)
-    with pytest.raises(ValueError, match="purely quantized"):
-        Trainer(word_llama, TrainingArguments(report_to="none", use_cpu=True))
-    trainer = make()
-    trainer.train()
-    assert not getattr(word_llama, "_hf_peft_config_loaded", False)
-
-
-def test_several_visible_devices_do_not_make_it_data_parallel(make, caplog):
-    trainer = make()
-    trainer.args._n_gpu = 2
-    again = ReftTrainer(
-        trainer.model,
-        trainer.args,
-        train_dataset=RECORDS,
-        processing_class=trainer.processing_class,
-    )
-    assert again.args.n_gpu == 1
-    assert "torchrun" in caplog.text
-    again.train()
-
-
 # ------------------------------------------------------------------ disk
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(make, tmp_path):
-    whole = make("whole", max_steps=6, weight_decay=0.01)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(make_trainer, tmp_path):
+    whole = make_trainer("whole", max_steps=6, weight_decay=0.01)
     whole.train()
     expected, logged = trainable(whole.model), losses(whole)
     whole.model.unload()
@@ -230,7 +129,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(make, tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 3
 
-    first = make("split", max_steps=6, weight_decay=0.01, save_strategy="steps", save_steps=3)
+    first = make_trainer(
+        "split", max_steps=6, weight_decay=0.01, save_strategy="steps", save_steps=3
+    )
     first.add_callback(Stop)
     first.train()
     stopped = trainable(first.model)
@@ -238,15 +139,17 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(make, tmp_path):
     first.model.unload()
     checkpoint = tmp_path / "split" / "checkpoint-3"
 
-    second = make("split", max_steps=6, weight_decay=0.01)
+    second = make_trainer("split", max_steps=6, weight_decay=0.01)
     assert not same(trainable(second.model), stopped)
     second.train(resume_from_checkpoint=str(checkpoint))
     assert same(trainable(second.model), expected)
     assert losses(second) == logged
 
 
-def test_a_checkpoint_holds_the_adapter_and_no_base(make, tmp_path, word_llama):
-    trainer = make(save_strategy="steps", save_steps=6)
+def test_a_checkpoint_holds_the_adapter_and_no_base(
+    make_trainer, tmp_path, word_llama, color_records
+):
+    trainer = make_trainer(save_strategy="steps", save_steps=6)
     trainer.train()
     folder = tmp_path / "run" / "checkpoint-6"
     names = {entry.name for entry in folder.iterdir()}
@@ -263,16 +166,16 @@ def test_a_checkpoint_holds_the_adapter_and_no_base(make, tmp_path, word_llama):
     config, published = read_adapter(tmp_path / "published")
     assert config == trainer.model.configs["default"]
     assert not any("free" in name for name in published)
-    batch = ReftDataCollator(trainer.processing_class)(RECORDS)
+    batch = ReftDataCollator(trainer.processing_class)(color_records)
     expected = trainer.model.eval()(**batch).logits
     loaded = ReftModel.from_pretrained(trainer.model.unload(), tmp_path / "published")
     torch.testing.assert_close(loaded.eval()(**batch).logits, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_best_model_comes_back_at_the_end(make):
-    trainer = make(
+def test_the_best_model_comes_back_at_the_end(make_trainer, color_records):
+    trainer = make_trainer(
         max_steps=8,
-        eval_data=RECORDS,
+        eval_data=color_records,
         eval_strategy="steps",
         eval_steps=2,
         save_strategy="steps",
@@ -295,16 +198,16 @@ def test_the_best_model_comes_back_at_the_end(make):
 # ------------------------------------------------------------------ evaluating
 
 
-def test_evaluate_is_the_loss_of_the_model(make, word_tokenizer):
-    trainer = make(eval_data=RECORDS, per_device_eval_batch_size=12)
+def test_evaluate_is_the_loss_of_the_model(make_trainer, word_tokenizer, color_records):
+    trainer = make_trainer(eval_data=color_records, per_device_eval_batch_size=12)
     metrics = trainer.evaluate()
-    batch = ReftDataCollator(word_tokenizer)(RECORDS)
+    batch = ReftDataCollator(word_tokenizer)(color_records)
     with torch.no_grad():
         expected = trainer.model.eval()(**batch).loss
     assert metrics["eval_loss"] == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_metrics_see_logits_and_labels(make, word_tokenizer):
+def test_metrics_see_logits_and_labels(make_trainer, word_tokenizer, color_records):
     seen = {}
 
     def compute_metrics(prediction):
@@ -313,21 +216,23 @@ def test_metrics_see_logits_and_labels(make, word_tokenizer):
         right = prediction.predictions.argmax(-1)[:, :-1] == labels
         return {"accuracy": float(right[labels != -100].mean())}
 
-    trainer = make(eval_data=RECORDS)
+    trainer = make_trainer(eval_data=color_records)
     trainer.compute_metrics = compute_metrics
     assert 0.0 <= trainer.evaluate()["eval_accuracy"] < 0.7
     assert seen["shapes"] == ((12, 6, len(word_tokenizer)), (12, 6))
     trainer.args.max_steps = 60
     trainer.train()
     assert trainer.evaluate()["eval_accuracy"] > 0.7
-    predicted = trainer.predict(RECORDS[:2])
+    predicted = trainer.predict(color_records[:2])
     assert predicted.predictions.shape == (2, 6, len(word_tokenizer))
 
 
-def test_label_smoothing_and_own_losses_still_edit_the_prompt(make, word_tokenizer):
+def test_label_smoothing_and_own_losses_still_edit_the_prompt(
+    make_trainer, word_tokenizer, color_records
+):
     # Both keep the labels from the model, which would otherwise take the answer for prompt too.
-    batch = dict(ReftDataCollator(word_tokenizer)(RECORDS[:4]))
-    trainer = make(config=ReftConfig(rank=2, positions="l1"), label_smoothing_factor=0.1)
+    batch = dict(ReftDataCollator(word_tokenizer)(color_records[:4]))
+    trainer = make_trainer(config=ReftConfig(rank=2, positions="l1"), label_smoothing_factor=0.1)
     model = trainer.model.eval()
     with torch.no_grad():
         logits = model(**batch).logits
@@ -349,130 +254,3 @@ def test_label_smoothing_and_own_losses_still_edit_the_prompt(make, word_tokeniz
     with torch.no_grad():
         trainer.compute_loss(model, dict(batch))
     torch.testing.assert_close(seen["logits"], logits)
-
-
-def test_columns_that_no_one_reads_are_dropped_and_ours_are_kept(make):
-    trainer = make(data=[{**record, "source": "x", "id": 1} for record in RECORDS])
-    batch = next(iter(trainer.get_train_dataloader()))
-    assert set(batch) == {"input_ids", "attention_mask", "labels"}
-    features = [{"input_ids": [5, 6, 7], "prompt_lengths": 2, "source": [1, 2]}] * 4
-    trainer.train_dataset = features
-    batch = next(iter(trainer.get_train_dataloader()))
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "prompt_lengths"}
-    assert {"input_ids", "attention_mask", "labels"} <= set(trainer._signature_columns)
-
-
-@pytest.mark.parametrize("accepts", [None, True, False])
-def test_the_trainer_knows_what_it_would_know_of_the_base_alone(make, word_llama, accepts):
-    if accepts is not None:
-        word_llama.accepts_loss_kwargs = accepts
-    ours = make()
-    arguments, base = ours.args, ours.model.unload()
-    plain = Trainer(base, arguments)
-    names = ("model_accepts_loss_kwargs", "label_names", "can_return_loss", "_loss_shifts_labels")
-    for name in names:
-        assert getattr(ours, name, None) == getattr(plain, name, None), name
-    assert ours.label_names == ["labels"]
-    plain._set_signature_columns_if_needed()
-    ours = make()
-    ours._set_signature_columns_if_needed()
-    assert set(plain._signature_columns) < set(ours._signature_columns)
-
-
-# ------------------------------------------------------------------ classifiers
-
-
-@pytest.fixture
-def classifier(word_tokenizer) -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(word_tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        num_labels=3,
-    )
-    return BertForSequenceClassification(config)
-
-
-LABELLED = [
-    {"text": f"{letter} {number}", "label": list(COLORS).index(number)}
-    for letter in "abcdef"
-    for number in COLORS
-]
-
-
-def test_a_classifier_trains_its_head_and_both_come_back(make, classifier, tmp_path):
-    config = ReftConfig(rank=4, positions="prompt", task_type="SEQ_CLS")
-    head = {name: value.clone() for name, value in classifier.classifier.state_dict().items()}
-    frozen = {
-        n: v.clone() for n, v in classifier.bert.encoder.named_parameters() if "reft" not in n
-    }
-
-    def accuracy(prediction):
-        return {
-            "accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
-        }
-
-    trainer = make(
-        model=get_reft_model(classifier, config),
-        data=LABELLED,
-        eval_data=LABELLED,
-        max_steps=60,
-        per_device_train_batch_size=18,
-        save_strategy="steps",
-        save_steps=60,
-    )
-    trainer.compute_metrics = accuracy
-    trainer.train()
-    metrics = trainer.evaluate()
-    assert metrics["eval_accuracy"] == 1.0
-    batch = ReftDataCollator(trainer.processing_class)(LABELLED)
-    expected = trainer.model.eval()(**batch).logits
-    trainer.save_model(str(tmp_path / "published"))
-
-    # The same base, as someone else would have it: with the head it was made with.
-    base = trainer.model.unload()
-    for name, value in frozen.items():
-        assert torch.equal(dict(base.bert.encoder.named_parameters())[name], value)
-    base.classifier.load_state_dict(head)
-    for folder in ("published", "run/checkpoint-60"):
-        loaded = ReftModel.from_pretrained(base, tmp_path / folder).eval()
-        torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-5, atol=1e-6)
-        base = loaded.unload()
-        base.classifier.load_state_dict(head)
-
-
-# ------------------------------------------------------------------ what is refused
-
-
-def test_a_model_without_adapter_is_refused(word_llama, tmp_path):
-    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    with pytest.raises(TypeError, match=r"reft\.get_reft_model.*got LlamaForCausalLM"):
-        ReftTrainer(word_llama, arguments)
-    with pytest.raises(TypeError, match="got LlamaForCausalLM"):
-        ReftTrainer(args=arguments, model_init=lambda: word_llama)
-
-
-def test_model_init_works(word_llama, word_tokenizer, make, tmp_path):
-    trainer = make()
-    trainer.model.unload()
-    again = ReftTrainer(
-        args=trainer.args,
-        model_init=lambda: get_reft_model(word_llama, ReftConfig(rank=2)),
-        train_dataset=RECORDS,
-        processing_class=word_tokenizer,
-    )
-    assert isinstance(again.model, ReftModel)
-    assert again.label_names == ["labels"]
-
-
-def test_without_accelerate_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("reft.train.trainer.is_accelerate_available", lambda: False)
-    with pytest.raises(ImportError, match=r"pip install 'reft\[train\]'"):
-        ReftTrainer(None)

@@ -1,0 +1,78 @@
+"""Training as the demos do it: a bar of steps, and no files but the demo's own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from reft.model.reft_model import ReftModel
+from reft.train.collate import ReftDataCollator
+from reft.train.progress import ProgressCallback
+from reft.train.records import Record
+from reft.train.trainer import ReftTrainer
+
+LOG_STEPS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRun:
+    """Optimizer steps, seconds, and the logged losses (dicts with ``step`` and ``loss``)."""
+
+    steps: int
+    seconds: float
+    history: list[dict[str, Any]]
+
+
+def device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train(
+    model: nn.Module,
+    collator: ReftDataCollator,
+    records: Sequence[Record],
+    output: Path,
+    *,
+    epochs: float,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+    console: Console | None,
+) -> TrainingRun:
+    """Train what requires a gradient, with AdamW and a linear schedule; None shows no progress."""
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_steps=0.1,
+        lr_scheduler_type="linear",
+        logging_steps=LOG_STEPS,
+        save_strategy="no",
+        seed=seed,
+        use_cpu=device().type == "cpu",
+        disable_tqdm=True,
+        report_to="none",
+    )
+    trainer: Trainer = (ReftTrainer if isinstance(model, ReftModel) else Trainer)(
+        model,
+        arguments,
+        collator,
+        [collator.tokenize(record) for record in records],
+        callbacks=[] if console is None else [ProgressCallback(console)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    began = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - began
+    history = [row for row in trainer.state.log_history if "loss" in row]
+    return TrainingRun(trainer.state.global_step, seconds, history)

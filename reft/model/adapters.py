@@ -1,0 +1,78 @@
+"""Adapters put on a model and taken off it: bank, heads and the hooks of their blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from reft.config import ReftConfig
+from reft.model.attachment import SUBMODULE, Attachment
+from reft.model.heads import copy_heads
+from reft.model.hooks import EditBlock
+from reft.model.sites import site_device
+from reft.nn.bank import Bank
+
+
+def build(
+    attached: Attachment,
+    base: nn.Module,
+    name: str,
+    config: ReftConfig,
+    generator: torch.Generator | None = None,
+) -> tuple[Bank, dict[str, nn.Module]]:
+    """The parts of a new adapter, its bank and its heads; nothing on the model changes.
+
+    Raises:
+        ValueError: a name or configuration that does not fit.
+    """
+    attached.check_new_name(name)
+    sites = attached.sites
+    if config.block_path not in (None, sites.path):
+        raise ValueError(
+            f"ReftConfig.block_path must be {sites.path!r}, where this model's adapters are, "
+            f"or None; got {config.block_path!r}"
+        )
+    if config.base_model_name_or_path is None:
+        origin = getattr(getattr(base, "config", None), "_name_or_path", None)
+        config = replace(config, base_model_name_or_path=origin or None)
+    layers = config.resolve_layers(len(sites.blocks))
+    shown = attached.heads.shown
+    attached.heads.show(base, None)
+    try:
+        outside = (
+            path
+            for path, _ in base.named_modules()
+            if path != SUBMODULE and not path.startswith(f"{SUBMODULE}.")
+        )
+        heads = copy_heads(base, config.resolve_modules_to_save(outside))
+    finally:
+        attached.heads.show(base, shown)
+    device = site_device(sites.blocks[layers[0]])
+    return Bank(config, layers, sites.dim, device=device, generator=generator), heads
+
+
+def attach(
+    attached: Attachment, base: nn.Module, name: str, bank: Bank, heads: Mapping[str, nn.Module]
+) -> None:
+    """Put an adapter on the model, frozen and not active."""
+    attached.adapters[name] = bank
+    attached.heads.add(name, heads)
+    for module in (bank, *heads.values()):
+        module.train(base.training).requires_grad_(False)
+    for layer in bank.layers:
+        if layer not in attached.handles:
+            attached.handles[layer] = attached.sites.blocks[layer].register_forward_hook(
+                EditBlock(attached, layer), with_kwargs=True
+            )
+
+
+def detach(attached: Attachment, base: nn.Module, name: str) -> None:
+    """Take an adapter off the model, with the hooks that no other needs."""
+    attached.heads.remove(base, name)
+    del attached.adapters[name]
+    used = {layer for other in attached.adapters for layer in attached.bank(other).layers}
+    for layer in attached.handles.keys() - used:
+        attached.handles.pop(layer).remove()

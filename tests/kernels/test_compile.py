@@ -1,0 +1,147 @@
+"""torch.compile(fullgraph=True) traces the edit, and what it makes of it is the eager edit, gradients
+too; the operators it sees keep their promises."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from reft_kernels import RowPlan, lowrank_edit, lowrank_edit_
+from reft_kernels.testing import Case, budget, count_paths, make_edit, run_edit, same_bits
+
+pytestmark = pytest.mark.traced
+
+CASES = [
+    Case(65, 3, (4, 5), missing="some"),
+    Case(65, 16, (4, 0, 5), missing="some", activation="gelu"),
+    Case(64, 4, (7,), member="consreft", dtype=torch.bfloat16),
+    Case(64, 2, (7,), member="lobireft", layout="swapped"),
+    Case(64, 4, (7,), member="direft", layout="sliced", biased=False),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(function, mode="aot_eager"):
+    # A forward that is more than the edit: what comes before and after is in the graph as well.
+    def forward(hidden, plan, *parameters, **options):
+        return function(hidden * 2, plan, *parameters, **options).tanh()
+
+    return forward, torch.compile(forward, fullgraph=True, backend=mode)
+
+
+@pytest.mark.parametrize("function", [lowrank_edit, lowrank_edit_], ids=["apart", "inplace"])
+@pytest.mark.parametrize("named", ["torch", "triton"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_compiled_is_eager(case, named, function, device):
+    edit = make_edit(case, device)
+    eager, traced = compiled(function)
+    expected = run_edit(eager, edit, backend=named)
+    found = run_edit(traced, edit, backend=named)
+    assert same_bits(found.out, expected.out)
+    for name, grad in expected.grads.items():
+        assert (grad is None) == (found.grads[name] is None)
+        assert grad is None or same_bits(found.grads[name], grad), name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="not run: inductor needs a C++ compiler")
+@pytest.mark.parametrize("named", ["torch", "triton"])
+def test_inductor_stays_within_the_budget(named, device):
+    judge = budget(make_edit(CASES[0], device))
+    traced = torch.compile(lowrank_edit_, fullgraph=True)
+    judge.check(run_edit(traced, judge.edit, backend=named))
+
+
+@pytest.mark.parametrize("named", ["torch", "triton"])
+def test_a_compiled_edit_in_place_writes_into_its_argument(named, device):
+    edit = make_edit(Case(65, 3, (4, 5), missing="some"), device)
+    args = (edit.plan, edit.encode, edit.bias, edit.decode)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def forward(hidden):
+        lowrank_edit_(hidden, *args, **edit.options, backend=named)
+        return hidden.sum()
+
+    hidden = edit.hidden.clone()
+    forward(hidden)
+    assert same_bits(hidden, lowrank_edit(edit.hidden, *args, **edit.options, backend=named))
+
+
+def test_a_compiled_edit_launches_the_kernels(device):
+    edit = make_edit(CASES[0], device)
+    _, traced = compiled(lowrank_edit)
+    run_edit(traced, edit, backend="triton")
+    with count_paths() as counts:
+        run_edit(traced, edit, backend="triton")
+    assert counts == {
+        "triton.edit_rows_kernel": 1,
+        "triton.edit_rows_grad_kernel": 1,
+        "triton.edit_params_grad_kernel": 1,
+    }
+
+
+@pytest.mark.parametrize("named", ["torch", "triton"])
+def test_a_new_plan_of_the_same_shape_is_not_traced_again(named, device):
+    """Rows are data: every batch has others."""
+    edit = make_edit(Case(65, 3, (4, 5)), device)
+    graphs = []
+
+    def note(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    traced = torch.compile(lowrank_edit, fullgraph=True, backend=note)
+    args = (edit.encode, edit.bias, edit.decode)
+    for rows in ([0, 1, 2, 3, 4, 5, 6, 7, 8], [9, -1, 7, 6, 5, 4, -1, 3, 2]):
+        plan = RowPlan(torch.tensor(rows, device=device), (0, 4, 9))
+        out = traced(edit.hidden, plan, *args, **edit.options, backend=named)
+        expected = lowrank_edit(edit.hidden, plan, *args, **edit.options, backend=named)
+        assert same_bits(out, expected)
+    assert len(graphs) == 1
+
+
+def test_a_plan_made_inside_the_graph(device):
+    """From padded positions, as a model's forward makes it."""
+    edit = make_edit(Case(65, 3, (3, 3), extra=8), device)
+    hidden = edit.hidden.reshape(2, 7, 65)
+
+    def forward(hidden, positions):
+        plan = RowPlan.from_padded(positions, 7, groups=[0, 0, 1], num_groups=2)
+        return lowrank_edit(hidden, plan, edit.encode, edit.bias, edit.decode, backend="torch")
+
+    positions = torch.tensor([[0, 1, 6], [-1, 3, 4]], device=device)
+    traced = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    assert same_bits(traced(hidden, positions), forward(hidden, positions))
+
+
+def operator_arguments(device, activation, rank):
+    edit = make_edit(Case(33, rank, (4, 5), missing="some", activation=activation), device)
+    subtract = activation is not None
+    return edit, (edit.plan.rows, list(edit.plan.offsets)), subtract
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"], ids=["linear", "gelu"])
+@pytest.mark.parametrize("saves", [True, False], ids=["saves", "saves-nothing"])
+def test_the_forward_operator_keeps_its_promises(activation, saves, device):
+    edit, plan, subtract = operator_arguments(device, activation, 3)
+    parameters = (edit.encode, edit.bias, edit.decode)
+    args = (edit.hidden.clone(), *plan, *parameters, subtract, activation, saves, saves)
+    torch.library.opcheck(torch.ops.reft_kernels.edit_forward.default, args)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"], ids=["linear", "gelu"])
+@pytest.mark.parametrize("wants", [(True,) * 4, (False, True, False, True), (True, False, False, False)])
+def test_the_backward_operator_keeps_its_promises(activation, wants, device):
+    edit, plan, subtract = operator_arguments(device, activation, 3)
+    forward = torch.ops.reft_kernels.edit_forward
+    parameters = (edit.encode, edit.bias, edit.decode)
+    saved = forward(edit.hidden.clone(), *plan, *parameters, subtract, activation, True, True)
+    args = (edit.upstream, *plan, edit.encode, edit.decode, *saved, subtract, activation, list(wants))
+    torch.library.opcheck(torch.ops.reft_kernels.edit_backward.default, args)

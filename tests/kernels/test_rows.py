@@ -1,0 +1,142 @@
+"""Plans: which rows, which groups, what is refused, and what the host never asks for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reft_kernels import RowPlan
+from reft_kernels.testing import NoSynchronisation
+
+
+def test_rows_are_sorted_by_group_and_stay_in_order_within():
+    plan = RowPlan.from_rows([9, 4, 7, 1, 3], groups=[2, 0, 2, 0, 3], num_groups=5)
+    assert plan.rows.tolist() == [4, 1, 9, 7, 3]
+    assert plan.offsets == (0, 2, 2, 4, 5, 5)
+    assert (plan.num_rows, plan.num_groups, plan.largest_group, plan.max_row) == (5, 5, 2, 9)
+    assert plan.complete and plan.rows.dtype is torch.int64 and plan.rows.is_contiguous()
+    assert plan.device_offsets.tolist() == [0, 2, 2, 4, 5, 5]
+
+
+def test_one_group_keeps_the_order_and_leaves_the_others_empty():
+    plan = RowPlan.from_rows([5, -1, 0], num_groups=3)
+    assert plan.rows.tolist() == [5, -1, 0] and plan.offsets == (0, 3, 3, 3)
+    assert plan.max_row == 5 and not plan.complete
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64], ids=str
+)
+def test_any_integers_will_do(dtype):
+    plan = RowPlan.from_rows(torch.tensor([3, 1], dtype=dtype), torch.tensor([1, 0], dtype=dtype), 2)
+    assert plan.rows.tolist() == [1, 3] and plan.rows.dtype is torch.int64
+
+
+@pytest.mark.parametrize(
+    ("offsets", "equal"), [((0, 3, 6, 9), True), ((0, 3, 3, 9), False), ((0, 0, 0), False)]
+)
+def test_offsets_on_the_device_are_those_of_the_host(offsets, equal):
+    plan = RowPlan(torch.arange(offsets[-1]), offsets)
+    assert plan.device_offsets.tolist() == list(offsets)
+    assert plan.device_offsets.dtype is torch.int64
+    assert plan.device_offsets is plan.device_offsets, "made anew for every layer"
+    assert plan.places is plan.places or plan.places[0] is plan.places[0]
+
+
+@pytest.mark.parametrize(
+    ("groups", "rows", "offsets"),
+    [
+        (None, [1, 4, 6, -1, 10, -1], (0, 6, 6)),
+        ([0, 1, 1], [1, -1, 4, 6, 10, -1], (0, 2, 6)),  # by column: prefix and suffix
+        ([[1], [0]], [-1, 10, -1, 1, 4, 6], (0, 3, 6)),  # by sequence: adapters
+        ([[0, 1, 0], [1, 1, 0]], [1, 6, -1, 4, -1, 10], (0, 3, 6)),
+    ],
+    ids=["none", "columns", "sequences", "both"],
+)
+def test_padded_positions_become_rows(groups, rows, offsets):
+    positions = torch.tensor([[1, 4, 6], [-1, 3, -1]])
+    plan = RowPlan.from_padded(positions, seq_len=7, groups=groups, num_groups=2)
+    assert plan.rows.tolist() == rows and plan.offsets == offsets
+
+
+def test_a_plan_moves_and_stays_itself(device):
+    plan = RowPlan.from_rows([3, -1, 2], [1, 0, 1], 2)
+    moved = plan.to("meta")
+    assert moved.device.type == "meta" and moved.offsets == plan.offsets
+    assert (moved.max_row, moved.complete) == (3, False)
+    assert plan.to("cpu") is plan
+    assert plan.to(device).rows.tolist() == [-1, 3, 2]
+
+
+REFUSED = [
+    (lambda: RowPlan.from_rows([0, 3, 0]), ValueError, "rows must not repeat, got row 0"),
+    (lambda: RowPlan.from_rows([0, 5, 5], [0, 0, 1], 2), ValueError, "row 5 twice"),
+    (lambda: RowPlan.from_rows([1, -2]), ValueError, "rows must be −1 .* got -2"),
+    (lambda: RowPlan.from_rows([[1], [2]]), TypeError, "rows must be integers"),
+    (lambda: RowPlan.from_rows([1.0]), TypeError, r"rows must be integers, got \[1.0\]"),
+    (lambda: RowPlan.from_rows(torch.ones(2)), TypeError, "rows must have an integer .*float32"),
+    (lambda: RowPlan.from_rows(torch.tensor([True])), TypeError, "integer dtype, got torch.bool"),
+    (lambda: RowPlan.from_rows(torch.tensor([[1]])), ValueError, r"one-dimensional.*\(1, 1\)"),
+    (lambda: RowPlan.from_rows([1, 2], [0, 2], 2), ValueError, "groups must lie in 0 … 1, got 2"),
+    (lambda: RowPlan.from_rows([1, 2], [0, -1], 2), ValueError, "groups must lie in 0 … 1, got -1"),
+    (lambda: RowPlan.from_rows([1, 2], [0]), ValueError, "2 rows, 1 groups"),
+    (lambda: RowPlan.from_rows([1], num_groups=0), ValueError, "num_groups .* at least 1, got 0"),
+    (lambda: RowPlan.from_rows([1], num_groups=1.0), ValueError, "num_groups must be an integer"),
+    (lambda: RowPlan.from_padded([[1]], 4), TypeError, "positions must be an integer tensor"),
+    (lambda: RowPlan.from_padded(torch.ones(1, 1), 4), TypeError, "got dtype torch.float32"),
+    (lambda: RowPlan.from_padded(torch.tensor([1]), 4), ValueError, r"got shape \(1,\)"),
+    (lambda: RowPlan.from_padded(torch.tensor([[4]]), 4), ValueError, "below seq_len = 4.*got 4"),
+    (lambda: RowPlan.from_padded(torch.tensor([[-2]]), 4), ValueError, "got -2"),
+    (lambda: RowPlan.from_padded(torch.tensor([[1, 1]]), 4), ValueError, "must not repeat"),
+    (lambda: RowPlan.from_padded(torch.tensor([[0]]), -1), ValueError, "seq_len .* got -1"),
+    (
+        lambda: RowPlan.from_padded(torch.tensor([[0, 1]]), 4, [0, 0, 1], 2),
+        ValueError,
+        r"groups must broadcast to positions \(1, 2\).*got shape \(3,\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "message"), REFUSED)
+def test_bad_plans_are_refused_with_the_value(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_sequences_may_name_the_same_position():
+    plan = RowPlan.from_padded(torch.tensor([[2, -1], [2, -1]]), 4)
+    assert plan.rows.tolist() == [2, -1, 6, -1]
+
+
+def test_a_plan_on_a_device_is_made_without_looking_at_it():
+    """The meta device has no values: asking for one raises."""
+    positions = torch.empty(4, 3, dtype=torch.int64, device="meta")
+    for groups in (None, [1, 0, 1], [[0], [1], [1], [0]]):
+        plan = RowPlan.from_padded(positions, 9, groups, 2)
+        assert plan.num_rows == 12 and plan.max_row is None and not plan.complete
+        assert plan.device_offsets.device.type == "meta"
+        assert len(plan.places) == 2
+
+
+def test_what_layers_share_is_made_without_waiting():
+    plan = RowPlan(torch.tensor([4, -1, 2, -1]), (0, 2, 2, 4))
+    with NoSynchronisation():
+        _ = plan.places, plan.device_offsets
+
+
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@given(
+    st.lists(st.tuples(st.integers(-1, 30), st.integers(0, 4)), max_size=20, unique_by=lambda t: t[0])
+)
+def test_any_plan_keeps_each_row_with_its_group(pairs):
+    plan = RowPlan.from_rows([row for row, _ in pairs], [group for _, group in pairs], 5)
+    placed = [
+        (row, group)
+        for group, (a, b) in enumerate(zip(plan.offsets, plan.offsets[1:], strict=False))
+        for row in plan.rows[a:b].tolist()
+    ]
+    assert placed == sorted(pairs, key=lambda pair: pair[1])
+    assert plan.complete == all(row >= 0 for row, _ in pairs)
+    assert plan.max_row == max((row for row, _ in pairs), default=-1)

@@ -1,0 +1,149 @@
+"""Imports point one way, importing loads nothing heavy, torch paths need torch alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: (importing module prefix, imported module prefix that it must not reach, why)
+FORBIDDEN = [
+    ("reft_kernels", "reft", "the kernels know nothing of models"),
+    ("reft_kernels", "transformers", "the kernels know nothing of models"),
+    ("reft_kernels", "benchmarks", "imports point one way"),
+    ("reft_kernels.reference", "reft_kernels._triton", "the meaning is not an implementation"),
+    ("reft_kernels.reference", "reft_kernels.torch_path", "the meaning is not an implementation"),
+    ("reft_kernels._triton", "reft_kernels.reference", "implementations are strangers"),
+    ("reft_kernels._triton", "reft_kernels.torch_path", "implementations are strangers"),
+    ("reft.config", "transformers", "a configuration is readable without transformers"),
+    ("reft.positions", "transformers", "torch only"),
+    ("reft.nn", "transformers", "torch only"),
+    ("reft.nn", "reft.model", "imports point one way"),
+    ("reft.model", "reft.train", "imports point one way"),
+    ("reft.model", "reft.cli", "imports point one way"),
+    ("reft.train", "reft.cli", "imports point one way"),
+    ("reft.train", "reft.demo", "imports point one way"),
+    ("reft.demo", "reft.cli", "imports point one way"),
+    ("reft", "benchmarks", "imports point one way"),
+    ("reft", "tests", "imports point one way"),
+    ("benchmarks", "reft_kernels._triton", "benchmarks use public names"),
+]
+
+
+def _modules() -> dict[str, Path]:
+    found = {}
+    for package in ("reft_kernels", "reft", "benchmarks"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def _imports(path: Path, *, module_level: bool = False) -> set[str]:
+    """Every dotted name that a file imports, but for those under TYPE_CHECKING."""
+    tree = ast.parse(path.read_text())
+    skipped: set[int] = set()
+    for node in ast.walk(tree):
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        deferred = module_level and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if typing_only or deferred:
+            skipped |= {id(inner) for inner in ast.walk(node)}
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def _under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+@pytest.mark.parametrize(("importer", "imported", "why"), FORBIDDEN)
+def test_forbidden_direction(importer: str, imported: str, why: str) -> None:
+    found = [
+        f"{module} imports {name}"
+        for module, path in _modules().items()
+        if _under(module, importer)
+        for name in _imports(path)
+        if _under(name, imported)
+    ]
+    assert not found, f"{why}: {found}"
+
+
+def test_only_the_launcher_and_the_offline_compiler_touch_kernels() -> None:
+    kernels = ("reft_kernels._triton.forward", "reft_kernels._triton.backward")
+    allowed = {"reft_kernels._triton.launch", "reft_kernels.offline"}
+    for module, path in _modules().items():
+        if module not in allowed:
+            assert not [n for n in _imports(path) if n.startswith(kernels)], module
+
+
+def test_triton_is_imported_lazily() -> None:
+    for module, path in _modules().items():
+        inside = _under(module, "reft_kernels._triton") and module != "reft_kernels._triton"
+        if not inside:
+            named = [n for n in _imports(path, module_level=True) if _under(n, "triton")]
+            assert not named, f"{module} imports triton when it is imported"
+
+
+def test_no_cycles() -> None:
+    modules = _modules()
+    edges = {
+        module: {
+            name
+            for name in _imports(path, module_level=True)
+            if name in modules and name != module and not module.startswith(f"{name}.")
+        }
+        for module, path in modules.items()
+    }
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " → ".join((*trail, module))
+        if module in done:
+            return
+        for other in edges[module]:
+            visit(other, (*trail, module))
+        done.add(module)
+
+    for module in edges:
+        visit(module, ())
+
+
+def _python(code: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_importing_the_kernels_loads_neither_triton_nor_transformers() -> None:
+    heavy = "[n for n in ('triton', 'transformers') if n in sys.modules]"
+    code = f"import sys, reft_kernels; print({heavy})"
+    assert _python(code) == "[]"
+
+
+def test_torch_paths_need_torch_alone() -> None:
+    code = """
+import sys
+sys.modules["triton"] = sys.modules["transformers"] = None  # any import of them fails
+import torch, reft_kernels
+h, plan = torch.randn(4, 8), reft_kernels.RowPlan.from_rows([0, 2])
+w, b, r = torch.randn(2, 8), torch.randn(2), torch.randn(2, 8)
+want = reft_kernels.reference.loreft(h, plan, r, w, b)
+got = reft_kernels.loreft(h, plan, r, w, b)
+print(bool((want - got).norm() < 1e-5 * want.norm()))
+"""
+    assert _python(code) == "True"
