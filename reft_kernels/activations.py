@@ -47,8 +47,7 @@ def activation_grad(name: str | None, u: Tensor, grad: Tensor) -> Tensor:
     """``grad * act'(u)``, by PyTorch's own derivative of the named function."""
     if name is None:
         return grad
-    with torch.enable_grad():
-        leaf = u.detach().requires_grad_()
-        out = ACTIVATIONS[name](leaf)
-    (result,) = torch.autograd.grad(out, leaf, grad)
+    # torch.autograd.grad would do in eager mode; only this form is traced by torch.compile.
+    _, pullback = torch.func.vjp(ACTIVATIONS[name], u)
+    (result,) = pullback(grad)
     return result

@@ -48,7 +48,8 @@ def test_compiled_is_eager(case, named, function, device):
     assert same_bits(found.out, expected.out)
     for name, grad in expected.grads.items():
         assert (grad is None) == (found.grads[name] is None)
-        assert grad is None or same_bits(found.grads[name], grad), name
+        # Equal, not of the same bits: traced, 0 is added to a gradient, and −0 becomes 0.
+        assert grad is None or torch.equal(found.grads[name], grad), name
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="not run: inductor needs a C++ compiler")
@@ -109,11 +110,11 @@ def test_a_new_plan_of_the_same_shape_is_not_traced_again(named, device):
 
 def test_a_plan_made_inside_the_graph(device):
     """From padded positions, as a model's forward makes it."""
-    edit = make_edit(Case(65, 3, (3, 3), extra=8), device)
+    edit = make_edit(Case(65, 3, (6,), extra=8), device)
     hidden = edit.hidden.reshape(2, 7, 65)
 
     def forward(hidden, positions):
-        plan = RowPlan.from_padded(positions, 7, groups=[0, 0, 1], num_groups=2)
+        plan = RowPlan.from_padded(positions, 7)
         return lowrank_edit(hidden, plan, edit.encode, edit.bias, edit.decode, backend="torch")
 
     positions = torch.tensor([[0, 1, 6], [-1, 3, 4]], device=device)
