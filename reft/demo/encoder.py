@@ -29,7 +29,7 @@ from reft.demo.measure import compare_steps, frozen_step, training_step
 from reft.demo.plot import loss_curve
 from reft.demo.reload import answers_of_fresh_process
 from reft.demo.report import DemoReport, Goals, Sample, count_same, folder_bytes
-from reft.demo.training import LOG_STEPS, device, train
+from reft.demo.training import LOG_STEPS, Schedule, device, train
 from reft.model.reft_model import ReftModel, get_reft_model
 from reft.train.collate import ReftDataCollator
 from reft.train.records import TEXT_LABEL, Record, read_records
@@ -147,20 +147,20 @@ def run(
 
     alone, _ = load_base(seed)
     alone.requires_grad_(False)
-    alone.classifier.requires_grad_(True)
-    how = {"learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE, "seed": seed}
-    train(alone, collator, training, output, epochs=epochs, console=None, **how)
+    classifier = alone.get_submodule("classifier").requires_grad_(True)
+    plan = Schedule(epochs, LEARNING_RATE, BATCH_SIZE, seed)
+    train(alone, collator, training, output, plan)
     head_alone = _share_right(answers_of(alone, tokenizer, messages), messages)
 
     set_seed(seed)
     model = get_reft_model(base, CONFIG)
     trained, total = model.get_nb_trainable_parameters()
-    head = sum(one.numel() for one in alone.classifier.parameters())
+    head = sum(one.numel() for one in classifier.parameters())
     console.print(
         f"LoReFT: {CONFIG.positions}, rank {CONFIG.rank}, every layer, and a classifier of {head:,}"
         f": {trained:,} of {total:,} parameters ({trained / total:.2%})"
     )
-    run_of = train(model, collator, training, output, epochs=epochs, console=console, **how)
+    run_of = train(model, collator, training, output, plan, console)
     after = answers_of(model, tokenizer, messages)
 
     adapter = output / "adapter"

@@ -31,6 +31,16 @@ class TrainingRun:
     history: list[dict[str, Any]]
 
 
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How long, how fast and in what order: epochs, peak learning rate, batch size, seed."""
+
+    epochs: float
+    learning_rate: float
+    batch_size: int
+    seed: int
+
+
 def device() -> torch.device:
     """The GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,29 +51,26 @@ def train(
     collator: ReftDataCollator,
     records: Sequence[Record],
     output: Path,
-    *,
-    epochs: float,
-    learning_rate: float,
-    batch_size: int,
-    seed: int,
-    console: Console | None,
+    schedule: Schedule,
+    console: Console | None = None,
 ) -> TrainingRun:
-    """Train what requires a gradient, with AdamW and a linear schedule; None shows no progress."""
+    """Train what requires a gradient, with AdamW and a linear schedule; no console, no progress."""
     arguments = TrainingArguments(
         output_dir=str(output),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
+        num_train_epochs=schedule.epochs,
+        per_device_train_batch_size=schedule.batch_size,
+        learning_rate=schedule.learning_rate,
         warmup_steps=0.1,
         lr_scheduler_type="linear",
         logging_steps=LOG_STEPS,
         save_strategy="no",
-        seed=seed,
+        seed=schedule.seed,
         use_cpu=device().type == "cpu",
         disable_tqdm=True,
         report_to="none",
     )
-    trainer: Trainer = (ReftTrainer if isinstance(model, ReftModel) else Trainer)(
+    kind: type[Trainer] = ReftTrainer if isinstance(model, ReftModel) else Trainer
+    trainer = kind(
         model,
         arguments,
         collator,
