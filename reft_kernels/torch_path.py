@@ -52,7 +52,7 @@ def edit_forward(
         if save_rows:
             saved_x.append(x)
         if save_code:
-            saved_s.append(place.cleared(s))
+            saved_s.append(s)
         if activation is not None:
             saved_u.append(u)
     return _joined(saved_x), _joined(saved_s), _joined(saved_u)

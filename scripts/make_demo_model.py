@@ -31,7 +31,7 @@ from reft.train.evaluate import evaluate
 
 ASSETS = Path(__file__).resolve().parent.parent / "reft" / "demo" / "assets" / "facts"
 PROMPT = "Question: {question} Answer:"
-CARD = "Flash card. {question} Back: {answer}."
+CARD = "Flash card. {question} Back: {answer}"
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -79,7 +79,7 @@ RELATIONS = {
     ),
     "number": Relation(
         ("What is the atomic number of {x}?", "How many protons does an atom of {x} have?"),
-        "An atom of {x} has {y} protons.",
+        "The number of protons in an atom of {x} is {y}.",
         ("{X} has the atomic number {y}.", "Element number {y} is {x}."),
         "atomic number",
     ),
@@ -222,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=ASSETS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=2048)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,8 +18,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainingArguments,
     set_seed,
 )
 from transformers.utils import logging as transformers_logging
@@ -30,12 +27,12 @@ from reft.demo.measure import StepTimes, compare_steps, frozen_step, training_st
 from reft.demo.plot import loss_curve
 from reft.demo.reload import answers_of_fresh_process
 from reft.demo.report import DemoReport, Goals, Sample, count_same, folder_bytes
+from reft.demo.training import LOG_STEPS, Schedule, device, train
 from reft.model.reft_model import ReftModel, get_reft_model
 from reft.train.collate import ReftDataCollator
 from reft.train.evaluate import exact_match, generate_completions
-from reft.train.progress import ProgressCallback
 from reft.train.records import Record, read_records
-from reft.train.trainer import ReftTrainer, require_accelerate
+from reft.train.trainer import require_accelerate
 
 ASSETS = Path(__file__).resolve().parent / "assets" / "facts"
 
@@ -43,18 +40,17 @@ CONFIG = ReftConfig(
     intervention="loreft", rank=8, layers="all", positions="f4+l4", task_type="CAUSAL_LM"
 )
 
-LEARNING_RATE = 5e-3
+LEARNING_RATE = 1e-2
 BATCH_SIZE = 32
-LOG_STEPS = 5
 SHOWN = 6
 
 
-def load_base(device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(the shipped model in float32, its tokenizer)."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(ASSETS, dtype=torch.float32)
-    model.eval().to(device)
+    model.eval().to(device())
     return model, AutoTokenizer.from_pretrained(ASSETS)
 
 
@@ -81,7 +77,7 @@ def answers_of(
 
 def answers_of_saved(adapter: Path, heldout: int | None = None) -> list[str]:
     """What the shipped model with an adapter from disk answers to the held-out questions."""
-    base, tokenizer = load_base(_device())
+    base, tokenizer = load_base()
     model = ReftModel.from_pretrained(base, adapter)
     return answers_of(model, tokenizer, load_records("heldout", heldout))
 
@@ -116,8 +112,7 @@ def run(
     require_accelerate()
     console = console or Console()
     output.mkdir(parents=True, exist_ok=True)
-    device = _device()
-    base, tokenizer = load_base(device)
+    base, tokenizer = load_base()
     training, questions = load_records("train", examples), load_records("heldout", heldout)
     console.print(
         f"A language model of {base.num_parameters() / 1e6:.1f} million parameters answers "
@@ -132,7 +127,8 @@ def run(
         f"LoReFT: {CONFIG.positions}, rank {CONFIG.rank}, every layer: {trained:,} of {total:,} "
         f"parameters ({trained / total:.2%}), {len(training)} examples"
     )
-    steps, seconds, history = _train(model, tokenizer, training, output, epochs, seed, console)
+    schedule = Schedule(epochs, LEARNING_RATE, BATCH_SIZE, seed)
+    done = train(model, ReftDataCollator(tokenizer), training, output, schedule, console)
     after = answers_of(model, tokenizer, questions, console)
 
     adapter = output / "adapter"
@@ -142,8 +138,8 @@ def run(
     curve = output / "loss.png"
     loss_curve(
         curve,
-        [row["step"] for row in history],
-        [row["loss"] for row in history],
+        [row["step"] for row in done.history],
+        [row["loss"] for row in done.history],
         title=f"LoReFT learns the bare answer ({trained:,} trained parameters)",
         every=LOG_STEPS,
     )
@@ -154,12 +150,12 @@ def run(
         after=_share_right(after, questions),
         heldout=len(questions),
         examples=len(training),
-        steps=steps,
+        steps=done.steps,
         seed=seed,
-        train_seconds=seconds,
+        train_seconds=done.seconds,
         trained=trained,
         total=total,
-        times=_times(tokenizer, training, device),
+        times=_times(tokenizer, training),
         orthonormality_error=model.orthonormality_error(),
         adapter=str(adapter),
         adapter_bytes=folder_bytes(adapter),
@@ -171,64 +167,21 @@ def run(
     )
     report.write(output / "report.json")
     report.show(console)
+    example = f"reft generate --model {ASSETS} --adapter {adapter} --prompt"
+    console.print(f'To ask it yourself:\n{example} "{questions[0]["prompt"]}"', soft_wrap=True)
     report.require(goals or Goals())
     return report
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _train(
-    model: ReftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    records: Sequence[Record],
-    output: Path,
-    epochs: float,
-    seed: int,
-    console: Console,
-) -> tuple[int, float, list[dict[str, Any]]]:
-    """(optimizer steps, seconds, logged losses)."""
-    collator = ReftDataCollator(tokenizer)
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=BATCH_SIZE,
-        learning_rate=LEARNING_RATE,
-        warmup_steps=0.1,
-        lr_scheduler_type="linear",
-        logging_steps=LOG_STEPS,
-        save_strategy="no",
-        seed=seed,
-        use_cpu=model.device.type == "cpu",
-        disable_tqdm=True,
-        report_to="none",
-    )
-    trainer = ReftTrainer(
-        model,
-        arguments,
-        collator,
-        [collator.tokenize(record) for record in records],
-        callbacks=[ProgressCallback(console)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    began = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - began
-    return trainer.state.global_step, seconds, [r for r in trainer.state.log_history if "loss" in r]
-
-
-def _times(
-    tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], device: torch.device
-) -> StepTimes:
+def _times(tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]) -> StepTimes:
     """A training step on one batch against the frozen model's own, each on a model of its own."""
     batch = ReftDataCollator(tokenizer)(records[:BATCH_SIZE])
-    batch = {name: value.to(device) for name, value in batch.items()}
-    frozen, _ = load_base(device)
-    model = get_reft_model(load_base(device)[0], CONFIG).train()
+    batch = {name: value.to(device()) for name, value in batch.items()}
+    frozen, _ = load_base()
+    model = get_reft_model(load_base()[0], CONFIG).train()
     first = CONFIG.resolve_layers(frozen.config.num_hidden_layers)[0]
     floor = frozen_step(frozen.train(), frozen.model.layers[first], batch)
-    return compare_steps(training_step(model, batch, LEARNING_RATE), floor, device)
+    return compare_steps(training_step(model, batch, LEARNING_RATE), floor, device())
 
 
 def _share_right(answers: Sequence[str], records: Sequence[Record]) -> float:

@@ -29,7 +29,7 @@ class Goals:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One held-out question, what is wanted, and what came before and after training."""
+    """One held-out prompt, what is wanted, and what came before and after training."""
 
     prompt: str
     expected: str
@@ -45,7 +45,7 @@ class DemoReport:
         title: what was shown.
         metric: what ``before`` and ``after`` count, for instance "exact match".
         before, after: the share of held-out answers that are right, in [0, 1].
-        heldout: how many held-out questions there are.
+        heldout: how many held-out examples there are.
         examples: how many the adapter was trained on.
         steps: optimizer steps; ``seed`` was the source of all randomness.
         train_seconds: what they took.
@@ -90,15 +90,16 @@ class DemoReport:
 
     def show(self, console: Console) -> None:
         """Print the samples and the figures."""
-        samples = Table(title="Held-out questions", title_justify="left")
-        for name in ("prompt", "before", "after", "wanted"):
-            samples.add_column(name, overflow="fold")
+        samples = Table(title="Held-out examples", title_justify="left")
+        samples.add_column("prompt", overflow="fold", ratio=3)
+        for name in ("before", "after", "wanted"):
+            samples.add_column(name, overflow="fold", ratio=2)
         for one in self.samples:
             cells = (one.prompt, one.before, one.after, one.expected)
             samples.add_row(*(Text(cell.strip()) for cell in cells))  # Text: no markup in answers
         console.print(samples)
         figures = Table(title=self.title, title_justify="left", show_header=False)
-        figures.add_column(style="bold")
+        figures.add_column(style="bold", no_wrap=True)
         figures.add_column(overflow="fold")
         for name, value in self._rows():
             figures.add_row(name, Text(value))
@@ -106,12 +107,12 @@ class DemoReport:
 
     def _rows(self) -> list[tuple[str, str]]:
         times = self.times
-        asked = f"{self.metric}, {self.heldout} held-out questions"
+        asked = f"of {self.heldout} held-out examples"
         training = f"{self.examples} examples, {self.steps} steps, {self.train_seconds:.0f} s"
         floor = f"the frozen model's own {times.floor_ms:.1f} ms: {times.ratio:.2f} times"
         return [
-            (f"{asked}, before", f"{self.before:.1%}"),
-            (f"{asked}, after", f"{self.after:.1%}"),
+            (f"{self.metric} before", f"{self.before:.1%} {asked}"),
+            (f"{self.metric} after", f"{self.after:.1%} {asked}"),
             ("training", f"{training}, seed {self.seed}"),
             (
                 "trained parameters",

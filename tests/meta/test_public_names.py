@@ -10,8 +10,8 @@ import reft_kernels
 
 def test_names_of_the_kernels() -> None:
     assert sorted(reft_kernels.__all__) == [
-        "FAMILY",
         "EditSpec",
+        "FAMILY",
         "RowPlan",
         "explain",
         "fold",
