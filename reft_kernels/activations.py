@@ -48,6 +48,6 @@ def activation_grad(name: str | None, u: Tensor, grad: Tensor) -> Tensor:
     if name is None:
         return grad
     # torch.autograd.grad would do in eager mode; only this form is traced by torch.compile.
-    _, pullback = torch.func.vjp(ACTIVATIONS[name], u)
+    pullback = torch.func.vjp(ACTIVATIONS[name], u)[1]
     (result,) = pullback(grad)
     return result

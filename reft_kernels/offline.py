@@ -174,7 +174,7 @@ def _source(build: Build, hip: bool) -> tuple[Any, dict[str, str], dict[str, Any
             integers = name in ("rows_ptr", "offsets_ptr")
             pointer = _POINTERS[build.dtype] if name in hidden_like else "*fp32"
             signature[name] = "*i64" if integers else pointer
-        elif name.endswith("stride_row"):
+        elif name.endswith("stride_row") or name == "loop_end":
             signature[name] = "i32"
         else:
             signature[name] = "constexpr"

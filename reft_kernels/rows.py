@@ -48,8 +48,8 @@ class Place:
         self.rows = rows[self._source].clamp(min=0)
 
     def read(self, source: Tensor) -> Tensor:
-        """``source[rows]`` for source (N, D), 0 where there is no row: not what stands in a row that
-        nobody edits, which may be NaN."""
+        """``source[rows]`` for source (N, D), 0 where there is no row: what stands in a row that
+        nobody edits may be NaN."""
         return self.cleared(source.index_select(0, self.rows))
 
     def write(self, target: Tensor, values: Tensor) -> None:
@@ -106,7 +106,7 @@ class RowPlan:
 
     @property
     def device_offsets(self) -> Tensor:
-        """``offsets`` as int64 (g + 1,) beside ``rows``. Equal groups are counted out on the device, so
+        """``offsets`` as int64 (g + 1,) beside ``rows``. Equal groups are counted out there:
         only ragged groups cost a copy, once per plan."""
         if not self._device_offsets:
             size = self.largest_group

@@ -1,5 +1,5 @@
-"""``--device cpu`` (the default) runs the Triton kernels in Triton's interpreter, ``--device cuda`` on
-the GPU."""
+"""``--device cpu`` (the default) runs the Triton kernels in Triton's interpreter, ``--device cuda``
+on the GPU."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--device") == "cpu":
-        skip = pytest.mark.skip(reason="not run: needs --device cuda, the interpreter cannot judge it")
+        skip = pytest.mark.skip(
+            reason="not run: needs --device cuda, the interpreter cannot judge it"
+        )
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)

@@ -30,6 +30,7 @@ def edit_rows_grad_kernel(
     u_ptr,  # (n, r)
     du_ptr,  # (n, r) out
     ds_ptr,  # (n, r) out
+    loop_end,  # D, see primitives
     DIM: tl.constexpr,
     RANK: tl.constexpr,
     WRITE_ROWS: tl.constexpr,
@@ -61,7 +62,7 @@ def edit_rows_grad_kernel(
     # Rows that are not live read as 0, so their ds and du are 0 and add nothing to any gradient.
     b_ds = project(
         grad_ptr, bases, grad_stride_dim, live, decode_ptr + matrix, grad_ptr, places, inside,
-        DIM, RANK, False, BLOCK_N, BLOCK_R, BLOCK_D, DOT, PRECISION, ACC,
+        loop_end, DIM, RANK, False, BLOCK_N, BLOCK_R, BLOCK_D, DOT, PRECISION, ACC,
     )  # fmt: skip
     code = places[:, None] * RANK + ranks[None, :]
     if ACTIVATION == "":
@@ -75,7 +76,7 @@ def edit_rows_grad_kernel(
         tl.store(ds_ptr + code, b_ds, mask=m_code)
 
     if WRITE_ROWS:
-        for start in range(0, DIM, BLOCK_D):
+        for start in range(0, loop_end, BLOCK_D):
             dims = start + tl.arange(0, BLOCK_D)
             m_row = live[:, None] & (dims < DIM)[None, :]
             b_v = tl.load(

@@ -5,6 +5,9 @@ reduces them to BLOCK_R numbers each; pass two (``add_decoded``) reads the chunk
 and writes them back with the decoded code added. Everything is accumulated in ACC, rounded once at
 the store.
 
+Both passes end at ``loop_end``, which is D as a number that the compiler does not know: loops it
+can count it unrolls whole, and then hoists loads until it runs out of registers.
+
 Names: ``b_`` tiles with their shape behind, ``m_`` masks. Row offsets are int64 before they are
 multiplied.
 """
@@ -76,6 +79,7 @@ def project(
     copy_ptr,  # (n, D) where the rows are copied, if COPY
     places,  # [BLOCK_N] int64, row numbers in copy_ptr
     inside,  # [BLOCK_N]
+    loop_end,  # D once more
     DIM: tl.constexpr,
     RANK: tl.constexpr,
     COPY: tl.constexpr,
@@ -91,7 +95,7 @@ def project(
         total = tl.zeros((BLOCK_N, BLOCK_R), ACC)
     else:
         partial = tl.zeros((BLOCK_N, BLOCK_R, BLOCK_D), ACC)
-    for start in range(0, DIM, BLOCK_D):
+    for start in range(0, loop_end, BLOCK_D):
         dims = start + tl.arange(0, BLOCK_D)
         m_dims = (dims < DIM)[None, :]
         b_x = tl.load(

@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True) traces the edit, and what it makes of it is the eager edit, gradients
+"""torch.compile(fullgraph=True) traces the edit, and makes of it what eager mode does, gradients
 too; the operators it sees keep their promises."""
 
 from __future__ import annotations
@@ -138,11 +138,22 @@ def test_the_forward_operator_keeps_its_promises(activation, saves, device):
 
 
 @pytest.mark.parametrize("activation", [None, "gelu"], ids=["linear", "gelu"])
-@pytest.mark.parametrize("wants", [(True,) * 4, (False, True, False, True), (True, False, False, False)])
+@pytest.mark.parametrize(
+    "wants", [(True,) * 4, (False, True, False, True), (True, False, False, False)]
+)
 def test_the_backward_operator_keeps_its_promises(activation, wants, device):
     edit, plan, subtract = operator_arguments(device, activation, 3)
     forward = torch.ops.reft_kernels.edit_forward
     parameters = (edit.encode, edit.bias, edit.decode)
     saved = forward(edit.hidden.clone(), *plan, *parameters, subtract, activation, True, True)
-    args = (edit.upstream, *plan, edit.encode, edit.decode, *saved, subtract, activation, list(wants))
+    args = (
+        edit.upstream,
+        *plan,
+        edit.encode,
+        edit.decode,
+        *saved,
+        subtract,
+        activation,
+        list(wants),
+    )
     torch.library.opcheck(torch.ops.reft_kernels.edit_backward.default, args)

@@ -10,7 +10,7 @@ import torch
 
 from reft_kernels import FAMILY, RowPlan, lowrank_edit, lowrank_edit_
 from reft_kernels.autograd import apply_edit
-from reft_kernels.testing import Case, NoSynchronisation, make_edit, run_edit
+from reft_kernels.testing import Case, make_edit, run_edit
 
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 GROUPS = [(9,), (4, 5), (0, 3, 0, 1, 5), (1,) * 12]
@@ -22,7 +22,9 @@ GROUPS = [(9,), (4, 5), (0, 3, 0, 1, 5), (1,) * 12]
 @pytest.mark.parametrize("rank", [3, 16])
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
 @pytest.mark.parametrize("backend", ["triton"])
-def test_one_forward_launch_and_two_backward_whatever_the_groups(backend, groups, rank, device, ran):
+def test_one_forward_launch_and_two_backward_whatever_the_groups(
+    backend, groups, rank, device, ran
+):
     run_edit(lowrank_edit_, make_edit(Case(33, rank, groups), device), backend=backend)
     assert ran == {
         "triton.edit_rows_kernel": 1,
@@ -88,7 +90,9 @@ def test_rows_are_saved_only_for_the_gradients_that_need_them(backend, wants, me
         name: getattr(edit, name).clone().requires_grad_(name in wants)
         for name in ("hidden", "encode", "bias", "decode")
     }
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: shapes.append(t.shape) or t, lambda t: t
+    ):
         lowrank_edit(plan=edit.plan, **leaves, **edit.options, backend=backend)
     assert ((9, 64) in shapes) == rows
 
@@ -104,11 +108,13 @@ def unseen(edit):
 @pytest.mark.parametrize("activation", [None, "gelu"], ids=["linear", "gelu"])
 @pytest.mark.parametrize("member", FAMILY)
 @pytest.mark.parametrize("backend", ["torch"])
-def test_an_edit_and_its_gradient_never_wait(backend, member, activation, device):
+def test_an_edit_and_its_gradient_never_wait(
+    backend, member, activation, device, no_synchronisation
+):
     """Of the torch path: Triton's interpreter itself reads tensors on the host."""
     case = Case(33, 3, (4, 0, 5), missing="some", member=member, activation=activation)
     edit = unseen(make_edit(case, device))
-    with NoSynchronisation():
+    with no_synchronisation():
         run_edit(lowrank_edit_, edit, backend=backend)
 
 
@@ -148,12 +154,16 @@ def test_the_launcher_needs_no_value_either(rank, activation, monkeypatch):
     edit = on_meta(unseen(make_edit(case)))
 
     def straight(hidden, plan, encode, bias, decode, **options):
-        return apply_edit(hidden, plan, encode, bias, decode, **options, backend="triton", inplace=True)
+        return apply_edit(
+            hidden, plan, encode, bias, decode, **options, backend="triton", inplace=True
+        )
 
     result = run_edit(straight, edit)
     assert all(result.grads[k].shape == getattr(edit, k).shape for k in result.grads)
     assert all(len(kernel.grids) == 1 for kernel in kernels.values())
-    assert all(kernel.grids[0][1] == 3 for kernel in kernels.values()), "one axis of a grid is groups"
+    assert all(kernel.grids[0][1] == 3 for kernel in kernels.values()), (
+        "one axis of a grid is groups"
+    )
 
 
 def on_meta(edit):
@@ -168,8 +178,8 @@ def on_meta(edit):
 @pytest.mark.parametrize("strides", ["rows", "columns"])
 @backends
 def test_offsets_beyond_32_bits(backend, strides, device, tmp_path):
-    """8 GiB of float16 that nobody writes but the edit: a sparse file. Offsets past 2³¹ elements turn
-    negative in int32, and those past 2³² land on the first rows."""
+    """8 GiB of float16 that nobody writes but the edit: a sparse file. Offsets past 2³¹ elements
+    turn negative in int32, and those past 2³² land on the first rows."""
     dim, total = 64, 2**32 // 64 + 100
     rows = [3, 2**31 // dim + 5, 2**32 // dim + 7]
     if strides == "columns":  # (N, D) of strides (1, N): it is the column's offset that grows

@@ -58,7 +58,10 @@ def test_a_named_backend_runs(backend, device):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"activation": "mish"}, r"activation 'mish' has no Triton branch \(there are gelu, relu, "),
+        (
+            {"activation": "mish"},
+            r"activation 'mish' has no Triton branch \(there are gelu, relu, ",
+        ),
         ({"case": Case(300, 257, (2,))}, "rank 257 is above 256"),
     ],
     ids=["activation", "rank"],
@@ -87,7 +90,7 @@ def test_every_activation_promised_by_the_table_has_a_branch(device):
         lowrank_edit(**arguments(device, activation=name, backend="triton"))
         for name in (None, *sorted(TRITON_ACTIVATIONS))
     ]
-    assert all(not torch.equal(a, b) for i, a in enumerate(outs) for b in outs[:i])
+    assert all((a - b).abs().max() > 0.01 for i, a in enumerate(outs) for b in outs[:i])
 
 
 def test_explain_computes_nothing(device, ran):
@@ -110,7 +113,9 @@ except ValueError as error:
 """
     auto, error = run_python(source).splitlines()
     assert auto.startswith("Choice(backend='torch'") and "hidden is on cpu" in auto
-    assert error.startswith("backend 'triton' cannot do this edit: hidden is on cpu; the kernels need")
+    assert error.startswith(
+        "backend 'triton' cannot do this edit: hidden is on cpu; the kernels need"
+    )
     assert error.endswith("TRITON_INTERPRET=1")
 
 
@@ -125,7 +130,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 import importlib.util
 found = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name == "triton" else found(name, package)
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else found(name, *rest)
 import torch
 from reft_kernels import RowPlan, explain, loreft, lowrank_edit, orthonormalize
 given = torch.ones(2, 4), RowPlan.from_rows([1]), None, torch.ones(1), torch.ones(1, 4)

@@ -1,4 +1,4 @@
-"""Bad arguments: the message names the argument, its value and what is allowed; nothing has changed."""
+"""Bad arguments: the message names the argument, its value and what is allowed; nothing changes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,11 @@ REFUSED = {
         "hidden must have a dtype of .*got torch.complex64",
     ),
     "hidden-scalar": ({"hidden": torch.tensor(1.0)}, ValueError, "hidden must be .*got a scalar"),
-    "hidden-width": ({"hidden": torch.ones(5, D + 1)}, ValueError, r"D = 9 columns.*got shape \(2, 8\)"),
+    "hidden-width": (
+        {"hidden": torch.ones(5, D + 1)},
+        ValueError,
+        r"D = 9 columns.*got shape \(2, 8\)",
+    ),
     "hidden-too-short": (
         {"hidden": torch.ones(3, D)},
         ValueError,
@@ -99,7 +103,12 @@ REFUSED = {
         "bias must be float32 or hidden's torch.float32.*got torch.float64",
     ),
     "parameters-dtype": (
-        {"encode": None, "decode": torch.ones(R, D, dtype=torch.float16), "bias": None, "subtract": True},
+        {
+            "encode": None,
+            "decode": torch.ones(R, D, dtype=torch.float16),
+            "bias": None,
+            "subtract": True,
+        },
         TypeError,
         "decode must be float32 or hidden's torch.float32.*got torch.float16",
     ),
@@ -162,5 +171,7 @@ def test_what_is_allowed_at_the_edges_works():
     assert one.flatten().tolist() == [1.0, 1.0, 1.0, 2.0]
     low = hidden.to(torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float32):
-        out = lowrank_edit(low, plan, None, torch.ones(1, dtype=dtype), torch.ones(1, D, dtype=dtype))
+        out = lowrank_edit(
+            low, plan, None, torch.ones(1, dtype=dtype), torch.ones(1, D, dtype=dtype)
+        )
         assert out.dtype is torch.bfloat16 and torch.equal(out[3], low[3] + 1)

@@ -116,7 +116,7 @@ def test_what_cannot_be_edited_in_place_is_refused_and_left_alone(named, kind, e
     original = edit.hidden.clone()
     hidden = REFUSED[kind](original)
     before = hidden.detach().clone()
-    with pytest.raises(ValueError, match="hidden .*(leaf|overlaps)"):
+    with pytest.raises(ValueError, match=r"hidden .*(leaf|overlaps)"):
         lowrank_edit_(hidden, **arguments(edit, backend=named))
     assert same_bits(hidden.detach(), before) and not ran
 

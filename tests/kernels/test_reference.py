@@ -27,7 +27,13 @@ def test_by_hand(subtract, activation, expected):
     bias = torch.tensor([1.0, -1.0])
     decode = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     out = reference.lowrank_edit(
-        HIDDEN, RowPlan.from_rows([0]), encode, bias, decode, subtract=subtract, activation=activation
+        HIDDEN,
+        RowPlan.from_rows([0]),
+        encode,
+        bias,
+        decode,
+        subtract=subtract,
+        activation=activation,
     )
     assert out.tolist() == [expected, [4.0, 5.0, 6.0], [-1.0, 0.0, 2.0]]
 
@@ -62,10 +68,14 @@ def test_each_member_is_its_formula(member):
         edit.hidden, edit.plan, edit.encode, edit.bias, edit.decode, **edit.options
     )
     expected = edit.hidden.clone()
-    for group, (start, end) in enumerate(zip(edit.plan.offsets, edit.plan.offsets[1:], strict=False)):
+    for group, (start, end) in enumerate(
+        zip(edit.plan.offsets, edit.plan.offsets[1:], strict=False)
+    ):
         for row in edit.plan.rows[start:end].tolist():
             w = None if edit.encode is None else edit.encode[group]
-            expected[row] = FORMULAS[member](edit.hidden[row], w, edit.bias[group], edit.decode[group])
+            expected[row] = FORMULAS[member](
+                edit.hidden[row], w, edit.bias[group], edit.decode[group]
+            )
     torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-13)
 
 

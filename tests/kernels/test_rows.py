@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reft_kernels import RowPlan
-from reft_kernels.testing import NoSynchronisation
 
 
 def test_rows_are_sorted_by_group_and_stay_in_order_within():
@@ -30,7 +29,9 @@ def test_one_group_keeps_the_order_and_leaves_the_others_empty():
     "dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64], ids=str
 )
 def test_any_integers_will_do(dtype):
-    plan = RowPlan.from_rows(torch.tensor([3, 1], dtype=dtype), torch.tensor([1, 0], dtype=dtype), 2)
+    plan = RowPlan.from_rows(
+        torch.tensor([3, 1], dtype=dtype), torch.tensor([1, 0], dtype=dtype), 2
+    )
     assert plan.rows.tolist() == [1, 3] and plan.rows.dtype is torch.int64
 
 
@@ -120,15 +121,17 @@ def test_a_plan_on_a_device_is_made_without_looking_at_it():
         assert len(plan.places) == 2
 
 
-def test_what_layers_share_is_made_without_waiting():
+def test_what_layers_share_is_made_without_waiting(no_synchronisation):
     plan = RowPlan(torch.tensor([4, -1, 2, -1]), (0, 2, 2, 4))
-    with NoSynchronisation():
+    with no_synchronisation():
         _ = plan.places, plan.device_offsets
 
 
 @settings(max_examples=60, derandomize=True, deadline=None, database=None)
 @given(
-    st.lists(st.tuples(st.integers(-1, 30), st.integers(0, 4)), max_size=20, unique_by=lambda t: t[0])
+    st.lists(
+        st.tuples(st.integers(-1, 30), st.integers(0, 4)), max_size=20, unique_by=lambda t: t[0]
+    )
 )
 def test_any_plan_keeps_each_row_with_its_group(pairs):
     plan = RowPlan.from_rows([row for row, _ in pairs], [group for _, group in pairs], 5)

@@ -12,7 +12,6 @@ from reft_kernels import testing as apparatus
 from reft_kernels.testing import (
     Budget,
     Case,
-    NoSynchronisation,
     budget,
     count_paths,
     make_edit,
@@ -56,7 +55,9 @@ def test_one_wrong_element_of_an_edited_row_fails(judged, value):
 def test_one_flipped_bit_of_an_unnamed_row_fails(judged):
     judge, result = judged
     out = result.out.clone()
-    out[judge.edit.unnamed[-1], 0] = torch.nextafter(out[judge.edit.unnamed[-1], 0], torch.tensor(9.0))
+    out[judge.edit.unnamed[-1], 0] = torch.nextafter(
+        out[judge.edit.unnamed[-1], 0], torch.tensor(9.0)
+    )
     with pytest.raises(AssertionError, match="outside the plan"):
         judge.check(replace(result, out=out))
 
@@ -74,7 +75,7 @@ def test_budgets_are_a_few_rounding_steps(dtype):
     allowed = budget(make_edit(replace(CASE, dtype=dtype))).allowed
     assert set(allowed) == {"out", "hidden", "encode", "bias", "decode"}
     step = torch.finfo(dtype).eps
-    assert all(step <= bound < 20 * step for pair in allowed.values() for bound in pair)
+    assert all(step / 2 <= bound < 20 * step for pair in allowed.values() for bound in pair)
 
 
 def test_relative_error_is_infinite_for_nan_and_for_anything_beside_zero():
@@ -131,8 +132,8 @@ def test_every_path_is_counted(device):
     ],
     ids=["item", "nonzero", "mask", "unique", "bool"],
 )
-def test_waiting_for_the_device_is_noticed(wait):
-    with pytest.raises(AssertionError, match="wait"), NoSynchronisation():
+def test_waiting_for_the_device_is_noticed(wait, no_synchronisation):
+    with pytest.raises(AssertionError, match="wait"), no_synchronisation():
         wait(torch.tensor([1, 2]))
 
 

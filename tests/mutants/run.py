@@ -1,8 +1,8 @@
 """Are the tests able to fail? Break the library one line at a time and see whether they notice.
 
-Each entry of ``catalogue.toml`` is applied to a copy of the package in a temporary folder, where the
-tests that ought to notice are run. ``python tests/mutants/run.py [name …]`` prints what became of
-each; it ends with 1 if a mutant survives, if its text is no longer found exactly once, or if the
+Each entry of ``catalogue.toml`` is applied to a copy of the package in a temporary folder, where
+the tests that ought to notice are run. ``python tests/mutants/run.py [name …]`` prints what became
+of each; it ends with 1 if a mutant survives, if its text is no longer found exactly once, or if the
 tests fail on the unchanged library.
 
 Every mutant is a fork of one process that has imported torch and triton already.
@@ -97,10 +97,8 @@ def run_tests(mutant: Mutant, folder: Path) -> None:
     os.dup2(log, 2)
     import pytest
 
-    status = pytest.main(
-        [*mutant.tests, "-k", mutant.select, "-x", "-q", "-W", "ignore", "--tb=no"]
-        + ["-p", "no:cacheprovider", "-p", "no:xdist", "-c", str(folder / "pyproject.toml")]
-    )
+    options = f"-x -q -W ignore --tb=no -p no:cacheprovider -p no:xdist -c {folder}/pyproject.toml"
+    status = pytest.main([*mutant.tests, "-k", mutant.select, *options.split()])
     sys.stdout.flush()
     os._exit(int(status))
 
@@ -108,7 +106,9 @@ def run_tests(mutant: Mutant, folder: Path) -> None:
 def verdict(mutant: Mutant, status: int | None, log: str) -> tuple[bool, str]:
     """(as it should be, what happened) from pytest's exit status, None for one that was stopped."""
     if mutant.name == "unchanged":
-        return (True, "passes") if status == 0 else (False, f"the tests fail without a mutant\n{log}")
+        return (
+            (True, "passes") if status == 0 else (False, f"the tests fail without a mutant\n{log}")
+        )
     if status is None:
         return True, "killed: never ended"
     if status < 0:
@@ -164,7 +164,7 @@ def prepare() -> None:
     torch.set_num_threads(1)
     with contextlib.suppress(ImportError):
         import triton.language  # noqa: F401
-    import torch._dynamo  # noqa: F401
+    import torch._dynamo
 
     assert "reft_kernels" not in sys.modules
 

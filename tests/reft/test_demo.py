@@ -76,21 +76,16 @@ def test_base_knows_the_answers_and_gives_them_in_the_wrong_way(base):
     assert sum(within) >= 0.95 * len(records)
 
 
-def _subject_of(prompt, by_name):
-    """The longest name in a question: "Papua New Guinea" also holds "Guinea"."""
-    found = [name for name in by_name if re.search(rf"\b{re.escape(name)}\b", prompt)]
-    return max(found, key=len)
-
-
 def test_records_are_the_facts_and_no_heldout_subject_is_trained_on(known):
     by_name = {one.name: one for one in known}
-    about = {}
-    for name in ("train", "heldout"):
-        records = causal.load_records(name)
-        about[name] = {_subject_of(one["prompt"], by_name) for one in records}
-        for one in records:
-            answers = by_name[_subject_of(one["prompt"], by_name)].facts.values()
-            assert one["completion"].removeprefix(" ") in answers
+    longest_first = sorted(by_name, key=len, reverse=True)  # "Papua New Guinea" before "Guinea"
+    names = re.compile(rf"\b({'|'.join(map(re.escape, longest_first))})\b")
+    about = {"train": set(), "heldout": set()}
+    for file, subjects in about.items():
+        for one in causal.load_records(file):
+            (name,) = names.findall(one["prompt"])
+            assert one["completion"].removeprefix(" ") in by_name[name].facts.values()
+            subjects.add(name)
     assert not about["train"] & about["heldout"]
     assert about["train"] | about["heldout"] == set(by_name)
     kinds = {by_name[name].kind for name in about["heldout"]}
