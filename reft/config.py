@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from reft.positions import PROMPT_ENDS, SHORT_PROMPTS, Positions, parse_positions
-from reft_kernels.activations import ACTIVATIONS
+from reft_kernels.activations import ACTIVATIONS, ALIASES
 from reft_kernels.spec import FAMILY, EditSpec
 
 #: Version of the stored form that this library writes; older ones are read, newer ones refused.
@@ -27,25 +27,6 @@ HEAD_MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "CAUSAL_LM": (),
         "SEQ_2_SEQ_LM": (),
         "FEATURE_EXTRACTION": (),
-    }
-)
-
-#: Stateless functions of ``transformers.activations.ACT2FN`` that ``reft_kernels`` has no name for.
-#: They are listed, not looked up, because a configuration must be readable without transformers.
-TRANSFORMERS_ACTIVATIONS = frozenset(
-    {
-        "gelu_10",
-        "gelu_accurate",
-        "gelu_fast",
-        "gelu_python",
-        "gelu_python_tanh",
-        "gelu_pytorch_tanh",
-        "hardswish",
-        "laplace",
-        "linear",
-        "quick_gelu",
-        "relu2",
-        "swish",
     }
 )
 
@@ -302,7 +283,7 @@ def _check_tied(name: str, value: Any) -> bool:
 
 
 def _check_activation(name: str, value: Any) -> str | None:
-    known = {*ACTIVATIONS, *TRANSFORMERS_ACTIVATIONS}
+    known = {*ACTIVATIONS, *ALIASES}
     if value is None or (isinstance(value, str) and value in known):
         return value
     hint = _did_you_mean(value, known) if isinstance(value, str) else ""

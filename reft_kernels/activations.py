@@ -5,6 +5,7 @@ The names are those of ``transformers.activations.ACT2FN`` where both have one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import MappingProxyType
 
@@ -21,9 +22,9 @@ ACTIVATIONS: MappingProxyType[str, Callable[[Tensor], Tensor]] = MappingProxyTyp
         "tanh": torch.tanh,
         "sigmoid": torch.sigmoid,
         "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-        "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "gelu_10": lambda x: F.gelu(x).clamp(-10, 10),
         "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-        "swish": F.silu,
+        "laplace": lambda x: 0.5 + 0.5 * torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2))),
         "hardswish": F.hardswish,
         "relu2": lambda x: torch.relu(x).square(),
         "elu": F.elu,
@@ -31,6 +32,19 @@ ACTIVATIONS: MappingProxyType[str, Callable[[Tensor], Tensor]] = MappingProxyTyp
         "mish": F.mish,
         "relu6": F.relu6,
         "softplus": F.softplus,
+    }
+)
+
+#: transformers' other names for the same functions; None is the identity.
+ALIASES: MappingProxyType[str, str | None] = MappingProxyType(
+    {
+        "linear": None,
+        "swish": "silu",
+        "gelu_python": "gelu",
+        "gelu_pytorch_tanh": "gelu_new",
+        "gelu_python_tanh": "gelu_new",
+        "gelu_fast": "gelu_new",
+        "gelu_accurate": "gelu_new",
     }
 )
 

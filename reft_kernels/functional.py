@@ -161,6 +161,11 @@ def _run(
         # Nothing of h is inside the activation: act(b) is the constant of an edit without one.
         zero = decode.new_zeros(decode.shape[:-1])
         bias, activation = activate(activation, zero if bias is None else bias), None
+    if decode.dtype not in (torch.float32, torch.float64):
+        # Rounded to half precision, W − R would lose most of what training moved.
+        encode = None if encode is None else encode.float()
+        bias = None if bias is None else bias.float()
+        decode = decode.float()
     encode, subtract = fold(encode, decode, subtract, activation)
     # Dynamo has no mark_dirty: traced, the edit is made apart and copied, which the compiler turns
     # back into a write of the rows.

@@ -22,17 +22,7 @@ from torch import Tensor, nn
 from reft.config import ReftConfig
 from reft.nn import init
 from reft_kernels import fold, orthonormalize, reflector_base
-from reft_kernels.activations import ACTIVATIONS, activate
-
-#: transformers' other names for functions that ``reft_kernels`` knows.
-_ALIASES = {
-    "swish": "silu",
-    "gelu_python": "gelu",
-    "gelu_pytorch_tanh": "gelu_new",
-    "gelu_python_tanh": "gelu_new",
-    "gelu_fast": "gelu_new",
-    "gelu_accurate": "gelu_new",
-}
+from reft_kernels.activations import ALIASES, activate
 
 #: Largest |R Rᵀ − I| of a matrix that is taken for orthonormal, for what was stored in each dtype.
 _ORTHONORMAL_WITHIN = {torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -77,7 +67,7 @@ class Bank(nn.Module):
         generator: the source of randomness.
 
     Raises:
-        ValueError: a rank above D, an activation the kernels do not know, an impossible "identity".
+        ValueError: a rank above D, an impossible "identity".
     """
 
     weight: nn.Parameter | None
@@ -101,7 +91,8 @@ class Bank(nn.Module):
                 f"ReftConfig.rank must be at most D = {dim}, the model's width; got {config.rank}"
             )
         self.config, self.layers, self.spec = config, layers, config.spec
-        self.activation = _kernel_name(config.activation)
+        name = config.activation
+        self.activation = None if name is None else ALIASES.get(name, name)
         self.shape = (len(layers), config.num_groups, config.rank, dim)
         self._cached: tuple[tuple[Any, ...], Effective] | None = None
 
@@ -353,19 +344,6 @@ class Bank(nn.Module):
             name: value.full_tensor() if hasattr(value, "full_tensor") else value.detach()
             for name, value in self.named_parameters()
         }
-
-
-def _kernel_name(activation: str | None) -> str | None:
-    """The name under which the kernels know a configured activation."""
-    if activation is None or activation == "linear":
-        return None
-    name = _ALIASES.get(activation, activation)
-    if name not in ACTIVATIONS:
-        raise ValueError(
-            "ReftConfig.activation must be a function that reft_kernels computes "
-            f"({', '.join(ACTIVATIONS)}), got {activation!r}"
-        )
-    return name
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

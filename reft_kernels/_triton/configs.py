@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-#: The FMA tile [rows, rank, chunk] in elements: 32 accumulators a thread at 4 warps.
-_FMA_TILE = 4096
+#: The largest FMA tile [rows, rank, chunk] in elements: 32 accumulators a thread at 4 warps, half of
+#: that where the rows themselves are float32 too (on cuda:100 the full tile spills).
+_FMA_TILE, _FMA_TILE_SINGLE = 4096, 2048
 #: All the registers an NVIDIA thread can address. Unless told a limit, ptxas spills a few of 40 to
 #: 130 registers to reach the next step of occupancy (seen on cuda:80 and cuda:100); told one, it
 #: spills only beyond it. 255 registers leave room for one block of 8 warps.
@@ -83,7 +84,8 @@ def choose(
             stages = 1
     else:
         rows = max(1, min(4, 32 // block_r))
-        chunk = max(16, min(128, _FMA_TILE // (rows * block_r)))
+        tile = _FMA_TILE_SINGLE if single else _FMA_TILE
+        chunk = max(16, min(128, tile // (rows * block_r)))
     chunk = min(chunk, max(16, _power_of_two(dim)))
     splits = 1
     if kernel == "params":

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reft.config import FORMAT_VERSION, HEAD_MODULES, TRANSFORMERS_ACTIVATIONS, ReftConfig
-from reft_kernels.activations import ACTIVATIONS
+from reft.config import FORMAT_VERSION, HEAD_MODULES, ReftConfig
+from reft_kernels.activations import ACTIVATIONS, ALIASES
 from reft_kernels.spec import FAMILY
 
 #: For each field a value that is not its default. A field without a row here fails the tests below.
@@ -76,7 +76,7 @@ configs = st.builds(
     ),
     positions=positions,
     tied=st.booleans(),
-    activation=st.sampled_from([None, *sorted(ACTIVATIONS), *sorted(TRANSFORMERS_ACTIVATIONS)]),
+    activation=st.sampled_from([None, *sorted(ACTIVATIONS), *sorted(ALIASES)]),
     dropout=st.one_of(st.just(0), st.floats(0, 1, exclude_max=True)),
     dropout_on=st.sampled_from(["delta", "row"]),
     init=st.sampled_from(["pyreft", "identity"]),
