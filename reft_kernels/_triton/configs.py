@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-#: The largest FMA tile [rows, rank, chunk] in elements: 32 accumulators a thread at 4 warps, half of
-#: that where the rows themselves are float32 too (on cuda:100 the full tile spills).
+#: The largest FMA tile [rows, rank, chunk] in elements: 32 accumulators a thread at 4 warps, half
+#: of that where the rows themselves are float32 too (on cuda:100 the full tile spills).
 _FMA_TILE, _FMA_TILE_SINGLE = 4096, 2048
 #: All the registers an NVIDIA thread can address. Unless told a limit, ptxas spills a few of 40 to
 #: 130 registers to reach the next step of occupancy (seen on cuda:80 and cuda:100); told one, it
