@@ -1,24 +1,22 @@
-"""The command line: ``python -m benchmarks compile``."""
+"""The command line: ``python -m benchmarks --help``."""
 
 from __future__ import annotations
 
 import typer
 
 from benchmarks.compile import compile_kernels
+from benchmarks.run import list_suites, run_suites
 
 app = typer.Typer(
-    help="Measure the kernels.",
+    help="Measure this library beside its peers: same work, same run, checked first.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("list")(list_suites)
+app.command("run")(run_suites)
 app.command("compile")(compile_kernels)
-
-
-@app.callback()
-def _root() -> None:
-    """Keeps ``compile`` a word to type, though it is the only command."""
 
 
 if __name__ == "__main__":

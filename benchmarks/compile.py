@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.run import stop
 from reft_kernels import offline
 
 DIMS = (768, 2048, 4096, 8192)
@@ -60,7 +61,7 @@ def compile_kernels(
     try:
         todo = _jobs(targets or list(offline.TARGETS), dims, ranks, dtypes, kernels)
     except (ValueError, RuntimeError) as error:
-        _stop(str(error), 2)
+        stop(str(error), 2)
 
     progress = Console(stderr=True)
     table = Table(*_BUILD, *_RESOURCES, title="bytes of memory; stack and spills are per thread")
@@ -80,7 +81,7 @@ def compile_kernels(
         # A pipe or a file has no width to fit: rich would cut the table to 80 columns.
         (console if console.is_terminal else Console(width=140)).print(table)
     if bad:
-        _stop(f"{len(bad)} of {len(todo)} builds: {'; '.join(map(_complaint, bad))}", 1)
+        stop(f"{len(bad)} of {len(todo)} builds: {'; '.join(map(_complaint, bad))}", 1)
 
 
 def _jobs(targets: Sequence[str], dims: str, ranks: str, dtypes: str, kernels: str) -> list[_Job]:
@@ -154,8 +155,3 @@ def _compile(job: _Job) -> dict[str, Any]:
 def _complaint(row: dict[str, Any]) -> str:
     name = "{target} {kernel} {variant} D={D} r={r} {dtype}".format(**row)
     return f"{name}: {row['error'] or '{spills} bytes spilled'.format(**row)}"
-
-
-def _stop(message: str, status: int) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(status)

@@ -1,0 +1,58 @@
+"""PEFT's LoRA of rank 8 on the query and value projections: the adapter people compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases import ModelCase
+from benchmarks.machine import installed
+from benchmarks.peers import Absent, Peer, Wrapped
+
+_TARGETS = {"llama": ["q_proj", "v_proj"], "roberta": ["query", "value"]}
+
+
+def wrap(base: nn.Module, case: ModelCase) -> Wrapped:
+    """``peft.get_peft_model`` on the edited layers."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise Absent(f"PEFT is not installed: {error}; see benchmarks/README.md") from None
+    torch.manual_seed(0)
+    settings = LoraConfig(
+        r=8,
+        target_modules=_TARGETS[case.model],
+        layers_to_transform=case.edited_layers,
+        lora_dropout=0.0,
+        init_lora_weights=False,
+    )
+    model = get_peft_model(base, settings)
+    model.train()
+
+    def loss(batch: Mapping[str, Tensor]) -> Tensor:
+        return model(**batch).loss
+
+    def generate(prompts: Tensor, count: int) -> Tensor:
+        return model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+        )
+
+    trained = [one for one in model.parameters() if one.requires_grad]
+    return Wrapped(loss, trained, model, generate, model.save_pretrained)
+
+
+def load(base: nn.Module, folder: str) -> object:
+    """``peft.PeftModel.from_pretrained``."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, folder)
+
+
+_NOTE = "r 8 on q and v, whatever the case's rank"
+PEERS = (Peer("LoRA", installed("peft"), wrap=wrap, load=load, note=_NOTE),)

@@ -1,0 +1,83 @@
+"""This library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases import ModelCase, OpCase, RotationCase
+from benchmarks.peers import Absent, Operator, Peer, Rotation, Wrapped
+from reft import ReftConfig, ReftModel, get_reft_model
+from reft_kernels import lowrank_edit_, orthonormalize, reflector_base
+from reft_kernels.testing import PARAMETERS, Edit
+
+
+def edit(backend: str, case: OpCase, edit: Edit) -> Operator:
+    """The edit in place, by a named backend or the one that "auto" takes."""
+    if backend == "triton" and edit.hidden.device.type != "cuda":
+        raise Absent("Triton kernels are timed on a GPU only")
+    if backend == "torch" and edit.hidden.device.type != "cuda":
+        raise Absent("on a CPU this is what 'auto' takes")
+    leaves = {name: getattr(edit, name).clone().requires_grad_() for name in PARAMETERS}
+
+    def call(hidden: Tensor) -> Tensor:
+        return lowrank_edit_(hidden, edit.plan, *leaves.values(), backend=backend, **edit.options)
+
+    return Operator(call, leaves, own=True)
+
+
+def rotation(case: RotationCase, device: torch.device) -> Rotation:
+    """All layers in one call, around a base point of reflectors."""
+    shape = (case.layers, case.dim, case.rank)
+    start = torch.linalg.qr(torch.randn(shape, device=device)).Q
+    base = reflector_base(start.mT)
+    free = torch.zeros_like(base).normal_(std=0.02).requires_grad_()
+    return Rotation(
+        lambda: orthonormalize(free, base).unbind(0), [free], base.numel() * base.element_size()
+    )
+
+
+def config(case: ModelCase, tied: bool) -> ReftConfig:
+    """The adapter of a case."""
+    return ReftConfig(
+        intervention="loreft",
+        rank=case.rank,
+        positions=case.positions,
+        layers=case.edited_layers,
+        tied=tied or "+" not in case.positions,
+    )
+
+
+def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
+    """A whole model, as a user would make it."""
+    if not tied and "+" not in case.positions:
+        raise Absent(f"positions {case.positions!r} have one end: nothing to untie")
+    model: ReftModel = get_reft_model(base, config(case, tied))
+    model.train()
+
+    def loss(batch: Mapping[str, Tensor]) -> Tensor:
+        return model(**batch).loss
+
+    def generate(prompts: Tensor, count: int) -> Tensor:
+        return model.generate(
+            input_ids=prompts, max_new_tokens=count, min_new_tokens=count, do_sample=False
+        )
+
+    trained = [one for one in model.parameters() if one.requires_grad]
+    return Wrapped(loss, trained, model, generate, model.save_pretrained, same_as_reference=True)
+
+
+PEERS = (
+    Peer(
+        "ours",
+        edit=partial(edit, "auto"),
+        rotation=rotation,
+        wrap=partial(wrap, True),
+        load=ReftModel.from_pretrained,
+    ),
+    Peer("ours, untied", wrap=partial(wrap, False)),
+    Peer("ours (torch)", edit=partial(edit, "torch")),
+)

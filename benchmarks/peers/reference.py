@@ -1,0 +1,131 @@
+"""The meaning in plain PyTorch: eager, and under ``torch.compile``."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases import ModelCase, OpCase
+from benchmarks.peers import Absent, Operator, Peer, Wrapped
+from benchmarks.peers.ours import config
+from reft.model.sites import find_sites
+from reft.nn.bank import Bank
+from reft_kernels import RowPlan
+from reft_kernels.reference import lowrank_edit
+from reft_kernels.testing import PARAMETERS, Edit
+
+
+def edit(compiled: bool, case: OpCase, edit: Edit) -> Operator:
+    """The reference, out of place as it is."""
+    function: Callable[..., Tensor] = _static_edit if compiled else lowrank_edit
+    if compiled:
+        if edit.hidden.device.type == "cpu" and not (
+            shutil.which("g++") or shutil.which("clang++")
+        ):
+            raise Absent("torch.compile needs a C++ compiler on a CPU")
+        # Every shape is a new one: dynamic shapes would slow it down.
+        torch._dynamo.reset()
+        function = torch.compile(function, fullgraph=True, dynamic=False)
+    leaves = {name: getattr(edit, name).clone().requires_grad_() for name in PARAMETERS}
+
+    def call(hidden: Tensor) -> Tensor:
+        if compiled:
+            return function(hidden, edit.plan.rows, edit.plan.offsets, *leaves.values())
+        return function(hidden, edit.plan, *leaves.values(), **edit.options)
+
+    return Operator(call, leaves, own=not compiled)
+
+
+def _static_edit(
+    hidden: Tensor,
+    rows: Tensor,
+    offsets: tuple[int, ...],
+    encode: Tensor,
+    bias: Tensor,
+    decode: Tensor,
+) -> Tensor:
+    """The reference for rows that are all there: without its search for −1, whose result has a
+    size that only the data tell, it compiles into one graph."""
+    flat = out = hidden.reshape(-1, hidden.shape[-1])
+    stacked = [one if one.ndim == 3 else one.unsqueeze(0) for one in (encode, decode)]
+    biases = bias if bias.ndim == 2 else bias.unsqueeze(0)
+    for k, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        own = rows[begin:end]
+        h = flat[own].float()
+        weight, rotation = (one[k].float() for one in stacked)
+        code = h @ weight.T + biases[k] - h @ rotation.T
+        out = out.index_copy(0, own, (h + code @ rotation).to(hidden.dtype))
+    return out.reshape(hidden.shape)
+
+
+def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
+    """The reference in a forward hook of each block: what the wrapped model's loss must equal."""
+    torch.manual_seed(0)
+    settings = config(case, tied)
+    base.requires_grad_(False)
+    device = next(base.parameters()).device
+    bank = Bank(settings, tuple(case.edited_layers), case.hidden, device=device)
+    now: dict[str, Any] = {}
+
+    def hook(place: int, module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        effective = now["effective"]
+        edited = lowrank_edit(
+            hidden,
+            now["plan"],
+            effective.encode[place],
+            effective.bias[place],
+            effective.decode[place],
+        )
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    blocks = find_sites(base).blocks
+    for place, layer in enumerate(case.edited_layers):
+        blocks[layer].register_forward_hook(partial(hook, place))
+
+    def loss(batch: Mapping[str, Tensor]) -> Tensor:
+        now["effective"] = bank()
+        now["plan"] = edited_rows(case, batch, settings.num_groups)
+        return base(**batch).loss
+
+    return Wrapped(loss, list(bank.parameters()), bank, same_as_reference=True)
+
+
+def edited_rows(case: ModelCase, batch: Mapping[str, Tensor], groups: int) -> RowPlan:
+    """The rows of a case's prompts, the end of each prompt in a group of its own if there are two:
+    written out by hand, apart from the library's own rule."""
+    size, columns = batch["input_ids"].shape
+    length = prompt_length(case)
+    first, last = ends(case.positions, length)
+    places = torch.tensor([*range(first), *range(length - last, length)])
+    rows = torch.arange(size).unsqueeze(1) * columns + places
+    owners = ((torch.arange(first + last) >= first) & (groups == 2)).long().expand(size, -1)
+    plan = RowPlan.from_rows(rows.reshape(-1), owners.reshape(-1), groups)
+    return plan.to(batch["input_ids"].device)
+
+
+def prompt_length(case: ModelCase) -> int:
+    """The first half of a sequence is the prompt; all of it for a classifier."""
+    return case.sequence if case.model == "roberta" else case.sequence // 2
+
+
+def ends(positions: str, length: int) -> tuple[int, int]:
+    """("f7+l7", …) to (7, 7); "prompt" is everything from the front."""
+    if positions == "prompt":
+        return length, 0
+    counts = {"f": 0, "l": 0}
+    for part in positions.split("+"):
+        counts[part[0]] = int(part[1:])
+    return counts["f"], counts["l"]
+
+
+PEERS = (
+    Peer("reference", edit=partial(edit, False), wrap=partial(wrap, True)),
+    Peer("reference, compiled", edit=partial(edit, True)),
+)

@@ -1,0 +1,140 @@
+"""``python -m benchmarks run``: measure suites, print rows as they come, write them down."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import default_device, folder_name
+from benchmarks.peers import Peer, peers
+from benchmarks.records import RESULTS, Row, Writer
+from benchmarks.suites import SIZES, Options, Suite, suites
+from benchmarks.timing import Effort
+
+_SCALES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+
+
+def list_suites() -> None:
+    """The suites, and the peers with their versions."""
+    console = Console()
+    table = Table("suite", "what it measures", "cases: " + ", ".join(SIZES))
+    for suite in suites().values():
+        table.add_row(
+            suite.name, suite.says, ", ".join(str(len(suite.cases(size))) for size in SIZES)
+        )
+    console.print(table)
+    others = Table("peer", "version", "takes part in", "note")
+    for peer in peers():
+        parts = {"edit": "op", "rotation": "orthonormal", "wrap": "models", "load": "load"}
+        found = [name for field, name in parts.items() if getattr(peer, field) is not None]
+        others.add_row(peer.name, peer.version or "–", ", ".join(found), peer.note or "")
+    console.print(others)
+
+
+def run_suites(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[SUITE]…", help="Default: all of them.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help=f"{', '.join(SIZES)}. Default: that of the device.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: a GPU if any.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--peer", help="Take only this peer; may be repeated. See `list`."),
+    ] = None,
+    match: Annotated[str, typer.Option(help="Take only cases whose id contains this.")] = "",
+    seconds: Annotated[float, typer.Option(min=0, help="To spend on each case.")] = 10.0,
+    rounds: Annotated[int, typer.Option(min=1, help="At least so many.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Of a CPU.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the JSON rows. Default: results/<device>.")
+    ] = None,
+) -> None:
+    """Measure suites; every number is checked first, and written as a JSON row."""
+    try:
+        chosen = _chosen(names or [], suites())
+        where = _device(device)
+        picked = _picked(only or [], peers())
+        kind = size or where.type.replace("cuda", "gpu")
+        if kind not in SIZES:
+            raise ValueError(f"--size takes {', '.join(SIZES)}, got {kind!r}")
+    except ValueError as error:
+        stop(str(error), 2)
+    torch.set_num_threads(threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # peers on a newer transformers
+    options = Options(where, picked, Effort(seconds, min_rounds=rounds))
+    folder = output or RESULTS / folder_name(where)
+    console, writer, failed = Console(), Writer(folder), []
+    for suite in chosen:
+        cases = [case for case in suite.cases(kind) if match in str(case)]
+        if not cases:
+            stop(f"no case of {suite.name} ({kind}) contains {match!r}", 2)
+        for number, case in enumerate(cases, 1):
+            console.print(f"[bold]{suite.name}[/] {case} ({number} of {len(cases)})")
+            for row in writer.write(suite.run(case, options)):
+                console.print(_line(row), highlight=False)
+                if row.gate is not None and not row.gate.passed:
+                    failed.append(f"{row.suite} {row.case} {row.peer}: {row.gate.says}")
+    console.print(f"written to {folder}")
+    if failed:
+        stop("a gate did not pass: " + "; ".join(dict.fromkeys(failed)), 1)
+
+
+def _chosen(names: Sequence[str], known: dict[str, Suite]) -> list[Suite]:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"SUITE must be one of {', '.join(known)}; got {name!r}")
+    return [known[name] for name in dict.fromkeys(names or known)]
+
+
+def _picked(names: Sequence[str], known: Sequence[Peer]) -> list[Peer]:
+    by_name = {peer.name: peer for peer in known}
+    for name in names:
+        if name not in by_name:
+            raise ValueError(f"--peer must be one of {', '.join(by_name)}; got {name!r}")
+    return [by_name[name] for name in dict.fromkeys(names or by_name)]
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return default_device()
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device takes cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA device")
+    return torch.device(name)
+
+
+def _line(row: Row) -> str:
+    head = f"  {row.metric:>18}  {row.peer:<20}"
+    if row.value is None:
+        return f"{head} –  {row.absent}"
+    ratio = "" if row.ratio is None else f"  {row.ratio:8.4f} × {row.baseline}"
+    share = "" if row.share is None else f"  {row.share:6.1%} of a copy's bandwidth"
+    return f"{head} {shown(row.value, row.unit):>12}{ratio}{share}"
+
+
+def shown(value: float, unit: str) -> str:
+    """A quantity as people read it."""
+    if unit == "s":
+        scale, name = next((pair for pair in _SCALES if abs(value) >= pair[0]), _SCALES[-1])
+        return f"{value / scale:.3g} {name}"
+    if unit == "bytes":
+        return f"{value / 1e6:.3f} MB"
+    return f"{value:g}"
+
+
+def stop(message: str, status: int) -> NoReturn:
+    """One line on stderr, and the exit status."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(status)

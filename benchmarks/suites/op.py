@@ -1,0 +1,236 @@
+"""The edit itself, forward and backward, on hidden states that autograd follows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import DTYPES, OpCase
+from benchmarks.gate import OpGate, result_of
+from benchmarks.machine import copy_bandwidth
+from benchmarks.peers import Absent, Operator, Peer
+from benchmarks.records import Row
+from benchmarks.suites import Options, Suite, row
+from benchmarks.timing import Clock, Run, graph_run, interleave, paired_ratio, quantiles
+from reft_kernels import RowPlan
+from reft_kernels.testing import Edit
+
+#: Bytes that a captured graph walks through, so that the L2 cache never holds what comes next.
+_COLD = 256 * 2**20
+
+
+def cases(size: str) -> list[OpCase]:
+    """Prompt ends of small and large batches, and every row; see the README of the benchmarks."""
+    if size == "ci":
+        return [OpCase("f7+l7", 2, 32, 64, 4), OpCase("all", 1, 64, 64, 4, groups=1)]
+    if size == "cpu":
+        return [
+            *(OpCase("f7+l7", batch, 256, 2048, 8) for batch in (1, 8)),
+            *(OpCase("f7+l7", 8, 256, dim, 8) for dim in (768, 4096)),
+            *(OpCase("f7+l7", 8, 256, 2048, rank) for rank in (1, 4, 32)),
+            OpCase("f7+l7", 8, 256, 2048, 8, "bf16"),
+            OpCase("f7+l7", 8, 256, 2048, 8, groups=2),
+            OpCase("all", 8, 256, 2048, 8),
+            OpCase("all", 8, 256, 2048, 32),
+        ]
+    ends = [
+        OpCase("f7+l7", batch, 512, dim, rank, dtype)
+        for dtype in ("bf16", "fp32")
+        for dim in (768, 2048, 4096, 8192)
+        for rank in (1, 4, 8, 32, 128)
+        for batch in (1, 8, 32)
+    ]
+    every = [
+        OpCase("all", rows // 512, 512, dim, rank, dtype)
+        for dtype in ("bf16", "fp32")
+        for rows in (8192, 32768)
+        for dim in (768, 2048, 4096, 8192)
+        for rank in (1, 4, 8, 32, 128)
+    ]
+    return ends + every
+
+
+def tensors(case: OpCase, device: torch.device) -> Edit:
+    """Random tensors of a case; R has orthonormal rows."""
+    random = torch.Generator().manual_seed(0)
+    dtype = DTYPES[case.dtype]
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=random) * scale
+
+    size = (case.batch, case.sequence, case.dim)
+    stack = (case.groups,) if case.groups > 1 else ()
+    starts = torch.arange(case.batch).unsqueeze(1) * case.sequence
+    whole = torch.arange(case.sequence)
+    columns = whole if case.positions == "all" else torch.cat([whole[:7], whole[-7:]])
+    rows = (starts + columns).reshape(-1)
+    groups = None
+    if case.groups == 2:
+        groups = (columns >= case.sequence // 2).long().expand(case.batch, -1).reshape(-1)
+    drawn = torch.linalg.qr(normal(*stack, case.dim, case.rank)).Q.mT.contiguous()
+    return Edit(
+        hidden=normal(*size).to(device, dtype),
+        plan=RowPlan.from_rows(rows, groups, case.groups).to(device),
+        encode=normal(*stack, case.rank, case.dim, scale=case.dim**-0.5).to(device),
+        bias=normal(*stack, case.rank).to(device),
+        decode=drawn.to(device),
+        upstream=normal(*size).to(device, dtype),
+        options={"subtract": True, "activation": None},
+    )
+
+
+class _Alias(torch.autograd.Function):
+    """The same memory as a tensor that is no leaf, as a block's output is none, for nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor) -> Tensor:
+        return source.data
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class _Feed(torch.autograd.Function):
+    """A loss whose gradient is what lies in a box: autograd then owns it, as it does in a model."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, box: list[Tensor]) -> Tensor:
+        ctx.box = box
+        return out.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.box.pop(), None
+
+
+@dataclass(eq=False)
+class Stand:
+    """One operator on memory of its own: forward, feed, backward; feeding is not its work."""
+
+    operator: Operator
+    hidden: Tensor
+    upstream: Tensor
+
+    def __post_init__(self) -> None:
+        self.hidden = self.hidden.clone().requires_grad_()
+        self._out = self._loss = self.hidden
+
+    def forward(self) -> None:
+        self._out = self.operator.call(_Alias.apply(self.hidden))
+
+    def feed(self) -> None:
+        self._loss = _Feed.apply(self._out, [self.upstream.clone()])
+
+    def backward(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self._loss, [self.hidden, *self.operator.leaves.values()])
+
+    def result(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """(output, gradients by name) of one call."""
+        self.forward()
+        out = self._out.detach().clone()
+        self.feed()
+        return out, dict(zip(("hidden", *self.operator.leaves), self.backward(), strict=True))
+
+
+def run(case: OpCase, options: Options) -> Iterator[Row]:
+    """Rows "forward" and "backward" of every peer; on a GPU also of graphs and of the host."""
+    device = options.device
+    edit = tensors(case, device)
+    gate, clock = OpGate(case, edit), Clock(device)
+    bandwidth = copy_bandwidth(device)
+    runs: dict[str, Run] = {}
+    kept: dict[str, tuple[Peer, Row]] = {}
+    graphs: dict[str, Run] = {}
+    for peer in options.peers:
+        if peer.edit is None:
+            continue
+        blank = row("op", case, "", "s", peer, options)
+        try:
+            operator = peer.edit(case, edit)
+            checked = gate.check(
+                result_of(*Stand(operator, edit.hidden, edit.upstream).result()), own=operator.own
+            )
+        except (Absent, RuntimeError) as error:
+            yield from _without_number(blank, absent=_first_line(error))
+            continue
+        blank = dataclasses.replace(blank, gate=checked, baseline="ours", bandwidth=bandwidth)
+        if not checked.passed:
+            yield from _without_number(blank, absent="the gate did not pass")
+            continue
+        stand = Stand(operator, edit.hidden, edit.upstream)
+        runs[peer.name] = _timed(clock, stand)
+        kept[peer.name] = peer, blank
+        if device.type == "cuda":
+            try:
+                graphs[peer.name] = _graphs(case, operator, edit)
+            except RuntimeError as error:
+                yield from _without_number(blank, "graph_", absent=_first_line(error))
+    samples = interleave(runs, options.effort)
+    if graphs:
+        for name, found in interleave(graphs, options.effort).items():
+            samples[name] |= found
+    for name, (_, blank) in kept.items():
+        for phase, seconds in samples[name].items():
+            reference = samples.get("ours", {}).get(phase)
+            work = phase.split("_")[-1]
+            counted = dataclasses.replace(
+                blank, metric=phase, bytes=case.bytes(work), flops=case.flops(work)
+            )
+            yield counted.timed(
+                quantiles(seconds), None if reference is None else paired_ratio(seconds, reference)
+            )
+
+
+def _timed(clock: Clock, stand: Stand) -> Run:
+    def run() -> Mapping[str, float]:
+        times = clock(forward=stand.forward, feed=stand.feed, backward=stand.backward)
+        return {phase: seconds for phase, seconds in times.items() if "feed" not in phase}
+
+    return run
+
+
+def _graphs(case: OpCase, operator: Operator, edit: Edit) -> Run:
+    """Forward alone and both together from CUDA graphs, over enough copies to leave L2 cold."""
+    size = edit.hidden.numel() * edit.hidden.element_size()
+    # Only edited rows are touched, but a copy costs the whole: at most 8 GiB of them.
+    touched = case.rows * case.dim * edit.hidden.element_size()
+    copies = max(2, min(_COLD // touched + 1, 2**33 // (2 * size) + 1, 64))
+    stands = [Stand(operator, edit.hidden, edit.upstream) for _ in range(copies)]
+
+    def fed(stand: Stand) -> None:
+        stand.forward()
+        stand.feed()
+
+    def whole(stand: Stand) -> None:
+        fed(stand)
+        stand.backward()
+
+    alone, before, all_of_it = (
+        graph_run("seconds", [partial(step, stand) for stand in stands])
+        for step in (Stand.forward, fed, whole)
+    )
+
+    def run() -> Mapping[str, float]:
+        backward = all_of_it()["seconds"] - before()["seconds"]
+        return {"graph_forward": alone()["seconds"], "graph_backward": backward}
+
+    return run
+
+
+def _without_number(blank: Row, prefix: str = "", *, absent: str) -> Iterator[Row]:
+    for phase in ("forward", "backward"):
+        yield dataclasses.replace(blank, metric=prefix + phase, absent=absent)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+SUITE = Suite("op", "the edit, forward and backward, on prompt ends and on every row", cases, run)

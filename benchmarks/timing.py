@@ -1,0 +1,162 @@
+"""Clocks, turns and quantiles: how every number of the benchmarks comes about.
+
+Whatever is compared is timed in turns within one run, so that a machine that slows down does so
+for all; what is reported are medians and the median of the rounds' own ratios.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+#: One timed run: phase name -> seconds.
+Run = Callable[[], Mapping[str, float]]
+#: peer -> phase -> seconds of each round.
+Samples = dict[str, dict[str, list[float]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """Of one quantity over the rounds, in its own unit."""
+
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+
+
+def quantiles(samples: Sequence[float]) -> Quantiles:
+    """Median, 20th and 80th percentile by linear interpolation.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not samples:
+        raise ValueError("quantiles need at least one sample, got none")
+    if len(samples) == 1:
+        return Quantiles(samples[0], samples[0], samples[0], 1)
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return Quantiles(statistics.median(samples), fifths[0], fifths[3], len(samples))
+
+
+def paired_ratio(samples: Sequence[float], reference: Sequence[float]) -> Quantiles:
+    """Quantiles of the rounds' ratios: a disturbance that hits both sides of a round cancels."""
+    return quantiles([a / b for a, b in zip(samples, reference, strict=True)])
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long to measure: rounds until ``seconds`` are over, within the two bounds."""
+
+    seconds: float = 10.0
+    min_rounds: int = 5
+    max_rounds: int = 200
+    warmup: int = 2
+
+
+def interleave(runs: Mapping[str, Run], effort: Effort) -> Samples:
+    """Time every run once a round, in an order that rotates from round to round.
+
+    Args:
+        runs: peer -> what to time.
+        effort: how many rounds.
+
+    Returns:
+        peer -> phase -> one entry a round.
+    """
+    for run in runs.values():
+        for _ in range(effort.warmup):
+            run()
+    samples: Samples = {name: defaultdict(list) for name in runs}
+    order = list(runs)
+    began = time.perf_counter()
+    for count in range(effort.max_rounds):
+        if count >= effort.min_rounds and time.perf_counter() - began > effort.seconds:
+            break
+        turn = count % max(len(order), 1)
+        turned = order[turn:] + order[:turn]
+        for name in turned if count % 2 else reversed(turned):
+            for phase, seconds in runs[name]().items():
+                samples[name][phase].append(seconds)
+    return samples
+
+
+class Clock:
+    """Times a sequence of steps on a device.
+
+    On a GPU by events on its stream, so that the host is waited for only at the end; elsewhere by
+    the host's clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def wait(self) -> None:
+        """Until everything that was launched has run."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def __call__(self, **steps: Callable[[], object]) -> dict[str, float]:
+        """Seconds of each step, one after the other.
+
+        On a GPU also ``host_<step>``: the seconds until the host had launched it.
+        """
+        self.wait()
+        if self.device.type != "cuda":
+            times = {}
+            for name, step in steps.items():
+                began = time.perf_counter()
+                step()
+                times[name] = time.perf_counter() - began
+            return times
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
+        host = {}
+        marks[0].record()
+        for mark, (name, step) in zip(marks[1:], steps.items(), strict=True):
+            began = time.perf_counter()
+            step()
+            host[f"host_{name}"] = time.perf_counter() - began
+            mark.record()
+        self.wait()
+        spans = zip(steps, itertools.pairwise(marks), strict=True)
+        return {name: 1e-3 * a.elapsed_time(b) for name, (a, b) in spans} | host
+
+
+def graph_run(phase: str, calls: Sequence[Callable[[], object]], replays: int = 5) -> Run:
+    """A run of CUDA-graph replays: seconds of one of ``calls``, which differ only in their memory.
+
+    Enough of them to outgrow the L2 cache are captured behind one another, so that each finds it
+    cold and the gaps between launches are the graph's, not Python's.
+
+    Raises:
+        RuntimeError: something in a call cannot be captured.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+
+    def run() -> dict[str, float]:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return {phase: 1e-3 * begin.elapsed_time(end) / (replays * len(calls))}
+
+    return run
