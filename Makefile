@@ -4,12 +4,18 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 demo: $(STAMPS)/train
 	$(BIN)/reft demo
 
 test: $(STAMPS)/dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmarks/test_speed.py -q -p no:xdist --benchmark-only
+
+# The suites beside their peers, into benchmarks/results; see benchmarks/README.md.
+bench: $(STAMPS)/bench $(STAMPS)/peers
+	$(BIN)/python -m pip install --quiet --no-deps -r benchmarks/peers.txt
+	$(BIN)/python -m benchmarks run
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .

@@ -43,7 +43,7 @@ def run(case: RotationCase, options: Options) -> Iterator[Row]:
         except Absent as error:
             yield dataclasses.replace(blank, absent=str(error))
             continue
-        gate = _check(rotation.call())
+        gate = check_rotation(rotation.call())
         blank = dataclasses.replace(blank, gate=gate, baseline="ours")
         if not gate.passed:
             yield dataclasses.replace(blank, absent="the gate did not pass")
@@ -62,7 +62,8 @@ def run(case: RotationCase, options: Options) -> Iterator[Row]:
         )
 
 
-def _check(found: Sequence[Tensor]) -> Gate:
+def check_rotation(found: Sequence[Tensor]) -> Gate:
+    """Whether every R is orthonormal, be it (r, D) or (D, r)."""
     error = 0.0
     for one in found:
         wide = one.detach().double()

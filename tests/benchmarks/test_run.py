@@ -1,0 +1,62 @@
+"""The command line: lists, runs, writes, and refuses in one line."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.__main__ import app
+from benchmarks.records import read
+from benchmarks.run import shown
+
+
+def call(*arguments):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [*map(str, arguments)])
+
+
+def test_list_names_every_suite_and_peer():
+    done = call("list")
+    assert done.exit_code == 0
+    for name in ("op", "orthonormal", "layer", "step", "memory", "generate", "load"):
+        assert name in done.output
+    for name in ("ours", "pyreft", "adapters", "LoRA", "reference, compiled", "frozen"):
+        assert name in done.output
+
+
+def test_run_writes_rows(tmp_path):
+    done = call(
+        "run", "op", "--size", "ci", "--peer", "ours", "--peer", "reference", "--seconds", 0,
+        "--rounds", 1, "--device", "cpu", "--match", "f7+l7", "--output", tmp_path,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    rows = read(tmp_path / "op.jsonl")
+    assert {(row.peer, row.metric) for row in rows} == {
+        (peer, metric) for peer in ("ours", "reference") for metric in ("forward", "backward")
+    }
+    assert "written to" in done.output and "× ours" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "nothing"], "SUITE must be one of op, orthonormal"),
+        (["run", "op", "--peer", "nobody"], "--peer must be one of frozen"),
+        (["run", "op", "--size", "huge"], "--size takes ci, cpu, gpu, got 'huge'"),
+        (["run", "op", "--device", "tpu"], "--device takes cpu or cuda, got 'tpu'"),
+        (["run", "op", "--size", "ci", "--match", "zzz"], "no case of op (ci) contains 'zzz'"),
+    ],
+)
+def test_bad_calls_are_one_line(tmp_path, arguments, says):
+    extra = ["--output", tmp_path] if arguments[0] == "run" else []
+    done = call(*arguments, *extra)
+    assert done.exit_code == 2
+    assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_quantities_as_people_read_them():
+    assert shown(0.25, "s") == "250 ms"
+    assert shown(3e-6, "s") == "3 µs"
+    assert shown(12.0, "s") == "12 s"
+    assert shown(2_500_000, "bytes") == "2.500 MB"
+    assert shown(0, "count") == "0"
