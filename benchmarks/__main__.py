@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from benchmarks.compile import compile_kernels
+from benchmarks.gpu import visit_gpu
 from benchmarks.run import list_suites, run_suites
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
 app.command("list")(list_suites)
 app.command("run")(run_suites)
 app.command("compile")(compile_kernels)
+app.command("gpu")(visit_gpu)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,9 @@ def run_suites(
     match: Annotated[str, typer.Option(help="Take only cases whose id contains this.")] = "",
     seconds: Annotated[float, typer.Option(min=0, help="To spend on each case.")] = 10.0,
     rounds: Annotated[int, typer.Option(min=1, help="At least so many.")] = 5,
+    limit: Annotated[
+        float, typer.Option(min=0, help="Start no case after so many seconds; 0 for no limit.")
+    ] = 0.0,
     threads: Annotated[int, typer.Option(min=1, help="Of a CPU.")] = 1,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the JSON rows. Default: results/<device>.")
@@ -75,11 +79,16 @@ def run_suites(
     options = Options(where, picked, Effort(seconds, min_rounds=rounds))
     folder = output or RESULTS / folder_name(where)
     console, writer, failed = Console(), Writer(folder), []
+    began = time.perf_counter()
     for suite in chosen:
         cases = [case for case in suite.cases(kind) if match in str(case)]
         if not cases:
             stop(f"no case of {suite.name} ({kind}) contains {match!r}", 2)
         for number, case in enumerate(cases, 1):
+            if limit and time.perf_counter() - began > limit:
+                left = len(cases) - number + 1
+                console.print(f"{suite.name}: time is over, {left} of {len(cases)} cases not run")
+                break
             console.print(f"[bold]{suite.name}[/] {case} ({number} of {len(cases)})")
             for row in writer.write(suite.run(case, options)):
                 console.print(_line(row), highlight=False)
