@@ -1,0 +1,179 @@
+"""Plots of training steps: what each peer adds to the frozen model's own time."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from benchmarks.plots.frame import BAND, FLOORS, INK, SOFT, frame, legend, plain, style, ticks
+from benchmarks.records import Row
+from benchmarks.tables import fields, model_label, percent
+from reft.positions import parse_positions
+
+_TICKS = (-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100, 300, 1000, 3000)
+#: What varies -> its axis, and the field of the shape.
+_SWEEPS = {
+    "positions": ("edited positions", "positions"),
+    "rank": ("rank", "rank"),
+    "layers": ("edited layers", "edited"),
+    "sequence": ("sequence length (tokens)", "sequence"),
+}
+
+
+def overheads(rows: Sequence[Row]) -> Figure:
+    """A panel a model, a bar a peer: time beyond the frozen model's, in percent."""
+    cases = list(dict.fromkeys(row.case for row in rows))
+    peers = [peer for peer in dict.fromkeys(row.peer for row in rows) if peer not in FLOORS]
+    columns = min(2, len(cases))
+    lines = -(-len(cases) // columns)
+    what = "two decoder layers" if rows[0].suite == "layer" else "whole models"
+    figure = frame(
+        (11.0, 1.2 + lines * (0.85 + 0.27 * len(peers))),
+        f"A training step of {what}: time beyond the frozen model's own",
+        rows,
+        "Bars: median; whiskers: p20 to p80 of the rounds; grey: the frozen model measured "
+        "twice, the noise; linear within ±1 %, logarithmic beyond.",
+    )
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, case in zip(panels, cases, strict=False):
+        own = {row.peer: row for row in rows if row.case == case}
+        _bars(axes, own, peers)
+        axes.set_title(model_label(next(iter(own.values())), rows), fontsize=10.5, color=INK)
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel("overhead of a step (%)", fontsize=9.5)
+    for axes in panels[len(cases) :]:
+        axes.remove()
+    _scale(panels[0], [row for row in rows if row.peer != row.baseline], vertical=False)
+    return figure
+
+
+def _bars(axes: Axes, own: Mapping[str, Row], peers: Sequence[str]) -> None:
+    again = own.get("frozen again")
+    if again is not None:
+        low, _, high = _more(again)
+        axes.axvspan(low, high, color=BAND, linewidth=0, zorder=0.5)
+    axes.axvline(0, color="#555555", linewidth=0.9, zorder=2.5)
+    for place, peer in enumerate(peers):
+        row = own.get(peer)
+        at: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
+        if row is None:
+            axes.annotate(
+                "absent", (0, place), (5, 0), fontsize=8.5, color=SOFT, style="italic", **at
+            )
+            continue
+        low, middle, high = _more(row)
+        color = style(peer).color
+        axes.barh(
+            place, middle, height=0.66, zorder=2, edgecolor=color, linewidth=1.1,
+            facecolor=_pale(color) if "untied" in peer else color,
+        )  # fmt: skip
+        axes.plot([low, high], [place, place], color=INK, linewidth=1.3, zorder=3)
+        weight = "bold" if peer.startswith("ours") else "normal"
+        axes.annotate(
+            percent(1 + middle / 100), (max(high, 0), place), (5, 0), fontsize=9, color=INK,
+            fontweight=weight, **at,
+        )  # fmt: skip
+    axes.set_yticks(range(len(peers)), peers)
+    axes.set_ylim(len(peers) - 0.45, -0.55)
+    plain(axes)
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)
+
+
+def _pale(color: str) -> tuple[float, float, float]:
+    red, green, blue = (0.35 * part + 0.65 for part in to_rgb(color))
+    return red, green, blue
+
+
+def _more(row: Row) -> tuple[float, float, float]:
+    """p20, median and p80 of a ratio as percent beyond one."""
+    middle = row.ratio if row.ratio is not None else 1.0
+    low = middle if row.ratio_p20 is None else row.ratio_p20
+    high = middle if row.ratio_p80 is None else row.ratio_p80
+    return 100 * (low - 1), 100 * (middle - 1), 100 * (high - 1)
+
+
+def _scale(axes: Axes, rows: Sequence[Row], *, vertical: bool) -> None:
+    """Percent that can be read from 0.1 to 1000: linear within ±1, logarithmic beyond."""
+    spans = [_more(row) for row in rows]
+    low, high = min([-0.8, *(s[0] for s in spans)]), max([3.0, *(s[2] for s in spans)])
+    # Beyond the longest bar its number needs room.
+    room = (1.25 * low, 1.6 * high if vertical else 5 * high)
+    shown = [tick for tick in _TICKS if room[0] <= tick <= room[1]]
+    labels = [percent(1 + tick / 100, "").removesuffix(".0") for tick in shown]
+    if vertical:
+        axes.set_yscale("symlog", linthresh=1, linscale=0.7)
+        axes.set_ylim(*room)
+    else:
+        axes.set_xscale("symlog", linthresh=1, linscale=0.7)
+        axes.set_xlim(*room)
+    ticks(axes.yaxis if vertical else axes.xaxis, shown, labels)
+
+
+def sweeps(rows: Sequence[Row]) -> Figure:
+    """A panel for each thing that varies, a line a peer; rows of one base model."""
+    there = [name for name in _SWEEPS if any(row.shape["sweep"] == name for row in rows)]
+    columns = min(2, len(there))
+    lines = -(-len(there) // columns)
+    names = ("batch", *(field for _, field in _SWEEPS.values()), "dtype")
+    usual = {name: statistics.mode(row.shape[name] for row in rows) for name in names}
+    base = fields(usual)
+    figure = frame(
+        (11.6, 1.2 + 3.0 * lines),
+        f"What the overhead of a step depends on: {rows[0].shape['model']}, "
+        "one thing varied at a time",
+        rows,
+        f"Grey: the frozen model measured twice, the noise. Where not varied: {base}.",
+    )
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+    peers = [peer for peer in dict.fromkeys(row.peer for row in rows) if peer not in FLOORS]
+    for axes, sweep in zip(panels, there, strict=False):
+        label, field = _SWEEPS[sweep]
+        _lines(axes, [row for row in rows if row.shape["sweep"] == sweep], field, peers)
+        axes.set_xlabel(label)
+    for axes in panels[len(there) :]:
+        axes.remove()
+    _scale(panels[0], rows, vertical=True)
+    for axes in panels[::columns]:
+        axes.set_ylabel("overhead of a step (%)")
+    legend(figure, peers, [Patch(color=BAND, label="noise")])
+    return figure
+
+
+def _lines(axes: Axes, rows: Sequence[Row], field: str, peers: Sequence[str]) -> None:
+    amounts = {row.shape[field]: _amount(row, row.shape[field]) for row in rows}
+    values = sorted(amounts, key=amounts.__getitem__)
+
+    def found(peer: str) -> list[tuple[int, float, float, float]]:
+        return sorted(
+            (values.index(row.shape[field]), *_more(row)) for row in rows if row.peer == peer
+        )
+
+    again = found("frozen again")
+    axes.fill_between(
+        [one[0] for one in again], [one[1] for one in again], [one[3] for one in again],
+        color=BAND, linewidth=0, zorder=0.5,
+    )  # fmt: skip
+    for peer in reversed(peers):
+        own, look = found(peer), style(peer)
+        axes.plot(
+            [one[0] for one in own], [one[2] for one in own], color=look.color,
+            marker=look.marker, markersize=look.size, linewidth=look.width, linestyle=look.dash,
+        )  # fmt: skip
+    ticks(axes.xaxis, range(len(values)), [str(value) for value in values])
+    axes.margins(x=0.06)
+    plain(axes)
+
+
+def _amount(row: Row, value: Any) -> float:
+    """How many; of positions those of one sequence, whose first half is the prompt."""
+    if not isinstance(value, str):
+        return float(value)
+    found, length = parse_positions(value), row.shape["sequence"]
+    return {"prompt": length / 2, "all": length}.get(found.kind, found.first + found.last)
