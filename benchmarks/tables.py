@@ -51,7 +51,8 @@ def quantity(value: float, unit: str) -> str:
 
 def _digits(size: float) -> str:
     """Three of them, and none of an exponent."""
-    after = 2 if size == 0 else max(0, 2 - math.floor(math.log10(size) + 1e-4))
+    rounded = float(f"{size:.3g}")
+    after = 2 if rounded == 0 else max(0, 2 - math.floor(math.log10(rounded)))
     return f"{size:.{after}f}"
 
 

@@ -1,0 +1,123 @@
+"""Rows by hand, for what reads results."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from benchmarks.records import Row
+
+MACHINE = {
+    "device": "Slow CPU",
+    "kind": "cpu",
+    "driver": None,
+    "threads": 1,
+    "cores": 2,
+    "platform": "Linux x86_64",
+    "python": "3.11.7",
+    "torch": "2.13.0",
+    "triton": "3.9.0",
+    "transformers": "5.23.0",
+    "commit": "0123456789ab",
+}
+MODEL = {
+    "model": "Llama 64x2",
+    "hidden": 64,
+    "layers": 2,
+    "batch": 2,
+    "sequence": 32,
+    "positions": "f7+l7",
+    "rank": 4,
+    "dtype": "fp32",
+    "sweep": None,
+    "edited": 2,
+}
+
+
+def row(**changes: Any) -> Row:
+    """A row of the op suite with changes; p20 and p80 lie 1 % around a value if not given."""
+    plain = Row(
+        suite="op",
+        case="a",
+        metric="forward",
+        shape={"positions": "all", "rows": 8, "dim": 64, "rank": 4},
+        peer="ours",
+        version=None,
+        unit="s",
+        value=1e-3,
+        machine=MACHINE,
+        when="2026-02-03T04:05:06+00:00",
+    )
+    made = dataclasses.replace(plain, **changes)
+    if made.value is None or made.unit != "s" or made.p20 is not None:
+        return made
+    return dataclasses.replace(made, p20=0.99 * made.value, p80=1.01 * made.value)
+
+
+def step(peer: str, ratio: float | None, spread: float = 0.01, **changes: Any) -> Row:
+    """A row of the step suite: a floor of 200 ms, and ``ratio`` to it; None for no number."""
+    shape = MODEL | changes.pop("shape", {})
+    said: dict[str, Any] = {
+        "suite": "step",
+        "metric": "step",
+        "case": "-".join(str(value) for value in shape.values()),
+        "shape": shape,
+        "peer": peer,
+        "value": None if ratio is None else 0.2 * ratio,
+        "ratio": ratio,
+        "ratio_p20": None if ratio is None else ratio - spread,
+        "ratio_p80": None if ratio is None else ratio + spread,
+        "baseline": "frozen",
+    }
+    return row(**said | changes)
+
+
+def write(path: Path, *rows: Row) -> Path:
+    """A file of these rows."""
+    path.write_text("".join(one.as_json() + "\n" for one in rows), encoding="utf-8")
+    return path
+
+
+def op_rows() -> list[Row]:
+    """Two cases, forward only: in the second the compiled peer is absent."""
+    small = {"positions": "all", "rows": 8, "dim": 64, "rank": 4}
+    large = small | {"dim": 128}
+    work = {"bytes": 1000, "flops": 2000, "bandwidth": 4e6, "baseline": "ours"}
+    return [
+        row(case="s", shape=small, ratio=1.0, **work),
+        row(case="s", shape=small, peer="pyreft", version="0.1.0", value=3e-3, ratio=3.0, **work),
+        row(case="s", shape=small, peer="reference, compiled", value=4e-5, ratio=0.04, **work),
+        row(case="l", shape=large, value=2e-3, ratio=1.0, **work),
+        row(case="l", shape=large, peer="pyreft", version="0.1.0", value=0.5, ratio=250.0, **work),
+        row(case="l", shape=large, peer="reference, compiled", value=None, absent="no compiler"),
+    ]
+
+
+def step_rows() -> list[Row]:
+    """Two models; in the second a peer is absent."""
+    wide = {"shape": {"model": "Llama 128x2", "hidden": 128}}
+    return [
+        step("frozen", 1.0),
+        step("frozen again", 0.998, note="the same floor once more"),
+        step("ours", 1.004, 0.002),
+        step("pyreft", 2.31, version="0.1.0"),
+        step("frozen", 1.0, value=0.04, **wide),
+        step("frozen again", 1.0, note="the same floor once more", **wide),
+        step("ours", 1.0949, **wide),
+        step("pyreft", None, version="0.1.0", absent="it fails here", **wide),
+    ]
+
+
+def sweep_rows() -> list[Row]:
+    """Three families of cases, four peers."""
+    return [
+        step(peer, 1 + more * value / 8, shape={"sweep": sweep, field: value})
+        for sweep, field, values in (
+            ("rank", "rank", (1, 8, 32)),
+            ("layers", "edited", (1, 2)),
+            ("sequence", "sequence", (32, 64)),
+        )
+        for value in values
+        for peer, more in (("frozen", 0), ("frozen again", 0.001), ("ours", 0.01), ("pyreft", 0.5))
+    ]
