@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import typer
 
+from benchmarks.compare import compare_results
 from benchmarks.compile import compile_kernels
 from benchmarks.gpu import visit_gpu
+from benchmarks.report import write_report
 from benchmarks.run import list_suites, run_suites
 
 app = typer.Typer(
@@ -17,6 +19,8 @@ app = typer.Typer(
 )
 app.command("list")(list_suites)
 app.command("run")(run_suites)
+app.command("compare")(compare_results)
+app.command("report")(write_report)
 app.command("compile")(compile_kernels)
 app.command("gpu")(visit_gpu)
 

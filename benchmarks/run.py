@@ -18,9 +18,8 @@ from benchmarks.machine import default_device, folder_name
 from benchmarks.peers import Peer, peers
 from benchmarks.records import RESULTS, Row, Writer
 from benchmarks.suites import SIZES, Options, Suite, suites
+from benchmarks.tables import quantity
 from benchmarks.timing import Effort
-
-_SCALES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
 
 def list_suites() -> None:
@@ -130,17 +129,7 @@ def _line(row: Row) -> str:
         return f"{head} –  {row.absent}"
     ratio = "" if row.ratio is None else f"  {row.ratio:8.4f} × {row.baseline}"
     share = "" if row.share is None else f"  {row.share:6.1%} of a copy's bandwidth"
-    return f"{head} {shown(row.value, row.unit):>12}{ratio}{share}"
-
-
-def shown(value: float, unit: str) -> str:
-    """A quantity as people read it."""
-    if unit == "s":
-        scale, name = next((pair for pair in _SCALES if abs(value) >= pair[0]), _SCALES[-1])
-        return f"{value / scale:.3g} {name}"
-    if unit == "bytes":
-        return f"{value / 1e6:.3f} MB"
-    return f"{value:g}"
+    return f"{head} {quantity(row.value, row.unit):>12}{ratio}{share}"
 
 
 def stop(message: str, status: int) -> NoReturn:

@@ -172,6 +172,7 @@ def load(base: nn.Module, folder: str) -> Any:
     return _library().ReftModel.load(folder, base)
 
 
+_NOTE = "evaluates its orthonormal parametrisation three times a forward"
 _VERSION = installed("pyreft")
 
 PEERS = (
@@ -182,8 +183,8 @@ PEERS = (
         rotation,
         partial(wrap, True),
         load=load,
-        note="makes R orthonormal inside the edit, three times a forward",
+        note=_NOTE,
     ),
     Peer("pyreft, R given", _VERSION, partial(edit, True), note="its edit alone, R a parameter"),
-    Peer("pyreft, untied", _VERSION, wrap=partial(wrap, False)),
+    Peer("pyreft, untied", _VERSION, wrap=partial(wrap, False), note=_NOTE),
 )

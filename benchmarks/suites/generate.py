@@ -66,7 +66,8 @@ def run(case: ModelCase, options: Options) -> Iterator[Row]:
         except (Absent, RuntimeError, AttributeError, TypeError) as error:
             for metric in ("prefill", "decode"):
                 says = str(error).splitlines()[0][:300]
-                yield dataclasses.replace(blank, metric=metric, absent=says)
+                failed = None if gate.passed else gate
+                yield dataclasses.replace(blank, metric=metric, gate=failed, absent=says)
             continue
         runs[blank.peer] = partial(_timed, clock, wrapped, prompts)
         kept[blank.peer] = dataclasses.replace(

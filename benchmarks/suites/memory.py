@@ -48,7 +48,7 @@ def run(case: ModelCase, options: Options) -> Iterator[Row]:
                 absent = None
         if absent is not None:
             for metric in ("peak", "saved"):
-                yield dataclasses.replace(blank, metric=metric, absent=absent)
+                yield dataclasses.replace(blank, metric=metric, gate=gate, absent=absent)
             continue
         found = {
             "peak": traffic(once, options.device).peak,

@@ -160,7 +160,7 @@ def run(case: OpCase, options: Options) -> Iterator[Row]:
         except (Absent, RuntimeError) as error:
             yield from _without_number(blank, absent=_first_line(error))
             continue
-        blank = dataclasses.replace(blank, gate=checked, baseline="ours", bandwidth=bandwidth)
+        blank = dataclasses.replace(blank, gate=checked, baseline="ours")
         if not checked.passed:
             yield from _without_number(blank, absent="the gate did not pass")
             continue
@@ -180,9 +180,14 @@ def run(case: OpCase, options: Options) -> Iterator[Row]:
         for phase, seconds in samples[name].items():
             reference = samples.get("ours", {}).get(phase)
             work = phase.split("_")[-1]
-            counted = dataclasses.replace(
-                blank, metric=phase, bytes=case.bytes(work), flops=case.flops(work)
-            )
+            counted = dataclasses.replace(blank, metric=phase, bandwidth=None)
+            if not phase.startswith("host"):
+                counted = dataclasses.replace(
+                    counted,
+                    bytes=case.bytes(work),
+                    flops=case.flops(work),
+                    bandwidth=bandwidth,
+                )
             yield counted.timed(
                 quantiles(seconds), None if reference is None else paired_ratio(seconds, reference)
             )

@@ -7,7 +7,6 @@ from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
 from benchmarks.records import read
-from benchmarks.run import shown
 
 
 def call(*arguments):
@@ -52,11 +51,3 @@ def test_bad_calls_are_one_line(tmp_path, arguments, says):
     assert done.exit_code == 2
     assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
-
-
-def test_quantities_as_people_read_them():
-    assert shown(0.25, "s") == "250 ms"
-    assert shown(3e-6, "s") == "3 µs"
-    assert shown(12.0, "s") == "12 s"
-    assert shown(2_500_000, "bytes") == "2.500 MB"
-    assert shown(0, "count") == "0"
