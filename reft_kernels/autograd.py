@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reft_kernels import library
+from reft_kernels import library, ownership
 from reft_kernels.rows import RowPlan
 
 
@@ -35,6 +35,7 @@ def apply_edit(
     _ = plan.places if backend == "torch" else plan.device_offsets
     parts = (hidden, encode, bias, decode)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parts):
+        ownership.calibrate()
         return LowRankEdit.apply(
             hidden, encode, bias, decode, plan, subtract, activation, backend, inplace
         )
@@ -79,6 +80,7 @@ class LowRankEdit(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, s, u, encode, decode = ctx.saved_tensors
         plan, subtract, activation, backend, wants = ctx.edit
+        overwrite = ownership.exclusive(grad_out)
         with _full_precision(grad_out.device.type):
             d_hidden, d_encode, d_bias, d_decode = library.implementation(backend).edit_backward(
                 grad_out.reshape(-1, grad_out.shape[-1]),
@@ -91,9 +93,10 @@ class LowRankEdit(torch.autograd.Function):
                 subtract=subtract,
                 activation=activation,
                 wants=wants,
+                overwrite=overwrite,
             )
         if d_hidden is not None:
-            d_hidden = d_hidden.view(grad_out.shape)
+            d_hidden = grad_out if overwrite else d_hidden.view(grad_out.shape)
         return d_hidden, d_encode, d_bias, d_decode, None, None, None, None, None
 
 

@@ -172,7 +172,10 @@ def _backward(
     subtract: bool,
     activation: str | None,
     wants: tuple[bool, bool, bool, bool],
+    overwrite: bool = False,
 ) -> tuple[Tensor | None, ...]:
+    # Never in place here: inductor lets the clones of a mutated argument share memory.
+    assert not overwrite
     grads = torch.ops.reft_kernels.edit_backward(
         grad_out,
         plan.rows,

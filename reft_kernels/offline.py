@@ -29,7 +29,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "cuda:100": ("cuda", 100, 32),
     "hip:gfx942": ("hip", "gfx942", 64),
 }
-KERNELS = ("edit_rows", "edit_rows_grad", "edit_params_grad")
+KERNELS = ("edit_rows", "edit_codes_grad", "edit_columns_grad")
 VARIANTS = ("linear", "gelu")
 
 
@@ -38,7 +38,7 @@ class Build:
     """One kernel build: everything that is compiled into it.
 
     Attributes:
-        kernel: "edit_rows", "edit_rows_grad" or "edit_params_grad".
+        kernel: "edit_rows", "edit_codes_grad" or "edit_columns_grad".
         variant: "linear" (the folded edit) or "gelu" (activation with the subtraction beside it,
             the largest).
     """
@@ -133,17 +133,17 @@ def _source(build: Build, hip: bool) -> tuple[Any, dict[str, str], dict[str, Any
     """The kernel of a build, its signature, constants and options, as ``launch`` passes them."""
     import triton.language as tl
 
-    from reft_kernels._triton.backward import edit_params_grad_kernel, edit_rows_grad_kernel
+    from reft_kernels._triton.backward import edit_codes_grad_kernel, edit_columns_grad_kernel
     from reft_kernels._triton.configs import choose
     from reft_kernels._triton.forward import edit_rows_kernel
 
     kernel = {
         "edit_rows": edit_rows_kernel,
-        "edit_rows_grad": edit_rows_grad_kernel,
-        "edit_params_grad": edit_params_grad_kernel,
+        "edit_codes_grad": edit_codes_grad_kernel,
+        "edit_columns_grad": edit_columns_grad_kernel,
     }[build.kernel]
     config = choose(
-        "params" if build.kernel == "edit_params_grad" else "rows",
+        "columns" if build.kernel == "edit_columns_grad" else "rows",
         dim=build.dim,
         rank=build.rank,
         num_rows=_ROWS,

@@ -48,7 +48,8 @@ def edit_forward(
         s = activate(activation, u)
         if subtract:
             s = s - h @ r.T
-        place.write(hidden, h.addmm(s, r).to(hidden.dtype))
+        edited = h.addmm(s, r) if save_rows and h is x else h.addmm_(s, r)
+        place.write(hidden, edited.to(hidden.dtype))
         if save_rows:
             saved_x.append(x)
         if save_code:
@@ -70,6 +71,7 @@ def edit_backward(
     subtract: bool,
     activation: str | None,
     wants: tuple[bool, bool, bool, bool],
+    overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the edit for upstream v = ``grad_out`` (N, D).
 
@@ -79,11 +81,14 @@ def edit_backward(
     Args:
         wants: which of dh (N, D), dA (g, r, D), db (g, r), dR (g, r, D) to return; the others are
             None.
-            dh is a new tensor: autograd owns ``grad_out``.
+        overwrite: whether dh may be ``grad_out`` itself, its edited rows rewritten; else it is a
+            new tensor: autograd owns ``grad_out``.
     """
     compute = compute_dtype(grad_out, decode)
     want_hidden, want_encode, want_bias, want_decode = wants
-    d_hidden = grad_out.clone(memory_format=torch.contiguous_format) if want_hidden else None
+    d_hidden = None
+    if want_hidden:
+        d_hidden = grad_out if overwrite else grad_out.clone(memory_format=torch.contiguous_format)
     grads: tuple[list[Tensor], ...] = ([], [], [])
     for k, place in enumerate(plan.places):
         own = slice(plan.offsets[k], plan.offsets[k + 1])
@@ -91,11 +96,6 @@ def edit_backward(
         r = decode[k].to(compute)
         ds = v @ r.T
         du = ds if u is None else activation_grad(activation, u[own], ds)
-        if d_hidden is not None and encode is not None:
-            dh = v.addmm(du, encode[k].to(compute))
-            if subtract:
-                dh = dh.addmm(ds, r, alpha=-1)
-            place.write(d_hidden, dh.to(d_hidden.dtype))
         if want_encode:
             assert x is not None
             grads[0].append(du.T @ x[own].to(compute))
@@ -108,6 +108,12 @@ def edit_backward(
                 assert x is not None
                 outer = outer.addmm(ds.T, x[own].to(compute), alpha=-1)
             grads[2].append(outer)
+        if d_hidden is not None and encode is not None:
+            # v is a copy, and this its last use.
+            dh = v.addmm_(du, encode[k].to(compute))
+            if subtract:
+                dh = dh.addmm_(ds, r, alpha=-1)
+            place.write(d_hidden, dh.to(d_hidden.dtype))
     d_encode, d_bias, d_decode = (
         torch.stack(parts).to(decode.dtype) if parts else None for parts in grads
     )

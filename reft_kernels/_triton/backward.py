@@ -3,12 +3,13 @@
     ds = R v    du = ds · act′(u)    dh = v + Aᵀ du − σ Rᵀ ds
     dA = Σ du hᵀ    db = Σ du    dR = Σ s vᵀ − σ Σ ds hᵀ
 
-``edit_rows_grad_kernel`` does the first line, with the grid of the forward kernel. Bytes: n·D·e
-read twice, written once; flops 4·n·r·D (6·n·r·D with σ).
-``edit_params_grad_kernel`` does the second: a program owns BLOCK_D columns of one group and walks
-over its rows, so nothing is added atomically and two runs agree bit for bit. Bytes: 2·n·D·e read,
+``edit_codes_grad_kernel`` finds du and ds, r numbers a row, with the grid of the forward kernel.
+Bytes: n·D·e read; flops 2·n·r·D.
+``edit_columns_grad_kernel`` does the rest: a program owns BLOCK_D columns of one group and walks
+over its rows, so each v is read once, for dR and for dh, which replaces it where it stands, and
+nothing is added atomically: two runs agree bit for bit. Bytes: 2·n·D·e read, n·D·e written,
 2·r·D·4 written (times the number of splits of the row loop, whose partial sums PyTorch adds in a
-fixed order); flops 4·n·r·D.
+fixed order); flops 6·n·r·D. Together 4·n·D·e: v twice, h once, dh once.
 """
 
 import triton
@@ -18,14 +19,12 @@ from reft_kernels._triton.primitives import activation_slope, decoded, load_matr
 
 
 @triton.jit
-def edit_rows_grad_kernel(
+def edit_codes_grad_kernel(
     grad_ptr,  # (N, D) upstream v
     grad_stride_row,
     grad_stride_dim,
-    out_ptr,  # (N, D) contiguous, a copy of v whose edited rows become dh
     rows_ptr,  # (n,) int64, −1 for none
     offsets_ptr,  # (g + 1,) int64
-    encode_ptr,  # (g, r, D)
     decode_ptr,  # (g, r, D)
     u_ptr,  # (n, r)
     du_ptr,  # (n, r) out
@@ -33,8 +32,6 @@ def edit_rows_grad_kernel(
     loop_end,  # D, see primitives
     DIM: tl.constexpr,
     RANK: tl.constexpr,
-    WRITE_ROWS: tl.constexpr,
-    SUBTRACT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SAVE_DU: tl.constexpr,
     SAVE_DS: tl.constexpr,
@@ -53,8 +50,7 @@ def edit_rows_grad_kernel(
         return
     rows = tl.load(rows_ptr + places, mask=inside, other=-1)
     live = rows >= 0
-    safe_rows = tl.where(live, rows, 0)
-    bases = safe_rows * grad_stride_row
+    bases = tl.where(live, rows, 0) * grad_stride_row
     ranks = tl.arange(0, BLOCK_R)
     m_code = inside[:, None] & (ranks < RANK)[None, :]
     matrix = group * RANK * DIM
@@ -75,24 +71,6 @@ def edit_rows_grad_kernel(
     if SAVE_DS:
         tl.store(ds_ptr + code, b_ds, mask=m_code)
 
-    if WRITE_ROWS:
-        for start in range(0, loop_end, BLOCK_D):
-            dims = start + tl.arange(0, BLOCK_D)
-            m_row = live[:, None] & (dims < DIM)[None, :]
-            b_v = tl.load(
-                grad_ptr + bases[:, None] + dims.to(tl.int64)[None, :] * grad_stride_dim,
-                mask=m_row,
-                other=0.0,
-            )
-            b_a = load_matrix(encode_ptr + matrix, dims, DIM, RANK, BLOCK_R, ACC)
-            b_dh = b_v.to(ACC) + decoded(b_du, b_a, BLOCK_R, DOT, PRECISION, ACC)
-            if SUBTRACT:
-                b_r = load_matrix(decode_ptr + matrix, dims, DIM, RANK, BLOCK_R, ACC)
-                b_dh -= decoded(b_ds, b_r, BLOCK_R, DOT, PRECISION, ACC)
-            tl.store(
-                out_ptr + safe_rows[:, None] * DIM + dims[None, :], b_dh.to(b_v.dtype), mask=m_row
-            )
-
 
 @triton.jit
 def _outer_sum(
@@ -106,12 +84,15 @@ def _outer_sum(
 
 
 @triton.jit
-def edit_params_grad_kernel(
+def edit_columns_grad_kernel(
     grad_ptr,  # (N, D) upstream v
     grad_stride_row,
     grad_stride_dim,
+    out_ptr,  # (N, D) contiguous, v itself or a copy of it, whose edited rows become dh
     rows_ptr,  # (n,) int64, −1 for none
     offsets_ptr,  # (g + 1,) int64
+    encode_ptr,  # (g, r, D)
+    decode_ptr,  # (g, r, D)
     x_ptr,  # (n, D) rows before the edit
     s_ptr,  # (n, r)
     du_ptr,  # (n, r)
@@ -121,6 +102,7 @@ def edit_params_grad_kernel(
     d_decode_ptr,  # (splits, g, r, D) out
     DIM: tl.constexpr,
     RANK: tl.constexpr,
+    WRITE_ROWS: tl.constexpr,
     WANT_ENCODE: tl.constexpr,
     WANT_BIAS: tl.constexpr,
     WANT_DECODE: tl.constexpr,
@@ -140,6 +122,11 @@ def edit_params_grad_kernel(
     m_dims = (dims < DIM)[None, :]
     ranks = tl.arange(0, BLOCK_R)
     m_ranks = (ranks < RANK)[None, :]
+    matrix = group * RANK * DIM
+    if WRITE_ROWS:
+        b_a = load_matrix(encode_ptr + matrix, dims, DIM, RANK, BLOCK_R, ACC)
+        if SUBTRACT:
+            b_r = load_matrix(decode_ptr + matrix, dims, DIM, RANK, BLOCK_R, ACC)
 
     b_da = tl.zeros((BLOCK_R, BLOCK_D), ACC)
     b_dr = tl.zeros((BLOCK_R, BLOCK_D), ACC)
@@ -149,10 +136,13 @@ def edit_params_grad_kernel(
         inside = places < end
         code = places[:, None] * RANK + ranks[None, :]
         m_code = inside[:, None] & m_ranks
-        if WANT_ENCODE or WANT_BIAS:
+        if WANT_ENCODE or WANT_BIAS or WRITE_ROWS:
             b_du = tl.load(du_ptr + code, mask=m_code, other=0.0)
+        if WANT_BIAS:
             b_db += tl.sum(b_du, axis=0)
-        if WANT_ENCODE or SUBTRACT:
+        if SUBTRACT:
+            b_ds = tl.load(ds_ptr + code, mask=m_code, other=0.0)
+        if WANT_ENCODE or (SUBTRACT and WANT_DECODE):
             b_x = tl.load(
                 x_ptr + places[:, None] * DIM + dims[None, :],
                 mask=inside[:, None] & m_dims,
@@ -160,21 +150,31 @@ def edit_params_grad_kernel(
             ).to(ACC)
         if WANT_ENCODE:
             b_da = _outer_sum(b_da, b_du, b_x, DOT, PRECISION, ACC)
-        if WANT_DECODE:
+        if WANT_DECODE or WRITE_ROWS:
             rows = tl.load(rows_ptr + places, mask=inside, other=-1)
             live = rows >= 0
+            safe_rows = tl.where(live, rows, 0)
+            m_row = live[:, None] & m_dims
             b_v = tl.load(
                 grad_ptr
-                + tl.where(live, rows, 0)[:, None] * grad_stride_row
+                + safe_rows[:, None] * grad_stride_row
                 + dims.to(tl.int64)[None, :] * grad_stride_dim,
-                mask=live[:, None] & m_dims,
+                mask=m_row,
                 other=0.0,
-            ).to(ACC)
+            )
+        if WANT_DECODE:
             b_s = tl.load(s_ptr + code, mask=m_code, other=0.0)
-            b_dr = _outer_sum(b_dr, b_s, b_v, DOT, PRECISION, ACC)
+            b_dr = _outer_sum(b_dr, b_s, b_v.to(ACC), DOT, PRECISION, ACC)
             if SUBTRACT:
-                b_ds = tl.load(ds_ptr + code, mask=m_code, other=0.0)
                 b_dr = _outer_sum(b_dr, -b_ds, b_x, DOT, PRECISION, ACC)
+        if WRITE_ROWS:
+            b_dh = b_v.to(ACC) + decoded(b_du, b_a, BLOCK_R, DOT, PRECISION, ACC)
+            if SUBTRACT:
+                b_dh -= decoded(b_ds, b_r, BLOCK_R, DOT, PRECISION, ACC)
+            # No other program reads these columns of these rows.
+            tl.store(
+                out_ptr + safe_rows[:, None] * DIM + dims[None, :], b_dh.to(b_v.dtype), mask=m_row
+            )
 
     owner = split * tl.num_programs(1) + group
     element = (owner * RANK + ranks.to(tl.int64))[:, None] * DIM + dims[None, :]

@@ -19,6 +19,9 @@ _FMA_TILE, _FMA_TILE_SINGLE = 4096, 2048
 #: 130 registers to reach the next step of occupancy (seen on cuda:80 and cuda:100); told one, it
 #: spills only beyond it. 255 registers leave room for one block of 8 warps.
 _MAX_REGISTERS = 255
+#: Programs that fill a large device, two a multiprocessor (H200: 132); and the most partial sums of
+#: a parameter's gradient, which are written and read once more.
+_PROGRAMS, _SPLITS = 264, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ class KernelConfig:
 def choose(
     kernel: str, *, dim: int, rank: int, num_rows: int, dtype: torch.dtype, hip: bool
 ) -> KernelConfig:
-    """The settings of "rows" (forward and backward) or "params" (parameter gradients).
+    """The settings of "rows" (forward, and codes in backward) or "columns" (all other gradients).
 
     Args:
         dim: D. rank: r. num_rows: n of the largest group.
@@ -79,6 +82,12 @@ def choose(
         chunk = 128 if block_r <= 32 and not single else 64 if block_r <= 128 else 32
         if not hip and (block_r >= 128 or (block_r >= 64 and single)):
             warps = 8
+        if kernel == "columns" and not hip and block_r >= 32:
+            # Two gradients and two matrices of [rank, chunk] at once.
+            warps = 8
+            if block_r >= 128 or (block_r >= 64 and single):
+                chunk, stages = 32, 1
+                rows = 32 if block_r >= 128 and not single else rows
         # Two chunks of this size outgrow the 64 KiB a block has on AMD, 100 KiB at rank 256.
         if block_r >= (128 if hip else 256):
             stages = 1
@@ -88,9 +97,10 @@ def choose(
         chunk = max(16, min(128, tile // (rows * block_r)))
     chunk = min(chunk, max(16, _power_of_two(dim)))
     splits = 1
-    if kernel == "params":
-        # Enough programs to fill a device when D alone does not: at most 8 partial sums.
-        splits = max(1, min(8, num_rows // (64 * rows)))
+    if kernel == "columns":
+        # Enough programs to fill a device when D alone does not, none with less than 32 rows.
+        columns = -(-dim // chunk)
+        splits = max(1, min(_SPLITS, _PROGRAMS // columns, num_rows // 32))
     return KernelConfig(
         rows,
         block_r,

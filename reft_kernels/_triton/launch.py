@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reft_kernels._triton.backward import edit_params_grad_kernel, edit_rows_grad_kernel
+from reft_kernels._triton.backward import edit_codes_grad_kernel, edit_columns_grad_kernel
 from reft_kernels._triton.configs import choose
 from reft_kernels._triton.forward import edit_rows_kernel
 from reft_kernels.rows import RowPlan
@@ -91,35 +91,39 @@ def edit_backward(
     subtract: bool,
     activation: str | None,
     wants: tuple[bool, bool, bool, bool],
+    overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dh (N, D), a new tensor, dA, db and dR, None where not wanted."""
+    """dh (N, D), dA, db and dR, None where not wanted. dh is a new tensor, or with ``overwrite``
+    grad_out itself, which is contiguous then, its edited rows rewritten."""
     rank, dim = decode.shape[-2:]
     n = plan.num_rows
     compute = _compute_dtype(grad_out, decode)
     dtype = compute if compute is torch.float64 else grad_out.dtype
     hip = torch.version.hip is not None
     want_hidden, want_encode, want_bias, want_decode = wants
-    # Autograd owns grad_out, so its edited rows are rewritten in a copy.
-    d_hidden = grad_out.clone(memory_format=torch.contiguous_format) if want_hidden else None
     write_rows = want_hidden and encode is not None
-    want_code = want_encode or want_bias
-    want_difference = subtract and want_decode
+    d_hidden = None
+    if want_hidden:
+        d_hidden = grad_out if overwrite else grad_out.clone(memory_format=torch.contiguous_format)
+    want_code = want_encode or want_bias or write_rows
+    want_difference = subtract and (want_decode or write_rows)
+    if not (want_code or want_decode):
+        return d_hidden, None, None, None
+
     decode = decode.contiguous()
     encode = decode if encode is None else encode.contiguous()
     grad_strides = (grad_out.stride(0), grad_out.stride(1))
     du = grad_out.new_empty(n, rank, dtype=compute) if want_code else None
     ds = grad_out.new_empty(n, rank, dtype=compute) if want_difference else None
-    if write_rows or want_code or want_difference:
+    if want_code or want_difference:
         config = choose(
             "rows", dim=dim, rank=rank, num_rows=plan.largest_group, dtype=dtype, hip=hip
         )
-        edit_rows_grad_kernel[triton.cdiv(plan.largest_group, config.rows), plan.num_groups](
+        edit_codes_grad_kernel[triton.cdiv(plan.largest_group, config.rows), plan.num_groups](
             grad_out,
             *grad_strides,
-            grad_out if d_hidden is None else d_hidden,
             plan.rows,
             plan.device_offsets,
-            encode,
             decode,
             decode if u is None else u,
             decode if du is None else du,
@@ -127,8 +131,6 @@ def edit_backward(
             dim,
             DIM=dim,
             RANK=rank,
-            WRITE_ROWS=write_rows,
-            SUBTRACT=subtract,
             ACTIVATION=activation or "",
             SAVE_DU=du is not None,
             SAVE_DS=ds is not None,
@@ -140,23 +142,26 @@ def edit_backward(
             ACC=_ACCUMULATE[compute],
             **config.launch_options,
         )
-    if not any(wants[1:]):
-        return d_hidden, None, None, None
 
-    config = choose("params", dim=dim, rank=rank, num_rows=plan.largest_group, dtype=dtype, hip=hip)
+    config = choose(
+        "columns", dim=dim, rank=rank, num_rows=plan.largest_group, dtype=dtype, hip=hip
+    )
     whole = (config.splits, *decode.shape)
     sums = tuple(
         grad_out.new_empty(shape, dtype=compute) if want else None
         for shape, want in zip((whole, whole[:-1], whole), wants[1:], strict=True)
     )
     d_encode, d_bias, d_decode = sums
-    # Columns are divided among programs; without a matrix to divide, one program sums the bias.
-    columns = triton.cdiv(dim, config.chunk) if want_encode or want_decode else 1
-    edit_params_grad_kernel[columns, plan.num_groups, config.splits](
+    # Columns are divided among programs; without any to divide, one program sums the bias.
+    columns = triton.cdiv(dim, config.chunk) if write_rows or want_encode or want_decode else 1
+    edit_columns_grad_kernel[columns, plan.num_groups, config.splits](
         grad_out,
         *grad_strides,
+        grad_out if d_hidden is None else d_hidden,
         plan.rows,
         plan.device_offsets,
+        encode,
+        decode,
         grad_out if x is None else x,
         decode if s is None else s,
         decode if du is None else du,
@@ -166,6 +171,7 @@ def edit_backward(
         decode if d_decode is None else d_decode,
         DIM=dim,
         RANK=rank,
+        WRITE_ROWS=write_rows,
         WANT_ENCODE=want_encode,
         WANT_BIAS=want_bias,
         WANT_DECODE=want_decode,

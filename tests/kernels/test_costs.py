@@ -28,8 +28,8 @@ def test_one_forward_launch_and_two_backward_whatever_the_groups(
     run_edit(lowrank_edit_, make_edit(Case(33, rank, groups), device), backend=backend)
     assert ran == {
         "triton.edit_rows_kernel": 1,
-        "triton.edit_rows_grad_kernel": 1,
-        "triton.edit_params_grad_kernel": 1,
+        "triton.edit_codes_grad_kernel": 1,
+        "triton.edit_columns_grad_kernel": 1,
     }
 
 
@@ -41,7 +41,7 @@ def test_a_gradient_not_asked_for_is_not_launched(backend, device, ran):
     run_edit(lowrank_edit_, edit, wants=("hidden",), backend=backend)  # dh = v
     assert ran == {"triton.edit_rows_kernel": 2}
     run_edit(lowrank_edit_, edit, wants=("decode",), backend=backend)  # s is saved
-    assert ran == {"triton.edit_rows_kernel": 3, "triton.edit_params_grad_kernel": 1}
+    assert ran == {"triton.edit_rows_kernel": 3, "triton.edit_columns_grad_kernel": 1}
 
 
 # ------------------------------------------------------------------- saved for backward

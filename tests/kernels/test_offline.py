@@ -29,20 +29,20 @@ ROOT = Path(__file__).parents[2]
 BUILDS = [
     ("cuda:80", "edit_rows", "linear", 8192, 1, "float32"),
     ("cuda:80", "edit_rows", "gelu", 4096, 64, "float32"),
-    ("cuda:80", "edit_rows_grad", "linear", 768, 2, "bfloat16"),
-    ("cuda:80", "edit_params_grad", "gelu", 768, 4, "float32"),
-    ("cuda:80", "edit_params_grad", "gelu", 768, 64, "float32"),
+    ("cuda:80", "edit_codes_grad", "linear", 768, 2, "bfloat16"),
+    ("cuda:80", "edit_columns_grad", "gelu", 768, 4, "float32"),
+    ("cuda:80", "edit_columns_grad", "gelu", 768, 64, "float32"),
     ("cuda:90", "edit_rows", "gelu", 768, 1, "bfloat16"),
     ("cuda:90", "edit_rows", "linear", 4096, 8, "float16"),
-    ("cuda:90", "edit_rows_grad", "gelu", 4096, 64, "float32"),
-    ("cuda:90", "edit_params_grad", "gelu", 4096, 8, "bfloat16"),
-    ("cuda:90", "edit_params_grad", "linear", 4096, 64, "bfloat16"),
+    ("cuda:90", "edit_codes_grad", "gelu", 4096, 64, "float32"),
+    ("cuda:90", "edit_columns_grad", "gelu", 4096, 8, "bfloat16"),
+    ("cuda:90", "edit_columns_grad", "linear", 4096, 64, "bfloat16"),
     ("cuda:100", "edit_rows", "linear", 4096, 64, "bfloat16"),
-    ("cuda:100", "edit_rows_grad", "gelu", 8192, 4, "float32"),
-    ("cuda:100", "edit_params_grad", "linear", 768, 1, "float32"),
+    ("cuda:100", "edit_codes_grad", "gelu", 8192, 4, "float32"),
+    ("cuda:100", "edit_columns_grad", "linear", 768, 1, "float32"),
     ("hip:gfx942", "edit_rows", "gelu", 4096, 8, "float32"),
-    ("hip:gfx942", "edit_rows_grad", "gelu", 4096, 64, "float32"),
-    ("hip:gfx942", "edit_params_grad", "linear", 768, 1, "bfloat16"),
+    ("hip:gfx942", "edit_codes_grad", "gelu", 4096, 64, "float32"),
+    ("hip:gfx942", "edit_columns_grad", "linear", 768, 1, "bfloat16"),
 ]
 #: Settings under which the registers cannot do.
 STARVED = [
@@ -146,7 +146,10 @@ def invoke(command: ModuleType, *arguments: str) -> Result:
         (["--dims", "768,x"], "--dims takes positive integers separated by commas, got '768,x'"),
         (["--ranks", "0"], "--ranks takes positive integers separated by commas, got '0'"),
         (["--dtypes", "fp8"], "--dtypes takes fp32, bf16, fp16, got 'fp8'"),
-        (["--kernels", "edit"], "--kernels takes edit_rows, edit_rows_grad, edit_params_grad, got"),
+        (
+            ["--kernels", "edit"],
+            "--kernels takes edit_rows, edit_codes_grad, edit_columns_grad, got",
+        ),
     ],
 )
 def test_a_bad_question_is_one_line(

@@ -1,0 +1,92 @@
+"""Whether a gradient may be overwritten: when nobody but the engine that hands it over holds it.
+
+Backward rewrites n rows of an upstream gradient (N, D). A copy of all of it, 2·N·D·e bytes, is
+needed only if somebody else may look at it afterwards. Autograd's engine asks itself the same when
+it adds gradients up, and adds in place into one that it alone refers to
+(torch/csrc/autograd/input_buffer.cpp). Python sees as much:
+
+* the tensor's C++ references: more if another node, the caller of ``autograd.grad`` or a hook on
+  the node gets the same tensor;
+* its Python references: more if a hook on the tensor kept it;
+* the references of its memory, and its base: more, or one, if it is a view or has views.
+
+How many there are of each when nobody else is there depends on torch and Python, so it is not
+written down but seen, in a backward pass of the same form whose gradient is certainly nobody's.
+What differs from that, whatever the reason, is copied.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_Facts = tuple[Any, ...]
+#: What :func:`_facts` says of a gradient that nobody else holds; empty until seen, None inside if
+#: this torch does not tell.
+_alone: list[_Facts | None] = []
+
+
+def exclusive(grad: Tensor) -> bool:
+    """Whether ``grad``, an argument of a backward that calls this at once, may be overwritten."""
+    if torch.compiler.is_compiling() or not _alone or _alone[0] is None:
+        return False
+    return _facts(grad) == _alone[0]
+
+
+def calibrate() -> None:
+    """See once what a gradient that nobody else holds looks like; a few microseconds after that.
+
+    Called in forward: a backward pass inside another would be a stranger one.
+    """
+    if _alone or torch.compiler.is_compiling():
+        return
+    with torch.enable_grad():
+        source = torch.ones(2, 2, device="cpu", requires_grad=True)
+        if type(source.data) is not Tensor:  # a mode that replaces tensors: another time
+            return
+        # Two uses, so that the engine adds up two gradients into one of its own.
+        middle = _Probe.apply(source * 1.0)
+        seen: list[_Facts | None] = []
+        _Probe.seen = seen
+        torch.autograd.backward((middle * 2.0 + middle * 3.0).sum())
+    _alone[:] = seen[:1] or [None]
+
+
+class _Probe(torch.autograd.Function):
+    """The identity; its backward is reached as that of the edit is."""
+
+    seen: list[_Facts | None]
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        _look(grad)
+        return grad
+
+
+def _look(grad: Tensor) -> None:
+    """As deep below its backward as :func:`exclusive` is."""
+    _Probe.seen.append(_facts(grad))
+
+
+def _facts(grad: Tensor) -> _Facts | None:
+    try:
+        return (
+            type(grad),
+            sys.getrefcount(grad),
+            grad._use_count(),  # type: ignore[attr-defined]
+            torch._C._storage_Use_Count(grad.untyped_storage()._cdata),
+            grad._base is None,
+            grad.is_contiguous(),
+            grad.requires_grad,
+        )
+    except (AttributeError, RuntimeError, TypeError):
+        return None

@@ -1,0 +1,232 @@
+"""An upstream gradient is overwritten when nobody else holds it, and never otherwise."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from reft_kernels import RowPlan, lowrank_edit_, ownership, torch_path
+from reft_kernels._triton import launch
+from reft_kernels.testing import same_bits
+
+DIM, RANK, ROWS = 24, 3, 10
+
+
+@pytest.fixture
+def parameters():
+    random = torch.Generator().manual_seed(0)
+    shapes = ((RANK, DIM), (RANK,), (RANK, DIM))
+    return [torch.randn(shape, generator=random).requires_grad_() for shape in shapes]
+
+
+@pytest.fixture
+def source():
+    return torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+PLAN = RowPlan.from_rows([1, 4, 7])
+
+
+def edit(hidden, parameters, backend="torch"):
+    return lowrank_edit_(hidden, PLAN, *parameters, backend=backend)
+
+
+@pytest.fixture
+def overwritten(monkeypatch):
+    """Whether each backward overwrote its gradient."""
+    said = []
+
+    def noted(real):
+        def edit_backward(*args, **kwargs):
+            said.append(kwargs["overwrite"])
+            return real(*args, **kwargs)
+
+        return edit_backward
+
+    for module in (torch_path, launch):
+        monkeypatch.setattr(module, "edit_backward", noted(module.edit_backward))
+    return said
+
+
+@pytest.fixture
+def never(monkeypatch):
+    """Gradients as they are if everything is copied."""
+
+    def of(build, *leaves):
+        with monkeypatch.context() as patch:
+            patch.setattr(ownership, "exclusive", lambda grad: False)
+            return torch.autograd.grad(build(), leaves)
+
+    return of
+
+
+def check(build, leaves, never):
+    """The same gradients as from copies, bit for bit."""
+    for got, wanted in zip(
+        torch.autograd.grad(build(), leaves), never(build, *leaves), strict=True
+    ):
+        assert same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_residual_stream_is_never_copied(source, parameters, backend, overwritten, never):
+    weight = torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(2))
+
+    def build():
+        hidden = source * 1.0
+        for _ in range(3):
+            hidden = hidden + torch.nn.functional.layer_norm(hidden, (DIM,)) @ weight
+            hidden = edit(hidden, parameters, backend)
+        return torch.nn.functional.layer_norm(hidden, (DIM,)).square().sum()
+
+    check(build, [source, *parameters], never)
+    assert overwritten == [True, True, True, False, False, False]
+
+
+def test_gradient_given_by_the_caller_is_left_alone(source, parameters, overwritten):
+    given = torch.randn(ROWS, DIM)
+    before = given.clone()
+    out = edit(source * 1.0, parameters)
+    torch.autograd.grad(out, [source, *parameters], given)
+    assert overwritten == [False] and same_bits(given, before)
+
+
+def test_hook_that_keeps_the_gradient_keeps_its_values(source, parameters, overwritten, never):
+    kept = []
+
+    def build(hooked=True):
+        out = edit(source * 1.0, parameters)
+        if hooked:
+            out.register_hook(kept.append)
+        return (out * 2.0 + out * out).sum()
+
+    torch.autograd.grad(build(), source)
+    assert overwritten == [False]
+    out = edit(source * 1.0, parameters)
+    torch.testing.assert_close(kept[0], 2.0 + 2.0 * out.detach(), rtol=0, atol=1e-6)
+    check(lambda: build(False), [source, *parameters], never)
+
+
+def test_retained_gradient_keeps_its_values(source, parameters):
+    out = edit(source * 1.0, parameters)
+    out.retain_grad()
+    (out * 2.0 + out * 3.0).sum().backward()
+    assert torch.equal(out.grad, torch.full_like(out, 5.0))
+
+
+def test_hook_on_the_node_sees_the_gradient_that_came(source, parameters, overwritten):
+    seen = []
+    out = edit(source * 1.0, parameters)
+    out.grad_fn.register_hook(lambda grads_in, grads_out: seen.append(grads_out[0].clone()))
+    (out * 2.0 + out * 3.0).sum().backward()
+    assert overwritten == [False]
+    assert torch.equal(seen[0], torch.full_like(out, 5.0))
+
+
+def test_two_edits_that_get_one_gradient(source, parameters, overwritten, never):
+    def build():
+        one, two = edit(source * 1.0, parameters), edit(source * 2.0, parameters)
+        both = one + two
+        return (both * 3.0 + both * 4.0).sum()
+
+    check(build, [source, *parameters], never)
+    assert not overwritten[0]
+
+
+def test_gradient_of_the_edited_hidden_itself_is_what_came(source, parameters):
+    out = edit(source * 1.0, parameters)
+    got, below = torch.autograd.grad((out * 2.0 + out * 3.0).sum(), [out, source])
+    assert torch.equal(got, torch.full_like(out, 5.0))
+    assert not torch.equal(below, got)
+
+
+def test_graph_that_is_kept_gives_the_same_gradients_twice(source, parameters):
+    out = edit(source * 1.0, parameters)
+    loss = torch.nn.functional.layer_norm(out, (DIM,)).square().sum()
+    first = torch.autograd.grad(loss, [source, *parameters], retain_graph=True)
+    second = torch.autograd.grad(loss, [source, *parameters])
+    assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param(lambda out: out.sum(), id="stretched"),
+        pytest.param(lambda out: (out.T.contiguous() * 2.0).sum(), id="transposed"),
+        pytest.param(lambda out: sum(p.sum() for p in out.split(5)), id="parts"),
+    ],
+)
+def test_gradients_that_are_views(source, parameters, loss, never):
+    check(lambda: loss(edit(source * 1.0, parameters)), [source, *parameters], never)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_blocks(source, parameters, reentrant, never):
+    def block(hidden):
+        return edit(hidden + torch.tanh(hidden), parameters)
+
+    def build():
+        hidden = source * 1.0
+        for _ in range(2):
+            hidden = checkpoint(block, hidden, use_reentrant=reentrant)
+        return hidden.square().sum()
+
+    leaves = [source, *parameters]
+
+    def gradients():
+        for leaf in leaves:
+            leaf.grad = None
+        build().backward()  # reentrant checkpoints know no autograd.grad
+        return [leaf.grad.clone() for leaf in leaves]
+
+    got = gradients()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ownership, "exclusive", lambda grad: False)
+        wanted = gradients()
+    assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_two_threads(parameters):
+    def gradient(seed):
+        random = torch.Generator().manual_seed(seed)
+        leaf = torch.randn(ROWS, DIM, generator=random).requires_grad_()
+        frozen = [one.detach() for one in parameters]
+        for _ in range(20):
+            out = edit(leaf * 1.0, frozen)
+            (grad,) = torch.autograd.grad((out * out + out).sum(), leaf)
+        return grad
+
+    alone = [gradient(seed) for seed in (1, 2)]
+    found = {}
+    threads = [
+        threading.Thread(target=lambda s=seed: found.update({s: gradient(s)})) for seed in (1, 2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(same_bits(found[seed], alone[seed - 1]) for seed in (1, 2))
+
+
+def test_what_torch_does_not_tell_is_copied(source, parameters, monkeypatch, overwritten):
+    monkeypatch.setattr(ownership, "_alone", [None])
+    assert not ownership.exclusive(torch.ones(2))
+    monkeypatch.setattr(ownership, "_facts", lambda grad: None)
+    assert not ownership.exclusive(torch.ones(2))
+    loss = edit(source * 1.0, parameters).square().sum()
+    assert torch.autograd.grad(loss, source)[0].shape == source.shape
+
+
+def test_calibration_waits_for_plain_tensors(monkeypatch):
+    from torch._subclasses import FakeTensorMode
+
+    monkeypatch.setattr(ownership, "_alone", [])
+    with FakeTensorMode():
+        ownership.calibrate()
+    assert ownership._alone == []
+    with torch.no_grad():
+        ownership.calibrate()
+    assert ownership._alone[0] is not None
