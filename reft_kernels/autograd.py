@@ -2,6 +2,9 @@
 
 Saved for backward: the edited rows before the edit (n, D), their codes (n, r), nothing of the size
 of ``hidden``, and nothing at all for inputs that need no gradient. First derivatives only.
+
+Folding, and parameters without a group dimension, are settled inside: outside, each would be a node
+of the graph in both directions, and those cost more Python than the edit.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from reft_kernels import library, ownership
 from reft_kernels.rows import RowPlan
+from reft_kernels.spec import fold
 
 
 def apply_edit(
@@ -40,12 +44,16 @@ def apply_edit(
             hidden, encode, bias, decode, plan, subtract, activation, backend, inplace
         )
     out = hidden if inplace else hidden.clone(memory_format=torch.contiguous_format)
+    encode, bias, decode, subtract = _settled(encode, bias, decode, subtract, activation)
     _edit(out, plan, encode, bias, decode, subtract, activation, backend, False, False)
     return out
 
 
 class LowRankEdit(torch.autograd.Function):
-    """``h' = h + Rᵀ(act(W h + b) − σ R h)`` on the rows of a plan; see ``torch_path``."""
+    """``h' = h + Rᵀ(act(W h + b) − σ R h)`` on the rows of a plan; see ``torch_path``.
+
+    Folded, A = W − σR and s = A h + b: then dW = dA, and R has the part −dA of its gradient.
+    """
 
     @staticmethod
     def forward(
@@ -60,8 +68,12 @@ class LowRankEdit(torch.autograd.Function):
         backend: str,
         inplace: bool,
     ) -> Tensor:
-        wants = ctx.needs_input_grad[:4]
-        _, want_encode, _, want_decode = wants
+        want_hidden, want_encode, want_bias, want_decode = ctx.needs_input_grad[:4]
+        grouped, given = decode.ndim == 3, subtract
+        encode, bias, decode, subtract = _settled(encode, bias, decode, subtract, activation)
+        folded = given and not subtract
+        # dR has a part in dA.
+        want_encode = want_encode or (folded and want_decode)
         if inplace:
             ctx.mark_dirty(hidden)
             out = hidden
@@ -72,7 +84,9 @@ class LowRankEdit(torch.autograd.Function):
             out, plan, encode, bias, decode, subtract, activation, backend, save_rows, want_decode
         )
         ctx.save_for_backward(x, s, u, encode, decode)
+        wants = (want_hidden, want_encode, want_bias, want_decode)
         ctx.edit = (plan, subtract, activation, backend, wants)
+        ctx.folded, ctx.grouped = folded, grouped
         return out
 
     @staticmethod
@@ -95,9 +109,34 @@ class LowRankEdit(torch.autograd.Function):
                 wants=wants,
                 overwrite=overwrite,
             )
+        if ctx.folded and d_decode is not None:
+            d_decode -= d_encode
+        if not ctx.grouped:
+            d_encode, d_bias, d_decode = (
+                None if grad is None else grad[0] for grad in (d_encode, d_bias, d_decode)
+            )
+        if not ctx.needs_input_grad[1]:
+            d_encode = None
         if d_hidden is not None:
             d_hidden = grad_out if overwrite else d_hidden.view(grad_out.shape)
         return d_hidden, d_encode, d_bias, d_decode, None, None, None, None, None
+
+
+def _settled(
+    encode: Tensor | None,
+    bias: Tensor | None,
+    decode: Tensor,
+    subtract: bool,
+    activation: str | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor, bool]:
+    """The parameters with a group dimension, the subtraction folded into the encoder where that is
+    exact."""
+    if decode.ndim == 2:
+        decode = decode.unsqueeze(0)
+        encode = None if encode is None else encode.unsqueeze(0)
+        bias = None if bias is None else bias.unsqueeze(0)
+    encode, subtract = fold(encode, decode, subtract, activation)
+    return encode, bias, decode, subtract
 
 
 def _edit(

@@ -10,7 +10,6 @@ from reft_kernels.activations import ACTIVATIONS, activate
 from reft_kernels.autograd import apply_edit
 from reft_kernels.dispatch import Choice, choose
 from reft_kernels.rows import RowPlan
-from reft_kernels.spec import fold
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -153,10 +152,6 @@ def _run(
         # whose batch is empty takes part in the reduction.
         plan = RowPlan(plan.rows[:0], (0,) * len(plan.offsets), max_row=-1, complete=True)
         choice = "torch"
-    if decode.ndim == 2:
-        decode = decode.unsqueeze(0)
-        encode = None if encode is None else encode.unsqueeze(0)
-        bias = None if bias is None else bias.unsqueeze(0)
     if encode is None and activation is not None:
         # Nothing of h is inside the activation: act(b) is the constant of an edit without one.
         zero = decode.new_zeros(decode.shape[:-1])
@@ -166,7 +161,6 @@ def _run(
         encode = None if encode is None else encode.float()
         bias = None if bias is None else bias.float()
         decode = decode.float()
-    encode, subtract = fold(encode, decode, subtract, activation)
     # Dynamo has no mark_dirty: traced, the edit is made apart and copied, which the compiler turns
     # back into a write of the rows.
     traced = inplace and torch.compiler.is_compiling()
