@@ -9,6 +9,7 @@ from benchmarks.compile import compile_kernels
 from benchmarks.gpu import visit_gpu
 from benchmarks.report import write_report
 from benchmarks.run import list_suites, run_suites
+from benchmarks.sweep import sweep_settings
 
 app = typer.Typer(
     help="Measure this library beside its peers: same work, same run, checked first.",
@@ -22,6 +23,7 @@ app.command("run")(run_suites)
 app.command("compare")(compare_results)
 app.command("report")(write_report)
 app.command("compile")(compile_kernels)
+app.command("sweep")(sweep_settings)
 app.command("gpu")(visit_gpu)
 
 

@@ -12,10 +12,12 @@ from benchmarks.machine import ROOT
 from benchmarks.records import RESULTS, Row, read
 from benchmarks.run import stop
 from benchmarks.tables import (
+    NONE,
     by_key,
     cases_by_peer,
     constants,
     in_order,
+    markdown,
     model_label,
     overhead,
     overhead_and_range,
@@ -54,6 +56,7 @@ _TITLES = {
     "memory": "Memory of a training step",
     "generate": "Generation",
     "load": "Wrap, save, load",
+    "sweep": "Launch settings",
 }
 _OVERHEAD = (
     "Time beyond the frozen model's own, whose backward is cut at the first edited block; in "
@@ -80,6 +83,10 @@ _SAYS = {
         "adapter; then what a token costs in operators and allocated bytes more than there."
     ),
     "load": "The time of each; in brackets the ratio to *ours*.",
+    "sweep": (
+        "Forward and backward together, with one kernel's settings varied: rows × rank × chunk, "
+        "unit, warps, stages, splits. The fastest five and the *table*'s; the ratio is to those."
+    ),
 }
 #: Suite -> the plots that belong to it, by the beginning of their names.
 _PLOTS = {
@@ -279,6 +286,17 @@ def _by_model(cell: Callable[[Row], str]) -> Callable[[Sequence[Row]], list[str]
     return body
 
 
+def _sweep(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for case, kernel in dict.fromkeys((row.case, row.metric) for row in rows):
+        own = [row for row in rows if (row.case, row.metric) == (case, kernel)]
+        timed = sorted((row for row in own if row.ratio), key=lambda row: row.ratio or 0.0)
+        best = timed[:5] + [row for row in timed[5:] if row.peer == "table"]
+        lines += [[case, kernel, row.peer, _number(row), f"{row.ratio or 0.0:.3f}"] for row in best]
+        lines += [[case, kernel, row.peer, NONE, str(row.absent)] for row in own if row.absent]
+    return [markdown(["case", "kernel", "settings", "time", "ratio"], lines, left=3)]
+
+
 def _number(row: Row) -> str:
     return quantity(row.value or 0.0, row.unit)
 
@@ -294,6 +312,7 @@ _BODIES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "memory": _by_model(_number),
     "generate": _by_model(_generated),
     "load": _by_model(seconds_and_ratio),
+    "sweep": _sweep,
 }
 
 

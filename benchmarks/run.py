@@ -65,7 +65,7 @@ def run_suites(
     """Measure suites; every number is checked first, and written as a JSON row."""
     try:
         chosen = _chosen(names or [], suites())
-        where = _device(device)
+        where = chosen_device(device)
         picked = _picked(only or [], peers())
         kind = size or where.type.replace("cuda", "gpu")
         if kind not in SIZES:
@@ -113,7 +113,8 @@ def _picked(names: Sequence[str], known: Sequence[Peer]) -> list[Peer]:
     return [by_name[name] for name in dict.fromkeys(names or by_name)]
 
 
-def _device(name: str | None) -> torch.device:
+def chosen_device(name: str | None) -> torch.device:
+    """The device of ``--device``; ValueError where this machine has none such."""
     if name is None:
         return default_device()
     if name not in ("cpu", "cuda"):

@@ -115,7 +115,7 @@ def compile_build(build: Build, target: str) -> Resources:
     from triton.compiler import ASTSource
 
     backend = TARGETS[target][0]
-    kernel, signature, constants, options = _source(build, hip=backend == "hip")
+    kernel, signature, constants, options = _source(build, target)
     names = kernel.arg_names
     aligned = {
         (names.index(name),): [["tt.divisibility", 16]]
@@ -129,7 +129,9 @@ def compile_build(build: Build, target: str) -> Resources:
     return _amd_resources(compiled.asm["amdgcn"], compiled.metadata.shared)
 
 
-def _source(build: Build, hip: bool) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+def _source(
+    build: Build, target: str
+) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
     """The kernel of a build, its signature, constants and options, as ``launch`` passes them."""
     import triton.language as tl
 
@@ -148,7 +150,7 @@ def _source(build: Build, hip: bool) -> tuple[Any, dict[str, str], dict[str, Any
         rank=build.rank,
         num_rows=_ROWS,
         dtype=build.dtype,
-        hip=hip,
+        target=target,
     )
     gelu = build.variant == "gelu"
     values = {

@@ -158,20 +158,20 @@ def run(case: OpCase, options: Options) -> Iterator[Row]:
                 result_of(*Stand(operator, edit.hidden, edit.upstream).result()), own=operator.own
             )
         except (Absent, RuntimeError) as error:
-            yield from _without_number(blank, absent=_first_line(error))
+            yield from _without_number(blank, absent=first_line(error))
             continue
         blank = dataclasses.replace(blank, gate=checked, baseline="ours")
         if not checked.passed:
             yield from _without_number(blank, absent="the gate did not pass")
             continue
         stand = Stand(operator, edit.hidden, edit.upstream)
-        runs[peer.name] = _timed(clock, stand)
+        runs[peer.name] = calls_of(clock, stand)
         kept[peer.name] = peer, blank
         if device.type == "cuda":
             try:
-                graphs[peer.name] = _graphs(case, operator, edit)
+                graphs[peer.name] = graphs_of(case, operator, edit)
             except RuntimeError as error:
-                yield from _without_number(blank, "graph_", absent=_first_line(error))
+                yield from _without_number(blank, "graph_", absent=first_line(error))
     samples = interleave(runs, options.effort)
     if graphs:
         for name, found in interleave(graphs, options.effort).items():
@@ -193,7 +193,9 @@ def run(case: OpCase, options: Options) -> Iterator[Row]:
             )
 
 
-def _timed(clock: Clock, stand: Stand) -> Run:
+def calls_of(clock: Clock, stand: Stand) -> Run:
+    """Forward and backward one after the other, as eager PyTorch runs them."""
+
     def run() -> Mapping[str, float]:
         times = clock(forward=stand.forward, feed=stand.feed, backward=stand.backward)
         return {phase: seconds for phase, seconds in times.items() if "feed" not in phase}
@@ -201,7 +203,7 @@ def _timed(clock: Clock, stand: Stand) -> Run:
     return run
 
 
-def _graphs(case: OpCase, operator: Operator, edit: Edit) -> Run:
+def graphs_of(case: OpCase, operator: Operator, edit: Edit) -> Run:
     """Forward alone and both together from CUDA graphs, over enough copies to leave L2 cold."""
     size = edit.hidden.numel() * edit.hidden.element_size()
     # Only edited rows are touched, but a copy costs the whole: at most 8 GiB of them.
@@ -234,7 +236,8 @@ def _without_number(blank: Row, prefix: str = "", *, absent: str) -> Iterator[Ro
         yield dataclasses.replace(blank, metric=prefix + phase, absent=absent)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 

@@ -1,16 +1,26 @@
-"""Launch settings as data: a pure function of shape and dtype, no autotuning at run time.
+"""Launch settings as data: a pure function of shape, dtype and target, no autotuning at run time.
 
 Two regimes by rank. Up to 8 the products are summed by fused multiply-adds over a [rows, rank,
 chunk] tile in registers, exact in float32; above, the matrix units take over (they work on 16 at
 least). Tile sizes are chosen so that no build spills on the targets of ``python -m benchmarks
-compile`` (seen in its table); none of them has been tuned on a device yet.
+compile`` (seen in its table). What ``python -m benchmarks sweep`` finds to be faster on a device
+goes into ``measured.json``, which has the last word; it is empty until a device was measured.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+
+#: The table of what was measured: a list of entries, see :func:`measured`.
+TABLE = Path(__file__).with_name("measured.json")
+#: Up to so many rows in the largest group, launches are the cost; beyond, bandwidth.
+FEW_ROWS = 2048
 
 #: The largest FMA tile [rows, rank, chunk] in elements: 32 accumulators a thread at 4 warps, half
 #: of that where the rows themselves are float32 too (on cuda:100 the full tile spills).
@@ -61,16 +71,57 @@ class KernelConfig:
         return options
 
 
+#: kernel -> settings that a sweep tries now, whatever the shape; see ``reft_kernels.tuning``.
+TRIALS: dict[str, KernelConfig] = {}
+
+
 def choose(
-    kernel: str, *, dim: int, rank: int, num_rows: int, dtype: torch.dtype, hip: bool
+    kernel: str, *, dim: int, rank: int, num_rows: int, dtype: torch.dtype, target: str
 ) -> KernelConfig:
     """The settings of "rows" (forward, and codes in backward) or "columns" (all other gradients).
 
     Args:
         dim: D. rank: r. num_rows: n of the largest group.
         dtype: of hidden; float64 (the interpreter's) never uses the matrix units.
-        hip: whether the target is AMD, whose matrix units have other precisions.
+        target: "cuda:90", "hip:gfx942", …; "cpu" is the interpreter. AMD's matrix units have other
+            precisions.
     """
+    return TRIALS.get(kernel) or _settings(kernel, dim, rank, num_rows, dtype, target)
+
+
+@functools.lru_cache(maxsize=4096)
+def _settings(
+    kernel: str, dim: int, rank: int, num_rows: int, dtype: torch.dtype, target: str
+) -> KernelConfig:
+    config = default(kernel, dim, rank, num_rows, dtype, target)
+    found = measured(TABLE).get(key(kernel, rank, num_rows, dtype, target), {})
+    config = replace(config, **found)
+    return replace(config, chunk=min(config.chunk, max(16, _power_of_two(dim))))
+
+
+def key(kernel: str, rank: int, num_rows: int, dtype: torch.dtype, target: str) -> tuple[str, ...]:
+    """What the table distinguishes: target, kernel, bytes of an element, padded rank, few or many
+    rows."""
+    size = "few" if num_rows <= FEW_ROWS else "many"
+    return target, kernel, str(dtype.itemsize), str(_power_of_two(rank)), size
+
+
+@functools.cache
+def measured(table: Path) -> Mapping[tuple[str, ...], Mapping[str, int]]:
+    """key -> fields of :class:`KernelConfig` that were faster there than :func:`default`'s.
+
+    ``table`` is a JSON list of objects: "key" (see :func:`key`), "settings", and for readers
+    "device", "commit" and "ratio" (time with these settings by time without).
+    """
+    entries = json.loads(table.read_text(encoding="utf-8"))
+    return {tuple(entry["key"]): entry["settings"] for entry in entries}
+
+
+def default(
+    kernel: str, dim: int, rank: int, num_rows: int, dtype: torch.dtype, target: str
+) -> KernelConfig:
+    """The settings by rule, where nothing was measured; arguments as of :func:`choose`."""
+    hip = target.startswith("hip")
     block_r = _power_of_two(rank)
     single = dtype is torch.float32
     dot = block_r > 8 and dtype is not torch.float64
@@ -112,6 +163,18 @@ def choose(
         max_registers=None if hip else _MAX_REGISTERS,
         splits=splits,
     )
+
+
+@functools.cache
+def target_of(device: torch.device) -> str:
+    """The target that a device is: "cuda:90" by compute capability, "hip:gfx942", or "cpu"."""
+    if device.type != "cuda":
+        return "cpu"
+    if torch.version.hip is not None:
+        architecture = torch.cuda.get_device_properties(device).gcnArchName
+        return f"hip:{architecture.split(':')[0]}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda:{major}{minor}"
 
 
 def _precision(dtype: torch.dtype, hip: bool) -> str:

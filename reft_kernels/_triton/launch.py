@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reft_kernels._triton.backward import edit_codes_grad_kernel, edit_columns_grad_kernel
-from reft_kernels._triton.configs import choose
+from reft_kernels._triton.configs import choose, target_of
 from reft_kernels._triton.forward import edit_rows_kernel
 from reft_kernels.rows import RowPlan
 
@@ -43,7 +43,7 @@ def edit_forward(
         rank=rank,
         num_rows=plan.largest_group,
         dtype=compute if compute is torch.float64 else hidden.dtype,
-        hip=torch.version.hip is not None,
+        target=target_of(hidden.device),
     )
     decode = decode.contiguous()
     edit_rows_kernel[triton.cdiv(plan.largest_group, config.rows), plan.num_groups](
@@ -99,7 +99,7 @@ def edit_backward(
     n = plan.num_rows
     compute = _compute_dtype(grad_out, decode)
     dtype = compute if compute is torch.float64 else grad_out.dtype
-    hip = torch.version.hip is not None
+    target = target_of(grad_out.device)
     want_hidden, want_encode, want_bias, want_decode = wants
     write_rows = want_hidden and encode is not None
     d_hidden = None
@@ -117,7 +117,7 @@ def edit_backward(
     ds = grad_out.new_empty(n, rank, dtype=compute) if want_difference else None
     if want_code or want_difference:
         config = choose(
-            "rows", dim=dim, rank=rank, num_rows=plan.largest_group, dtype=dtype, hip=hip
+            "rows", dim=dim, rank=rank, num_rows=plan.largest_group, dtype=dtype, target=target
         )
         edit_codes_grad_kernel[triton.cdiv(plan.largest_group, config.rows), plan.num_groups](
             grad_out,
@@ -144,7 +144,7 @@ def edit_backward(
         )
 
     config = choose(
-        "columns", dim=dim, rank=rank, num_rows=plan.largest_group, dtype=dtype, hip=hip
+        "columns", dim=dim, rank=rank, num_rows=plan.largest_group, dtype=dtype, target=target
     )
     whole = (config.splits, *decode.shape)
     sums = tuple(

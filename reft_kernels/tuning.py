@@ -1,0 +1,135 @@
+"""Launch settings other than the table's: what could be tried, and how to try it.
+
+For ``python -m benchmarks sweep``; an edit in production never looks for settings. Two sets of
+settings exist for every shape: "rows" (the forward kernel, and the codes in backward) and "columns"
+(all other gradients).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from reft_kernels._triton import configs
+from reft_kernels._triton.configs import KernelConfig
+from reft_kernels._triton.configs import target_of as target_of
+
+KERNELS = ("rows", "columns")
+#: Shared memory that the pipelined chunks of a candidate may take, in bytes.
+_SHARED = 96 * 1024
+
+
+def candidates(
+    kernel: str, *, dim: int, rank: int, num_rows: int, dtype: torch.dtype, target: str
+) -> list[KernelConfig]:
+    """Settings worth trying for a shape, those of the table first; arguments as of ``choose``.
+
+    Tiles for fused multiply-adds up to rank 8, tiles for the matrix units, threads and pipeline
+    stages for each, and other splits of the row loop. Whether they compile is for the device to
+    say.
+    """
+    table = configs.choose(
+        kernel, dim=dim, rank=rank, num_rows=num_rows, dtype=dtype, target=target
+    )
+    widest = max(16, 1 << (dim - 1).bit_length())
+    found = [table, *(replace(table, splits=splits) for splits in _other_splits(kernel, table))]
+    for tile in itertools.chain(_fma_tiles(rank), _dot_tiles(rank, dtype)):
+        if tile["chunk"] <= widest:
+            found.append(replace(table, **tile))
+    return list(dict.fromkeys(found))
+
+
+def _fma_tiles(rank: int) -> Iterator[dict[str, Any]]:
+    padded = _padded(rank)
+    if padded > 8:
+        return
+    for rows, chunk, warps in itertools.product((1, 2, 4, 8), (128, 256, 512), (2, 4, 8)):
+        if 16 <= rows * padded * chunk // (32 * warps) <= 32:
+            yield {
+                "rows": rows, "rank": padded, "chunk": chunk, "dot": False, "warps": warps,
+                "stages": 2,
+            }  # fmt: skip
+
+
+def _dot_tiles(rank: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    padded = max(16, _padded(rank))
+    if dtype is torch.float64:
+        return
+    for rows, chunk, warps, stages in itertools.product((16, 32), (64, 128, 256), (4, 8), (1, 2)):
+        # A chunk of rows, and one of the parameter in float32, for each stage.
+        if stages * chunk * (rows * dtype.itemsize + padded * 4) <= _SHARED:
+            yield {
+                "rows": rows, "rank": padded, "chunk": chunk, "dot": True, "warps": warps,
+                "stages": stages,
+            }  # fmt: skip
+
+
+def _other_splits(kernel: str, config: KernelConfig) -> list[int]:
+    if kernel != "columns":
+        return []
+    return [s for s in (config.splits // 2, config.splits * 2, config.splits * 4) if 1 <= s <= 64]
+
+
+def label(config: KernelConfig) -> str:
+    """The settings in a few words: ``4x8x128 fma w4 s2`` is rows × rank × chunk, warps, stages."""
+    unit = "dot" if config.dot else "fma"
+    splits = f" /{config.splits}" if config.splits > 1 else ""
+    tile = f"{config.rows}x{config.rank}x{config.chunk}"
+    return f"{tile} {unit} w{config.warps} s{config.stages}{splits}"
+
+
+@contextmanager
+def trial(kernel: str, config: KernelConfig) -> Iterator[None]:
+    """Within the block every edit of this process that Triton computes takes ``config``, whatever
+    its shape: not for several threads."""
+    before = configs.TRIALS.get(kernel)
+    configs.TRIALS[kernel] = config
+    try:
+        yield
+    finally:
+        if before is None:
+            del configs.TRIALS[kernel]
+        else:
+            configs.TRIALS[kernel] = before
+
+
+def entry(
+    kernel: str,
+    config: KernelConfig,
+    *,
+    dim: int,
+    rank: int,
+    num_rows: int,
+    dtype: torch.dtype,
+    target: str,
+    **measured: Any,
+) -> dict[str, Any]:
+    """An entry of the table that makes ``config`` the choice for shapes like this one.
+
+    Args:
+        measured: what a reader wants to know: device, commit, ratio.
+    """
+    plain = configs.default(kernel, dim, rank, num_rows, dtype, target)
+    fields = asdict(plain)
+    changed = {name: value for name, value in asdict(config).items() if value != fields[name]}
+    key = configs.key(kernel, rank, num_rows, dtype, target)
+    return {"key": list(key), "settings": changed, **measured}
+
+
+def updated_table(entries: Sequence[Mapping[str, Any]]) -> str:
+    """The text of ``measured.json`` with these entries in it, sorted by key; an entry replaces one
+    of the same key."""
+    kept = {tuple(one["key"]): one for one in json.loads(configs.TABLE.read_text(encoding="utf-8"))}
+    kept |= {tuple(one["key"]): one for one in entries}
+    lines = ",\n".join(json.dumps(dict(kept[key])) for key in sorted(kept))
+    return f"[\n{lines}\n]\n" if kept else "[]\n"
+
+
+def _padded(rank: int) -> int:
+    return 1 << (rank - 1).bit_length()

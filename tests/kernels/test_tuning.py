@@ -1,0 +1,149 @@
+"""Launch settings: what is tried, how a trial takes over and ends, and the table's last word."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from reft_kernels import lowrank_edit_, tuning
+from reft_kernels._triton import configs
+from reft_kernels.testing import Case, budget, make_edit, run_edit
+
+SHAPE = {
+    "dim": 4096, "rank": 8, "num_rows": 448, "dtype": torch.bfloat16, "target": "cuda:90",
+}  # fmt: skip
+FIELDS = {one.name for one in fields(tuning.KernelConfig)}
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Write entries into a table that is then in force."""
+    path = tmp_path / "measured.json"
+    monkeypatch.setattr(configs, "TABLE", path)
+
+    def write(*entries):
+        path.write_text(json.dumps(entries), encoding="utf-8")
+        configs.measured.cache_clear()
+        configs._settings.cache_clear()
+
+    yield write
+    configs.measured.cache_clear()
+    configs._settings.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", tuning.KERNELS)
+@pytest.mark.parametrize("rank", [1, 4, 8, 9, 32, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_candidates_are_different_and_the_table_comes_first(kernel, rank, dtype):
+    shape = SHAPE | {"rank": rank, "dtype": dtype}
+    found = tuning.candidates(kernel, **shape)
+    assert found[0] == configs.choose(kernel, **shape)
+    assert len(found) >= 8
+    assert len({tuning.label(one) for one in found}) == len(found)
+    for one in found:
+        assert one.rank >= rank and (one.rank >= 16 or not one.dot)
+        assert one.precision == found[0].precision and one.max_registers == 255
+    assert {one.dot for one in found} == ({True, False} if rank <= 8 else {True})
+
+
+def test_float64_never_goes_to_the_matrix_units():
+    found = tuning.candidates("rows", **SHAPE | {"dtype": torch.float64, "target": "cpu"})
+    assert not any(one.dot for one in found)
+
+
+def test_only_columns_vary_the_splits():
+    assert {one.splits for one in tuning.candidates("rows", **SHAPE)} == {1}
+    assert len({one.splits for one in tuning.candidates("columns", **SHAPE)}) >= 3
+
+
+def test_no_candidate_is_wider_than_the_rows():
+    assert all(one.chunk <= 64 for one in tuning.candidates("rows", **SHAPE | {"dim": 50}))
+
+
+@pytest.mark.parametrize("kernel", tuning.KERNELS)
+@pytest.mark.parametrize(("rank", "dtype"), [(4, torch.float32), (20, torch.bfloat16)])
+@pytest.mark.parametrize("backend", ["triton"])
+def test_every_candidate_computes_the_edit(backend, rank, dtype, kernel, device):
+    case = Case(130, rank, (5, 36), missing="some", dtype=dtype)
+    edit = make_edit(case, device)
+    allowed = budget(edit)
+    found = tuning.candidates(
+        kernel, dim=130, rank=rank, num_rows=36, dtype=dtype, target=tuning.target_of(device)
+    )
+    if device.type == "cpu":  # the interpreter knows neither warps nor stages
+        found = list({replace(one, warps=4, stages=1): one for one in found}.values())
+    for settings in found:
+        with tuning.trial(kernel, settings):
+            allowed.check(run_edit(lowrank_edit_, edit, backend=backend))
+
+
+def test_a_trial_takes_over_and_ends():
+    mine, other = (replace(configs.choose("rows", **SHAPE), warps=warps) for warps in (8, 2))
+    before = configs.choose("rows", **SHAPE)
+    with tuning.trial("rows", mine):
+        assert configs.choose("rows", **SHAPE) is mine
+        assert configs.choose("rows", **SHAPE | {"dim": 768}) is mine
+        with pytest.raises(KeyError), tuning.trial("rows", other):
+            assert configs.choose("rows", **SHAPE) is other
+            raise KeyError
+        assert configs.choose("rows", **SHAPE) is mine
+        assert configs.choose("columns", **SHAPE) != mine
+    assert configs.choose("rows", **SHAPE) == before and not configs.TRIALS
+
+
+def test_the_table_has_the_last_word_where_it_was_measured(table):
+    table()
+    plain = configs.choose("rows", **SHAPE)
+    mine = replace(plain, rows=8, warps=8)
+    table(tuning.entry("rows", mine, **SHAPE, device="H", commit="c", ratio=0.5))
+    assert configs.choose("rows", **SHAPE) == mine
+    alike = ({"num_rows": 14}, {"rank": 7}, {"dtype": torch.float16}, {"dim": 8192})
+    for changes in alike:
+        assert configs.choose("rows", **SHAPE | changes).warps == 8, changes
+    others = ({"num_rows": 8192}, {"rank": 4}, {"dtype": torch.float32}, {"target": "cuda:80"})
+    for changes in others:
+        assert configs.choose("rows", **SHAPE | changes).warps != 8, changes
+    assert configs.choose("columns", **SHAPE).warps != 8
+
+
+def test_settings_measured_on_wide_rows_fit_narrow_ones(table):
+    table()
+    wide = replace(configs.choose("rows", **SHAPE), chunk=512)
+    table(tuning.entry("rows", wide, **SHAPE))
+    assert configs.choose("rows", **SHAPE).chunk == 512
+    assert configs.choose("rows", **SHAPE | {"dim": 50}).chunk == 64
+
+
+def test_an_entry_names_only_what_differs_from_the_rule(table):
+    table()
+    plain = configs.choose("rows", **SHAPE)
+    made = tuning.entry("rows", replace(plain, stages=3), **SHAPE, ratio=0.9)
+    assert made == {
+        "key": ["cuda:90", "rows", "2", "8", "few"], "settings": {"stages": 3}, "ratio": 0.9,
+    }  # fmt: skip
+
+
+def test_a_table_keeps_what_was_not_measured_again(table):
+    table()
+    first = tuning.entry("rows", configs.choose("rows", **SHAPE), **SHAPE, ratio=0.9)
+    second = tuning.entry("columns", configs.choose("columns", **SHAPE), **SHAPE, ratio=0.8)
+    table(first, second)
+    text = tuning.updated_table([{**first, "ratio": 0.7}])
+    assert json.loads(text) == [second, {**first, "ratio": 0.7}]  # in order of their keys
+    configs.TABLE.write_text(text)
+    assert tuning.updated_table([]) == text
+
+
+def test_the_shipped_table_is_readable_and_sorted():
+    text = configs.TABLE.read_text(encoding="utf-8")
+    assert tuning.updated_table([]) == text
+    for entry in json.loads(text):
+        assert entry["key"][1] in tuning.KERNELS and entry["settings"].keys() <= FIELDS
+
+
+def test_a_device_is_a_target(device):
+    found = tuning.target_of(device)
+    assert found == "cpu" if device.type == "cpu" else found.split(":")[0] in ("cuda", "hip")
