@@ -63,11 +63,11 @@ class Outcome:
     last_line: str
 
 
-def _suite(name: str, share: float, effort: str = _EFFORT) -> Stage:
+def _suite(name: str, share: float, effort: str = _EFFORT, jobs: int = 0) -> Stage:
     return Stage(
         name,
         ("-m", "benchmarks", "run", name, "--device", _DEVICE, "--size", _SIZE, "--seconds", effort,
-         "--rounds", "3", "--limit", _SECONDS, "--output", _OUTPUT),
+         "--rounds", "3", "--limit", _SECONDS, "--output", _OUTPUT, "--jobs", str(jobs)),
         share,
     )  # fmt: skip
 
@@ -89,7 +89,7 @@ def stages(tiny: bool) -> tuple[Stage, ...]:
              "--limit", _SECONDS, "--output", _OUTPUT),
             70,
         ),
-        _suite("op", 110, "0.3"),
+        _suite("op", 110, "0.3", jobs=2 if tiny else 12),
         _suite("orthonormal", 15, "0.5"),
         _suite("layer", 25),
         _suite("step", 75),

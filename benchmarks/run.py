@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -58,6 +63,9 @@ def run_suites(
         float, typer.Option(min=0, help="Start no case after so many seconds; 0 for no limit.")
     ] = 0.0,
     threads: Annotated[int, typer.Option(min=1, help="Of a CPU.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=0, help="Processes that compile ahead, while nothing is timed.")
+    ] = 0,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the JSON rows. Default: results/<device>.")
     ] = None,
@@ -88,6 +96,8 @@ def run_suites(
                 left = len(cases) - number + 1
                 console.print(f"{suite.name}: time is over, {left} of {len(cases)} cases not run")
                 break
+            if jobs and suite.warm is not None and number % jobs == 1 % jobs:
+                _warm(suite.name, cases[number - 1 :][:jobs], where, [one.name for one in picked])
             console.print(f"[bold]{suite.name}[/] {case} ({number} of {len(cases)})")
             for row in writer.write(suite.run(case, options)):
                 console.print(_line(row), highlight=False)
@@ -96,6 +106,24 @@ def run_suites(
     console.print(f"written to {folder}")
     if failed:
         stop("a gate did not pass: " + "; ".join(dict.fromkeys(failed)), 1)
+
+
+def _warm(suite: str, cases: Sequence[Any], device: torch.device, names: list[str]) -> None:
+    """Compile what these cases need, each in a process that then ends and leaves the device."""
+    spawned = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
+    # A process that dies takes its cases' head start along, not the run.
+    with (
+        suppress(BrokenProcessPool),
+        ProcessPoolExecutor(len(cases), mp_context=spawned) as pool,
+    ):
+        list(pool.map(partial(_warm_one, suite, str(device), names), cases))
+
+
+def _warm_one(suite: str, device: str, names: list[str], case: Any) -> None:
+    torch.set_num_threads(1)
+    warm = suites()[suite].warm
+    assert warm is not None
+    warm(case, Options(torch.device(device), _picked(names, peers())))
 
 
 def _chosen(names: Sequence[str], known: dict[str, Suite]) -> list[Suite]:

@@ -39,12 +39,14 @@ class Suite:
         says: one line of ``python -m benchmarks list``.
         cases: size -> its cases, which have a readable ``str``.
         run: the rows of a case, as they come.
+        warm: compiles what a case needs and keeps it on disk; None where nothing is compiled.
     """
 
     name: str
     says: str
     cases: Callable[[str], Sequence[Any]]
     run: Callable[[Any, Options], Iterator[Row]]
+    warm: Callable[[Any, Options], None] | None = None
 
 
 def row(suite: str, case: Any, metric: str, unit: str, peer: Peer, options: Options) -> Row:

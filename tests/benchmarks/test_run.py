@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from benchmarks import run
 from benchmarks.__main__ import app
 from benchmarks.records import read
 
@@ -33,6 +37,32 @@ def test_run_writes_rows(tmp_path):
         (peer, metric) for peer in ("ours", "reference") for metric in ("forward", "backward")
     }
     assert "written to" in done.output and "× ours" in done.output
+
+
+def test_cases_are_compiled_ahead_in_processes_of_their_own(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(run, "_warm", lambda *arguments: seen.append(arguments))
+    done = call(
+        "run", "op", "orthonormal", "--size", "ci", "--peer", "ours", "--seconds", 0,
+        "--rounds", 1, "--device", "cpu", "--jobs", 2, "--output", tmp_path,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    ((suite, cases, device, names),) = seen
+    assert (suite, len(cases), device.type, names) == ("op", 2, "cpu", ["ours"])
+    monkeypatch.undo()
+    run._warm(*seen[0])
+    run._warm_one("op", "cpu", names, cases[0])
+
+
+def test_a_process_that_dies_while_warming_stops_nothing():
+    run._warm("op", [_Deadly()], torch.device("cpu"), ["ours"])
+
+
+class _Deadly:
+    """A case that kills the process it is sent to."""
+
+    def __reduce__(self):
+        return os._exit, (3,)
 
 
 @pytest.mark.parametrize(
