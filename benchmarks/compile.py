@@ -27,7 +27,7 @@ from reft_kernels import offline
 DIMS = (768, 2048, 4096, 8192)
 RANKS = (1, 4, 8, 16, 32, 64)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_BUILD = ("target", "kernel", "variant", "D", "r", "dtype")
+_BUILD = ("target", "kernel", "variant", "D", "r", "dtype", "rows")
 _RESOURCES = ("registers", "shared", "stack", "spills", "scalar_spills")
 
 
@@ -54,20 +54,23 @@ def compile_kernels(
     dtypes: Annotated[
         str, typer.Option(help="Of the hidden states, separated by commas.")
     ] = _joined(DTYPES),
+    rows: Annotated[
+        str, typer.Option(help="n, which settings go by, separated by commas.")
+    ] = _joined(offline.ROWS),
     kernels: Annotated[str, typer.Option(help="Separated by commas.")] = _joined(offline.KERNELS),
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = os.cpu_count() or 1,
 ) -> None:
     """Compile every kernel build for a target and print what it occupies."""
     try:
-        todo = _jobs(targets or list(offline.TARGETS), dims, ranks, dtypes, kernels)
+        todo = _jobs(targets or list(offline.TARGETS), dims, ranks, dtypes, rows, kernels)
     except (ValueError, RuntimeError) as error:
         stop(str(error), 2)
 
     progress = Console(stderr=True)
     table = Table(*_BUILD, *_RESOURCES, title="bytes of memory; stack and spills are per thread")
     bad = []
-    rows = _compiled(todo, min(jobs, len(todo)))
-    for row in track(rows, "compiling", total=len(todo), console=progress, transient=True):
+    found = _compiled(todo, min(jobs, len(todo)))
+    for row in track(found, "compiling", total=len(todo), console=progress, transient=True):
         if row["error"] or row["spills"]:
             bad.append(row)
         if as_json:
@@ -84,7 +87,9 @@ def compile_kernels(
         stop(f"{len(bad)} of {len(todo)} builds: {'; '.join(map(_complaint, bad))}", 1)
 
 
-def _jobs(targets: Sequence[str], dims: str, ranks: str, dtypes: str, kernels: str) -> list[_Job]:
+def _jobs(
+    targets: Sequence[str], dims: str, ranks: str, dtypes: str, rows: str, kernels: str
+) -> list[_Job]:
     """The builds asked for, target by target. ValueError and RuntimeError say what is wrong with
     the question."""
     for target in targets:
@@ -94,7 +99,10 @@ def _jobs(targets: Sequence[str], dims: str, ranks: str, dtypes: str, kernels: s
     matrix = [
         build
         for build in offline.builds(
-            _integers("dims", dims), _integers("ranks", ranks), tuple(DTYPES[k] for k in kinds)
+            _integers("dims", dims),
+            _integers("ranks", ranks),
+            tuple(DTYPES[k] for k in kinds),
+            _integers("rows", rows),
         )
         if build.kernel in wanted
     ]
@@ -141,6 +149,7 @@ def _compile(job: _Job) -> dict[str, Any]:
         "D": build.dim,
         "r": build.rank,
         "dtype": next(name for name, dtype in DTYPES.items() if dtype is build.dtype),
+        "rows": build.num_rows,
         **dict.fromkeys(_RESOURCES),
         "triton": version("triton"),
         "error": None,
@@ -153,5 +162,5 @@ def _compile(job: _Job) -> dict[str, Any]:
 
 
 def _complaint(row: dict[str, Any]) -> str:
-    name = "{target} {kernel} {variant} D={D} r={r} {dtype}".format(**row)
+    name = "{target} {kernel} {variant} D={D} r={r} {dtype} n={rows}".format(**row)
     return f"{name}: {row['error'] or '{spills} bytes spilled'.format(**row)}"

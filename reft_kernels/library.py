@@ -108,7 +108,8 @@ def _backward_op(
         wants=(wants[0], wants[1], wants[2], wants[3]),
     )
     d_hidden, d_encode, d_bias, d_decode = _filled(grads, decode)
-    return d_hidden, d_encode, d_bias, d_decode
+    # The launcher's lie together in memory; results of an operator may not.
+    return d_hidden, d_encode.clone(), d_bias.clone(), d_decode.clone()
 
 
 @_backward_op.register_fake

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -20,8 +21,8 @@ import torch
 from reft_kernels import _triton
 
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-#: Rows of the largest group: f7+l7 times a batch of 32.
-_ROWS = 448
+#: Rows of the largest group: f7+l7 times a batch of 32, and every row of 16 × 512.
+ROWS = (448, 8192)
 #: Backend, architecture and threads a warp of every target, by the name that users type.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     "cuda:80": ("cuda", 80, 32),
@@ -41,6 +42,7 @@ class Build:
         kernel: "edit_rows", "edit_codes_grad" or "edit_columns_grad".
         variant: "linear" (the folded edit) or "gelu" (activation with the subtraction beside it,
             the largest).
+        num_rows: n of the largest group, which the launch settings go by.
     """
 
     kernel: str
@@ -48,6 +50,7 @@ class Build:
     dim: int
     rank: int
     dtype: torch.dtype
+    num_rows: int = ROWS[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +77,14 @@ class Resources:
 
 
 def builds(
-    dims: tuple[int, ...], ranks: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+    dims: tuple[int, ...],
+    ranks: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    num_rows: tuple[int, ...] = ROWS,
 ) -> Iterator[Build]:
     """Every build of a matrix of shapes: three kernels, two variants each."""
-    for kernel in KERNELS:
-        for variant in VARIANTS:
-            for dim in dims:
-                for rank in ranks:
-                    for dtype in dtypes:
-                        yield Build(kernel, variant, dim, rank, dtype)
+    for parts in itertools.product(KERNELS, VARIANTS, dims, ranks, dtypes, num_rows):
+        yield Build(*parts)
 
 
 def check_target(target: str) -> None:
@@ -148,7 +150,7 @@ def _source(
         "columns" if build.kernel == "edit_columns_grad" else "rows",
         dim=build.dim,
         rank=build.rank,
-        num_rows=_ROWS,
+        num_rows=build.num_rows,
         dtype=build.dtype,
         target=target,
     )
@@ -165,6 +167,7 @@ def _source(
         "BLOCK_D": config.chunk,
         "DOT": config.dot,
         "PRECISION": config.precision,
+        "STAGES": config.stages,
         "ACC": tl.float32,
         "stride_dim": 1,
         "grad_stride_dim": 1,
@@ -176,7 +179,7 @@ def _source(
             integers = name in ("rows_ptr", "offsets_ptr")
             pointer = _POINTERS[build.dtype] if name in hidden_like else "*fp32"
             signature[name] = "*i64" if integers else pointer
-        elif name.endswith("stride_row") or name == "loop_end":
+        elif name.endswith("stride_row") or name in ("loop_end", "split_stride"):
             signature[name] = "i32"
         else:
             signature[name] = "constexpr"

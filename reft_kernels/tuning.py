@@ -30,15 +30,15 @@ def candidates(
 ) -> list[KernelConfig]:
     """Settings worth trying for a shape, those of the table first; arguments as of ``choose``.
 
-    Tiles for fused multiply-adds up to rank 8, tiles for the matrix units, threads and pipeline
-    stages for each, and other splits of the row loop. Whether they compile is for the device to
-    say.
+    Other splits of the row loop and other pipelines, then tiles for fused multiply-adds up to rank
+    8 and tiles for the matrix units. Whether they compile is for the device to say.
     """
     table = configs.choose(
         kernel, dim=dim, rank=rank, num_rows=num_rows, dtype=dtype, target=target
     )
     widest = max(16, 1 << (dim - 1).bit_length())
     found = [table, *(replace(table, splits=splits) for splits in _other_splits(kernel, table))]
+    found += [replace(table, stages=stages) for stages in (1, 2, 4)]
     for tile in itertools.chain(_fma_tiles(rank), _dot_tiles(rank, dtype)):
         if tile["chunk"] <= widest:
             found.append(replace(table, **tile))
@@ -46,14 +46,15 @@ def candidates(
 
 
 def _fma_tiles(rank: int) -> Iterator[dict[str, Any]]:
+    """A thread owns one or two columns of the chunk, and at most 64 partial sums."""
     padded = _padded(rank)
     if padded > 8:
         return
-    for rows, chunk, warps in itertools.product((1, 2, 4, 8), (128, 256, 512), (2, 4, 8)):
-        if 16 <= rows * padded * chunk // (32 * warps) <= 32:
+    for rows, warps, wide in itertools.product((1, 2, 4, 8, 16), (4, 8), (1, 2)):
+        if 8 <= rows * padded * wide <= 64 or rows == 16:
             yield {
-                "rows": rows, "rank": padded, "chunk": chunk, "dot": False, "warps": warps,
-                "stages": 2,
+                "rows": rows, "rank": padded, "chunk": 32 * warps * wide, "dot": False,
+                "warps": warps, "stages": 3,
             }  # fmt: skip
 
 
@@ -61,13 +62,13 @@ def _dot_tiles(rank: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     padded = max(16, _padded(rank))
     if dtype is torch.float64:
         return
-    for rows, chunk, warps, stages in itertools.product((16, 32), (64, 128, 256), (4, 8), (1, 2)):
+    for rows, chunk, warps in itertools.product((16, 32, 64), (32, 64, 128), (4, 8)):
         # A chunk of rows, and one of the parameter in float32, for each stage.
-        if stages * chunk * (rows * dtype.itemsize + padded * 4) <= _SHARED:
-            yield {
-                "rows": rows, "rank": padded, "chunk": chunk, "dot": True, "warps": warps,
-                "stages": stages,
-            }  # fmt: skip
+        stage = chunk * (rows * dtype.itemsize + padded * 4)
+        yield {
+            "rows": rows, "rank": padded, "chunk": chunk, "dot": True, "warps": warps,
+            "stages": max(1, min(3, _SHARED // stage)),
+        }  # fmt: skip
 
 
 def _other_splits(kernel: str, config: KernelConfig) -> list[int]:

@@ -40,6 +40,7 @@ def edit_codes_grad_kernel(
     BLOCK_D: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
     ACC: tl.constexpr,
 ):
     group = tl.program_id(1).to(tl.int64)
@@ -58,7 +59,7 @@ def edit_codes_grad_kernel(
     # Rows that are not live read as 0, so their ds and du are 0 and add nothing to any gradient.
     b_ds = project(
         grad_ptr, bases, grad_stride_dim, live, decode_ptr + matrix, grad_ptr, places, inside,
-        loop_end, DIM, RANK, False, BLOCK_N, BLOCK_R, BLOCK_D, DOT, PRECISION, ACC,
+        loop_end, DIM, RANK, False, BLOCK_N, BLOCK_R, BLOCK_D, DOT, PRECISION, STAGES, ACC,
     )  # fmt: skip
     code = places[:, None] * RANK + ranks[None, :]
     if ACTIVATION == "":
@@ -97,9 +98,10 @@ def edit_columns_grad_kernel(
     s_ptr,  # (n, r)
     du_ptr,  # (n, r)
     ds_ptr,  # (n, r)
-    d_encode_ptr,  # (splits, g, r, D) out
-    d_bias_ptr,  # (splits, g, r) out
-    d_decode_ptr,  # (splits, g, r, D) out
+    d_encode_ptr,  # (g, r, D) out, of the first split
+    d_bias_ptr,  # (g, r) out
+    d_decode_ptr,  # (g, r, D) out
+    split_stride,  # elements from the sums of one split to those of the next
     DIM: tl.constexpr,
     RANK: tl.constexpr,
     WRITE_ROWS: tl.constexpr,
@@ -112,6 +114,7 @@ def edit_columns_grad_kernel(
     BLOCK_D: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
     ACC: tl.constexpr,
 ):
     group = tl.program_id(1).to(tl.int64)
@@ -131,7 +134,7 @@ def edit_columns_grad_kernel(
     b_da = tl.zeros((BLOCK_R, BLOCK_D), ACC)
     b_dr = tl.zeros((BLOCK_R, BLOCK_D), ACC)
     b_db = tl.zeros((BLOCK_R,), ACC)
-    for start in range(first, end, BLOCK_N * tl.num_programs(2)):
+    for start in tl.range(first, end, BLOCK_N * tl.num_programs(2), num_stages=STAGES):
         places = start + tl.arange(0, BLOCK_N)
         inside = places < end
         code = places[:, None] * RANK + ranks[None, :]
@@ -176,12 +179,12 @@ def edit_columns_grad_kernel(
                 out_ptr + safe_rows[:, None] * DIM + dims[None, :], b_dh.to(b_v.dtype), mask=m_row
             )
 
-    owner = split * tl.num_programs(1) + group
-    element = (owner * RANK + ranks.to(tl.int64))[:, None] * DIM + dims[None, :]
+    sums = split * split_stride
+    element = sums + matrix + ranks.to(tl.int64)[:, None] * DIM + dims[None, :]
     m_element = (ranks < RANK)[:, None] & m_dims
     if WANT_ENCODE:
         tl.store(d_encode_ptr + element, b_da, mask=m_element)
     if WANT_DECODE:
         tl.store(d_decode_ptr + element, b_dr, mask=m_element)
     if WANT_BIAS and tl.program_id(0) == 0:
-        tl.store(d_bias_ptr + owner * RANK + ranks, b_db, mask=ranks < RANK)
+        tl.store(d_bias_ptr + sums + group * RANK + ranks, b_db, mask=ranks < RANK)

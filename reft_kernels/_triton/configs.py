@@ -22,16 +22,15 @@ TABLE = Path(__file__).with_name("measured.json")
 #: Up to so many rows in the largest group, launches are the cost; beyond, bandwidth.
 FEW_ROWS = 2048
 
-#: The largest FMA tile [rows, rank, chunk] in elements: 32 accumulators a thread at 4 warps, half
-#: of that where the rows themselves are float32 too (on cuda:100 the full tile spills).
-_FMA_TILE, _FMA_TILE_SINGLE = 4096, 2048
 #: All the registers an NVIDIA thread can address. Unless told a limit, ptxas spills a few of 40 to
 #: 130 registers to reach the next step of occupancy (seen on cuda:80 and cuda:100); told one, it
 #: spills only beyond it. 255 registers leave room for one block of 8 warps.
 _MAX_REGISTERS = 255
-#: Programs that fill a large device, two a multiprocessor (H200: 132); and the most partial sums of
+#: Programs that fill a large device, one a multiprocessor (H200: 132); and the most partial sums of
 #: a parameter's gradient, which are written and read once more.
-_PROGRAMS, _SPLITS = 264, 16
+_MULTIPROCESSORS, _SPLITS = 132, 16
+#: Partial sums a thread holds in registers.
+_SUMS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,35 +122,18 @@ def default(
     """The settings by rule, where nothing was measured; arguments as of :func:`choose`."""
     hip = target.startswith("hip")
     block_r = _power_of_two(rank)
-    single = dtype is torch.float32
-    dot = block_r > 8 and dtype is not torch.float64
-    warps, stages = 4, 2
-    if dot:
-        rows = 16
-        # Three tf32 products hold their operands twice: half the chunk, and from rank 64 on the
-        # accumulators of two gradients need twice the threads. A wavefront is twice a warp already.
-        chunk = 128 if block_r <= 32 and not single else 64 if block_r <= 128 else 32
-        if not hip and (block_r >= 128 or (block_r >= 64 and single)):
-            warps = 8
-        if kernel == "columns" and not hip and block_r >= 32:
-            # Two gradients and two matrices of [rank, chunk] at once.
-            warps = 8
-            if block_r >= 128 or (block_r >= 64 and single):
-                chunk, stages = 32, 1
-                rows = 32 if block_r >= 128 and not single else rows
-        # Two chunks of this size outgrow the 64 KiB a block has on AMD, 100 KiB at rank 256.
-        if block_r >= (128 if hip else 256):
-            stages = 1
-    else:
-        rows = max(1, min(4, 32 // block_r))
-        tile = _FMA_TILE_SINGLE if single else _FMA_TILE
-        chunk = max(16, min(128, tile // (rows * block_r)))
+    dot = dtype is not torch.float64 and (
+        block_r > 8 or (num_rows > FEW_ROWS and dtype is not torch.float32)
+    )
+    block_r = max(block_r, 16) if dot else block_r
+    tile = (_dot_tile if dot else _fma_tile)(kernel, block_r, num_rows, dtype, hip)
+    rows, chunk, warps, stages = tile
     chunk = min(chunk, max(16, _power_of_two(dim)))
     splits = 1
     if kernel == "columns":
-        # Enough programs to fill a device when D alone does not, none with less than 32 rows.
+        # Enough programs to fill a device when D alone does not, none with less than two tiles.
         columns = -(-dim // chunk)
-        splits = max(1, min(_SPLITS, _PROGRAMS // columns, num_rows // 32))
+        splits = max(1, min(_SPLITS, 2 * _MULTIPROCESSORS // columns, num_rows // (2 * rows)))
     return KernelConfig(
         rows,
         block_r,
@@ -163,6 +145,52 @@ def default(
         max_registers=None if hip else _MAX_REGISTERS,
         splits=splits,
     )
+
+
+def _fma_tile(
+    kernel: str, block_r: int, num_rows: int, dtype: torch.dtype, hip: bool
+) -> tuple[int, int, int, int]:
+    """(rows, chunk, warps, stages) of fused multiply-adds: a thread owns a column of the chunk, all
+    rows and ranks of it, so that nothing is exchanged but once at the end."""
+    threads, stages = 256, 2 if hip else 3
+    if kernel == "columns":
+        # Of each row a thread holds h, v and two codes at once. Small tiles, so more in flight; but
+        # AMD keeps what is in flight in registers.
+        rows, stages = (4, 1) if hip else (max(4, min(16, 32 // block_r)), 4)
+        threads = 128
+    else:
+        # Every program reads both matrices whole: as many rows as keep every multiprocessor busy,
+        # and as rows × rank partial sums leave registers for.
+        share = _power_of_two(max(1, num_rows // _MULTIPROCESSORS))
+        rows = max(1, min(share, _SUMS // block_r, 16))
+    return rows, threads, threads // (64 if hip else 32), stages
+
+
+def _dot_tile(
+    kernel: str, block_r: int, num_rows: int, dtype: torch.dtype, hip: bool
+) -> tuple[int, int, int, int]:
+    """(rows, chunk, warps, stages) of the matrix units."""
+    single = dtype is torch.float32
+    many = num_rows > FEW_ROWS
+    warps, stages, rows = 4, 2, 16
+    if kernel == "rows" and many and block_r <= 64 and not hip:
+        # Both matrices are read once a program: four times the rows, a quarter of that traffic.
+        return (32, 32, 8, 3) if single else (64, 64, 8 if block_r > 32 else 4, 3)
+    # Three tf32 products hold their operands twice: half the chunk, and from rank 64 on the
+    # accumulators of two gradients need twice the threads. A wavefront is twice a warp already.
+    chunk = 128 if block_r <= 32 and not single else 64 if block_r <= 128 else 32
+    if not hip and (block_r >= 128 or (block_r >= 64 and single)):
+        warps = 8
+    if kernel == "columns" and not hip and block_r >= 32:
+        # Two gradients and two matrices of [rank, chunk] at once.
+        warps = 8
+        if block_r >= 128 or (block_r >= 64 and single):
+            chunk, stages = 32, 1
+            rows = 32 if block_r >= 128 and not single else rows
+    # Two chunks of this size outgrow the 64 KiB a block has on AMD, 100 KiB at rank 256.
+    if block_r >= (128 if hip else 256):
+        stages = 1
+    return rows, chunk, warps, stages
 
 
 @functools.cache

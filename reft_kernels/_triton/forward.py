@@ -41,6 +41,7 @@ def edit_rows_kernel(
     BLOCK_D: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
     ACC: tl.constexpr,
 ):
     group = tl.program_id(1).to(tl.int64)
@@ -59,7 +60,7 @@ def edit_rows_kernel(
     if HAS_ENCODE:
         b_u = project(
             hidden_ptr, bases, stride_dim, live, encode_ptr + matrix, x_ptr, places, inside,
-            loop_end, DIM, RANK, SAVE_X, BLOCK_N, BLOCK_R, BLOCK_D, DOT, PRECISION, ACC,
+            loop_end, DIM, RANK, SAVE_X, BLOCK_N, BLOCK_R, BLOCK_D, DOT, PRECISION, STAGES, ACC,
         )  # fmt: skip
     else:
         b_u = tl.zeros((BLOCK_N, BLOCK_R), ACC)
@@ -70,7 +71,7 @@ def edit_rows_kernel(
     if SUBTRACT:
         b_s -= project(
             hidden_ptr, bases, stride_dim, live, decode_ptr + matrix, x_ptr, places, inside,
-            loop_end, DIM, RANK, False, BLOCK_N, BLOCK_R, BLOCK_D, DOT, PRECISION, ACC,
+            loop_end, DIM, RANK, False, BLOCK_N, BLOCK_R, BLOCK_D, DOT, PRECISION, STAGES, ACC,
         )  # fmt: skip
     code = places[:, None] * RANK + ranks[None, :]
     if SAVE_U:
@@ -79,7 +80,7 @@ def edit_rows_kernel(
         # A place without a row must add nothing to dR.
         tl.store(s_ptr + code, tl.where(live[:, None], b_s, 0.0), mask=m_code)
 
-    for start in range(0, loop_end, BLOCK_D):
+    for start in tl.range(0, loop_end, BLOCK_D, num_stages=STAGES):
         dims = start + tl.arange(0, BLOCK_D)
         m_row = live[:, None] & (dims < DIM)[None, :]
         target = hidden_ptr + bases[:, None] + dims.to(tl.int64)[None, :] * stride_dim

@@ -5,6 +5,8 @@ Same two functions and the same meaning as ``torch_path``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -73,6 +75,7 @@ def edit_forward(
         BLOCK_D=config.chunk,
         DOT=config.dot,
         PRECISION=config.precision,
+        STAGES=config.stages,
         ACC=_ACCUMULATE[compute],
         **config.launch_options,
     )
@@ -139,6 +142,7 @@ def edit_backward(
             BLOCK_D=config.chunk,
             DOT=config.dot,
             PRECISION=config.precision,
+            STAGES=config.stages,
             ACC=_ACCUMULATE[compute],
             **config.launch_options,
         )
@@ -146,12 +150,13 @@ def edit_backward(
     config = choose(
         "columns", dim=dim, rank=rank, num_rows=plan.largest_group, dtype=dtype, target=target
     )
-    whole = (config.splits, *decode.shape)
-    sums = tuple(
-        grad_out.new_empty(shape, dtype=compute) if want else None
-        for shape, want in zip((whole, whole[:-1], whole), wants[1:], strict=True)
-    )
-    d_encode, d_bias, d_decode = sums
+    # The sums of a split lie behind one another, so that one reduction adds the splits of all.
+    shapes = (decode.shape, decode.shape[:-1], decode.shape)
+    sizes = [shape.numel() if want else 0 for shape, want in zip(shapes, wants[1:], strict=True)]
+    # The bias, which is short, comes last: the matrices stay aligned.
+    starts = (0, sizes[0] + sizes[2], sizes[0])
+    sums = grad_out.new_empty(config.splits, sum(sizes), dtype=compute)
+    d_encode, d_bias, d_decode = _parts(sums[0], shapes, sizes, starts)
     # Columns are divided among programs; without any to divide, one program sums the bias.
     columns = triton.cdiv(dim, config.chunk) if write_rows or want_encode or want_decode else 1
     edit_columns_grad_kernel[columns, plan.num_groups, config.splits](
@@ -169,6 +174,7 @@ def edit_backward(
         decode if d_encode is None else d_encode,
         decode if d_bias is None else d_bias,
         decode if d_decode is None else d_decode,
+        sums.stride(0),
         DIM=dim,
         RANK=rank,
         WRITE_ROWS=write_rows,
@@ -181,19 +187,26 @@ def edit_backward(
         BLOCK_D=config.chunk,
         DOT=config.dot,
         PRECISION=config.precision,
+        STAGES=config.stages,
         ACC=_ACCUMULATE[compute],
         **config.launch_options,
     )
-    d_encode, d_bias, d_decode = (
-        None if part is None else _joined(part, decode.dtype) for part in sums
+    if not any(sizes):
+        return d_hidden, None, None, None
+    whole = (sums[0] if config.splits == 1 else sums.sum(0)).to(decode.dtype)
+    return d_hidden, *_parts(whole, shapes, sizes, starts)
+
+
+def _parts(
+    flat: Tensor, shapes: Sequence[torch.Size], sizes: Sequence[int], starts: Sequence[int]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dA, db and dR as views of where they lie together, None where the size is 0."""
+    encode, bias, decode = (
+        flat[start : start + size].view(shape) if size else None
+        for shape, size, start in zip(shapes, sizes, starts, strict=True)
     )
-    return d_hidden, d_encode, d_bias, d_decode
+    return encode, bias, decode
 
 
 def _compute_dtype(hidden: Tensor, parameter: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (hidden.dtype, parameter.dtype) else torch.float32
-
-
-def _joined(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """The splits of a gradient added in a fixed order."""
-    return (partial[0] if partial.shape[0] == 1 else partial.sum(0)).to(dtype)

@@ -88,6 +88,7 @@ def project(
     BLOCK_D: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """z = x Mᵀ: [BLOCK_N, BLOCK_R]. Rows that are not live read as 0 (and are copied as 0)."""
@@ -95,7 +96,7 @@ def project(
         total = tl.zeros((BLOCK_N, BLOCK_R), ACC)
     else:
         partial = tl.zeros((BLOCK_N, BLOCK_R, BLOCK_D), ACC)
-    for start in range(0, loop_end, BLOCK_D):
+    for start in tl.range(0, loop_end, BLOCK_D, num_stages=STAGES):
         dims = start + tl.arange(0, BLOCK_D)
         m_dims = (dims < DIM)[None, :]
         b_x = tl.load(

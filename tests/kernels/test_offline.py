@@ -43,6 +43,10 @@ BUILDS = [
     ("hip:gfx942", "edit_rows", "gelu", 4096, 8, "float32"),
     ("hip:gfx942", "edit_codes_grad", "gelu", 4096, 64, "float32"),
     ("hip:gfx942", "edit_columns_grad", "linear", 768, 1, "bfloat16"),
+    ("cuda:80", "edit_rows", "gelu", 2048, 64, "float32", 8192),
+    ("cuda:90", "edit_rows", "linear", 4096, 8, "bfloat16", 8192),
+    ("cuda:90", "edit_columns_grad", "gelu", 8192, 4, "float32", 8192),
+    ("hip:gfx942", "edit_rows", "gelu", 4096, 8, "bfloat16", 8192),
 ]
 #: Settings under which the registers cannot do.
 STARVED = [
@@ -56,9 +60,9 @@ from reft_kernels import offline
 from reft_kernels._triton import configs
 
 choose = configs.choose
-for (target, kernel, variant, dim, rank, dtype), changes in json.load(sys.stdin):
+for (target, kernel, variant, dim, rank, dtype, *rows), changes in json.load(sys.stdin):
     configs.choose = lambda *a, **k: dataclasses.replace(choose(*a, **k), **changes)
-    build = offline.Build(kernel, variant, dim, rank, getattr(torch, dtype))
+    build = offline.Build(kernel, variant, dim, rank, getattr(torch, dtype), *rows)
     print(json.dumps(offline.compile_build(build, target).as_dict()))
 """
 
@@ -107,7 +111,7 @@ def test_a_spill_is_seen(compiled: list[dict[str, int]]) -> None:
 
 @pytest.mark.slow
 def test_the_command_prints_a_row_a_build() -> None:
-    shapes = ("--dims", "64", "--ranks", "1,16", "--dtypes", "bf16")
+    shapes = ("--dims", "64", "--ranks", "1,16", "--dtypes", "bf16", "--rows", "14")
     done = uninterpreted(
         *("-m", "benchmarks", "compile", "--target", "cuda:90", "--kernels", "edit_rows"),
         *(*shapes, "--jobs", "2", "--json"),
@@ -144,6 +148,7 @@ def invoke(command: ModuleType, *arguments: str) -> Result:
         (["--target", "cuda:91"], "cuda:80, cuda:90, cuda:100, hip:gfx942, got 'cuda:91'"),
         (["--target", "cuda:90"], "TRITON_INTERPRET=1"),
         (["--dims", "768,x"], "--dims takes positive integers separated by commas, got '768,x'"),
+        (["--rows", "many"], "--rows takes positive integers separated by commas, got 'many'"),
         (["--ranks", "0"], "--ranks takes positive integers separated by commas, got '0'"),
         (["--dtypes", "fp8"], "--dtypes takes fp32, bf16, fp16, got 'fp8'"),
         (
@@ -175,7 +180,7 @@ def test_spills_and_failures_are_named(
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(offline, "compile_build", compile_build)
     question = ("--target", "cuda:80", "--kernels", "edit_rows", "--dims", "768", "--jobs", "1")
-    filters = (*question, "--dtypes", "fp16")
+    filters = (*question, "--dtypes", "fp16", "--rows", "448")
 
     result = invoke(command, *filters, "--ranks", "1,4,64", "--json")
     assert result.exit_code == 1
@@ -183,8 +188,10 @@ def test_spills_and_failures_are_named(
     assert [row["spills"] for row in rows] == [0, None, 0, 0, None, 8]
     error = result.stderr.splitlines()[-1]
     assert error.startswith("error: 3 of 6 builds: ")
-    assert "cuda:80 edit_rows gelu D=768 r=64 fp16: 8 bytes spilled" in error
-    assert "cuda:80 edit_rows linear D=768 r=4 fp16: RuntimeError: no such instruction" in error
+    assert "cuda:80 edit_rows gelu D=768 r=64 fp16 n=448: 8 bytes spilled" in error
+    assert (
+        "cuda:80 edit_rows linear D=768 r=4 fp16 n=448: RuntimeError: no such instruction" in error
+    )
 
     result = invoke(command, *filters, "--ranks", "1")
     assert result.exit_code == 0
@@ -209,4 +216,5 @@ def test_every_build_of_the_matrix_once() -> None:
     import torch
 
     found = list(offline.builds((768, 4096), (1, 8, 64), (torch.float32, torch.bfloat16)))
-    assert len(found) == len(set(found)) == 3 * 2 * 2 * 3 * 2
+    assert len(found) == len(set(found)) == 3 * 2 * 2 * 3 * 2 * 2
+    assert {build.num_rows for build in found} == set(offline.ROWS)

@@ -54,6 +54,7 @@ SHAPES = [
 ]
 #: One row; tiles that end early; empty, equal, skewed, many groups.
 GROUPS = [
+    Case(40, 3, (2100,), dtype=BF16, missing="some"),  # many rows go to the matrix units
     Case(64, 4, (1,)),
     Case(64, 4, (45,), missing="some"),
     Case(64, 4, (3, 8)),

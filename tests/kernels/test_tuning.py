@@ -97,16 +97,16 @@ def test_a_trial_takes_over_and_ends():
 def test_the_table_has_the_last_word_where_it_was_measured(table):
     table()
     plain = configs.choose("rows", **SHAPE)
-    mine = replace(plain, rows=8, warps=8)
+    mine = replace(plain, rows=8, warps=16)
     table(tuning.entry("rows", mine, **SHAPE, device="H", commit="c", ratio=0.5))
     assert configs.choose("rows", **SHAPE) == mine
     alike = ({"num_rows": 14}, {"rank": 7}, {"dtype": torch.float16}, {"dim": 8192})
     for changes in alike:
-        assert configs.choose("rows", **SHAPE | changes).warps == 8, changes
+        assert configs.choose("rows", **SHAPE | changes).warps == 16, changes
     others = ({"num_rows": 8192}, {"rank": 4}, {"dtype": torch.float32}, {"target": "cuda:80"})
     for changes in others:
-        assert configs.choose("rows", **SHAPE | changes).warps != 8, changes
-    assert configs.choose("columns", **SHAPE).warps != 8
+        assert configs.choose("rows", **SHAPE | changes).warps != 16, changes
+    assert configs.choose("columns", **SHAPE).warps != 16
 
 
 def test_settings_measured_on_wide_rows_fit_narrow_ones(table):
@@ -120,9 +120,9 @@ def test_settings_measured_on_wide_rows_fit_narrow_ones(table):
 def test_an_entry_names_only_what_differs_from_the_rule(table):
     table()
     plain = configs.choose("rows", **SHAPE)
-    made = tuning.entry("rows", replace(plain, stages=3), **SHAPE, ratio=0.9)
+    made = tuning.entry("rows", replace(plain, stages=5), **SHAPE, ratio=0.9)
     assert made == {
-        "key": ["cuda:90", "rows", "2", "8", "few"], "settings": {"stages": 3}, "ratio": 0.9,
+        "key": ["cuda:90", "rows", "2", "8", "few"], "settings": {"stages": 5}, "ratio": 0.9,
     }  # fmt: skip
 
 
