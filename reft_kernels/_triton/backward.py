@@ -8,8 +8,9 @@ Bytes: n·D·e read; flops 2·n·r·D.
 ``edit_columns_grad_kernel`` does the rest: a program owns BLOCK_D columns of one group and walks
 over its rows, so each v is read once, for dR and for dh, which replaces it where it stands, and
 nothing is added atomically: two runs agree bit for bit. Bytes: 2·n·D·e read, n·D·e written,
-2·r·D·4 written (times the number of splits of the row loop, whose partial sums PyTorch adds in a
-fixed order); flops 6·n·r·D. Together 4·n·D·e: v twice, h once, dh once.
+2·r·D·4 written (times the number of splits of the row loop; their partial sums lie behind one
+another, and PyTorch adds them in one reduction, in a fixed order); flops 6·n·r·D. Together 4·n·D·e:
+v twice, h once, dh once.
 """
 
 import triton

@@ -4,7 +4,8 @@
 
 Grid: (tiles of the largest group, g); tiles past the end of their group leave at once.
 Bytes: n·D·e read twice (the second time from cache) and written once, n·D·e more where the rows are
-saved, and 2·r·D·4 of parameters a tile. Flops: 4·n·r·D, 6·n·r·D with σ beside an activation.
+saved, and 2·r·D·4 of parameters a tile, from the L2 cache: what bounds the rows of a tile from
+below. Flops: 4·n·r·D, 6·n·r·D with σ beside an activation.
 """
 
 import triton

@@ -1,12 +1,14 @@
-"""Device functions that the row kernels share: two passes over D, and the activations.
+"""Device functions that the kernels share: two passes over D, and the activations.
 
 A row kernel holds BLOCK_N rows. Pass one (``project``) reads the rows in chunks of BLOCK_D and
-reduces them to BLOCK_R numbers each; pass two (``add_decoded``) reads the chunks again, from cache,
+reduces them to BLOCK_R numbers each; pass two (``decoded``) reads the chunks again, from cache,
 and writes them back with the decoded code added. Everything is accumulated in ACC, rounded once at
 the store.
 
 Both passes end at ``loop_end``, which is D as a number that the compiler does not know: loops it
-can count it unrolls whole, and then hoists loads until it runs out of registers.
+can count it unrolls whole, and then hoists loads until it runs out of registers. ``tl.range`` with
+STAGES keeps the next chunks on their way while one is worked on (asynchronous copies to shared
+memory on NVIDIA); the launch option of that name does so for matrix products alone.
 
 Names: ``b_`` tiles with their shape behind, ``m_`` masks. Row offsets are int64 before they are
 multiplied.
