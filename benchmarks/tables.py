@@ -93,6 +93,16 @@ def by_key(rows: Iterable[Row]) -> dict[tuple[str, str, str, str], Row]:
     return found
 
 
+def least_disturbed(rows: Iterable[Row]) -> list[Row]:
+    """The rows that the overhead of a step is read from: of "undisturbed" where there is one, else
+    of "step"."""
+    rows = list(rows)
+    better = {(row.suite, row.case, row.peer) for row in rows if row.metric == "undisturbed"}
+    return [
+        row for row in rows if row.metric != "step" or (row.suite, row.case, row.peer) not in better
+    ]
+
+
 def split_fields(rows: Sequence[Row]) -> tuple[dict[str, Any], list[str]]:
     """What is equal in the shapes of all rows, and the names of the fields that are not."""
     names = list(dict.fromkeys(name for row in rows for name in row.shape))

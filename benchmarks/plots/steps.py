@@ -37,8 +37,8 @@ def overheads(rows: Sequence[Row]) -> Figure:
         (11.0, 1.2 + lines * (0.85 + 0.27 * len(peers))),
         f"A training step of {what}: time beyond the frozen model's own",
         rows,
-        "Bars: median; whiskers: p20 to p80 of the rounds; grey: the frozen model measured "
-        "twice, the noise; linear within ±1 %, logarithmic beyond.",
+        f"{_what_bars_are(rows)}; grey: the frozen model measured twice, the noise; linear within "
+        "±1 %, logarithmic beyond.",
     )
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, case in zip(panels, cases, strict=False):
@@ -51,6 +51,12 @@ def overheads(rows: Sequence[Row]) -> Figure:
         axes.remove()
     _scale(panels[0], [row for row in rows if row.peer != row.baseline], vertical=False)
     return figure
+
+
+def _what_bars_are(rows: Sequence[Row]) -> str:
+    if any(row.metric == "undisturbed" for row in rows):
+        return "Bars: every part of a step at its fastest; whiskers: either half of the rounds"
+    return "Bars: median; whiskers: p20 to p80 of the rounds"
 
 
 def _bars(axes: Axes, own: Mapping[str, Row], peers: Sequence[str]) -> None:

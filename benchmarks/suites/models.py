@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from benchmarks.cases import DTYPES, LLAMA_1B, LLAMA_8B, ROBERTA_BASE, ModelCase, llama
 from benchmarks.gate import check_losses
+from benchmarks.parts import Parts, undisturbed, undisturbed_ratio
 from benchmarks.peers import Absent, Wrapped
 from benchmarks.peers.ours import wrap as wrap_ours
 from benchmarks.peers.reference import prompt_length
 from benchmarks.peers.reference import wrap as wrap_reference
 from benchmarks.records import Gate, Row
 from benchmarks.suites import Options, Suite, row
-from benchmarks.timing import Clock, Run, interleave, paired_ratio, quantiles
+from benchmarks.timing import Clock, Quantiles, Run, interleave, paired_ratio, quantiles
 
 FLOOR = "frozen"
 
@@ -172,7 +173,7 @@ def step(wrapped: Wrapped, batch: Mapping[str, Tensor]) -> Any:
 
 
 def run(suite: str, case: ModelCase, options: Options) -> Iterator[Row]:
-    """Row "step" of every peer, its ratio to the floor."""
+    """Row "step" of every peer, its ratio to the floor; on a CPU also "undisturbed"."""
     device = options.device
     clock, batch, twins = Clock(device), make_batch(case, device), Twins(case, device)
     gates = {True: check(case, twins, batch)}
@@ -189,7 +190,9 @@ def run(suite: str, case: ModelCase, options: Options) -> Iterator[Row]:
             yield dataclasses.replace(blank, gate=gate, absent="the gate did not pass")
             continue
         try:
-            wrapped = peer.wrap(twins.one(), case)
+            twin = twins.one()
+            parts = Parts(twin)
+            wrapped = peer.wrap(twin, case)
             once = step(wrapped, batch)
             once()
         except (Absent, RuntimeError) as error:
@@ -197,16 +200,33 @@ def run(suite: str, case: ModelCase, options: Options) -> Iterator[Row]:
             continue
         judged = gate if wrapped.same_as_reference else None
         kept[peer.name] = dataclasses.replace(blank, gate=judged, baseline=FLOOR)
-        runs[peer.name] = partial(clock, step=once)
-    samples = interleave(runs, options.effort)
+        runs[peer.name] = (
+            partial(clock, step=once) if device.type == "cuda" else partial(_in_parts, parts, once)
+        )
+    # Each has run once: that is warm enough for steps of seconds.
+    samples = interleave(runs, dataclasses.replace(options.effort, warmup=0))
     for name, blank in kept.items():
         seconds = samples[name]["step"]
         floor = samples.get(FLOOR, {}).get("step")
         yield blank.timed(
             quantiles(seconds), None if floor is None else paired_ratio(seconds, floor)
         )
+        if floor is not None and device.type != "cuda":
+            own, other = (_parts_of(samples[one]) for one in (name, FLOOR))
+            found, ratio = undisturbed(own), undisturbed_ratio(own, other)
+            least = dataclasses.replace(blank, metric="undisturbed")
+            yield least.timed(Quantiles(found, found, found, ratio.rounds), ratio)
     runs.clear()
     gc.collect()
+
+
+def _in_parts(parts: Parts, once: Callable[[], object]) -> dict[str, float]:
+    times = parts(once)
+    return {"step": sum(times), **{f"part {number}": one for number, one in enumerate(times)}}
+
+
+def _parts_of(phases: Mapping[str, list[float]]) -> list[list[float]]:
+    return [seconds for phase, seconds in phases.items() if phase.startswith("part ")]
 
 
 LAYER = Suite("layer", "a training step of two decoder layers", layer_cases, partial(run, "layer"))

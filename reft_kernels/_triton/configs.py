@@ -95,7 +95,10 @@ def _settings(
     config = default(kernel, dim, rank, num_rows, dtype, target)
     found = measured(TABLE).get(key(kernel, rank, num_rows, dtype, target), {})
     config = replace(config, **found)
-    return replace(config, chunk=min(config.chunk, max(16, _power_of_two(dim))))
+    # Measured on long rows and many of them: fit for all.
+    chunk = min(config.chunk, max(16, _power_of_two(dim)))
+    splits = max(1, min(config.splits, num_rows // config.rows))
+    return replace(config, chunk=chunk, splits=splits)
 
 
 def key(kernel: str, rank: int, num_rows: int, dtype: torch.dtype, target: str) -> tuple[str, ...]:

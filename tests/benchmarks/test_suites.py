@@ -16,8 +16,8 @@ from benchmarks.timing import Effort
 METRICS = {
     "op": {"forward", "backward"},
     "orthonormal": {"forward+backward", "buffers"},
-    "layer": {"step"},
-    "step": {"step"},
+    "layer": {"step", "undisturbed"},
+    "step": {"step", "undisturbed"},
     "memory": {"peak", "saved"},
     "generate": {"prefill", "decode", "decode_operations", "decode_bytes"},
     "load": {"wrap", "save", "load"},

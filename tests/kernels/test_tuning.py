@@ -117,6 +117,15 @@ def test_settings_measured_on_wide_rows_fit_narrow_ones(table):
     assert configs.choose("rows", **SHAPE | {"dim": 50}).chunk == 64
 
 
+def test_splits_measured_on_many_rows_fit_few(table):
+    table()
+    split = replace(configs.choose("columns", **SHAPE), rows=4, splits=16)
+    table(tuning.entry("columns", split, **SHAPE))
+    assert configs.choose("columns", **SHAPE).splits == 16
+    assert configs.choose("columns", **SHAPE | {"num_rows": 14}).splits == 3
+    assert configs.choose("columns", **SHAPE | {"num_rows": 1}).splits == 1
+
+
 def test_an_entry_names_only_what_differs_from_the_rule(table):
     table()
     plain = configs.choose("rows", **SHAPE)
