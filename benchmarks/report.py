@@ -17,9 +17,9 @@ from benchmarks.tables import (
     cases_by_peer,
     constants,
     in_order,
-    least_disturbed,
     markdown,
     model_label,
+    most_exact,
     overhead,
     overhead_and_range,
     peers_by,
@@ -39,7 +39,7 @@ _METRICS = {
     "forward+backward": "Forward and backward",
     "buffers": "Buffers beside the parameters",
     "step": "Whole step",
-    "undisturbed": "Undisturbed: each part of a step at its fastest, added up",
+    "counted": "Counted: operators and Python that the frozen model does not run",
     "peak": "peak",
     "saved": "kept for backward",
     "prefill": "prefill",
@@ -62,7 +62,7 @@ _TITLES = {
 }
 _OVERHEAD = (
     "Time beyond the frozen model's own, whose backward is cut at the first edited block; in "
-    "brackets p20 to p80 of the rounds, of undisturbed steps what either half of the rounds gives. "
+    "brackets p20 to p80 of the rounds. "
     "*frozen again* is that floor measured twice: the noise."
 )
 _SAYS = {
@@ -255,7 +255,7 @@ def _models(rows: Sequence[Row]) -> list[str]:
         parts += [f"### {title}"]
         parts.append(peers_by(own, lambda row: model_label(row, whole), overhead_and_range))
     for sweep in dict.fromkeys(row.shape.get("sweep") for row in rows if row not in whole):
-        own = least_disturbed(row for row in rows if row.shape.get("sweep") == sweep)
+        own = most_exact(row for row in rows if row.shape.get("sweep") == sweep)
         field = "edited" if sweep == "layers" else str(sweep)
         said = {"edited": "edited layers", "sequence": "tokens"}.get(field, field)
         parts += [
@@ -328,7 +328,7 @@ def readme_table(rows: Sequence[Row]) -> str:
     Raises:
         ValueError: no rows of the step suite.
     """
-    own = least_disturbed(row for row in rows if row.suite == "step")
+    own = most_exact(row for row in rows if row.suite == "step")
     own = [row for row in own if row.shape.get("sweep") is None]
     if not own:
         raise ValueError("README's table is of the step suite, and there are no rows of it")
@@ -337,8 +337,8 @@ def readme_table(rows: Sequence[Row]) -> str:
         "A training step (forward, backward, AdamW) beyond the time of the frozen model, whose "
         "backward is cut at the first edited block; *frozen again* is that floor measured twice."
     )
-    if any(row.metric == "undisturbed" for row in own):
-        says += " Steps are undisturbed: each part, from block to block, at its fastest, added up."
+    if any(row.metric == "counted" for row in own):
+        says += " Counted: the operators and the Python that the frozen model does not run."
     table = peers_by(own, lambda row: model_label(row, own), overhead)
     return "\n\n".join(
         [" ".join(machine_lines(own)), says + (f" All: {common}." if common else ""), table]

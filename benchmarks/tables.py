@@ -93,11 +93,11 @@ def by_key(rows: Iterable[Row]) -> dict[tuple[str, str, str, str], Row]:
     return found
 
 
-def least_disturbed(rows: Iterable[Row]) -> list[Row]:
-    """The rows that the overhead of a step is read from: of "undisturbed" where there is one, else
-    of "step"."""
+def most_exact(rows: Iterable[Row]) -> list[Row]:
+    """The rows that the overhead of a step is read from: of "counted" where there is one, else of
+    "step"."""
     rows = list(rows)
-    better = {(row.suite, row.case, row.peer) for row in rows if row.metric == "undisturbed"}
+    better = {(row.suite, row.case, row.peer) for row in rows if row.metric == "counted"}
     return [
         row for row in rows if row.metric != "step" or (row.suite, row.case, row.peer) not in better
     ]

@@ -13,7 +13,7 @@ from benchmarks.plots.edit import bandwidth, orthonormal, work
 from benchmarks.plots.frame import FLOORS
 from benchmarks.plots.steps import overheads, sweeps
 from benchmarks.records import Row
-from benchmarks.tables import in_order, least_disturbed
+from benchmarks.tables import in_order, most_exact
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[str]:
@@ -46,12 +46,12 @@ def figures(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     if turned:
         yield "orthonormal.png", orthonormal(turned)
     for suite in ("layer", "step"):
-        own = least_disturbed(row for row in rows if row.suite == suite)
+        own = most_exact(row for row in rows if row.suite == suite)
         whole = [row for row in own if row.ratio is not None]
         whole = [row for row in whole if row.shape.get("sweep") is None]
         if any(row.peer not in FLOORS for row in whole):
             yield f"{suite}.png", overheads(whole)
-    own = least_disturbed(row for row in rows if row.suite == "step")
+    own = most_exact(row for row in rows if row.suite == "step")
     swept = [row for row in own if row.shape.get("sweep")]
     swept = [row for row in swept if row.ratio is not None and row.peer != row.baseline]
     families: dict[tuple[str, str], list[Row]] = {}

@@ -54,8 +54,8 @@ def overheads(rows: Sequence[Row]) -> Figure:
 
 
 def _what_bars_are(rows: Sequence[Row]) -> str:
-    if any(row.metric == "undisturbed" for row in rows):
-        return "Bars: every part of a step at its fastest; whiskers: either half of the rounds"
+    if any(row.metric == "counted" for row in rows):
+        return "Bars: operators and Python beyond the floor's; whiskers: p20 to p80 of the rounds"
     return "Bars: median; whiskers: p20 to p80 of the rounds"
 
 

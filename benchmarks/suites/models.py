@@ -13,17 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import DTYPES, LLAMA_1B, LLAMA_8B, ROBERTA_BASE, ModelCase, llama
+from benchmarks.counted import added, profiled
 from benchmarks.gate import check_losses
-from benchmarks.parts import Parts, undisturbed, undisturbed_ratio
 from benchmarks.peers import Absent, Wrapped
 from benchmarks.peers.ours import wrap as wrap_ours
 from benchmarks.peers.reference import prompt_length
 from benchmarks.peers.reference import wrap as wrap_reference
 from benchmarks.records import Gate, Row
 from benchmarks.suites import Options, Suite, row
-from benchmarks.timing import Clock, Quantiles, Run, interleave, paired_ratio, quantiles
+from benchmarks.timing import Clock, Run, interleave, paired_ratio, quantiles
 
 FLOOR = "frozen"
+#: Rounds under the profiler.
+_PROFILES = 3
 
 
 def step_cases(size: str) -> list[ModelCase]:
@@ -32,11 +34,11 @@ def step_cases(size: str) -> list[ModelCase]:
         return [llama("Llama 64x2", 64, 2, 2, 32, vocabulary=64, positions="f3+l3", rank=4)]
     if size == "gpu":
         return [ROBERTA_BASE, LLAMA_1B, LLAMA_8B, *_families(LLAMA_1B.but(layers=8))]
-    wide = llama("Llama 1024x12", 1024, 12, 4, 128)
+    wide = llama("Llama 1024x4", 1024, 4, 4, 128)
     return [
         wide,
         wide.but(dtype="bf16"),
-        llama("Llama 2048x4", 2048, 4, 4, 128),
+        llama("Llama 2048x2", 2048, 2, 4, 128),
         llama("Llama 4096x2", 4096, 2, 2, 128),
         *_families(llama("Llama 512x4", 512, 4, 4, 128)),
     ]
@@ -173,13 +175,14 @@ def step(wrapped: Wrapped, batch: Mapping[str, Tensor]) -> Any:
 
 
 def run(suite: str, case: ModelCase, options: Options) -> Iterator[Row]:
-    """Row "step" of every peer, its ratio to the floor; on a CPU also "undisturbed"."""
+    """Row "step" of every peer, its ratio to the floor; on a CPU also "counted"."""
     device = options.device
     clock, batch, twins = Clock(device), make_batch(case, device), Twins(case, device)
     gates = {True: check(case, twins, batch)}
     if "+" in case.positions:
         gates[False] = check(case, twins, batch, tied=False)
     runs: dict[str, Run] = {}
+    steps: dict[str, Callable[[], object]] = {}
     kept: dict[str, Row] = {}
     for peer in options.peers:
         if peer.wrap is None:
@@ -190,9 +193,7 @@ def run(suite: str, case: ModelCase, options: Options) -> Iterator[Row]:
             yield dataclasses.replace(blank, gate=gate, absent="the gate did not pass")
             continue
         try:
-            twin = twins.one()
-            parts = Parts(twin)
-            wrapped = peer.wrap(twin, case)
+            wrapped = peer.wrap(twins.one(), case)
             once = step(wrapped, batch)
             once()
         except (Absent, RuntimeError) as error:
@@ -200,33 +201,38 @@ def run(suite: str, case: ModelCase, options: Options) -> Iterator[Row]:
             continue
         judged = gate if wrapped.same_as_reference else None
         kept[peer.name] = dataclasses.replace(blank, gate=judged, baseline=FLOOR)
-        runs[peer.name] = (
-            partial(clock, step=once) if device.type == "cuda" else partial(_in_parts, parts, once)
-        )
+        runs[peer.name] = partial(clock, step=once)
+        steps[peer.name] = once
     # Each has run once: that is warm enough for steps of seconds.
     samples = interleave(runs, dataclasses.replace(options.effort, warmup=0))
+    # On a GPU there is nobody else, and whole steps are told apart.
+    counted = _counted(steps) if device.type != "cuda" and FLOOR in steps else {}
     for name, blank in kept.items():
         seconds = samples[name]["step"]
         floor = samples.get(FLOOR, {}).get("step")
         yield blank.timed(
             quantiles(seconds), None if floor is None else paired_ratio(seconds, floor)
         )
-        if floor is not None and device.type != "cuda":
-            own, other = (_parts_of(samples[one]) for one in (name, FLOOR))
-            found, ratio = undisturbed(own), undisturbed_ratio(own, other)
-            least = dataclasses.replace(blank, metric="undisturbed")
-            yield least.timed(Quantiles(found, found, found, ratio.rounds), ratio)
+        if floor is not None and name in counted:
+            whole = quantiles(floor).median
+            times = [whole + one for one in counted[name]]
+            yield dataclasses.replace(blank, metric="counted").timed(
+                quantiles(times), quantiles([one / whole for one in times])
+            )
     runs.clear()
+    steps.clear()
     gc.collect()
 
 
-def _in_parts(parts: Parts, once: Callable[[], object]) -> dict[str, float]:
-    times = parts(once)
-    return {"step": sum(times), **{f"part {number}": one for number, one in enumerate(times)}}
-
-
-def _parts_of(phases: Mapping[str, list[float]]) -> list[list[float]]:
-    return [seconds for phase, seconds in phases.items() if phase.startswith("part ")]
+def _counted(steps: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Peer -> seconds it adds to the floor, one entry a round; the peers in turns."""
+    profiled(lambda: None)  # the profiler's own start
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(_PROFILES):
+        profiles = {name: profiled(once) for name, once in steps.items()}
+        for name, one in profiles.items():
+            found[name].append(added(one, profiles[FLOOR]))
+    return found
 
 
 LAYER = Suite("layer", "a training step of two decoder layers", layer_cases, partial(run, "layer"))

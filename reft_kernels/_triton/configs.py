@@ -75,7 +75,14 @@ TRIALS: dict[str, KernelConfig] = {}
 
 
 def choose(
-    kernel: str, *, dim: int, rank: int, num_rows: int, dtype: torch.dtype, target: str
+    kernel: str,
+    *,
+    dim: int,
+    rank: int,
+    num_rows: int,
+    dtype: torch.dtype,
+    target: str,
+    groups: int = 1,
 ) -> KernelConfig:
     """The settings of "rows" (forward, and codes in backward) or "columns" (all other gradients).
 
@@ -84,15 +91,16 @@ def choose(
         dtype: of hidden; float64 (the interpreter's) never uses the matrix units.
         target: "cuda:90", "hip:gfx942", …; "cpu" is the interpreter. AMD's matrix units have other
             precisions.
+        groups: g.
     """
-    return TRIALS.get(kernel) or _settings(kernel, dim, rank, num_rows, dtype, target)
+    return TRIALS.get(kernel) or _settings(kernel, dim, rank, num_rows, dtype, target, groups)
 
 
 @functools.lru_cache(maxsize=4096)
 def _settings(
-    kernel: str, dim: int, rank: int, num_rows: int, dtype: torch.dtype, target: str
+    kernel: str, dim: int, rank: int, num_rows: int, dtype: torch.dtype, target: str, groups: int
 ) -> KernelConfig:
-    config = default(kernel, dim, rank, num_rows, dtype, target)
+    config = default(kernel, dim, rank, num_rows, dtype, target, groups)
     found = measured(TABLE).get(key(kernel, rank, num_rows, dtype, target), {})
     config = replace(config, **found)
     # Measured on long rows and many of them: fit for all.
@@ -120,7 +128,13 @@ def measured(table: Path) -> Mapping[tuple[str, ...], Mapping[str, int]]:
 
 
 def default(
-    kernel: str, dim: int, rank: int, num_rows: int, dtype: torch.dtype, target: str
+    kernel: str,
+    dim: int,
+    rank: int,
+    num_rows: int,
+    dtype: torch.dtype,
+    target: str,
+    groups: int = 1,
 ) -> KernelConfig:
     """The settings by rule, where nothing was measured; arguments as of :func:`choose`."""
     hip = target.startswith("hip")
@@ -129,14 +143,16 @@ def default(
         block_r > 8 or (num_rows > FEW_ROWS and dtype is not torch.float32)
     )
     block_r = max(block_r, 16) if dot else block_r
-    tile = (_dot_tile if dot else _fma_tile)(kernel, block_r, num_rows, dtype, hip)
-    rows, chunk, warps, stages = tile
+    if dot:
+        rows, chunk, warps, stages = _dot_tile(kernel, block_r, num_rows, dtype, hip)
+    else:
+        rows, chunk, warps, stages = _fma_tile(kernel, block_r, num_rows, groups, hip)
     chunk = min(chunk, max(16, _power_of_two(dim)))
     splits = 1
     if kernel == "columns":
-        # Enough programs to fill a device when D alone does not, none with less than two tiles.
-        columns = -(-dim // chunk)
-        splits = max(1, min(_SPLITS, 2 * _MULTIPROCESSORS // columns, num_rows // (2 * rows)))
+        # Enough programs to fill a device where columns do not, none with less than two tiles.
+        programs = groups * -(-dim // chunk)
+        splits = max(1, min(_SPLITS, 2 * _MULTIPROCESSORS // programs, num_rows // (2 * rows)))
     return KernelConfig(
         rows,
         block_r,
@@ -151,7 +167,7 @@ def default(
 
 
 def _fma_tile(
-    kernel: str, block_r: int, num_rows: int, dtype: torch.dtype, hip: bool
+    kernel: str, block_r: int, num_rows: int, groups: int, hip: bool
 ) -> tuple[int, int, int, int]:
     """(rows, chunk, warps, stages) of fused multiply-adds: a thread owns a column of the chunk, all
     rows and ranks of it, so that nothing is exchanged but once at the end."""
@@ -164,8 +180,8 @@ def _fma_tile(
     else:
         # Every program reads both matrices whole: as many rows as keep every multiprocessor busy,
         # and as rows × rank partial sums leave registers for.
-        share = _power_of_two(max(1, num_rows // _MULTIPROCESSORS))
-        rows = max(1, min(share, _SUMS // block_r, 16))
+        share = min(_power_of_two(max(1, groups * num_rows // _MULTIPROCESSORS)), 16)
+        rows = max(1, min(share, _SUMS // block_r, _power_of_two(num_rows)))
     return rows, threads, threads // (64 if hip else 32), stages
 
 

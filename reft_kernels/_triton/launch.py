@@ -6,6 +6,7 @@ Same two functions and the same meaning as ``torch_path``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -46,6 +47,7 @@ def edit_forward(
         num_rows=plan.largest_group,
         dtype=compute if compute is torch.float64 else hidden.dtype,
         target=target_of(hidden.device),
+        groups=plan.num_groups,
     )
     decode = decode.contiguous()
     edit_rows_kernel[triton.cdiv(plan.largest_group, config.rows), plan.num_groups](
@@ -101,8 +103,14 @@ def edit_backward(
     rank, dim = decode.shape[-2:]
     n = plan.num_rows
     compute = _compute_dtype(grad_out, decode)
-    dtype = compute if compute is torch.float64 else grad_out.dtype
-    target = target_of(grad_out.device)
+    shape: dict[str, Any] = {
+        "dim": dim,
+        "rank": rank,
+        "num_rows": plan.largest_group,
+        "dtype": compute if compute is torch.float64 else grad_out.dtype,
+        "target": target_of(grad_out.device),
+        "groups": plan.num_groups,
+    }
     want_hidden, want_encode, want_bias, want_decode = wants
     write_rows = want_hidden and encode is not None
     d_hidden = None
@@ -119,9 +127,7 @@ def edit_backward(
     du = grad_out.new_empty(n, rank, dtype=compute) if want_code else None
     ds = grad_out.new_empty(n, rank, dtype=compute) if want_difference else None
     if want_code or want_difference:
-        config = choose(
-            "rows", dim=dim, rank=rank, num_rows=plan.largest_group, dtype=dtype, target=target
-        )
+        config = choose("rows", **shape)
         edit_codes_grad_kernel[triton.cdiv(plan.largest_group, config.rows), plan.num_groups](
             grad_out,
             *grad_strides,
@@ -147,9 +153,7 @@ def edit_backward(
             **config.launch_options,
         )
 
-    config = choose(
-        "columns", dim=dim, rank=rank, num_rows=plan.largest_group, dtype=dtype, target=target
-    )
+    config = choose("columns", **shape)
     # The sums of a split lie behind one another, so that one reduction adds the splits of all.
     shapes = (decode.shape, decode.shape[:-1], decode.shape)
     sizes = [shape.numel() if want else 0 for shape, want in zip(shapes, wants[1:], strict=True)]

@@ -295,14 +295,14 @@ def test_what_cannot_be_reported_is_one_line(tmp_path):
     assert not (tmp_path / "report").exists()
 
 
-def test_overheads_are_read_from_undisturbed_steps_where_there_are_some():
+def test_overheads_are_read_from_counted_steps_where_there_are_some():
     whole = [step("frozen", 1.0), step("ours", 1.08), step("LoRA", None, absent="it fails")]
-    better = [step(peer, ratio, metric="undisturbed") for peer, ratio in
+    better = [step(peer, ratio, metric="counted") for peer, ratio in
               (("frozen", 1.0), ("ours", 1.004))]  # fmt: skip
     table = readme_table([*whole, *better])
     assert "+0.4 %" in table and "+8.0 %" not in table
-    assert "Steps are undisturbed" in table and "it fails" in table
+    assert "Counted: the operators" in table and "it fails" in table
     page = render([*whole, *better])
-    assert "### Whole step" in page and "### Undisturbed" in page
+    assert "### Whole step" in page and "### Counted" in page
     assert "+8.0 %" in page and "+0.4 %" in page
-    assert "+8.0 %" in readme_table(whole) and "undisturbed" not in readme_table(whole)
+    assert "+8.0 %" in readme_table(whole) and "Counted" not in readme_table(whole)

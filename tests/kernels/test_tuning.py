@@ -117,6 +117,18 @@ def test_settings_measured_on_wide_rows_fit_narrow_ones(table):
     assert configs.choose("rows", **SHAPE | {"dim": 50}).chunk == 64
 
 
+def test_groups_share_the_device():
+    """Two groups of half the rows are as many programs as one group of all."""
+    one, two, many = (
+        configs.choose("rows", **SHAPE | {"num_rows": 448 // groups}, groups=groups)
+        for groups in (1, 2, 448)
+    )
+    assert one == two and one.rows == 4
+    assert many.rows == 1  # no program holds rows of two groups
+    alone = configs.choose("columns", **SHAPE)
+    assert configs.choose("columns", **SHAPE, groups=4).splits < alone.splits
+
+
 def test_splits_measured_on_many_rows_fit_few(table):
     table()
     split = replace(configs.choose("columns", **SHAPE), rows=4, splits=16)
