@@ -25,7 +25,7 @@ from benchmarks.timing import Clock, Run, interleave, paired_ratio, quantiles
 
 FLOOR = "frozen"
 #: Rounds under the profiler.
-_PROFILES = 3
+_PROFILES = 5
 
 
 def step_cases(size: str) -> list[ModelCase]:
@@ -34,7 +34,7 @@ def step_cases(size: str) -> list[ModelCase]:
         return [llama("Llama 64x2", 64, 2, 2, 32, vocabulary=64, positions="f3+l3", rank=4)]
     if size == "gpu":
         return [ROBERTA_BASE, LLAMA_1B, LLAMA_8B, *_families(LLAMA_1B.but(layers=8))]
-    wide = llama("Llama 1024x4", 1024, 4, 4, 128)
+    wide = llama("Llama 1024x4", 1024, 4, 4, 256)
     return [
         wide,
         wide.but(dtype="bf16"),
