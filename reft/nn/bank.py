@@ -206,6 +206,26 @@ class Bank(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}
 
+    # ``free`` means R only together with ``base``, which is not a key of state_dict(). It travels
+    # with the state's metadata, so that a state dict is whole in another bank too.
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if self.base is not None and metadata is not None:
+            metadata[prefix[:-1]]["base"] = self.base
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        base = local_metadata.get("base")
+        if base is not None and self.base is not None and f"{prefix}free" in state_dict:
+            with torch.no_grad():
+                self.base.copy_(base)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
     @torch.no_grad()
     def orthonormality_error(self) -> float:
         """max |R Rᵀ − I| over layers and groups; 0.0 where R is not kept orthonormal."""

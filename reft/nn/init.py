@@ -76,8 +76,15 @@ def identity_obstacle(spec: EditSpec, activation: str | None, dtype: torch.dtype
         return f"{activation}(W h + b) equals R h for no W and b"
     if spec.subtract and torch.finfo(dtype).eps > torch.finfo(torch.float32).eps:
         return f"W in {str(dtype).removeprefix('torch.')} cannot hold R exactly"
-    if activation is not None and float(activate(activation, torch.zeros(()))) != 0.0:
-        return f"{activation}(0) is not 0"
+    if activation is not None:
+        zero = torch.zeros((), requires_grad=True)
+        with torch.enable_grad():
+            value = activate(activation, zero)
+            (slope,) = torch.autograd.grad(value, zero)
+        if float(value.detach()) != 0.0:
+            return f"{activation}(0) is not 0"
+        if float(slope) == 0.0:
+            return f"{activation} is flat at 0, so that no gradient would ever be other than 0"
     return None
 
 
