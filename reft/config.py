@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
@@ -30,6 +31,10 @@ HEAD_MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 
+#: What can be edited in every block whose structure is known.
+COMPONENTS = ("block_output", "attention_output", "mlp_output")
+_SUBMODULE = re.compile(r"module:\w+(\.\w+)*", re.ASCII)
+
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -42,13 +47,16 @@ class ReftConfig:
         rank: r, the number of directions edited, at least 1.
         layers: "all", a list of layer numbers, or "3;9;18;24". Negative numbers count from the last
             layer. Kept as "all" or a tuple.
-        positions: "f7+l7", "f3", "l1", "prompt" or "all"; see :mod:`reft.positions`.
+        positions: "f7+l7", "f3", "l1", "prompt", "prompt+g4", "all", "image" or "given"; see
+            :mod:`reft.positions`.
         tied: one set of weights for first and last tokens. False: one for each side.
         activation: name of the function around W h + b, None for none.
         dropout: probability in [0, 1), in training only, on edited tokens only.
         dropout_on: "delta" drops entries of the edit; "row" drops entries of the whole vector, as
             pyreft does.
-        component: what is edited; only "block_output", the residual stream after a block.
+        component: what is edited in a block: "block_output", the residual stream after it;
+            "attention_output" or "mlp_output", what these parts add to it; or
+            "module:<path>", the output of another submodule of the block, as wide.
         init: "pyreft" starts as pyreft does, with a small random edit; "identity" with no edit.
         dtype: of the trained parameters; they do not follow the base model's.
         short_prompts: "pyreft" or "paper", how many tokens of a short prompt are edited.
@@ -269,6 +277,15 @@ def _check_layers(name: str, value: Any) -> str | tuple[int, ...]:
     return tuple(layers)
 
 
+def _check_component(name: str, value: Any) -> str:
+    if isinstance(value, str) and _SUBMODULE.fullmatch(value):
+        return value
+    try:
+        return _one_of(*COMPONENTS)(name, value)
+    except ValueError as error:
+        raise ValueError(f'{error}; or "module:<path>" of a submodule of the block') from None
+
+
 def _check_positions(name: str, value: Any) -> str:
     try:
         return str(parse_positions(value))
@@ -344,7 +361,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = MappingProxyType(
         "activation": _check_activation,
         "dropout": _check_dropout,
         "dropout_on": _one_of("delta", "row"),
-        "component": _one_of("block_output"),
+        "component": _check_component,
         "init": _one_of("pyreft", "identity"),
         "dtype": _check_dtype,
         "short_prompts": _one_of(*SHORT_PROMPTS),

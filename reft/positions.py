@@ -3,7 +3,10 @@
     f7+l7   the first seven and the last seven tokens of the prompt
     f3, l1  one side only
     prompt  every token of the prompt
+    prompt+g4   and the first four generated tokens
     all     every token of the prompt and every generated token
+    image   the image tokens of the prompt
+    given   those that each call names in its argument ``edit_positions``
 
 Two conventions that differ between the paper and pyreft live here, and only here:
 
@@ -26,9 +29,13 @@ SHORT_PROMPTS = ("pyreft", "paper")
 PROMPT_ENDS = ("last", "second_to_last")
 
 #: What :func:`parse_positions` accepts, in words, for every message about it.
-ALLOWED = '"f<n>+l<n>", "f<n>" or "l<n>" with n at least 1 ("f7+l7", "f3", "l1"), "prompt" or "all"'
+ALLOWED = (
+    '"f<n>+l<n>", "f<n>" or "l<n>" with n at least 1 ("f7+l7", "f3", "l1"), "prompt", '
+    '"prompt+g<n>" (and n generated tokens), "all", "image" or "given"'
+)
 
 _ENDS = re.compile(r"(?:f([1-9]\d*))?(\+)?(?:l([1-9]\d*))?", re.ASCII)
+_GENERATED = re.compile(r"prompt\+g([1-9]\d*)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +44,16 @@ class Positions:
 
     Attributes:
         kind: "ends" for the first and last tokens of the prompt, "prompt" for all of it, "all" for
-            generated tokens too.
+            generated tokens too, "image" for its image tokens, "given" for what each call says.
         first: tokens edited at the start of the prompt; 0 unless kind is "ends".
         last: tokens edited at its end; 0 unless kind is "ends".
+        generated: tokens edited after the prompt; 0 unless kind is "prompt".
     """
 
-    kind: Literal["ends", "prompt", "all"]
+    kind: Literal["ends", "prompt", "all", "image", "given"]
     first: int = 0
     last: int = 0
+    generated: int = 0
 
     def num_groups(self, tied: bool) -> int:
         """Parameter sets a layer needs: 2 for untied prefix and suffix, else 1."""
@@ -64,7 +73,7 @@ class Positions:
 
     def __str__(self) -> str:
         if self.kind != "ends":
-            return self.kind
+            return f"{self.kind}+g{self.generated}" if self.generated else self.kind
         return "+".join(
             f"{side}{count}" for side, count in (("f", self.first), ("l", self.last)) if count
         )
@@ -76,11 +85,13 @@ def parse_positions(text: str) -> Positions:
     Raises:
         ValueError: anything but the grammar of this module, with what is allowed.
     """
-    if text == "prompt":
-        return Positions("prompt")
-    if text == "all":
-        return Positions("all")
-    match = _ENDS.fullmatch(text) if isinstance(text, str) else None
+    if not isinstance(text, str):
+        raise ValueError(f"positions must be {ALLOWED}, got {text!r}")
+    if text in ("prompt", "all", "image", "given"):
+        return Positions(text)  # type: ignore[arg-type]
+    if generated := _GENERATED.fullmatch(text):
+        return Positions("prompt", generated=int(generated[1]))
+    match = _ENDS.fullmatch(text)
     first, plus, last = match.groups() if match else (None, None, None)
     if not (first or last) or bool(plus) != bool(first and last):
         raise ValueError(f"positions must be {ALLOWED}, got {text!r}")
@@ -105,7 +116,7 @@ def padded_positions(
     n_f, n_l as the module's docstring says, the columns of the padded batch that are edited are
 
         ends:   start + j  for j < n_f,   start + n − n_l + k  for k < n_l
-        prompt: start + j  for j < n      all: everything from start on
+        prompt: start + j  for j < n + generated      all: everything from start on
 
     No value is read on the host and every shape depends on ``spec`` and ``window`` alone.
 
@@ -123,8 +134,8 @@ def padded_positions(
         there is none. P = first + last for kind "ends" (prefix, then suffix columns), else P = S.
 
     Raises:
-        ValueError: start or length is not a vector or their sizes differ, window is negative, or an
-            option has no such value.
+        ValueError: start or length is not a vector or their sizes differ, window is negative, an
+            option has no such value, or the kind is "image" or "given", which no length tells.
     """
     if start.ndim != 1 or start.shape != length.shape:
         raise ValueError(
@@ -138,12 +149,14 @@ def padded_positions(
     if prompt_end not in PROMPT_ENDS:
         raise ValueError(f"prompt_end must be one of {PROMPT_ENDS}, got {prompt_end!r}")
 
-    begin = start.long().unsqueeze(1)
-    n = length.long().unsqueeze(1)
-    if prompt_end == "second_to_last":
-        n = n - 1  # of an empty prompt −1: no place either way
+    if spec.kind in ("image", "given"):
+        raise ValueError(f'positions "{spec.kind}" are not told by the length of a prompt')
 
+    begin = start.long().unsqueeze(1)
+    length = length.long().unsqueeze(1)
     if spec.kind == "ends":
+        # Of an empty prompt that stops one token early, −1 tokens: no place either way.
+        n = length - 1 if prompt_end == "second_to_last" else length
         half = n // 2
         longer = half if short_prompts == "pyreft" else n - half
         n_first, n_last = half.clamp(max=spec.first), longer.clamp(max=spec.last)
@@ -154,8 +167,27 @@ def padded_positions(
         wanted &= (place >= 0) & (place < window)
     else:
         place = torch.arange(window, device=start.device).expand(start.shape[0], window)
-        offset = place + window_start - begin
-        wanted = offset >= 0
-        if spec.kind == "prompt":
-            wanted = wanted & (offset < n)
+        wanted = covered(spec, place + window_start - begin, length, prompt_end)
     return torch.where(wanted, place, -1)
+
+
+def covered(spec: Positions, number: Tensor, length: Tensor, prompt_end: str = "last") -> Tensor:
+    """Whether tokens are edited by positions of kind "prompt" or "all".
+
+    Args:
+        spec: of one of these kinds.
+        number: int, any shape: which token of its sequence each is, from 0; negative before it.
+        length: int, broadcastable to ``number``: tokens of its prompt.
+        prompt_end: as in :func:`padded_positions`.
+
+    Returns:
+        bool, the shape of ``number``.
+    """
+    wanted = number >= 0
+    if spec.kind == "all":
+        return wanted
+    end = length - 1 if prompt_end == "second_to_last" else length
+    inside = number < end
+    if spec.generated:
+        inside |= (number >= length) & (number < length + spec.generated)
+    return wanted & inside

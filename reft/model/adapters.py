@@ -11,7 +11,8 @@ from torch import nn
 from reft.config import ReftConfig
 from reft.model.attachment import SUBMODULE, Attachment
 from reft.model.heads import copy_heads
-from reft.model.hooks import EditBlock
+from reft.model.hooks import EditOutput
+from reft.model.plan import Site
 from reft.model.sites import site_device
 from reft.nn.bank import Bank
 
@@ -39,6 +40,13 @@ def build(
         origin = getattr(getattr(base, "config", None), "_name_or_path", None)
         config = replace(config, base_model_name_or_path=origin or None)
     layers = config.resolve_layers(len(sites.blocks))
+    for layer in layers:
+        sites.module(layer, config.component)
+    if config.positions == "image" and attached.image_token is None:
+        raise ValueError(
+            'ReftConfig.positions must not be "image" for a model whose configuration names no '
+            f"image_token_id, such as this {type(base).__name__}"
+        )
     shown = attached.heads.shown
     attached.heads.show(base, None)
     try:
@@ -62,10 +70,10 @@ def attach(
     attached.heads.add(name, heads)
     for module in (bank, *heads.values()):
         module.train(base.training).requires_grad_(False)
-    for layer in bank.layers:
-        if layer not in attached.handles:
-            attached.handles[layer] = attached.sites.blocks[layer].register_forward_hook(
-                EditBlock(attached, layer), with_kwargs=True
+    for site in _sites(bank):
+        if site not in attached.handles:
+            attached.handles[site] = attached.sites.module(*site).register_forward_hook(
+                EditOutput(attached, site), with_kwargs=True
             )
 
 
@@ -73,6 +81,10 @@ def detach(attached: Attachment, base: nn.Module, name: str) -> None:
     """Take an adapter off the model, with the hooks that no other needs."""
     attached.heads.remove(base, name)
     del attached.adapters[name]
-    used = {layer for other in attached.adapters for layer in attached.bank(other).layers}
-    for layer in attached.handles.keys() - used:
-        attached.handles.pop(layer).remove()
+    used = {site for other in attached.adapters for site in _sites(attached.bank(other))}
+    for site in attached.handles.keys() - used:
+        attached.handles.pop(site).remove()
+
+
+def _sites(bank: Bank) -> list[Site]:
+    return [(layer, bank.config.component) for layer in bank.layers]

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from reft.model.generation import Generation, known_length, past_length, resolve_given
 from reft.model.heads import HeadStore
-from reft.model.plan import ForwardPlan, Member, Prompt, find_prompt, member_rows
+from reft.model.plan import ForwardPlan, Member, Site, member_rows
+from reft.model.prompt import Prompt, find_packed_prompt, find_prompt, packed_starts
 from reft.model.sites import Sites
 from reft.nn.bank import Bank
 
@@ -28,31 +30,26 @@ SUBMODULE = "reft"
 #: The adapter name that means "no adapter", PEFT's.
 BASE = "__base__"
 
+#: This library's own arguments of a forward.
+OPTIONS = ("prompt_lengths", "adapter_names", "edit_positions")
 
-@dataclass(eq=False)
-class Generation:
-    """The prompt of a generate() in progress.
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """What a forward of the model was given that its blocks' stack does not see.
 
     Attributes:
-        prompt: one entry a sequence, before beams.
-        width: columns of the padded prompt.
-        adapter_names: one a sequence, or None for the active adapter.
-        thread: whose forwards these are.
-        seen: columns that went through, as far as the host counts them.
+        prompt_lengths: int (B,).
+        adapter_names: one a sequence.
+        edit_positions: see :func:`reft.model.prompt.given_columns`; or a function of
+            (input_ids, attention_mask) that returns such.
+        labels: those of the base's own arguments.
     """
 
-    prompt: Prompt
-    width: int
-    adapter_names: Sequence[str] | None
-    thread: int
-    seen: int = 0
-
-    def names(self, batch: int) -> Sequence[str] | None:
-        """Adapter names of ``batch`` sequences, repeated as the prompts are."""
-        if self.adapter_names is None or len(self.adapter_names) == batch:
-            return self.adapter_names
-        times = batch // max(len(self.adapter_names), 1)
-        return [name for name in self.adapter_names for _ in range(times)]
+    prompt_lengths: Tensor | Sequence[int] | None = None
+    adapter_names: Sequence[str] | None = None
+    edit_positions: Any = None
+    labels: Tensor | None = None
 
 
 class Attachment(nn.Module):
@@ -63,23 +60,28 @@ class Attachment(nn.Module):
         heads: modules of the base that adapters train in full.
         sites: the blocks of the base.
         causal: whether labels are next tokens, so that the first one ends the prompt.
-        handles: block number -> the hook on it.
+        image_token: the id that stands for a piece of an image, or None.
+        handles: block number and component -> the hook on it.
         active: the adapter that forwards use, or None.
         in_place: write edits into the blocks' outputs. False where something that saved a block's
             output for backward says that it was modified.
-        current: the plan of the forward in progress.
+        options: of the forward in progress.
+        current: its plan.
+        restored: ``current`` is that of an earlier forward, a part of which is run again.
     """
 
-    def __init__(self, sites: Sites, causal: bool) -> None:
+    def __init__(self, sites: Sites, causal: bool, image_token: int | None = None) -> None:
         super().__init__()
         self.adapters = nn.ModuleDict()
         self.heads = HeadStore()
-        self.sites, self.causal = sites, causal
-        self.handles: dict[int, RemovableHandle] = {}
+        self.sites, self.causal, self.image_token = sites, causal, image_token
+        self.handles: dict[Site, RemovableHandle] = {}
         self.active: str | None = None
         self.in_place = True
         self.disabled = 0
+        self.options: Options | None = None
         self.current: ForwardPlan | None = None
+        self.restored = False
         self.generation: Generation | None = None
 
     def bank(self, name: str) -> Bank:
@@ -109,7 +111,17 @@ class Attachment(nn.Module):
             raise ValueError(f"adapter_name must be {allowed}, got {name!r}, which is {taken}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "current": None, "generation": None}
+        return {**self.__dict__, "options": None, "current": None, "generation": None}
+
+    @contextmanager
+    def running_again(self, plan: ForwardPlan | None) -> Iterator[None]:
+        """Inside, a part of the forward of ``plan`` is run once more."""
+        before = self.current, self.restored
+        self.current, self.restored = plan, True
+        try:
+            yield
+        finally:
+            self.current, self.restored = before
 
     # ---------------------------------------------------------------- generation
 
@@ -140,94 +152,140 @@ class Attachment(nn.Module):
 
     # ---------------------------------------------------------------- the plan of a forward
 
-    def plan_forward(
-        self,
-        model: nn.Module,
-        call: dict[str, Any],
-        prompt_lengths: Tensor | Sequence[int] | None,
-        adapter_names: Sequence[str] | None,
-    ) -> ForwardPlan | None:
-        """The plan of a forward of ``model`` with arguments ``call``, or None if nothing is edited.
+    def plan_forward(self, stack: nn.Module, call: dict[str, Any]) -> ForwardPlan | None:
+        """The plan of a forward of ``stack`` with arguments ``call``, or None if nothing is edited.
 
         Without gradients, a forward that lies behind every prompt, as in decoding, has none. While
         gradients are recorded there is one even if every row is −1: in data-parallel training every
         rank must reach every parameter.
         """
-        tokens = call.get("inputs_embeds")
-        if tokens is None:
-            tokens = call.get("input_ids")
-        if self.disabled or (self.active is None and adapter_names is None):
+        options = self.options or Options()
+        generation = self._generation()
+        if generation is not None and options.prompt_lengths is not None:
+            generation = None
+        names = options.adapter_names
+        if self.disabled:
+            return None
+        ids = call.get("input_ids")
+        tokens = call.get("inputs_embeds") if ids is None else ids
+        if generation is not None and names is None and isinstance(tokens, Tensor):
+            names = generation.names(tokens.shape[0])
+        if self.active is None and names is None:
             return None
         if not isinstance(tokens, Tensor) or tokens.ndim < 2:
             raise ValueError(
-                f"{type(model).__name__} must be called with input_ids or inputs_embeds of (batch, "
+                f"{type(stack).__name__} must be called with input_ids or inputs_embeds of (batch, "
                 "columns, …) while an adapter is active: positions are counted in them"
             )
-        if call.get("cu_seq_lens_q") is not None:
-            raise ValueError(
-                "sequences that are packed into one row (cu_seq_lens_q) cannot be edited yet: "
-                "positions are counted in padded batches"
-            )
-        batch, window = tokens.shape[:2]
-        generation = self._generation()
-        if generation is not None and prompt_lengths is None:
-            if adapter_names is None:
-                adapter_names = generation.names(batch)
-            start, done = _progress(generation, call, window)
+        batch, window = shape = (tokens.shape[0], tokens.shape[1])
+        starts = None
+        if generation is None:
+            past = past_length(call)
+            starts = packed_starts(call, shape) if isinstance(past, int) and not past else None
+        _refuse_paged(call)
+        sequences = batch if starts is None else starts.shape[0]
+        chosen = [
+            (self.bank(name), members)
+            for name, members in self._chosen(names, sequences, tokens.device)
+        ]
+        start: int | Tensor = 0
+        if starts is None:
+            start, chosen = self._in_this_window(chosen, call, options, generation, window)
+        if not chosen:
+            return None
+        if generation is not None:
+            prompt, given = generation.prompt.expand(batch), _expanded(generation.given, batch)
+            images = generation.ids
         else:
-            generation = None
-            known = _known_length(_past_length(call), window)
+            prompt = self._find_prompt(call, tokens, starts, start, options)
+            mask, images = call.get("attention_mask"), ids
+            columns = shape if not isinstance(start, int) else (batch, start + window)
+            given = resolve_given(options.edit_positions, ids, mask, prompt, columns)
+        width = window if starts is None else batch * window
+        members = []
+        for bank, mine in chosen:
+            columns_of_bank = given
+            if bank.config.positions == "image":
+                columns_of_bank = _expanded(self._images(images), batch)
+            if bank.config.positions == "given" and given is None:
+                raise ValueError(
+                    'edit_positions must be given: the adapter has positions "given", which every '
+                    "call has to name"
+                )
+            rows = member_rows(
+                bank.config, prompt,
+                window_start=start, window=width, sequences=mine, chosen=columns_of_bank,
+            )  # fmt: skip
+            members.append(Member(bank, rows, bank.config.dropout if bank.training else 0.0))
+        return ForwardPlan(members, shape)
+
+    def _in_this_window(
+        self,
+        chosen: list[tuple[Bank, Tensor | None]],
+        call: dict[str, Any],
+        options: Options,
+        generation: Generation | None,
+        window: int,
+    ) -> tuple[int | Tensor, list[tuple[Bank, Tensor | None]]]:
+        """(first column of this forward, the adapters that may edit anything in it)."""
+        generated = [bank.config.parsed_positions.generated for bank, _ in chosen]
+        if generation is not None:
+            start, beyond = generation.progress(call, window, max(generated, default=0))
+        else:
+            known = known_length(past_length(call), window)
             start = 0 if known is None else known
             # What follows a cache is not the prompt, unless the caller says how long that is.
-            done = prompt_lengths is None and not (isinstance(known, int) and known == 0)
-        chosen = [
-            (self.bank(name), sequences)
-            for name, sequences in self._chosen(adapter_names, batch, tokens.device)
-        ]
-        if done:
-            if generation is None and self.causal and call.get("labels") is not None:
+            said = options.prompt_lengths is not None or options.edit_positions is not None
+            at_start = said or (isinstance(known, int) and not known)
+            beyond = -1 if at_start else 0
+            if not at_start and any(generated):
+                raise ValueError(
+                    "prompt_lengths must be given with a filled cache: the cache does not tell how "
+                    'many tokens of it were generated, which positions "prompt+g…" count'
+                )
+            if not at_start and self.causal and options.labels is not None:
                 raise ValueError(
                     "prompt_lengths must be given with labels and a filled cache: the labels do "
                     "not tell how much of the prompt the cache holds"
                 )
-            chosen = [pair for pair in chosen if pair[0].config.positions == "all"]
-        if not chosen:
-            return None
-        if generation is not None:
-            prompt = generation.prompt.expand(batch)
-        else:
-            prompt = self._find_prompt(call, tokens, start, prompt_lengths)
-        members = [
-            Member(
-                bank,
-                member_rows(
-                    bank.config, prompt, window_start=start, window=window, sequences=sequences
-                ),
-                bank.config.dropout if bank.training else 0.0,
-            )
-            for bank, sequences in chosen
+        left = [
+            pair
+            for pair, more in zip(chosen, generated, strict=True)
+            if beyond < more or pair[0].config.positions == "all"
         ]
-        return ForwardPlan(members, (batch, window))
+        return start, left
 
     def _find_prompt(
         self,
         call: dict[str, Any],
         tokens: Tensor,
+        starts: Tensor | None,
         start: int | Tensor,
-        prompt_lengths: Tensor | Sequence[int] | None,
+        options: Options,
     ) -> Prompt:
         """The prompt that a plain forward's own arguments tell."""
         batch, window = tokens.shape[:2]
+        lengths = options.prompt_lengths
         first = isinstance(start, int) and start == 0
-        labels = call.get("labels") if self.causal and prompt_lengths is None and first else None
+        labels = options.labels if self.causal and lengths is None and first else None
+        if starts is not None:
+            starts = starts.to(tokens.device)
+            return find_packed_prompt(starts, batch * window, labels=labels, prompt_lengths=lengths)
         return find_prompt(
             batch,
             start + window if isinstance(start, int) else window,
             tokens.device,
             attention_mask=call.get("attention_mask"),
             labels=labels,
-            prompt_lengths=prompt_lengths,
+            prompt_lengths=lengths,
+            shifted=self.sites.side == "decoder",
         )
+
+    def _images(self, ids: Tensor | None) -> Tensor:
+        if ids is None:
+            raise ValueError('positions "image" are told by input_ids, got inputs_embeds alone')
+        assert self.image_token is not None  # checked when the adapter was added
+        return ids == self.image_token
 
     def _chosen(
         self, adapter_names: Sequence[str] | None, batch: int, device: torch.device
@@ -252,51 +310,16 @@ class Attachment(nn.Module):
         return [(name, torch.tensor(numbers, device=device)) for name, numbers in sequences.items()]
 
 
-def _progress(
-    generation: Generation, call: dict[str, Any], window: int
-) -> tuple[int | Tensor, bool]:
-    """First column of this forward of a generate(), and whether it lies behind the prompt.
-
-    A cache that keeps its length on the device, or none at all, is not asked: the host counts.
-    """
-    past = _past_length(call)
-    behind = past if isinstance(past, int) else generation.seen
-    done = behind >= generation.width
-    if not done:
-        generation.seen = behind + window
-    return (behind if past is None else past), done
+def _refuse_paged(call: dict[str, Any]) -> None:
+    if any(call.get(name) is not None for name in ("write_index", "read_index", "block_table")):
+        raise ValueError(
+            "continuous batching (generate_batch) cannot be edited yet: its batches mix the "
+            "prompts and the generated tokens of many requests; use generate"
+        )
 
 
-def _past_length(call: dict[str, Any]) -> int | Tensor | None:
-    """Columns in the cache before this forward: a number, a tensor where the cache keeps it so, or
-    None where the cache, that of a state-space model, does not know."""
-    cache: Any = call.get("past_key_values")
-    if cache is None:
-        cache = call.get("cache_params")
-    if hasattr(cache, "get_seq_length"):
-        try:
-            return cache.get_seq_length()
-        except ValueError:
-            return None
-    if isinstance(cache, (tuple, list)) and cache and isinstance(cache[0], (tuple, list)):
-        return int(cache[0][0].shape[-2])
-    return 0 if cache is None else None
-
-
-def _known_length(past: int | Tensor | None, window: int) -> int | Tensor | None:
-    """The length of a cache outside generate(), in a hand-written loop.
-
-    One on the device is read from there. While compiling it cannot be, and some caches do not know
-    theirs: a forward of one column is then taken for what it nearly always is, a step of decoding.
-    """
-    if isinstance(past, int):
-        return past
-    if isinstance(past, Tensor) and not torch.compiler.is_compiling():
-        return int(past)
-    if window == 1:
-        return past
-    raise ValueError(
-        "this cache does not tell how much it holds (it is static and compiled, or of a "
-        "state-space model), so a forward of several columns may be the prompt or not; use "
-        "ReftModel.generate"
-    )
+def _expanded(columns: Tensor | None, batch: int) -> Tensor | None:
+    """Columns of the sequences of a generate(), repeated as its beams are."""
+    if columns is None or columns.shape[0] in (0, batch):
+        return columns
+    return columns.repeat_interleave(batch // columns.shape[0], dim=0)

@@ -1,65 +1,194 @@
 """What has to be known about a prompt before ``generate`` hides it behind chunks, beams and
-caches."""
+caches, and how far a generation has come."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reft.model.attachment import Generation
-from reft.model.plan import Prompt, find_prompt
+from reft.model.prompt import Prompt, find_prompt, given_columns
+
+
+@dataclass(eq=False)
+class Generation:
+    """The prompt of a generate() in progress.
+
+    Attributes:
+        prompt: one entry a sequence, before beams.
+        width: columns of the padded prompt.
+        adapter_names: one a sequence, or None for the active adapter.
+        thread: whose forwards these are.
+        ids: int64 (B, width), the prompt's tokens, None where it came as embeddings.
+        given: the columns that ``edit_positions`` says, None where it says nothing.
+        seen: columns that went through, as far as the host counts them.
+    """
+
+    prompt: Prompt
+    width: int
+    adapter_names: Sequence[str] | None
+    thread: int
+    ids: Tensor | None = None
+    given: Tensor | None = None
+    seen: int = 0
+
+    def names(self, batch: int) -> Sequence[str] | None:
+        """Adapter names of ``batch`` sequences, repeated as the prompts are."""
+        if self.adapter_names is None or len(self.adapter_names) == batch:
+            return self.adapter_names
+        times = batch // max(len(self.adapter_names), 1)
+        return [name for name in self.adapter_names for _ in range(times)]
+
+    def progress(
+        self, call: dict[str, Any], window: int, generated: int
+    ) -> tuple[int | Tensor, int]:
+        """(first column of this forward, generated tokens that lie before it).
+
+        The second is negative while the prompt is read. A cache that keeps its length on the
+        device, or none at all, is not asked: the host counts, until ``generated`` tokens are there.
+        """
+        past = past_length(call)
+        behind = past if isinstance(past, int) else self.seen
+        if behind < self.width + generated:
+            self.seen = behind + window
+        return (behind if past is None else past), behind - self.width
+
+
+def past_length(call: dict[str, Any]) -> int | Tensor | None:
+    """Columns in the cache before this forward: a number, a tensor where the cache keeps it so, or
+    None where the cache, that of a state-space model, does not know."""
+    cache: Any = call.get("past_key_values")
+    if cache is None:
+        cache = call.get("cache_params")
+    if hasattr(cache, "get_seq_length"):
+        try:
+            return cache.get_seq_length()
+        except ValueError:
+            return None
+    if isinstance(cache, (tuple, list)) and cache and isinstance(cache[0], (tuple, list)):
+        return int(cache[0][0].shape[-2])
+    return 0 if cache is None else None
+
+
+def known_length(past: int | Tensor | None, window: int) -> int | Tensor | None:
+    """The length of a cache outside generate(), in a hand-written loop.
+
+    One on the device is read from there. While compiling it cannot be, and some caches do not know
+    theirs: a forward of one column is then taken for what it nearly always is, a step of decoding.
+
+    Raises:
+        ValueError: a forward of several columns on a cache that does not tell.
+    """
+    if isinstance(past, int):
+        return past
+    if isinstance(past, Tensor) and not torch.compiler.is_compiling():
+        return int(past)
+    if window == 1:
+        return past
+    raise ValueError(
+        "this cache does not tell how much it holds (it is static and compiled, or of a "
+        "state-space model), so a forward of several columns may be the prompt or not; use "
+        "ReftModel.generate"
+    )
 
 
 def capture(
     model: nn.Module,
+    side: str,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     prompt_lengths: Tensor | Sequence[int] | None,
     adapter_names: Sequence[str] | None,
+    edit_positions: Any,
 ) -> Generation:
     """The prompt of a call ``model.generate(*args, **kwargs)``.
 
     Where no ``attention_mask`` is given and there is a padding token, the mask that generate would
     make is made here and put into ``kwargs``, so that both go by the same one.
 
+    Args:
+        side: which stack is edited, see :class:`reft.model.sites.Sites`.
+
     Raises:
         TypeError: the model cannot generate.
-        TypeError, ValueError: as :func:`reft.model.plan.find_prompt`.
+        TypeError, ValueError: as :func:`reft.model.prompt.find_prompt` and
+            :func:`reft.model.prompt.given_columns`.
     """
     if not hasattr(model, "generate"):
         raise TypeError(f"{type(model).__name__} cannot generate")
-    tokens = args[0] if args else None
-    for name in ("inputs_embeds", "inputs", "input_ids"):
-        if kwargs.get(name) is not None:
-            tokens = kwargs[name]
-            break
-    thread = threading.get_ident()
-    if tokens is None:  # generation starts from the bos token
-        device = next(model.parameters()).device
-        one = torch.ones(1, dtype=torch.int64, device=device)
-        return Generation(Prompt(one - 1, one), 1, adapter_names, thread)
-    mask = kwargs.get("attention_mask")
-    if mask is None and tokens.ndim == 2:
-        mask = _mask_from_padding(model, tokens, args, kwargs)
-        if mask is not None:
-            kwargs["attention_mask"] = mask
+    if side == "decoder":
+        tokens, mask = _decoder_prompt(model, args, kwargs)
+    else:
+        tokens, mask = _prompt(model, args, kwargs)
     batch, width = tokens.shape[:2]
     if mask is not None:
         width = mask.shape[1]
     prompt = find_prompt(
         batch, width, tokens.device, attention_mask=mask, prompt_lengths=prompt_lengths
     )
-    return Generation(prompt, width, adapter_names, thread)
+    ids = tokens if tokens.ndim == 2 else None
+    given = resolve_given(edit_positions, ids, mask, prompt, (batch, width))
+    return Generation(prompt, width, adapter_names, threading.get_ident(), ids, given)
 
 
-def _mask_from_padding(
-    model: nn.Module, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+def resolve_given(
+    value: Any, ids: Tensor | None, mask: Tensor | None, prompt: Prompt, shape: tuple[int, int]
 ) -> Tensor | None:
-    """Attended where there is no padding token; None where padding cannot be told from text."""
+    """The columns that an argument ``edit_positions`` says; a function is called here."""
+    if callable(value):
+        value = value(ids, mask)
+    return None if value is None else given_columns(value, prompt, shape)
+
+
+def _prompt(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    tokens = args[0] if args else None
+    for name in ("inputs_embeds", "inputs", "input_ids"):
+        if kwargs.get(name) is not None:
+            tokens = kwargs[name]
+            break
+    if tokens is None:  # generation starts from the bos token
+        return _one_column(model, 1), None
+    mask = kwargs.get("attention_mask")
+    if mask is None and tokens.ndim == 2:
+        mask = _mask_from_padding(model, tokens, args, kwargs)
+        if mask is not None:
+            kwargs["attention_mask"] = mask
+    return tokens, mask
+
+
+def _decoder_prompt(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """What the decoder of an encoder–decoder starts from. generate() puts the start token in front
+    of ids that lack it."""
+    ids, mask = kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask")
+    start = _settings(model, args, kwargs)("decoder_start_token_id")
+    if start is None:
+        start = _settings(model, args, kwargs)("bos_token_id")
+    if ids is None:
+        source, _ = _prompt(model, args, dict(kwargs))
+        return _one_column(model, source.shape[0]), None
+    first = torch.as_tensor(start, device=ids.device)
+    if bool((ids[:, 0] != first).all()):
+        ids = torch.cat([first.expand(ids.shape[0], 1).to(ids.dtype), ids], dim=1)
+        if mask is not None:
+            mask = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
+    return ids, mask
+
+
+def _one_column(model: nn.Module, batch: int) -> Tensor:
+    device = next(model.parameters()).device
+    return torch.zeros(batch, 1, dtype=torch.int64, device=device)
+
+
+def _settings(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """name -> the value that generate() will take for it."""
     given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
     configs = (given, getattr(model, "generation_config", None))
 
@@ -69,6 +198,14 @@ def _mask_from_padding(
         values = (getattr(config, name, None) for config in configs)
         return next((value for value in values if value is not None), None)
 
+    return setting
+
+
+def _mask_from_padding(
+    model: nn.Module, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """Attended where there is no padding token; None where padding cannot be told from text."""
+    setting = _settings(model, args, kwargs)
     pad, eos = setting("pad_token_id"), setting("eos_token_id")
     if isinstance(pad, Tensor):
         pad = pad.tolist()

@@ -1,5 +1,5 @@
-"""The three hooks: one on the model that makes the plan of a forward, one on each edited block that
-follows it, one on the model that forgets it.
+"""The hooks: two on the model that take this library's arguments and forget them, two on the stack
+of blocks that make the plan of a forward and forget it, one on each edited module that follows it.
 
 They are objects, not closures, so that a copied or pickled model has hooks on its own blocks.
 """
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from reft.model.plan import Edit, ForwardPlan
+from reft.model.attachment import OPTIONS, Options
+from reft.model.plan import Edit, ForwardPlan, Site
 from reft.nn.dropout import dropped_edit
 from reft_kernels import lowrank_edit, lowrank_edit_
 
@@ -22,14 +23,15 @@ if TYPE_CHECKING:
 #: The keyword under which the plan travels to the blocks, where the architecture hands keywords on.
 KEYWORD = "reft_plan"
 
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-class MakePlan:
-    """Forward pre-hook of the model: takes out this library's arguments, makes the plan, sends it
-    off."""
 
-    def __init__(self, attachment: Attachment, model: nn.Module) -> None:
+class _Call:
+    """Base of the hooks that look at a module's arguments by name."""
+
+    def __init__(self, attachment: Attachment, module: nn.Module) -> None:
         self.attachment = attachment
-        parameters = inspect.signature(model.forward).parameters.values()
+        parameters = inspect.signature(module.forward).parameters.values()
         self.names = [
             one.name
             for one in parameters
@@ -37,52 +39,68 @@ class MakePlan:
         ]
         self.takes_keywords = any(one.kind is one.VAR_KEYWORD for one in parameters)
 
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+
+class TakeOptions(_Call):
+    """Forward pre-hook of the model: takes out this library's arguments."""
+
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> _Arguments:
         kwargs = dict(kwargs)
-        prompt_lengths = kwargs.pop("prompt_lengths", None)
-        adapter_names = kwargs.pop("adapter_names", None)
-        call = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        plan = self.attachment.plan_forward(model, call, prompt_lengths, adapter_names)
+        taken = {name: kwargs.pop(name, None) for name in OPTIONS}
+        self.attachment.options = Options(**taken, labels=self._named(args, kwargs).get("labels"))
+        return args, kwargs
+
+
+class MakePlan(_Call):
+    """Forward pre-hook of the stack of blocks: makes the plan, sends it off."""
+
+    def __call__(
+        self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> _Arguments:
+        plan = self.attachment.plan_forward(stack, self._named(args, kwargs))
         self.attachment.current = plan
         # None is sent too while gradients are recorded: a block run again in backward must be able
         # to tell "nothing to edit" from "the plan was lost".
         if self.takes_keywords and (plan is not None or torch.is_grad_enabled()):
-            kwargs[KEYWORD] = plan
+            kwargs = {**kwargs, KEYWORD: plan}
         return args, kwargs
 
 
-class ForgetPlan:
-    """Forward hook of the model, run even if the forward fails."""
+class Forget:
+    """Forward hook, run even if the forward fails: clears one attribute of the attachment."""
 
-    def __init__(self, attachment: Attachment) -> None:
-        self.attachment = attachment
+    def __init__(self, attachment: Attachment, name: str) -> None:
+        self.attachment, self.name = attachment, name
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.attachment.current = None
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        setattr(self.attachment, self.name, None)
 
 
-class EditBlock:
-    """Forward hook of an edited block: h' = h + Rᵀ(act(W h + b) − σ R h) on the rows of the plan.
+class EditOutput:
+    """Forward hook of a block or of a part of it: h' = h + Rᵀ(act(W h + b) − σ R h) on the rows of
+    the plan.
 
     Raises:
-        RuntimeError: the block is run again in backward and its plan did not come with it.
+        RuntimeError: the module is run again in backward and its plan did not come with it.
         TypeError, ValueError: its output is not (batch, columns, D), or a tuple that starts so.
     """
 
-    def __init__(self, attachment: Attachment, layer: int) -> None:
-        self.attachment, self.layer = attachment, layer
+    def __init__(self, attachment: Attachment, site: Site) -> None:
+        self.attachment, self.site = attachment, site
 
     def __call__(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        plan = self._plan(block, kwargs)
-        edits = None if plan is None else plan.edits.get(self.layer)
+        plan = self._plan(module, kwargs)
+        edits = None if plan is None else plan.edits.get(self.site)
         if plan is None or not edits:
             return None
         hidden = output[0] if isinstance(output, (tuple, list)) else output
-        _check_output(self.layer, hidden, plan)
+        _check_output(self.site, hidden, plan, edits[0].decode.shape[-1])
         in_place = self.attachment.in_place and _may_write(hidden, args)
         edited = hidden
         for edit in edits:
@@ -94,18 +112,17 @@ class EditBlock:
             return type(output)([edited, *output[1:]])
         return edited
 
-    def _plan(self, block: nn.Module, kwargs: dict[str, Any]) -> ForwardPlan | None:
+    def _plan(self, module: nn.Module, kwargs: dict[str, Any]) -> ForwardPlan | None:
         sent = KEYWORD in kwargs
         plan: ForwardPlan | None = kwargs[KEYWORD] if sent else self.attachment.current
         if torch.compiler.is_compiling():
             return plan
         in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and not sent:
+        if in_backward and not sent and not self.attachment.restored:
             raise RuntimeError(
-                f"block {self.layer} ({type(block).__name__}) is run again in backward and its "
-                "plan was not sent to it: this transformers checkpoints a block with its hooks, "
-                "and this architecture hands no keywords to its blocks. Update transformers to "
-                "5.23 or turn gradient checkpointing off"
+                f"block {self.site[0]} ({type(module).__name__}) is run again in backward and its "
+                "plan was not sent to it. Switch activation checkpointing on with "
+                "ReftModel.gradient_checkpointing_enable, not with the base model's, or off"
             )
         if plan is not None and plan.recorded:
             if not torch.is_grad_enabled():
@@ -115,17 +132,19 @@ class EditBlock:
         return plan
 
 
-def _check_output(layer: int, hidden: Any, plan: ForwardPlan) -> None:
+def _check_output(site: Site, hidden: Any, plan: ForwardPlan, dim: int) -> None:
+    where = f"block {site[0]}" if site[1] == "block_output" else f"{site[1]} of block {site[0]}"
     if not isinstance(hidden, Tensor):
         raise TypeError(
-            f"block {layer} must return a tensor or a tuple that starts with one, "
+            f"{where} must return a tensor or a tuple that starts with one, "
             f"got {type(hidden).__name__}"
         )
     batch, columns = plan.shape
     flat = hidden.ndim == 2 and hidden.shape[0] == batch * columns
-    if not flat and (hidden.ndim != 3 or tuple(hidden.shape[:2]) != plan.shape):
+    batched = hidden.ndim == 3 and tuple(hidden.shape[:2]) == plan.shape
+    if not (flat or batched) or hidden.shape[-1] != dim:
         raise ValueError(
-            f"block {layer} must return (batch, columns, D) = ({batch}, {columns}, D) for this "
+            f"{where} must return (batch, columns, D) = ({batch}, {columns}, {dim}) for this "
             f"input, got shape {tuple(hidden.shape)}"
         )
 
@@ -147,11 +166,7 @@ def _may_write(hidden: Tensor, args: tuple[Any, ...]) -> bool:
 
 
 def _apply(edit: Edit, hidden: Tensor, in_place: bool) -> Tensor:
-    rows = edit.rows
     weights: tuple[Tensor | None, ...] = (edit.encode, edit.bias, edit.decode)
-    if edit.decode.device != hidden.device:  # a model spread over devices
-        rows = rows.to(hidden.device)
-        weights = tuple(None if one is None else one.to(hidden.device) for one in weights)
     if edit.decode.dtype not in (torch.float32, hidden.dtype):
         weights = tuple(None if one is None else one.to(torch.float32) for one in weights)
     encode, bias, decode = weights
@@ -159,20 +174,20 @@ def _apply(edit: Edit, hidden: Tensor, in_place: bool) -> Tensor:
     how: dict[str, Any] = {"subtract": edit.subtract, "activation": edit.activation}
     if edit.dropout:
         return dropped_edit(
-            hidden, rows, encode, bias, decode,
+            hidden, edit.rows, encode, bias, decode,
             p=edit.dropout, on=edit.dropout_on, in_place=in_place, **how,
         )  # fmt: skip
     operator = lowrank_edit_ if in_place else lowrank_edit
-    return operator(hidden, rows, encode, bias, decode, **how)
+    return operator(hidden, edit.rows, encode, bias, decode, **how)
 
 
 def extended_signature(base_model: nn.Module) -> inspect.Signature:
-    """The base's signature with this library's two keywords."""
+    """The base's signature with this library's keywords."""
     own = inspect.signature(base_model.forward)
     parameters = list(own.parameters.values())
     extra = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in ("prompt_lengths", "adapter_names")
+        for name in OPTIONS
         if name not in own.parameters
     ]
     rest = len(parameters)

@@ -1,4 +1,4 @@
-"""The plan of one forward: where the prompt lies, which rows are edited, with which weights.
+"""The plan of one forward: which rows are edited, with which weights.
 
 It is made once, on the device, before the first block runs, and shared by all blocks. No value is
 read on the host. It holds the effective weights of its forward too, so that a block that is run a
@@ -10,127 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from reft.config import ReftConfig
+from reft.model.prompt import Prompt
 from reft.nn.bank import Bank, Effective
-from reft.positions import padded_positions
+from reft.positions import covered, padded_positions
 from reft_kernels import RowPlan
 
-IGNORED = -100  # the label of a token that is no target
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """Where the prompts lie in a padded batch.
-
-    Attributes:
-        start: int64 (B,), column of each sequence's first attended token.
-        length: int64 (B,), number of its prompt tokens.
-    """
-
-    start: Tensor
-    length: Tensor
-
-    def select(self, sequences: Tensor | None) -> Prompt:
-        """The prompts of some sequences, in that order; None for all."""
-        if sequences is None:
-            return self
-        return Prompt(self.start[sequences], self.length[sequences])
-
-    def expand(self, batch: int) -> Prompt:
-        """Each sequence repeated, as beam search and several returned sequences repeat them.
-
-        Raises:
-            ValueError: ``batch`` is no multiple of the number of prompts.
-        """
-        own = self.start.shape[0]
-        if batch == own:
-            return self
-        if own == 0 or batch % own:
-            raise ValueError(f"a batch of {batch} sequences cannot come from {own} prompts")
-        times = batch // own
-        return Prompt(self.start.repeat_interleave(times), self.length.repeat_interleave(times))
-
-
-def find_prompt(
-    batch: int,
-    columns: int,
-    device: torch.device,
-    *,
-    attention_mask: Tensor | None = None,
-    labels: Tensor | None = None,
-    prompt_lengths: Tensor | Sequence[int] | None = None,
-) -> Prompt:
-    """The prompt of each sequence.
-
-    Its length is ``prompt_lengths`` if given, else the number of attended tokens before the first
-    label that is not −100, else of all attended tokens.
-
-    Args:
-        batch: B.
-        columns: S, columns of the padded batch, those in the cache included.
-        device: where the answer is wanted.
-        attention_mask: (B, S), nonzero where attended; None for everywhere.
-        labels: (B, S).
-        prompt_lengths: int (B,).
-
-    Raises:
-        TypeError, ValueError: a wrong shape or dtype; a length that is negative or longer than the
-            sequence, where the host can see that without waiting for a device.
-    """
-    if attention_mask is None:
-        attended = torch.ones(batch, columns, dtype=torch.bool, device=device)
-    elif attention_mask.ndim == 2:
-        attended = attention_mask.to(device).bool()
-    elif prompt_lengths is not None:
-        raise ValueError(
-            "prompt_lengths need an attention_mask of (batch, columns), to know where a prompt "
-            f"starts; got shape {tuple(attention_mask.shape)}"
-        )
-    else:
-        raise ValueError(
-            "attention_mask must be (batch, columns) to tell the prompt; got shape "
-            f"{tuple(attention_mask.shape)}. Generate with ReftModel.generate, which remembers it"
-        )
-    start = attended.int().argmax(dim=1)
-    total = attended.sum(dim=1)
-    if prompt_lengths is not None:
-        return Prompt(start, _checked_lengths(prompt_lengths, batch, total))
-    if labels is None:
-        return Prompt(start, total)
-    if labels.shape != attended.shape:
-        raise ValueError(
-            f"labels must have the shape of the batch, {tuple(attended.shape)}, to tell the "
-            f"prompt; got {tuple(labels.shape)}"
-        )
-    # Before the first target: no target so far.
-    before = (labels.to(device) != IGNORED).cumsum(dim=1) == 0
-    return Prompt(start, (attended & before).sum(dim=1))
-
-
-def _checked_lengths(values: Tensor | Sequence[int], batch: int, total: Tensor) -> Tensor:
-    lengths = values if isinstance(values, Tensor) else torch.tensor(values)
-    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise TypeError(f"prompt_lengths must be integers, got {lengths.dtype}")
-    if lengths.shape != (batch,):
-        raise ValueError(
-            f"prompt_lengths must have one entry a sequence, shape ({batch},); "
-            f"got {tuple(lengths.shape)}"
-        )
-    visible = not torch.compiler.is_compiling() and lengths.device.type == "cpu"
-    if visible and batch and total.device.type == "cpu":
-        wrong = (lengths < 0) | (lengths > total)
-        if bool(wrong.any()):
-            at = int(wrong.int().argmax())
-            raise ValueError(
-                f"prompt_lengths must lie in 0 … the attended tokens of each sequence; sequence "
-                f"{at} has {int(total[at])}, got {int(lengths[at])}"
-            )
-    return lengths.to(total.device, torch.int64)
+#: Where an edit acts: block number and component.
+Site = tuple[int, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +62,7 @@ def member_rows(
     window_start: int | Tensor,
     window: int,
     sequences: Tensor | None = None,
+    chosen: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The rows that an adapter edits in this forward, one vector for each of its groups.
 
@@ -176,10 +70,28 @@ def member_rows(
         config: of the adapter.
         prompt: of all sequences of the batch.
         window_start: columns that are in the cache already.
-        window: S, columns of this forward.
+        window: S, columns of this forward; of a packed batch all its rows.
         sequences: which sequences are the adapter's; None for all.
+        chosen: columns that are edited instead of those that the configuration says: bool, of the
+            batch's shape, or int64 (B, P), −1 for none.
+
+    Raises:
+        ValueError: ``chosen`` for an adapter with a set of weights for each end of the prompt.
     """
     positions = config.parsed_positions
+    if chosen is not None:
+        if config.num_groups > 1:
+            raise ValueError(
+                f"edit_positions need one set of weights, and an adapter of {positions} with "
+                "tied=False has one for each end of the prompt"
+            )
+        return (_chosen_rows(chosen, prompt, window_start, window, sequences).reshape(-1),)
+    if prompt.packed and positions.kind != "ends":
+        owner = prompt.owner(window)
+        column = torch.arange(window, device=owner.device)
+        number, length = column - prompt.start[owner], prompt.length[owner]
+        wanted = covered(positions, number, length, config.prompt_end)
+        return (torch.where(wanted & _belongs(prompt, owner, sequences), column, -1),)
     mine = prompt.select(sequences)
     places = padded_positions(
         positions,
@@ -190,9 +102,7 @@ def member_rows(
         short_prompts=config.short_prompts,
         prompt_end=config.prompt_end,
     )
-    if sequences is None:
-        sequences = torch.arange(places.shape[0], device=places.device)
-    rows = torch.where(places < 0, places, places + sequences.unsqueeze(1) * window)
+    rows = places if prompt.packed else _in_batch(places, sequences, window)
     if config.num_groups == 1:
         return (rows.reshape(-1),)
     # Untied: prefix columns are group 0, suffix columns group 1, and groups lie one after the
@@ -201,12 +111,50 @@ def member_rows(
     return rows[:, :first].reshape(-1), rows[:, first:].reshape(-1)
 
 
+def _in_batch(places: Tensor, sequences: Tensor | None, window: int) -> Tensor:
+    """Places (B, P) in windows as rows of the flattened batch."""
+    if sequences is None:
+        sequences = torch.arange(places.shape[0], device=places.device)
+    return torch.where(places < 0, places, places + sequences.unsqueeze(1) * window)
+
+
+def _belongs(prompt: Prompt, owner: Tensor, sequences: Tensor | None) -> Tensor | bool:
+    """Whether each column of a packed batch is of one of these sequences."""
+    if sequences is None:
+        return True
+    member = torch.zeros_like(prompt.start, dtype=torch.bool)
+    return member.index_fill(0, sequences, True)[owner]
+
+
+def _chosen_rows(
+    chosen: Tensor,
+    prompt: Prompt,
+    window_start: int | Tensor,
+    window: int,
+    sequences: Tensor | None,
+) -> Tensor:
+    column = torch.arange(window, device=chosen.device)
+    if chosen.dtype != torch.bool:
+        mine = chosen if sequences is None else chosen[sequences]
+        place = mine - window_start
+        place = torch.where((mine >= 0) & (place >= 0) & (place < window), place, -1)
+        return place if prompt.packed else _in_batch(place, sequences, window)
+    if prompt.packed:
+        wanted = chosen.reshape(-1) & _belongs(prompt, prompt.owner(window), sequences)
+        return torch.where(wanted, column, -1)
+    mine = chosen if sequences is None else chosen[sequences]
+    absolute = column + window_start
+    inside = absolute < mine.shape[1]
+    wanted = mine[:, absolute.clamp(max=mine.shape[1] - 1)] & inside
+    return _in_batch(torch.where(wanted, column, -1), sequences, window)
+
+
 class ForwardPlan:
     """What one forward edits.
 
     Attributes:
         shape: (B, S) of the window.
-        edits: block number -> the edits of its output, usually one.
+        edits: (block number, component) -> the edits of its output, usually one.
         recorded: whether gradients were recorded when it was made.
         replayed: set by a hook that saw the first run of a checkpointed region without gradients;
             the second run then needs weights with a graph of its own, see :meth:`again`.
@@ -224,15 +172,15 @@ class ForwardPlan:
         return ForwardPlan(self.members, self.shape)
 
 
-def _assemble(members: tuple[Member, ...]) -> dict[int, tuple[Edit, ...]]:
+def _assemble(members: tuple[Member, ...]) -> dict[Site, tuple[Edit, ...]]:
     effective = [member.bank() for member in members]
-    by_layer: dict[int, list[int]] = {}
+    by_site: dict[Site, list[int]] = {}
     for index, member in enumerate(members):
         for layer in member.bank.layers:
-            by_layer.setdefault(layer, []).append(index)
-    plans: dict[tuple[int, ...], RowPlan] = {}
-    edits: dict[int, tuple[Edit, ...]] = {}
-    for layer, present in by_layer.items():
+            by_site.setdefault((layer, member.bank.config.component), []).append(index)
+    plans: dict[tuple[Any, ...], RowPlan] = {}
+    edits: dict[Site, tuple[Edit, ...]] = {}
+    for site, present in by_site.items():
         # Adapters whose edits have one form go into one call, as groups of it.
         kinds: dict[tuple[bool, str | None, float, str], list[int]] = {}
         for index in present:
@@ -241,16 +189,20 @@ def _assemble(members: tuple[Member, ...]) -> dict[int, tuple[Edit, ...]]:
             kinds.setdefault(kind, []).append(index)
         calls = []
         for kind, chosen in kinds.items():
-            key = tuple(chosen)
+            places = [members[index].bank.layers.index(site[0]) for index in chosen]
+            encode, bias, decode = _stack([effective[index] for index in chosen], places)
+            key: tuple[Any, ...] = tuple(chosen)
             if key not in plans:
                 plans[key] = _row_plan([rows for index in chosen for rows in members[index].rows])
-            places = [members[index].bank.layers.index(layer) for index in chosen]
-            encode, bias, decode = _stack([effective[index] for index in chosen], places)
+            # Of a model spread over devices, each device gets the rows once.
+            key, there = (*key, decode.device), plans[key]
+            if key not in plans:
+                plans[key] = there.to(decode.device)
             subtract, activation, dropout, dropout_on = kind
             calls.append(
                 Edit(plans[key], encode, bias, decode, subtract, activation, dropout, dropout_on)
             )
-        edits[layer] = tuple(calls)
+        edits[site] = tuple(calls)
     return edits
 
 

@@ -19,7 +19,8 @@ from reft.model import checkpointing, storage
 from reft.model.adapters import attach, build, detach
 from reft.model.attachment import SUBMODULE, Attachment
 from reft.model.generation import capture
-from reft.model.hooks import ForgetPlan, MakePlan, extended_signature
+from reft.model.hooks import Forget, MakePlan, TakeOptions, extended_signature
+from reft.model.prompt import image_token
 from reft.model.report import count_parameters
 from reft.model.sites import find_sites
 
@@ -58,9 +59,10 @@ def get_reft_model(
 class ReftModel(nn.Module):
     """A base model and its adapters. Made by :func:`get_reft_model` or :meth:`from_pretrained`.
 
-    It is called as the base model is, with two more keywords: ``prompt_lengths``, int (B,), the
-    number of prompt tokens of each sequence, and ``adapter_names``, one a sequence, "__base__" for
-    none. Attributes that it has not are the base model's.
+    It is called as the base model is, with three more keywords: ``prompt_lengths``, int (B,), the
+    number of prompt tokens of each sequence; ``adapter_names``, one a sequence, "__base__" for
+    none; ``edit_positions``, the tokens to edit instead of those of the configuration, see
+    :func:`reft.model.prompt.given_columns`. Attributes that it has not are the base model's.
 
     Attributes:
         base_model: the model; its submodule ``reft`` holds the adapters.
@@ -88,13 +90,22 @@ class ReftModel(nn.Module):
         for parameter in base_model.parameters():
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
-        attachment = Attachment(sites, causal=bool(can_generate is not None and can_generate()))
-        base_model.add_module(SUBMODULE, attachment)
-        make, forget = MakePlan(attachment, base_model), ForgetPlan(attachment)
-        self._handles = (
-            base_model.register_forward_pre_hook(make, with_kwargs=True),
-            base_model.register_forward_hook(forget, always_call=True),
+        generates = can_generate is not None and can_generate()
+        attachment = Attachment(
+            sites, causal=generates and sites.side != "encoder", image_token=image_token(base_model)
         )
+        base_model.add_module(SUBMODULE, attachment)
+        self._handles = (
+            base_model.register_forward_pre_hook(
+                TakeOptions(attachment, base_model), with_kwargs=True
+            ),
+            base_model.register_forward_hook(Forget(attachment, "options"), always_call=True),
+            sites.stack.register_forward_pre_hook(
+                MakePlan(attachment, sites.stack), with_kwargs=True
+            ),
+            sites.stack.register_forward_hook(Forget(attachment, "current"), always_call=True),
+        )
+        checkpointing.keep_plans(base_model, attachment)
         attachment.train(base_model.training)
         self.training = base_model.training
         # On the instance, because signatures differ from base to base and Trainer reads them.
@@ -113,6 +124,7 @@ class ReftModel(nn.Module):
         *args: Any,
         prompt_lengths: Tensor | Sequence[int] | None = None,
         adapter_names: Sequence[str] | None = None,
+        edit_positions: Any = None,
         **kwargs: Any,
     ) -> Any:
         """The base model's ``generate``, with the edits of its prompt.
@@ -124,18 +136,29 @@ class ReftModel(nn.Module):
         Args:
             prompt_lengths: int (B,), before beams.
             adapter_names: one a sequence, before beams; "__base__" for none.
+            edit_positions: tokens of the prompt to edit instead of those of the configuration: a
+                list of numbers for each sequence, negative from the end of the prompt; an integer
+                tensor (B, P), −1 for none; a boolean tensor (B, S); or a function of
+                (input_ids, attention_mask) that returns one of these.
         """
-        generation = capture(self.base_model, args, kwargs, prompt_lengths, adapter_names)
+        generation = capture(
+            self.base_model, self._attached.sites.side, args, kwargs,
+            prompt_lengths, adapter_names, edit_positions,
+        )  # fmt: skip
         with self._attached.generating(generation):
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The base model's, without gradients that nothing below the first edit needs."""
-        checkpointing.enable(self.base_model, "gradient_checkpointing_enable", args, kwargs)
+        checkpointing.enable(
+            self.base_model, self._attached, "gradient_checkpointing_enable", args, kwargs
+        )
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """transformers' new name for :meth:`gradient_checkpointing_enable`."""
-        checkpointing.enable(self.base_model, "activation_checkpointing_enable", args, kwargs)
+        checkpointing.enable(
+            self.base_model, self._attached, "activation_checkpointing_enable", args, kwargs
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -251,6 +274,7 @@ class ReftModel(nn.Module):
         attached.heads.show(self.base_model, None)
         for handle in (*self._handles, *attached.handles.values()):
             handle.remove()
+        checkpointing.forget_plans(self.base_model)
         delattr(self.base_model, SUBMODULE)
         for name, parameter in self.base_model.named_parameters():
             if parameter.requires_grad != (name in self._trainable_before):

@@ -1,4 +1,4 @@
-"""Where the residual stream of a model leaves its blocks.
+"""Where the residual stream of a model leaves its blocks, and what their parts add to it.
 
 Blocks are found by structure: the ``ModuleList`` that is as long as the configuration says the
 model has layers. No function, and no class, per architecture.
@@ -6,6 +6,7 @@ model has layers. No function, and no class, per architecture.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,32 @@ from torch import Tensor, nn
 
 #: model_type -> path of the block list, where its length does not tell it from others.
 EXCEPTIONS: dict[str, str] = {}
+
+#: Paths in a block of the module whose output is a component; the first that is there. Where
+#: attention or MLP add the residual themselves, as BERT's do, it is the projection before the sum.
+COMPONENTS: dict[str, tuple[str, ...]] = {
+    "attention_output": (
+        "self_attn",
+        "attn",
+        "self_attention",
+        "layer.0.SelfAttention",
+        "attention.output.dense",
+        "attention",
+    ),
+    "mlp_output": (
+        "mlp",
+        "feed_forward",
+        "block_sparse_moe",
+        "ffn",
+        "layer.2.DenseReluDense",
+        "layer.1.DenseReluDense",
+        "fc2",
+        "output.dense",
+    ),
+}
+
+#: Prefix of a component that names a submodule of the block by its path.
+MODULE = "module:"
 
 
 @dataclass(frozen=True)
@@ -24,11 +51,40 @@ class Sites:
         path: name of the block list in the model.
         blocks: the blocks, first to last.
         dim: D, the width of the residual stream.
+        stack: the module whose forward runs the blocks and is handed their tokens: the model
+            itself, or the encoder or decoder of an encoder–decoder.
+        side: "model", "encoder" or "decoder", which of these.
     """
 
     path: str
     blocks: tuple[nn.Module, ...]
     dim: int
+    stack: nn.Module
+    side: str = "model"
+
+    def module(self, layer: int, component: str) -> nn.Module:
+        """The module whose output is a component of a block.
+
+        Args:
+            layer: number of the block.
+            component: "block_output", a key of :data:`COMPONENTS`, or "module:<path in the block>".
+
+        Raises:
+            ValueError: the block has none; with its modules.
+        """
+        block = self.blocks[layer]
+        if component == "block_output":
+            return block
+        named = dict(block.named_modules())
+        wanted = COMPONENTS.get(component, (component.removeprefix(MODULE),))
+        for path in wanted:
+            if path in named:
+                return named[path]
+        raise ValueError(
+            f"ReftConfig.component {component!r} is no part of block {layer}, a "
+            f"{type(block).__name__}; name one of its modules: "
+            f"{', '.join(f'{MODULE}{path}' for path in named if path) or 'it has none'}"
+        )
 
 
 def find_sites(model: nn.Module, block_path: str | None = None) -> Sites:
@@ -36,31 +92,28 @@ def find_sites(model: nn.Module, block_path: str | None = None) -> Sites:
 
     Args:
         model: a transformers model, or a module with such a ``config``.
-        block_path: name of the block list, for layouts that structure does not tell.
+        block_path: name of the block list, for layouts that structure does not tell, and to say
+            which side of an encoder–decoder is edited.
 
     Raises:
         TypeError: the model has no configuration.
-        ValueError: an encoder–decoder, no list of that name, or none or several lists that may
-            be the blocks; then with the candidates.
+        ValueError: no list of that name, none or several lists that may be the blocks, then with
+            the candidates; an encoder–decoder without a path.
     """
     config = _text_config(model)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"base_model must be one stack of blocks; {type(model).__name__} is an "
-            "encoder–decoder, whose generate() calls the encoder past any hook on the model"
-        )
-    dim = getattr(config, "hidden_size", None)
-    if not isinstance(dim, int):
-        raise ValueError(
-            f"base_model.config must say hidden_size, the width of the blocks' output; "
-            f"{type(config).__name__} says {dim!r}"
-        )
     lists = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module)
     }
     path = block_path or EXCEPTIONS.get(str(getattr(config, "model_type", None)))
+    two_sided = _is_encoder_decoder(model, config)
+    if path is None and two_sided:
+        sides = [f'"{name}"' for name in lists if not _inside_another(name, lists)]
+        raise ValueError(
+            f"ReftConfig.block_path must say which side of the encoder–decoder "
+            f"{type(model).__name__} is edited: {' or '.join(sides)}"
+        )
     if path is None:
         path = _by_length(model, lists, getattr(config, "num_hidden_layers", None))
     if path not in lists:
@@ -68,7 +121,8 @@ def find_sites(model: nn.Module, block_path: str | None = None) -> Sites:
             f"ReftConfig.block_path must name a ModuleList of {type(model).__name__}, got "
             f"{path!r}; it has {_listing(lists)}"
         )
-    return Sites(path, tuple(lists[path]), dim)
+    stack, side = _stack(model, path) if two_sided else (model, "model")
+    return Sites(path, tuple(lists[path]), _width(config), stack, side)
 
 
 def site_device(block: nn.Module) -> torch.device:
@@ -92,14 +146,51 @@ def _text_config(model: nn.Module) -> Any:
     return config if get_text_config is None else get_text_config()
 
 
+def _width(config: Any) -> int:
+    dim = getattr(config, "hidden_size", None)
+    if not isinstance(dim, int):
+        raise ValueError(
+            f"base_model.config must say hidden_size, the width of the blocks' output; "
+            f"{type(config).__name__} says {dim!r}"
+        )
+    return dim
+
+
+def _is_encoder_decoder(model: nn.Module, config: Any) -> bool:
+    if not getattr(config, "is_encoder_decoder", False):
+        return False
+    # The encoder of such a model alone, as T5EncoderModel, keeps the flag or not.
+    return "decoder_input_ids" in inspect.signature(_inner(model).forward).parameters
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The transformers model in a model that PEFT has wrapped."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
+
+
+def _stack(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The encoder or decoder that holds the list ``path``."""
+    parts = path.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        module = model.get_submodule(".".join(parts[:end]))
+        takes = inspect.signature(module.forward).parameters
+        if "input_ids" in takes or "inputs_embeds" in takes:
+            return module, "decoder" if "decoder" in parts[:end] else "encoder"
+    raise ValueError(
+        f"ReftConfig.block_path must name blocks of the encoder or of the decoder, got {path!r}, "
+        f"which lie in no module of {type(model).__name__} that is handed tokens"
+    )
+
+
+def _inside_another(name: str, lists: dict[str, nn.ModuleList]) -> bool:
+    """A list inside a block is part of that block."""
+    return any(name.startswith(f"{other}.") for other in lists if other != name)
+
+
 def _by_length(model: nn.Module, lists: dict[str, nn.ModuleList], num_layers: int | None) -> str:
     fitting = {name: found for name, found in lists.items() if len(found) == num_layers}
-    # A list inside a block is part of that block.
-    outer = [
-        name
-        for name in fitting
-        if not any(name.startswith(f"{other}.") for other in lists if other != name)
-    ]
+    outer = [name for name in fitting if not _inside_another(name, lists)]
     if len(outer) > 1:
         # A composite model, such as vision and text: transformers knows its text decoder.
         decoder = _decoder(model)

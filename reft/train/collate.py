@@ -1,12 +1,14 @@
-"""From records or tokenised features to a padded batch."""
+"""From records or tokenised features to a batch, padded or packed into one row."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 #: The label that no loss counts.
@@ -18,13 +20,16 @@ _SCALARS = {"label": "labels", "label_ids": "labels", "prompt_length": "prompt_l
 #: Fields of a record; beside ``input_ids`` they are leftovers.
 _RAW = ("prompt", "completion", "text")
 
+#: Fields of a feature that are the model's, whatever else the feature is.
+_KEPT = ("adapter_names", "edit_positions")
+
 #: A tokenizer without a limit says so with a number of this size.
 _NO_LIMIT = 10**9
 
 
 @dataclass
 class ReftDataCollator:
-    """Tokenises what is not tokenised yet, and pads a list of features on the right.
+    """Tokenises what is not tokenised yet, and pads a list of features on the right, or packs it.
 
     A feature is one of
 
@@ -36,6 +41,9 @@ class ReftDataCollator:
       padded with −100; without labels, ``prompt_length`` or ``prompt_lengths`` (one number)
       makes them: −100 on so many tokens, the ids after.
 
+    With each of them may come ``edit_positions``, the numbers of the tokens to edit, negative ones
+    from the end of the prompt, and ``adapter_names``, one name.
+
     Attributes:
         tokenizer: of the base model.
         max_length: the most tokens of a sequence; None for the tokenizer's own limit.
@@ -45,6 +53,10 @@ class ReftDataCollator:
         prompt_lengths: also return ``prompt_lengths`` (B,). Needed only where labels do not show
             where the prompt ends; else the wrapped model finds it itself.
         pad_to_multiple_of: pad further, to a multiple of this.
+        padding_free: no padding; the sequences lie one after another in one row, told apart by
+            ``position_ids`` and ``cu_seq_lens_q``. The model must keep no cache
+            (``use_cache=False``, which is Trainer's default): with one transformers takes a row for
+            one sequence, unless its attention is FlashAttention.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -53,13 +65,19 @@ class ReftDataCollator:
     append_eos: bool = True
     prompt_lengths: bool = False
     pad_to_multiple_of: int | None = None
+    padding_free: bool = False
 
     #: Fields of a feature that are read here and that no model knows.
-    columns = ("prompt", "completion", "text", "prompt_length", "prompt_lengths", "adapter_names")
+    columns = (*_RAW, "prompt_length", "prompt_lengths", *_KEPT)
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be at least 1 or None, got {self.max_length}")
+        if self.padding_free and self.pad_to_multiple_of:
+            raise ValueError(
+                "pad_to_multiple_of must be None with padding_free=True, got "
+                f"{self.pad_to_multiple_of}"
+            )
 
     @property
     def limit(self) -> int | None:
@@ -111,17 +129,18 @@ class ReftDataCollator:
                 "a feature must hold 'input_ids', or 'prompt' and 'completion', or 'text' and "
                 f"'label'; got {sorted(record)}"
             )
-        kept = ("label", "adapter_names")
-        return feature | {name: record[name] for name in kept if name in record}
+        return feature | {name: record[name] for name in ("label", *_KEPT) if name in record}
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The padded batch.
+        """The batch.
 
         Returns:
             ``input_ids`` and ``attention_mask`` int64 (B, S); ``labels`` (B, S), or (B,) of a
             classifier, where the features have them; every other field of the features, padded
             with 0 if it has a number for each token; ``prompt_lengths`` int64 (B,) if asked for
-            or given.
+            or given; ``edit_positions`` int64 (B, P), −1 for none. Padding-free: (1, N) for (B, S),
+            and for the mask ``position_ids`` (1, N), ``cu_seq_lens_q`` and ``_k`` int32 (B + 1,),
+            ``max_length_q`` and ``_k``.
 
         Raises:
             ValueError: as :meth:`tokenize`; features with different fields; an empty list.
@@ -140,9 +159,10 @@ class ReftDataCollator:
         size = max(lengths)
         if self.pad_to_multiple_of:
             size += -size % self.pad_to_multiple_of
-        return {
+        batch = {
             name: self._stack(name, [row[name] for row in rows], lengths, size) for name in names
         }
+        return _packed(batch, lengths) if self.padding_free else batch
 
     # ---------------------------------------------------------------- one feature
 
@@ -200,8 +220,12 @@ class ReftDataCollator:
         prompt = row.get("prompt_lengths")
         if prompt is not None and "labels" not in row and int(prompt) < len(ids):
             row["labels"] = [IGNORED] * int(prompt) + ids[int(prompt) :]
-        if self.prompt_lengths and prompt is None:
-            row["prompt_lengths"] = _before_labels(row.get("labels"), len(ids))
+        if prompt is None:
+            prompt = _before_labels(row.get("labels"), len(ids))
+        if "edit_positions" in row:
+            row["edit_positions"] = _token_numbers(row["edit_positions"], int(prompt), len(ids))
+        if self.prompt_lengths:
+            row["prompt_lengths"] = prompt
         if not self.prompt_lengths and "prompt_lengths" not in feature:
             row.pop("prompt_lengths", None)
         return row
@@ -212,6 +236,9 @@ class ReftDataCollator:
         if name == "adapter_names":
             return values
         rows = [_numbers(value) for value in values]
+        if name == "edit_positions":
+            width = max(len(row) for row in rows)
+            return torch.tensor([row + [-1] * (width - len(row)) for row in rows]).long()
         by_token = [len(row) if isinstance(row, list) else -1 for row in rows] == lengths
         if by_token:
             fill = self._fill(name)
@@ -236,6 +263,40 @@ def _numbers(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _packed(batch: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
+    """A padded batch as one row without padding."""
+    attended = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
+    flat = {
+        name: value[attended].unsqueeze(0)
+        if isinstance(value, Tensor) and value.shape == attended.shape and name not in _KEPT
+        else value
+        for name, value in batch.items()
+        if name != "attention_mask"
+    }
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return flat | {
+        "position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+def _token_numbers(value: Any, prompt: int, length: int) -> list[int]:
+    """``edit_positions`` of one sequence, counted from its first token."""
+    numbers = _numbers(value)
+    if not isinstance(numbers, list) or not all(type(one) is int for one in numbers):
+        raise ValueError(f"edit_positions must be a list of token numbers, got {value!r}")
+    for number in numbers:
+        if not -prompt <= number < length:
+            raise ValueError(
+                "edit_positions must be below the tokens of their sequence, or negative and "
+                f"within its prompt; it has {length} tokens, {prompt} of them prompt, got {number}"
+            )
+    return list(dict.fromkeys(one + prompt if one < 0 else one for one in numbers))
 
 
 def _before_labels(labels: Any, length: int) -> int:

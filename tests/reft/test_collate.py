@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import DataCollatorWithFlattening
 
 from reft.train.collate import ReftDataCollator
 
@@ -245,3 +246,63 @@ def test_the_limit_is_the_tokenizers_unless_given(word_tokenizer):
 def test_a_batch_that_cannot_be_made_is_refused(word_tokenizer, features, says):
     with pytest.raises(ValueError, match=says):
         ReftDataCollator(word_tokenizer)(features)
+
+
+class TestEditPositions:
+    def features(self):
+        return [
+            {"prompt": "a b c", "completion": "yes", "edit_positions": [-1, 0, 3]},
+            {"prompt": "d", "completion": "no no", "edit_positions": (1, 4)},
+            {"prompt": "e", "completion": "no", "edit_positions": []},
+        ]
+
+    def test_numbers_from_the_first_token(self, word_tokenizer):
+        batch = ReftDataCollator(word_tokenizer)(self.features())
+        assert batch["edit_positions"].tolist() == [[3, 0], [1, 4], [-1, -1]]
+        assert "prompt_lengths" not in batch
+
+    @pytest.mark.parametrize(
+        ("value", "says"),
+        [
+            ([-5], "6 tokens, 4 of them prompt, got -5"),
+            ([6], "6 tokens, 4 of them prompt, got 6"),
+            (["a"], r"a list of token numbers, got \['a'\]"),
+            (3, "a list of token numbers, got 3"),
+        ],
+    )
+    def test_what_is_refused(self, word_tokenizer, value, says):
+        feature = {"prompt": "a b c", "completion": "yes", "edit_positions": value}
+        with pytest.raises(ValueError, match=says):
+            ReftDataCollator(word_tokenizer)([feature])
+
+
+class TestPaddingFree:
+    def features(self):
+        records = [("a b c", "yes"), ("d", "no no"), ("e f", "yes")]
+        return [{"prompt": prompt, "completion": answer} for prompt, answer in records]
+
+    def test_it_is_what_transformers_makes(self, word_tokenizer):
+        collator = ReftDataCollator(word_tokenizer, padding_free=True)
+        rows = [
+            {name: row[name] for name in ("input_ids", "labels")}
+            for row in map(collator.tokenize, self.features())
+        ]
+        theirs = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(rows)
+        ours = collator(self.features())
+        assert set(ours) == set(theirs)
+        for name, value in theirs.items():
+            got = ours[name]
+            assert got.tolist() == value.tolist() if hasattr(value, "tolist") else got == value
+
+    def test_what_is_one_a_sequence_stays_so(self, word_tokenizer):
+        collator = ReftDataCollator(word_tokenizer, padding_free=True, prompt_lengths=True)
+        extra = {"adapter_names": "default", "edit_positions": [0]}
+        batch = collator([{**row, **extra} for row in self.features()])
+        assert batch["prompt_lengths"].tolist() == [4, 2, 3]
+        assert batch["adapter_names"] == ["default"] * 3
+        assert batch["edit_positions"].tolist() == [[0]] * 3
+        assert batch["input_ids"].shape == batch["labels"].shape == (1, 16)
+
+    def test_padding_to_a_multiple_is_refused(self, word_tokenizer):
+        with pytest.raises(ValueError, match="pad_to_multiple_of must be None"):
+            ReftDataCollator(word_tokenizer, padding_free=True, pad_to_multiple_of=8)

@@ -172,8 +172,8 @@ def test_a_mask_that_hides_the_prompt_is_refused():
         model(tokens(2, 8), attention_mask=mask)
     with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match="packed into one row"):
-        model(tokens(1, 8), cu_seq_lens_q=torch.tensor([0, 3, 8]))
+    with pytest.raises(ValueError, match="continuous batching"):
+        model(tokens(1, 8), cu_seq_lens_q=torch.tensor([0, 5, 8]), read_index=[torch.arange(8)])
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reft.config import ReftConfig
-from reft.model.plan import ForwardPlan, Member, Prompt, find_prompt, member_rows
+from reft.model.plan import ForwardPlan, Member, member_rows
+from reft.model.prompt import Prompt, find_prompt
 from reft.nn.bank import Bank
 
 CPU = torch.device("cpu")
@@ -87,10 +88,14 @@ def member(layers=(0, 1), places=((0, 1),), **changes):
     return Member(bank, tuple(torch.tensor(one) for one in places), 0.0)
 
 
+def site(layer):
+    return (layer, "block_output")
+
+
 class TestAssembly:
     def test_one_adapter_shares_its_rows(self):
         plan = ForwardPlan([member(places=([0, 1], [5]), tied=False)], (2, 3))
-        (first,), (second,) = plan.edits[0], plan.edits[1]
+        (first,), (second,) = plan.edits[site(0)], plan.edits[site(1)]
         assert first.rows is second.rows
         assert first.rows.rows.tolist() == [0, 1, 5]
         assert first.rows.offsets == (0, 2, 3)
@@ -102,8 +107,8 @@ class TestAssembly:
             member(layers=(2,), places=([6],), intervention="lobireft", rank=1),
         ]
         plan = ForwardPlan(members, (1, 9))
-        assert sorted(plan.edits) == [0, 2]
-        (alone,), (joined,) = plan.edits[0], plan.edits[2]
+        assert sorted(plan.edits) == [site(0), site(2)]
+        (alone,), (joined,) = plan.edits[site(0)], plan.edits[site(2)]
         assert (alone.rows.offsets, joined.rows.offsets) == ((0, 2), (0, 2, 3, 4, 5))
         assert joined.rows.rows.tolist() == [0, 1, 3, 4, 6]
         assert joined.decode.shape == joined.encode.shape == (4, 4, 8)
@@ -119,14 +124,14 @@ class TestAssembly:
             member(layers=(0,), places=([7],), activation="relu", intervention="direft"),
         ]
         plan = ForwardPlan(members, (1, 9))
-        forms = [(one.subtract, one.activation) for one in plan.edits[0]]
+        forms = [(one.subtract, one.activation) for one in plan.edits[site(0)]]
         assert forms == [(False, None), (True, "relu"), (False, "relu")]
 
     def test_fresh_weights_are_the_same_numbers(self):
         plan = ForwardPlan([member()], (1, 4))
         again = plan.again()
-        assert torch.equal(again.edits[0][0].decode, plan.edits[0][0].decode)
-        assert again.edits[0][0].decode is not plan.edits[0][0].decode
+        assert torch.equal(again.edits[site(0)][0].decode, plan.edits[site(0)][0].decode)
+        assert again.edits[site(0)][0].decode is not plan.edits[site(0)][0].decode
 
 
 class NoReading(TorchDispatchMode):

@@ -1,0 +1,307 @@
+"""Where the prompts of a batch lie: padded, or packed one after another into one row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IGNORED = -100  # the label of a token that is no target
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+#: Among token numbers: no token.
+_NONE = torch.iinfo(torch.int64).min
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Where the prompts of B sequences lie.
+
+    Attributes:
+        start: int64 (B,), column of each sequence's first attended token. Of packed sequences a
+            column of the flattened batch.
+        length: int64 (B,), number of its prompt tokens.
+        total: int64 (B,), number of its tokens; None where nothing asks for it.
+        packed: the sequences lie one after another, so that a column is a row already.
+    """
+
+    start: Tensor
+    length: Tensor
+    total: Tensor | None = None
+    packed: bool = False
+
+    def select(self, sequences: Tensor | None) -> Prompt:
+        """The prompts of some sequences, in that order; None for all."""
+        if sequences is None:
+            return self
+        return replace(self, start=self.start[sequences], length=self.length[sequences])
+
+    def expand(self, batch: int) -> Prompt:
+        """Each sequence repeated, as beam search and several returned sequences repeat them.
+
+        Raises:
+            ValueError: ``batch`` is no multiple of the number of prompts.
+        """
+        own = self.start.shape[0]
+        if batch == own:
+            return self
+        if own == 0 or batch % own:
+            raise ValueError(f"a batch of {batch} sequences cannot come from {own} prompts")
+        return replace(
+            self,
+            start=self.start.repeat_interleave(batch // own),
+            length=self.length.repeat_interleave(batch // own),
+        )
+
+    def owner(self, columns: int) -> Tensor:
+        """Of packed sequences: int64 (columns,), which one each column belongs to."""
+        column = torch.arange(columns, device=self.start.device)
+        return torch.searchsorted(self.start, column, right=True) - 1
+
+
+def find_prompt(
+    batch: int,
+    columns: int,
+    device: torch.device,
+    *,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    prompt_lengths: Tensor | Sequence[int] | None = None,
+    shifted: bool = False,
+) -> Prompt:
+    """The prompt of each sequence of a padded batch.
+
+    Its length is ``prompt_lengths`` if given, else the number of attended tokens before the first
+    label that is not −100, else of all attended tokens.
+
+    Args:
+        batch: B.
+        columns: S, columns of the padded batch, those in the cache included.
+        device: where the answer is wanted.
+        attention_mask: (B, S), nonzero where attended; None for everywhere.
+        labels: (B, S).
+        prompt_lengths: int (B,).
+        shifted: a label is the token after its column, as in the decoder of an encoder–decoder, and
+            not the token in it.
+
+    Raises:
+        TypeError, ValueError: a wrong shape or dtype; a length that is negative or longer than the
+            sequence, where the host can see that without waiting for a device.
+    """
+    if attention_mask is None:
+        attended = torch.ones(batch, columns, dtype=torch.bool, device=device)
+    elif attention_mask.ndim == 2:
+        attended = attention_mask.to(device).bool()
+    elif prompt_lengths is not None:
+        raise ValueError(
+            "prompt_lengths need an attention_mask of (batch, columns), to know where a prompt "
+            f"starts; got shape {tuple(attention_mask.shape)}"
+        )
+    else:
+        raise ValueError(
+            "attention_mask must be (batch, columns) to tell the prompt; got shape "
+            f"{tuple(attention_mask.shape)}. Generate with ReftModel.generate, which remembers it"
+        )
+    start = attended.int().argmax(dim=1)
+    total = attended.sum(dim=1)
+    if prompt_lengths is not None:
+        return Prompt(start, _checked_lengths(prompt_lengths, batch, total), total)
+    if labels is None:
+        return Prompt(start, total, total)
+    if labels.shape != attended.shape:
+        raise ValueError(
+            f"labels must have the shape of the batch, {tuple(attended.shape)}, to tell the "
+            f"prompt; got {tuple(labels.shape)}"
+        )
+    # Before the first target: no target so far.
+    before = (labels.to(device) != IGNORED).cumsum(dim=1) == 0
+    length = (attended & before).sum(dim=1)
+    return Prompt(start, torch.minimum(length + 1, total) if shifted else length, total)
+
+
+def find_packed_prompt(
+    starts: Tensor,
+    columns: int,
+    *,
+    labels: Tensor | None = None,
+    prompt_lengths: Tensor | Sequence[int] | None = None,
+) -> Prompt:
+    """The prompt of each sequence of a packed batch, told as in :func:`find_prompt`.
+
+    Args:
+        starts: int64 (B,), ascending, the first column of each sequence in the flattened batch.
+        columns: N, its columns.
+        labels: N of them, any shape.
+        prompt_lengths: int (B,), one a sequence.
+
+    Raises:
+        TypeError, ValueError: as :func:`find_prompt`.
+    """
+    ends = torch.cat([starts[1:], starts.new_tensor([columns])])
+    prompt = Prompt(starts, ends - starts, ends - starts, packed=True)
+    assert prompt.total is not None
+    if prompt_lengths is not None:
+        lengths = _checked_lengths(prompt_lengths, starts.shape[0], prompt.total)
+        return replace(prompt, length=lengths)
+    if labels is None:
+        return prompt
+    if labels.numel() != columns:
+        raise ValueError(
+            f"labels must be one a token, {columns} of them, to tell the prompts; got shape "
+            f"{tuple(labels.shape)}"
+        )
+    targets = (labels.to(starts.device).reshape(-1) != IGNORED).long()
+    seen = targets.cumsum(0)
+    # Targets before each sequence; a token is before the first of its own if it saw no more.
+    earlier = (seen - targets)[starts]
+    before = (seen == earlier[prompt.owner(columns)]).long().cumsum(0)
+    upto = torch.cat([before.new_zeros(1), before])
+    return replace(prompt, length=upto[ends] - upto[starts])
+
+
+def packed_starts(call: dict[str, Any], shape: tuple[int, int]) -> Tensor | None:
+    """Where the sequences of a packed batch start, int64 (B,) into the flattened batch; None if the
+    batch is a padded one.
+
+    ``cu_seq_lens_q`` says it. Else, as for transformers itself, a batch without an attention mask
+    and without a cache is packed where its ``position_ids`` do not just go on. How many sequences
+    they hold is read from the device, which ``cu_seq_lens_q`` spares.
+
+    Raises:
+        ValueError: while compiling, ``position_ids`` alone.
+    """
+    bounds = call.get("cu_seq_lens_q")
+    if bounds is not None:
+        return bounds[:-1].long()
+    position = call.get("position_ids")
+    if not isinstance(position, Tensor) or tuple(position.shape) != shape:
+        return None
+    if call.get("attention_mask") is not None or call.get("past_key_values") is not None:
+        return None
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "position_ids do not tell a compiled forward how many sequences are packed in a row: "
+            "give cu_seq_lens_q too, or an attention_mask if there is one in each row"
+        )
+    jump = torch.ones_like(position, dtype=torch.bool)
+    jump[:, 1:] = position.diff(dim=1) != 1
+    starts = jump.reshape(-1).nonzero().reshape(-1)
+    return starts if starts.shape[0] != shape[0] else None
+
+
+def given_columns(value: Any, prompt: Prompt, shape: tuple[int, int]) -> Tensor:
+    """The argument ``edit_positions`` as what :func:`reft.model.plan.member_rows` reads.
+
+    Args:
+        value: a list of token numbers for each sequence, counted from its first token, a negative
+            one from the end of its prompt; an integer tensor (B, P) of numbers, −1 for none; or a
+            boolean tensor, one entry a column.
+        prompt: where the sequences lie.
+        shape: of the batch.
+
+    Returns:
+        bool, ``shape``; or int64 (B, P), columns, −1 for none.
+
+    Raises:
+        TypeError, ValueError: none of these, a wrong shape, a number outside its sequence where the
+            host can see that without waiting for a device.
+    """
+    device, batch = prompt.start.device, prompt.start.shape[0]
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"a boolean edit_positions must have the shape of the batch, {shape}; got "
+                f"{tuple(value.shape)}"
+            )
+        return value.to(device)
+    numbers = _numbers(value, batch).to(device)
+    begin, length = prompt.start.unsqueeze(1), prompt.length.unsqueeze(1)
+    assert prompt.total is not None
+    total = prompt.total.unsqueeze(1)
+    absent = numbers == _NONE
+    number = torch.where(numbers < 0, numbers + length, numbers)
+    inside = (number >= 0) & (number < total)
+    if _visible(numbers):
+        wrong = ~(inside | absent)
+        if bool(wrong.any()):
+            row, at = (int(one) for one in wrong.nonzero()[0])
+            raise ValueError(
+                "edit_positions must be below the tokens of their sequence, or negative and within "
+                f"its prompt; sequence {row} has {int(total[row, 0])} tokens, "
+                f"{int(length[row, 0])} of them prompt, got {int(numbers[row, at])}"
+            )
+    columns = torch.where(inside & ~absent, begin + number, -1)
+    # Each row of hidden states at most once: neighbours that are equal are one.
+    columns = columns.sort(dim=1).values
+    columns[:, 1:] = torch.where(columns[:, 1:] == columns[:, :-1], -1, columns[:, 1:])
+    return columns
+
+
+def image_token(model: nn.Module) -> int | None:
+    """The id that stands for a piece of an image among a model's tokens, None if there is none."""
+    config = getattr(model, "config", None)
+    ids = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+    return next((one for one in ids if isinstance(one, int)), None)
+
+
+def _numbers(value: Any, batch: int) -> Tensor:
+    """Token numbers (batch, P), :data:`_NONE` for none."""
+    if isinstance(value, Tensor):
+        if value.dtype not in _INTEGERS:
+            raise TypeError(f"edit_positions must be integers or booleans, got {value.dtype}")
+        if value.ndim != 2 or value.shape[0] != batch:
+            raise ValueError(
+                f"edit_positions must be (sequences, places), {batch} sequences; got shape "
+                f"{tuple(value.shape)}"
+            )
+        if _visible(value) and value.numel() and int(value.min()) < -1:
+            raise ValueError(
+                "edit_positions in a tensor must be −1 (none) or at least 0, got "
+                f"{int(value.min())}"
+            )
+        return torch.where(value < 0, _NONE, value.long())
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    if not listed or not all(isinstance(row, Sequence) for row in value):
+        raise TypeError(
+            "edit_positions must be a list of token numbers for each sequence, a tensor, or a "
+            f"function that returns one of these; got {value!r}"
+        )
+    if len(value) != batch:
+        raise ValueError(
+            f"edit_positions must have one list a sequence ({batch} of them), got {len(value)}"
+        )
+    for number in (one for row in value for one in row):
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"edit_positions must be integers, got {number!r}")
+    width = max((len(row) for row in value), default=0)
+    rows = [[*row, *[_NONE] * (width - len(row))] for row in value]
+    return torch.tensor(rows, dtype=torch.int64).reshape(batch, width)
+
+
+def _checked_lengths(values: Tensor | Sequence[int], batch: int, total: Tensor) -> Tensor:
+    lengths = values if isinstance(values, Tensor) else torch.tensor(values)
+    if lengths.dtype not in _INTEGERS:
+        raise TypeError(f"prompt_lengths must be integers, got {lengths.dtype}")
+    if lengths.shape != (batch,):
+        raise ValueError(
+            f"prompt_lengths must have one entry a sequence, shape ({batch},); "
+            f"got {tuple(lengths.shape)}"
+        )
+    if batch and _visible(lengths) and total.device.type == "cpu":
+        wrong = (lengths < 0) | (lengths > total)
+        if bool(wrong.any()):
+            at = int(wrong.int().argmax())
+            raise ValueError(
+                f"prompt_lengths must lie in 0 … the attended tokens of each sequence; sequence "
+                f"{at} has {int(total[at])}, got {int(lengths[at])}"
+            )
+    return lengths.to(total.device, torch.int64)
+
+
+def _visible(tensor: Tensor) -> bool:
+    """Whether values can be read without waiting for a device or breaking a traced graph."""
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu"
