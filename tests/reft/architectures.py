@@ -1,0 +1,203 @@
+"""One tiny configuration of every architecture that the library is tried on."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+VOCAB, DIM, LAYERS, PAD = 40, 24, 3, 0
+IMAGE = VOCAB - 1
+
+_SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": DIM,
+    "intermediate_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LLAMA = {**_SHAPE, "num_key_value_heads": 2, "head_dim": 6}
+_BERT = {**_SHAPE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_EXPERTS = {**_LLAMA, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_T5 = {
+    "vocab_size": VOCAB,
+    "d_model": DIM,
+    "d_kv": 6,
+    "d_ff": 32,
+    "num_layers": LAYERS,
+    "num_decoder_layers": LAYERS,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "initializer_factor": 1.0,
+    "pad_token_id": PAD,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A tiny model.
+
+    Attributes:
+        model: class in transformers.
+        config: class of its configuration.
+        arguments: of the configuration.
+        blocks: path of the block list.
+        attention: path in a block of the module whose output attention adds to the residual stream.
+        mlp: the same of the feed-forward part.
+        block_path: what the adapter's configuration has to say; None where structure tells.
+        left, right: sides on which the model takes padding.
+        image: its inputs hold an image.
+    """
+
+    model: str
+    config: str
+    arguments: dict[str, Any]
+    blocks: str
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    block_path: str | None = None
+    left: bool = True
+    right: bool = True
+    image: bool = False
+    nested: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def causal(self) -> bool:
+        return self.model.endswith(("ForCausalLM", "LMHeadModel")) or self.image
+
+    @property
+    def decoder(self) -> bool:
+        """Whether what is edited is the decoder of an encoder–decoder."""
+        return (self.block_path or "").startswith(("decoder", "model.decoder"))
+
+
+def _llama_like(name: str, **more: Any) -> Architecture:
+    arguments = {**_LLAMA, **more}
+    return Architecture(f"{name}ForCausalLM", f"{name}Config", arguments, "model.layers")
+
+
+def _encoder(name: str, path: str, **more: Any) -> Architecture:
+    return Architecture(
+        f"{name}ForSequenceClassification", f"{name}Config", {**_BERT, "num_labels": 3, **more},
+        path, "attention.output.dense", "output.dense", left=False,
+    )  # fmt: skip
+
+
+ARCHITECTURES = {
+    "llama": _llama_like("Llama"),
+    "mistral": _llama_like("Mistral"),
+    "qwen2": _llama_like("Qwen2"),
+    "qwen3": _llama_like("Qwen3"),
+    "gemma2": _llama_like("Gemma2", query_pre_attn_scalar=6),
+    "gemma3": Architecture(
+        "Gemma3ForCausalLM", "Gemma3TextConfig", {**_LLAMA, "query_pre_attn_scalar": 6},
+        "model.layers",
+    ),
+    "phi3": _llama_like("Phi3"),
+    "olmo2": _llama_like("Olmo2"),
+    "mixtral": _llama_like("Mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "qwen2-moe": Architecture(
+        "Qwen2MoeForCausalLM", "Qwen2MoeConfig",
+        {**_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16,
+         "decoder_sparse_step": 2},
+        "model.layers",
+    ),
+    "qwen3-moe": Architecture(
+        "Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_EXPERTS, "num_experts": 4}, "model.layers"
+    ),
+    "gpt-oss": _llama_like("GptOss", num_local_experts=4, num_experts_per_tok=2),
+    "gpt2": Architecture(
+        "GPT2LMHeadModel", "GPT2Config",
+        {"vocab_size": VOCAB, "n_embd": DIM, "n_layer": LAYERS, "n_head": 4, "n_positions": 64,
+         "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
+         **_NO_DROPOUT},
+        # Left padding in generate() only, which numbers positions by the mask.
+        "transformer.h", "attn", left=False,
+    ),
+    "opt": Architecture(
+        "OPTForCausalLM", "OPTConfig",
+        {**_SHAPE, "ffn_dim": 32, "word_embed_proj_dim": DIM, "dropout": 0.0, "init_std": 0.2},
+        "model.decoder.layers", "self_attn", "fc2",
+    ),
+    "gpt-neox": Architecture(
+        "GPTNeoXForCausalLM", "GPTNeoXConfig", _SHAPE, "gpt_neox.layers", "attention"
+    ),
+    "falcon": Architecture(
+        "FalconForCausalLM", "FalconConfig", _SHAPE, "transformer.h", "self_attention"
+    ),
+    "bert": _encoder("Bert", "bert.encoder.layer"),
+    "roberta": _encoder("Roberta", "roberta.encoder.layer", max_position_embeddings=70),
+    "deberta-v2": _encoder(
+        "DebertaV2", "deberta.encoder.layer", relative_attention=True, pos_att_type=["p2c", "c2p"],
+        position_buckets=8,
+    ),
+    "modernbert": Architecture(
+        "ModernBertForSequenceClassification", "ModernBertConfig",
+        {**_SHAPE, "num_labels": 3, "cls_token_id": 1, "sep_token_id": 2},
+        "model.layers", "attn", left=False,
+    ),
+    "t5-encoder": Architecture(
+        "T5ForConditionalGeneration", "T5Config", _T5, "encoder.block",
+        "layer.0.SelfAttention", "layer.1.DenseReluDense", block_path="encoder.block",
+    ),
+    "t5-decoder": Architecture(
+        "T5ForConditionalGeneration", "T5Config", _T5, "decoder.block",
+        "layer.0.SelfAttention", "layer.2.DenseReluDense", block_path="decoder.block",
+    ),
+    "t5-encoder-only": Architecture(
+        "T5EncoderModel", "T5Config", _T5, "encoder.block",
+        "layer.0.SelfAttention", "layer.1.DenseReluDense",
+    ),
+    "bart-encoder": Architecture(
+        "BartForConditionalGeneration", "BartConfig",
+        {"vocab_size": VOCAB, "d_model": DIM, "encoder_layers": LAYERS, "decoder_layers": LAYERS,
+         "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 32,
+         "decoder_ffn_dim": 32, "max_position_embeddings": 64, "dropout": 0.0, "init_std": 0.2,
+         "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
+         "forced_eos_token_id": None},
+        "model.encoder.layers", "self_attn", "fc2", block_path="model.encoder.layers", left=False,
+    ),
+    "llava": Architecture(
+        "LlavaForConditionalGeneration", "LlavaConfig", {"image_token_index": IMAGE},
+        "model.language_model.layers", image=True,
+        nested={
+            "text_config": ("LlamaConfig", _LLAMA),
+            "vision_config": (
+                "CLIPVisionConfig",
+                {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": LAYERS,
+                 "num_attention_heads": 2, "image_size": 8, "patch_size": 4},
+            ),
+        },
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def _model(name: str) -> nn.Module:
+    one = ARCHITECTURES[name]
+    nested = {
+        key: getattr(transformers, kind)(**arguments)
+        for key, (kind, arguments) in one.nested.items()
+    }
+    config = getattr(transformers, one.config)(**one.arguments, **nested)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return getattr(transformers, one.model)(config).eval()
+
+
+def build(name: str) -> nn.Module:
+    """A fresh copy of always the same model."""
+    return copy.deepcopy(_model(name))
