@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from reft.config import ReftConfig
+from reft.model import peft_base
 from reft.model.attachment import SUBMODULE, Attachment
 from reft.model.heads import copy_heads
 from reft.model.hooks import EditOutput
@@ -50,10 +51,11 @@ def build(
     shown = attached.heads.shown
     attached.heads.show(base, None)
     try:
+        others = (SUBMODULE, *peft_base.trained_modules(base))
         outside = (
             path
             for path, _ in base.named_modules()
-            if path != SUBMODULE and not path.startswith(f"{SUBMODULE}.")
+            if not any(f"{path}.".startswith(f"{other}.") for other in others)
         )
         heads = copy_heads(base, config.resolve_modules_to_save(outside))
     finally:

@@ -50,8 +50,10 @@ class TakeOptions(_Call):
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> _Arguments:
         kwargs = dict(kwargs)
-        taken = {name: kwargs.pop(name, None) for name in OPTIONS}
-        self.attachment.options = Options(**taken, labels=self._named(args, kwargs).get("labels"))
+        outer = self.attachment.options or Options()  # of PEFT's wrapper, which calls this model
+        taken = {name: kwargs.pop(name, getattr(outer, name)) for name in OPTIONS}
+        labels = self._named(args, kwargs).get("labels", outer.labels)
+        self.attachment.options = Options(**taken, labels=labels)
         return args, kwargs
 
 
@@ -61,6 +63,8 @@ class MakePlan(_Call):
     def __call__(
         self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> _Arguments:
+        if KEYWORD in kwargs:  # made by the module of PEFT's that calls this one
+            return args, kwargs
         plan = self.attachment.plan_forward(stack, self._named(args, kwargs))
         self.attachment.current = plan
         # None is sent too while gradients are recorded: a block run again in backward must be able

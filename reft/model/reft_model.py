@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from reft.config import ReftConfig
-from reft.model import checkpointing, storage
+from reft.model import checkpointing, peft_base, storage
 from reft.model.adapters import attach, build, detach
 from reft.model.attachment import SUBMODULE, Attachment
 from reft.model.generation import capture
@@ -37,7 +37,8 @@ def get_reft_model(
     """Attach a new adapter to a model: freeze it, and edit its blocks' outputs as ``config`` says.
 
     Args:
-        base_model: a transformers model; changed in place until :meth:`ReftModel.unload`.
+        base_model: a transformers model, or one in PEFT's wrapper; changed in place until
+            :meth:`ReftModel.unload`. What PEFT trains in it, such as LoRA, goes on being trained.
         config: what the adapter is.
         adapter_name: its name.
         generator: the source of randomness for the adapter's first values.
@@ -69,6 +70,7 @@ class ReftModel(nn.Module):
     """
 
     base_model: nn.Module
+    peft_config = peft_base.Config()
 
     def __init__(self, base_model: nn.Module, block_path: str | None = None) -> None:
         super().__init__()
@@ -81,30 +83,28 @@ class ReftModel(nn.Module):
                 f"base_model must not have adapters (an attribute {SUBMODULE!r}) yet, got "
                 f"{type(base_model).__name__} with one; use add_adapter, or unload() first"
             )
-        sites = find_sites(base_model, block_path)
-        can_generate = getattr(base_model, "can_generate", None)
+        inner = peft_base.transformers_model(base_model)
+        sites = find_sites(inner, block_path)
+        can_generate = getattr(inner, "can_generate", None)
         self.base_model = base_model
-        self._trainable_before = frozenset(
-            name for name, parameter in base_model.named_parameters() if parameter.requires_grad
-        )
-        for parameter in base_model.parameters():
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
+        self._frozen = peft_base.freeze(inner)
         generates = can_generate is not None and can_generate()
         attachment = Attachment(
             sites, causal=generates and sites.side != "encoder", image_token=image_token(base_model)
         )
-        base_model.add_module(SUBMODULE, attachment)
-        self._handles = (
-            base_model.register_forward_pre_hook(
-                TakeOptions(attachment, base_model), with_kwargs=True
+        inner.add_module(SUBMODULE, attachment)
+        self._handles = [
+            *peft_base.register(
+                peft_base.outer(base_model),
+                lambda module: TakeOptions(attachment, module),
+                Forget(attachment, "options"),
             ),
-            base_model.register_forward_hook(Forget(attachment, "options"), always_call=True),
-            sites.stack.register_forward_pre_hook(
-                MakePlan(attachment, sites.stack), with_kwargs=True
+            *peft_base.register(
+                peft_base.callers(base_model, sites.stack),
+                lambda module: MakePlan(attachment, sites.stack),
+                Forget(attachment, "current"),
             ),
-            sites.stack.register_forward_hook(Forget(attachment, "current"), always_call=True),
-        )
+        ]
         checkpointing.keep_plans(base_model, attachment)
         attachment.train(base_model.training)
         self.training = base_model.training
@@ -169,12 +169,13 @@ class ReftModel(nn.Module):
             return getattr(self.base_model, name)
 
     def get_base_model(self) -> nn.Module:
-        """The base model, with the adapters still attached; :meth:`unload` detaches them."""
-        return self.base_model
+        """The transformers model, out of PEFT's wrapper if it has one, with the adapters still
+        attached; :meth:`unload` detaches them."""
+        return peft_base.transformers_model(self.base_model)
 
     @property
     def _attached(self) -> Attachment:
-        attachment = self.base_model._modules.get(SUBMODULE)
+        attachment = self.get_base_model()._modules.get(SUBMODULE)
         if not isinstance(attachment, Attachment):
             raise RuntimeError("this ReftModel has no adapters: it was unloaded")
         return attachment
@@ -212,7 +213,7 @@ class ReftModel(nn.Module):
             ValueError: a name that is taken or not allowed, a configuration that does not fit the
                 model. Nothing was changed.
         """
-        attached, base = self._attached, self.base_model
+        attached, base = self._attached, self.get_base_model()
         attach(
             attached, base, adapter_name, *build(attached, base, adapter_name, config, generator)
         )
@@ -231,11 +232,11 @@ class ReftModel(nn.Module):
         attached.bank(adapter_name)
         attached.active = adapter_name
         if not attached.disabled:
-            attached.heads.show(self.base_model, adapter_name)
+            attached.heads.show(self.get_base_model(), adapter_name)
         for name in attached.adapters:
             trained = name == adapter_name and not inference_mode
             attached.bank(name).requires_grad_(trained)
-            for module in attached.heads.modules_of(self.base_model, name).values():
+            for module in attached.heads.modules_of(self.get_base_model(), name).values():
                 module.requires_grad_(trained)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -246,7 +247,7 @@ class ReftModel(nn.Module):
         """
         attached = self._attached
         attached.bank(adapter_name)
-        detach(attached, self.base_model, adapter_name)
+        detach(attached, self.get_base_model(), adapter_name)
         if attached.active == adapter_name:
             attached.active = None
             for other in attached.adapters:
@@ -260,25 +261,25 @@ class ReftModel(nn.Module):
         attached = self._attached
         attached.disabled += 1
         try:
-            attached.heads.show(self.base_model, None)
+            attached.heads.show(self.get_base_model(), None)
             yield
         finally:
             attached.disabled -= 1
             if not attached.disabled:
-                attached.heads.show(self.base_model, attached.active)
+                attached.heads.show(self.get_base_model(), attached.active)
 
     def unload(self) -> nn.Module:
         """Detach everything and return the base model as it was before, its ``requires_grad``
         too."""
-        attached = self._attached
-        attached.heads.show(self.base_model, None)
+        attached, inner = self._attached, self.get_base_model()
+        attached.heads.show(inner, None)
         for handle in (*self._handles, *attached.handles.values()):
             handle.remove()
         checkpointing.forget_plans(self.base_model)
-        delattr(self.base_model, SUBMODULE)
-        for name, parameter in self.base_model.named_parameters():
-            if parameter.requires_grad != (name in self._trainable_before):
-                parameter.requires_grad_(name in self._trainable_before)
+        delattr(inner, SUBMODULE)
+        for name, parameter in inner.named_parameters():
+            if name in self._frozen:
+                parameter.requires_grad_(True)
         return self.base_model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:

@@ -29,13 +29,13 @@ def save(
     state_dict: Mapping[str, Tensor] | None,
 ) -> None:
     """See :meth:`ReftModel.save_pretrained`."""
-    attached, base = model._attached, model.base_model
+    attached = model._attached
     name = _name(model, adapter_name)
     bank = attached.bank(name)
-    heads = attached.heads.modules_of(base, name)
+    heads = attached.heads.modules_of(model.get_base_model(), name)
     own = stored_heads = None
     if state_dict is not None:
-        names = {id(module): path for path, module in base.named_modules()}
+        names = {id(module): path for path, module in model.base_model.named_modules()}
         own = _part(state_dict, names[id(bank)])
         stored_heads = {
             f"{path}.{key}": value
@@ -67,7 +67,7 @@ def load_adapter(model: ReftModel, path: _Path, adapter_name: str, is_trainable:
     """See :meth:`ReftModel.load_adapter`."""
     config, tensors = read_adapter(path)
     # Whatever the stored configuration starts from, it is overwritten.
-    attached, base = model._attached, model.base_model
+    attached, base = model._attached, model.get_base_model()
     bank, heads = build(attached, base, adapter_name, replace(config, init="pyreft"))
     bank.config = replace(bank.config, init=config.init)
     if bank.bias.is_meta:
@@ -92,7 +92,7 @@ def restore(model: ReftModel, path: _Path, adapter_name: str | None) -> None:
     config, tensors = read_adapter(path)
     _check_same(path, config, bank.config)
     edit, head_tensors = _split(tensors)
-    heads = attached.heads.modules_of(model.base_model, name)
+    heads = attached.heads.modules_of(model.get_base_model(), name)
     try:
         check_heads(heads, head_tensors)
         bank.load(edit, training_state=True)

@@ -25,6 +25,7 @@ from transformers.utils import can_return_loss, find_labels, is_accelerate_avail
 from reft.model.reft_model import ReftModel
 from reft.nn.bank import Bank
 from reft.train.collate import IGNORED, ReftDataCollator
+from reft.train.lora import load_lora, save_lora
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class ReftTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _base_model(self) -> nn.Module:
-        return self._reft_model().base_model
+        return self._reft_model().get_base_model()
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As Trainer's, without the coordinates of orthonormal R: the rows of R have length 1
@@ -196,6 +197,7 @@ class ReftTrainer(Trainer):
         self._reft_model().save_pretrained(
             folder, training_state=checkpoint, state_dict=state_dict or None
         )
+        save_lora(self._reft_model(), folder, state_dict or None)
         processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if processing is not None:
             processing.save_pretrained(folder)
@@ -206,12 +208,14 @@ class ReftTrainer(Trainer):
     ) -> None:
         if not self._is_sharded():
             self._reft_model().restore(resume_from_checkpoint)
+            load_lora(self._reft_model(), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self._is_sharded():  # the base point is still that of this run
             super()._load_best_model()
         else:
             self._reft_model().restore(str(self.state.best_model_checkpoint))
+            load_lora(self._reft_model(), str(self.state.best_model_checkpoint))
 
 
 class _Shifted:
