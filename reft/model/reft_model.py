@@ -20,6 +20,8 @@ from reft.model.adapters import attach, build, detach
 from reft.model.attachment import SUBMODULE, Attachment
 from reft.model.generation import capture
 from reft.model.hooks import Forget, MakePlan, TakeOptions, extended_signature
+from reft.model.hub import push_to_hub
+from reft.model.pipelines import announce
 from reft.model.prompt import image_token
 from reft.model.report import count_parameters
 from reft.model.sites import find_sites
@@ -106,6 +108,7 @@ class ReftModel(nn.Module):
             ),
         ]
         checkpointing.keep_plans(base_model, attachment)
+        announce(type(self).__name__)
         attachment.train(base_model.training)
         self.training = base_model.training
         # On the instance, because signatures differ from base to base and Trainer reads them.
@@ -328,7 +331,8 @@ class ReftModel(nn.Module):
         training_state: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write an adapter: its configuration, R, W, b and its heads.
+        """Write an adapter: its configuration, R, W, b and its heads. Without ``training_state``
+        also a model card, ``README.md``, unless there is one that somebody wrote or edited.
 
         Args:
             save_directory: made if missing.
@@ -339,6 +343,8 @@ class ReftModel(nn.Module):
         """
         storage.save(self, save_directory, adapter_name, training_state, state_dict)
 
+    push_to_hub = push_to_hub
+
     @classmethod
     def from_pretrained(
         cls,
@@ -346,26 +352,33 @@ class ReftModel(nn.Module):
         path: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
+        **hub: Any,
     ) -> ReftModel:
         """Attach an adapter that was saved, in eval mode and frozen unless ``is_trainable``.
+
+        Args:
+            path: its folder; a string that names none may be a name on the hub.
+            hub: ``revision`` and ``token`` there.
 
         Raises:
             OSError, TypeError, ValueError: nothing was changed.
         """
-        return storage.load_model(cls, base_model, path, adapter_name, is_trainable)
+        return storage.load_model(cls, base_model, path, adapter_name, is_trainable, **hub)
 
     def load_adapter(
         self,
         path: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
+        **hub: Any,
     ) -> None:
-        """Add an adapter that was saved; not active unless there is no other.
+        """Add an adapter that was saved, from where :meth:`from_pretrained` takes one; not active
+        unless there is no other.
 
         Raises:
             OSError, ValueError: nothing was changed.
         """
-        storage.load_adapter(self, path, adapter_name, is_trainable)
+        storage.load_adapter(self, path, adapter_name, is_trainable, **hub)
 
     def restore(self, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
         """Set an adapter, None for the active one, to what was saved with ``training_state=True``.

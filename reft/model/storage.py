@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from reft.config import ReftConfig
 from reft.model.adapters import attach, build
+from reft.model.card import write_card
 from reft.model.checkpoint import read_adapter, write_adapter
 from reft.model.heads import check_heads, head_state, load_heads
+from reft.model.hub import local_folder
 
 if TYPE_CHECKING:
     from reft.model.reft_model import ReftModel
@@ -47,12 +49,20 @@ def save(
         _HEADS + key: _whole(value) for key, value in (stored_heads or head_state(heads)).items()
     }
     write_adapter(path, bank.config, tensors)
+    if not training_state:
+        write_card(path, model, name, source=".")
 
 
 def load_model(
-    cls: type[ReftModel], base_model: nn.Module, path: _Path, adapter_name: str, is_trainable: bool
+    cls: type[ReftModel],
+    base_model: nn.Module,
+    path: _Path,
+    adapter_name: str,
+    is_trainable: bool,
+    **hub: Any,
 ) -> ReftModel:
     """See :meth:`ReftModel.from_pretrained`."""
+    path = local_folder(path, **hub)
     config, _ = read_adapter(path)
     model = cls(base_model, config.block_path)
     try:
@@ -63,8 +73,11 @@ def load_model(
     return model if is_trainable else model.eval()
 
 
-def load_adapter(model: ReftModel, path: _Path, adapter_name: str, is_trainable: bool) -> None:
+def load_adapter(
+    model: ReftModel, path: _Path, adapter_name: str, is_trainable: bool, **hub: Any
+) -> None:
     """See :meth:`ReftModel.load_adapter`."""
+    path = local_folder(path, **hub)
     config, tensors = read_adapter(path)
     # Whatever the stored configuration starts from, it is overwritten.
     attached, base = model._attached, model.get_base_model()

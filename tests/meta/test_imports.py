@@ -26,6 +26,11 @@ FORBIDDEN = [
     ("reft.nn", "reft.model", "imports point one way"),
     ("reft.model", "reft.train", "imports point one way"),
     ("reft.model", "reft.cli", "imports point one way"),
+    ("reft.model", "reft.evaluation", "imports point one way"),
+    ("reft.evaluation", "reft.train", "imports point one way"),
+    ("reft.evaluation", "reft.cli", "imports point one way"),
+    ("reft.train", "reft.evaluation", "imports point one way"),
+    ("reft.demo", "reft.evaluation", "imports point one way"),
     ("reft.train", "reft.cli", "imports point one way"),
     ("reft.train", "reft.demo", "imports point one way"),
     ("reft.demo", "reft.cli", "imports point one way"),
@@ -95,6 +100,12 @@ def test_triton_is_imported_lazily() -> None:
         if not inside:
             named = [n for n in _imports(path, module_level=True) if _under(n, "triton")]
             assert not named, f"{module} imports triton when it is imported"
+
+
+def test_the_harness_is_imported_by_its_own_module_alone() -> None:
+    for module, path in _modules().items():
+        if not _under(module, "reft.evaluation"):
+            assert not [n for n in _imports(path) if _under(n, "lm_eval")], module
 
 
 def test_no_cycles() -> None:

@@ -1,0 +1,1 @@
+"""Wrapped models in the evaluation tools of others."""

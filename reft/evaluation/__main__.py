@@ -1,0 +1,11 @@
+"""``python -m reft.evaluation``: lm-evaluation-harness's own command line, which then knows
+``--model reft``."""
+
+import sys
+
+import reft.evaluation.lm_eval  # noqa: F401  registers the name
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.exit(cli_evaluate())
