@@ -48,8 +48,6 @@ def load_lora(model: ReftModel, checkpoint: str | os.PathLike[str]) -> None:
         FileNotFoundError: an adapter is not in the checkpoint.
         ValueError: its tensors are not those of the model's. Nothing was changed.
     """
-    from peft import set_peft_model_state_dict
-
     base, found = model.base_model, {}
     for name in _adapters(model):
         file = _folder(checkpoint, name) / _WEIGHTS
@@ -66,6 +64,10 @@ def load_lora(model: ReftModel, checkpoint: str | os.PathLike[str]) -> None:
                 f"{file} must hold the tensors of PEFT's adapter {name!r} as this model has it; "
                 f"{len(differing)} of them differ, {differing[0]} for one"
             )
+    if not found:
+        return
+    from peft import set_peft_model_state_dict
+
     for name, tensors in found.items():
         if not peft_base.is_wrapper(base):
             tensors = {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
