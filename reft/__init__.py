@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reft.config import ReftConfig
+    from reft.interop.models import load_adapters_reft, load_pyreft, save_pyreft
     from reft.model.reft_model import ReftModel, get_reft_model
     from reft.train.collate import ReftDataCollator
     from reft.train.trainer import ReftTrainer
@@ -26,6 +27,9 @@ _HOMES = {
     "ReftModel": "reft.model.reft_model",
     "ReftTrainer": "reft.train.trainer",
     "get_reft_model": "reft.model.reft_model",
+    "load_adapters_reft": "reft.interop.models",
+    "load_pyreft": "reft.interop.models",
+    "save_pyreft": "reft.interop.models",
 }
 
 __all__ = [
@@ -35,6 +39,9 @@ __all__ = [
     "ReftTrainer",
     "__version__",
     "get_reft_model",
+    "load_adapters_reft",
+    "load_pyreft",
+    "save_pyreft",
 ]
 
 

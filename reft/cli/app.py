@@ -1,4 +1,4 @@
-"""The command line: ``reft demo``, ``train``, ``evaluate``, ``generate``.
+"""The command line: ``reft demo``, ``train``, ``evaluate``, ``generate``, ``convert``.
 
 Nothing heavy is imported before a command runs, so that ``reft --help`` answers at once.
 """
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reft.cli import demo, evaluate, generate, train
+from reft.cli import convert, demo, evaluate, generate, train
 from reft.cli.errors import UserError, one_line
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("convert")(convert.convert)
 
 
 def _show_version(value: bool) -> None:

@@ -33,6 +33,9 @@ def test_names_of_reft() -> None:
         "ReftTrainer",
         "__version__",
         "get_reft_model",
+        "load_adapters_reft",
+        "load_pyreft",
+        "save_pyreft",
     ]
 
 

@@ -1,0 +1,109 @@
+"""``reft convert``: adapters of other libraries into this one's form, and back into pyreft's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from reft.cli.errors import UserError, check_folder
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="IN", help="A folder of pyreft, of adapters, or of this library."),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Where the result goes.")],
+    to: Annotated[str, typer.Option("--to", help="reft, or pyreft.")] = "reft",
+    positions: Annotated[
+        str | None,
+        typer.Option("--positions", help="f7+l7, f3, l1, …; pyreft stores none, so it is needed."),
+    ] = None,
+    intervention: Annotated[
+        str | None,
+        typer.Option(
+            "--intervention", help="loreft, direft, noreft, …, where the folder does not tell."
+        ),
+    ] = None,
+    activation: Annotated[
+        str | None, typer.Option("--activation", help="pyreft's act_fn: relu, gelu, …")
+    ] = None,
+    dropout: Annotated[
+        float | None, typer.Option("--dropout", help="For further training, in [0, 1).")
+    ] = None,
+    dropout_on: Annotated[
+        str | None, typer.Option("--dropout-on", help="row, as in both libraries, or delta.")
+    ] = None,
+    short_prompts: Annotated[
+        str | None, typer.Option("--short-prompts", help="pyreft (the default), or paper.")
+    ] = None,
+    prompt_end: Annotated[
+        str | None, typer.Option("--prompt-end", help="last (the default), or second_to_last.")
+    ] = None,
+    block_path: Annotated[
+        str | None, typer.Option("--block-path", help="Of the base model, such as model.layers.")
+    ] = None,
+    head: Annotated[
+        bool, typer.Option("--head", help="The prediction head of adapters too.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the adapter that is in OUT.")
+    ] = False,
+) -> None:
+    """Convert an adapter. The base model is not needed."""
+    from reft.interop.folders import READERS, UNSAID, WRITERS, kind_of
+
+    if to not in WRITERS:
+        raise UserError(f"--to must be one of {', '.join(WRITERS)}; got {to!r}")
+    kind = kind_of(source)
+    if kind == to:
+        raise UserError(f"{source} is a folder of {to} already")
+    given: dict[str, Any] = {
+        "positions": positions,
+        "intervention": intervention,
+        "activation": activation,
+        "dropout": dropout,
+        "dropout_on": dropout_on,
+        "short_prompts": short_prompts,
+        "prompt_end": prompt_end,
+        "block_path": block_path,
+        "head": head or None,
+    }
+    said = {name: value for name, value in given.items() if value is not None}
+    for name in said:
+        if name not in UNSAID[kind]:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} cannot be given for a folder of {kind}, got {said[name]!r}")
+    if kind == "pyreft":
+        if "positions" not in said:
+            raise UserError("--positions must be given: pyreft does not store them")
+        said.setdefault("dropout_on", "row")
+    _check_output(output, overwrite=overwrite)
+    check_folder(output)
+    converted = READERS[kind](source, **said)
+    WRITERS[to](output, converted)
+    config, shape = converted.config, converted.tensors["rotation"].shape
+    typer.echo(
+        f"{kind} to {to}: {config.intervention}, {shape[0]} layers, rank {config.rank}, width "
+        f"{shape[-1]}, positions {config.positions}, {'tied' if shape[1] == 1 else 'untied'}; "
+        f"written to {output}"
+    )
+    if to == "pyreft":
+        typer.echo(
+            f"pyreft does not store positions ({config.positions}), activation "
+            f"({config.activation}) and dropout ({config.dropout:g}): say them to it again"
+        )
+
+
+def _check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse to write among files that are something else."""
+    from reft.model.checkpoint import WEIGHTS_FILE
+
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not (output / WEIGHTS_FILE).exists():
+        raise UserError(f"{output} must be new, empty or an adapter to replace; it holds others")
+    if not overwrite:
+        raise UserError(f"{output} holds an adapter already; --overwrite replaces it")
