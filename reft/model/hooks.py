@@ -52,8 +52,7 @@ class TakeOptions(_Call):
         kwargs = dict(kwargs)
         outer = self.attachment.options or Options()  # of PEFT's wrapper, which calls this model
         taken = {name: kwargs.pop(name, getattr(outer, name)) for name in OPTIONS}
-        labels = self._named(args, kwargs).get("labels", outer.labels)
-        self.attachment.options = Options(**taken, labels=labels)
+        self.attachment.options = Options(**taken, labels=self._named(args, kwargs).get("labels"))
         return args, kwargs
 
 

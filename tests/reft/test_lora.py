@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 import warnings
 
 import pytest
@@ -57,7 +58,10 @@ def trained(model) -> dict[str, torch.nn.Parameter]:
 
 
 def kinds(model) -> set[str]:
-    return {"lora" if "lora_" in name else "reft" for name in trained(model)}
+    return {
+        "lora" if "lora_" in name else "reft" if ".reft." in name else "base"
+        for name in trained(model)
+    }
 
 
 def logits(model, **inputs):
@@ -297,8 +301,9 @@ def test_lora_of_another_shape_is_refused(make_trainer, word_llama, tmp_path):
         load_lora(other, tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("order", ["task", "transformers"])
-def test_several_adapters_of_peft_are_all_stored(order, tmp_path):
+def test_several_adapters_of_peft_are_all_stored(order, gathered, tmp_path):
     from reft.train.lora import load_lora, save_lora
 
     def two(seed):
@@ -313,13 +318,25 @@ def test_several_adapters_of_peft_are_all_stored(order, tmp_path):
         return get_reft_model(base, config())
 
     model, other = two(1), two(2)
-    stored = {name: one for name, one in model.named_parameters() if "lora_" in name}
-    save_lora(model, tmp_path)
+    stored = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    if gathered:  # an engine that shards parameters leaves nothing of them in the model
+        for one in model.parameters():
+            one.data.zero_()
+    save_lora(model, tmp_path, state if gathered else None)
     load_lora(other, tmp_path)
     assert len(stored) == 2 * 3 * 3
     for name, one in other.named_parameters():
         if "lora_" in name:
             assert torch.equal(one, stored[name]), name
+
+
+def test_without_peft_nothing_asks_for_it(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    model = get_reft_model(llama(), config())
+    assert kinds(model) == {"reft"}
+    assert all(one.requires_grad for one in model.unload().parameters())
 
 
 # ------------------------------------------------------------------ heads
