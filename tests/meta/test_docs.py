@@ -16,6 +16,7 @@ PAGES = [
     "CHANGELOG.md",
     "reft_kernels/README.md",
     "benchmarks/README.md",
+    "docs/hugging-face.md",
 ]
 
 

@@ -35,11 +35,12 @@ def wrapped(word_llama) -> ReftModel:
 
 
 @pytest.fixture
-def records(caplog):
-    """What transformers logs, which does not propagate to the root."""
+def complaints(caplog):
+    """A function that lists what transformers, whose logger does not propagate, has complained of
+    in this test."""
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
-    yield caplog.records
+    yield lambda: [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
     logger.removeHandler(caplog.handler)
 
 
@@ -60,7 +61,7 @@ def answers(wrapped, word_tokenizer) -> list[str]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_text_generation(wrapped, word_tokenizer, answers, records, recwarn, batch_size):
+def test_text_generation(wrapped, word_tokenizer, answers, complaints, recwarn, batch_size):
     pipe = pipeline("text-generation", model=wrapped, tokenizer=word_tokenizer)
     assert pipe.model is wrapped
     assert "ReftModel" in repr(pipe)
@@ -68,7 +69,7 @@ def test_text_generation(wrapped, word_tokenizer, answers, records, recwarn, bat
     assert [one["generated_text"] for (one,) in found] == answers
     (single,) = pipe(PROMPTS[0], **SETTINGS)
     assert single["generated_text"] == PROMPTS[0] + answers[0]
-    assert not [one.getMessage() for one in records if one.levelno >= logging.WARNING]
+    assert not complaints()
     assert not [one for one in recwarn if "ReftModel" in str(one.message)]
 
 
@@ -111,7 +112,7 @@ def test_a_saved_pipeline_is_an_adapter_and_a_tokenizer(wrapped, word_tokenizer,
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_text_classification(records, batch_size):
+def test_text_classification(complaints, batch_size):
     model = perturb(
         get_reft_model(bert(), ReftConfig(rank=4, positions="f2+l2", task_type="SEQ_CLS"))
     )
@@ -136,7 +137,7 @@ def test_text_classification(records, batch_size):
         got = {entry["label"]: entry["score"] for entry in one}
         for label, score in enumerate(want.tolist()):
             assert got[f"LABEL_{label}"] == pytest.approx(score, abs=1e-5)
-    assert not [one.getMessage() for one in records if one.levelno >= logging.WARNING]
+    assert not complaints()
 
 
 def test_the_table_has_the_wrapper_once():
