@@ -358,7 +358,18 @@ def test_a_head_that_peft_trains_stays_pefts(tmp_path):
         get_reft_model(model.unload(), config(modules_to_save=["classifier"]))
 
 
-# ------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------ the other order
+
+
+def test_lora_added_later_freezes_the_edits_until_they_are_set():
+    model = get_reft_model(llama(), config())
+    with_lora("transformers", model=model.base_model)
+    assert kinds(model) == {"lora"}
+    model.set_adapter("default")
+    assert kinds(model) == {"lora", "reft"}
+    both = logits(model)
+    with model.disable_adapter():
+        assert not torch.equal(logits(model), both)
 
 
 def test_lora_second_is_refused():

@@ -110,9 +110,7 @@ def test_gradients_equal_the_plain_ones_on_the_same_base(load, form):
         model(input_ids=IDS, labels=LABELS).loss.backward()
     for name, value in got.items():
         assert value.abs().max() > 0, name
-        # int8 rounds activations too: the last bit of an edit may move a whole step of the scale.
-        within = 1e-4 if form != "int8" else 2e-2
-        assert (value - values[name].grad).norm() <= within * value.norm(), name
+        torch.testing.assert_close(value, values[name].grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -127,8 +125,8 @@ def test_gradients_equal_those_on_the_dequantised_base(load, form):
     got, expected = gradients(model), gradients(plain)
     for name, value in got.items():
         assert value.dtype == torch.float32
-        within = 1e-3 if form != "int8" else 0.1  # int8 activations: 1 part in 254 a layer
-        assert (value - expected[name]).norm() <= within * expected[name].norm(), name
+        # On a CPU bitsandbytes multiplies dequantised matrices, those of 8 bits too.
+        assert (value - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
 
 
 @pytest.mark.parametrize("form", FORMS)
