@@ -46,8 +46,9 @@ def convert(
         str | None, typer.Option("--block-path", help="Of the base model, such as model.layers.")
     ] = None,
     head: Annotated[
-        bool, typer.Option("--head", help="The prediction head of adapters too.")
-    ] = False,
+        bool | None,
+        typer.Option("--head/--no-head", help="A trained head too: of pyreft yes, adapters no."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the adapter that is in OUT.")
     ] = False,
@@ -69,7 +70,7 @@ def convert(
         "short_prompts": short_prompts,
         "prompt_end": prompt_end,
         "block_path": block_path,
-        "head": head or None,
+        "head": head,
     }
     said = {name: value for name, value in given.items() if value is not None}
     for name in said:

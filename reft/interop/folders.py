@@ -114,6 +114,7 @@ UNSAID: dict[str, frozenset[str]] = {
             "short_prompts",
             "prompt_end",
             "block_path",
+            "head",
         }
     ),
     "adapters": frozenset(

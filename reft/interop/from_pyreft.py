@@ -90,13 +90,18 @@ def find_pyreft(path: str | os.PathLike[str]) -> Path | None:
 
 
 def read_pyreft(
-    path: str | os.PathLike[str], *, intervention: str | None = None, **settings: Any
+    path: str | os.PathLike[str],
+    *,
+    intervention: str | None = None,
+    head: bool = True,
+    **settings: Any,
 ) -> Converted:
     """Read a folder that pyreft wrote; the base model is not needed.
 
     Args:
         path: the folder, or the ``checkpoint-N`` around it.
         intervention: this library's name, where the folder does not tell it.
+        head: read the parameters of the base model that were trained too.
         settings: fields of :class:`ReftConfig` that pyreft does not store; positions at least.
 
     Raises:
@@ -114,7 +119,7 @@ def read_pyreft(
         }
         if len(units) < len(places):
             raise ValueError("two interventions of one layer have the same number")
-        heads = read_tensors(folder / HEADS_FILE) if (folder / HEADS_FILE).is_file() else {}
+        heads = _heads(folder / HEADS_FILE) if head else {}
         component, stack = _shared(places)
         settings["block_path"] = settings.get("block_path") or stack
         return convert(
@@ -271,6 +276,18 @@ def _unit(file: str, tensors: Mapping[str, Tensor]) -> Unit:
         weight=found.get("weight", found.get("learned_source.weight")),
         projection_bias=found.get("proj_layer.bias"),
     )
+
+
+def _heads(file: Path) -> dict[str, Tensor]:
+    """The trained parameters of the base model; of a PEFT adapter in it they are PEFT's."""
+    found = read_tensors(file) if file.is_file() else {}
+    lora = [name for name in found if any(part.startswith("lora_") for part in name.split("."))]
+    if lora:
+        raise ValueError(
+            f"{file.name} holds a LoRA of PEFT ({len(lora)} tensors such as {lora[0]}): load it "
+            "into PEFT's model by load_state_dict(…, strict=False), and this folder with head=False"
+        )
+    return found
 
 
 def _named(classes: Mapping[str, str], asked: str | None) -> str | None:

@@ -28,6 +28,7 @@ def load_pyreft(
     dropout_on: str = "row",
     short_prompts: str = "pyreft",
     prompt_end: str = "last",
+    head: bool = True,
     block_path: str | None = None,
     adapter_name: str = "default",
     is_trainable: bool = False,
@@ -52,6 +53,8 @@ def load_pyreft(
         short_prompts: "pyreft" is what pyreft's datasets do.
         prompt_end: "second_to_last" for an adapter that was trained on ``ReftSupervisedDataset``,
             ``ReftGenerationDataset``, ``ReftClassificationDataset`` or ``ReftRewardDataset``.
+        head: take the parameters of the base that were trained too (``pytorch_model.bin``), as
+            ``modules_to_save``.
         block_path: name of the list of blocks, None for the one that the folder or the model's
             structure tells.
         adapter_name: its name.
@@ -69,6 +72,7 @@ def load_pyreft(
     converted = read_pyreft(
         path,
         intervention=intervention,
+        head=head,
         positions=positions,
         activation=activation,
         dropout=dropout,

@@ -94,6 +94,8 @@ def test_a_head_goes_both_ways(reft):
     tensors, _ = golden("pyreft")
     expected = tensors["loreft-classifier/logits"]
     assert roundings(logits(model, tensors["input_ids"]), expected) <= 8
+    assert reft("convert", source, "bare", "--positions", "f3+l2", "--no-head")[0] == 0
+    assert read_adapter("bare")[0].modules_to_save is None
 
 
 def test_every_option_arrives(reft):
@@ -155,8 +157,8 @@ MISTAKES = {
         ("convert", "ours", "out", "--to", "pyreft", "--positions", "l1"),
         "--positions cannot be given for a folder of reft, got 'l1'",
     ),
-    "head-of-pyreft": (
-        ("convert", PY / "loreft", "out", "--positions", "l1", "--head"), "--head cannot be given"
+    "head-of-ours": (
+        ("convert", "ours", "out", "--to", "pyreft", "--no-head"), "--head cannot be given"
     ),
     "into-another-folder": (
         ("convert", AD / "loreft", "empty/.."), "must be new, empty or an adapter to replace"

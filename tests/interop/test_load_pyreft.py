@@ -101,8 +101,22 @@ def test_the_trained_head_is_loaded_and_given_back():
     model = loaded("loreft-classifier")
     stored = torch.load(FIXTURES / "pyreft/loreft-classifier/pytorch_model.bin", weights_only=True)
     assert torch.equal(model.base_model.score.weight, stored["score.weight"])
-    base = model.unload()
-    assert torch.equal(base.score.weight, base_model(head=True).score.weight)
+    own = base_model(head=True).score.weight
+    assert torch.equal(model.unload().score.weight, own)
+    assert torch.equal(loaded("loreft-classifier", head=False).base_model.score.weight, own)
+
+
+def test_lora_belongs_to_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    folder = shutil.copytree(FIXTURES / "pyreft" / "loreft", tmp_path / "both")
+    base = peft.get_peft_model(base_model(), peft.LoraConfig(r=2, task_type="CAUSAL_LM"))
+    lora = {name: one for name, one in base.named_parameters() if one.requires_grad}
+    torch.save(lora, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=rf"a LoRA of PEFT \({len(lora)} tensors .*head=False"):
+        load_pyreft(folder, base, positions="f3+l2")
+    model = load_pyreft(folder, base, positions="f3+l2", head=False)
+    tensors = golden("pyreft")[0]  # a LoRA that nobody trained changes nothing
+    assert roundings(logits(model, tensors["input_ids"]), tensors["loreft/logits"]) <= 8
 
 
 def test_it_can_be_trained_on_and_saved(tmp_path):

@@ -16,7 +16,7 @@ PAGES = [
     "CHANGELOG.md",
     "reft_kernels/README.md",
     "benchmarks/README.md",
-    "docs/hugging-face.md",
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
 ]
 
 
