@@ -7,6 +7,7 @@ model has layers. No function, and no class, per architecture.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,28 +17,56 @@ from torch import Tensor, nn
 #: model_type -> path of the block list, where its length does not tell it from others.
 EXCEPTIONS: dict[str, str] = {}
 
-#: Paths in a block of the module whose output is a component; the first that is there. Where
-#: attention or MLP add the residual themselves, as BERT's do, it is the projection before the sum.
+#: Paths in a block of the module whose output a part adds to the residual stream; the first that
+#: is there. Where attention or MLP add the residual themselves, or norm the sum, it is their last
+#: projection.
 COMPONENTS: dict[str, tuple[str, ...]] = {
     "attention_output": (
+        "self_attention.dense",  # BLOOM, Falcon
+        "attention.output.dense",  # BERT and its kin
+        "attention.attn",  # MPNet
         "self_attn",
         "attn",
         "self_attention",
+        "linear_attn",
+        "multi_head_attention",
         "layer.0.SelfAttention",
-        "attention.output.dense",
+        "layer.0.LocalSelfAttention",
+        "layer.0.TransientGlobalSelfAttention",
         "attention",
     ),
     "mlp_output": (
+        "mlp.dense_4h_to_h",  # BLOOM, Falcon, GPT-NeoX
+        "ffn.down_proj",  # MPT
         "mlp",
         "feed_forward",
         "block_sparse_moe",
+        "shared_mlp",
+        "mlp_block",
         "ffn",
         "layer.2.DenseReluDense",
+        "layer.2.mlp",
         "layer.1.DenseReluDense",
+        "layer.1.mlp",
         "fc2",
-        "output.dense",
+        "output.dense",  # BERT and its kin
     ),
 }
+
+#: Norms, of attention and of MLP, that stand between a part and the residual sum, in blocks that
+#: have all modules of the row: then theirs is the output that is added. One name does not say it:
+#: Llama's ``post_attention_layernorm`` is the norm before the MLP, Nomic BERT's that of the sum.
+NORMED: tuple[tuple[str, ...], ...] = (
+    ("post_self_attn_layernorm", "post_mlp_layernorm"),  # GLM-4
+    ("post_self_attn_layernorm", "post_feedforward_layernorm"),  # T5Gemma
+    ("post_attention_layernorm", "post_feedforward_layernorm"),  # Gemma 2 to 4, OLMo 2, EXAONE 4
+    ("post_attention_layernorm", "post_mlp_layernorm", "pre_mlp_layernorm"),  # AFMoE
+    ("post_operator_norm", "post_ffn_norm"),  # LFM3
+    ("post_norm1", "post_norm2"),  # HyperCLOVA X
+)
+
+#: Modules of which a block adds up the outputs: none of them is what the part adds.
+SUMMED: dict[str, tuple[str, ...]] = {"mlp_output": ("block_sparse_moe", "shared_mlp")}
 
 #: Prefix of a component that names a submodule of the block by its path.
 MODULE = "module:"
@@ -70,21 +99,43 @@ class Sites:
             component: "block_output", a key of :data:`COMPONENTS`, or "module:<path in the block>".
 
         Raises:
-            ValueError: the block has none; with its modules.
+            ValueError: the block has none, with its modules; or the part is the sum of several.
         """
         block = self.blocks[layer]
         if component == "block_output":
             return block
-        named = dict(block.named_modules())
-        wanted = COMPONENTS.get(component, (component.removeprefix(MODULE),))
-        for path in wanted:
+        # A list of modules is never called: it has no output.
+        named = {
+            path: module
+            for path, module in block.named_modules()
+            if path and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        }
+        where = f"of block {layer}, a {type(block).__name__}"
+        summed = SUMMED.get(component, ())
+        if summed and all(path in named for path in summed):
+            raise ValueError(
+                f"ReftConfig.component must not be {component!r} {where}, which adds up the "
+                f"outputs of {_modules(summed)}; name one of these"
+            )
+        for path in _candidates(component, named):
             if path in named:
                 return named[path]
         raise ValueError(
-            f"ReftConfig.component {component!r} is no part of block {layer}, a "
-            f"{type(block).__name__}; name one of its modules: "
-            f"{', '.join(f'{MODULE}{path}' for path in named if path) or 'it has none'}"
+            f"ReftConfig.component {component!r} is no part {where}; name one of its modules: "
+            f"{_modules(named)}"
         )
+
+
+def _candidates(component: str, named: Iterable[str]) -> list[str]:
+    if component not in COMPONENTS:
+        return [component.removeprefix(MODULE)]
+    side = list(COMPONENTS).index(component)
+    norms = [row[side] for row in NORMED if all(name in named for name in row)]
+    return [*norms, *COMPONENTS[component]]
+
+
+def _modules(paths: Iterable[str]) -> str:
+    return ", ".join(f"{MODULE}{path}" for path in paths) or "it has none"
 
 
 def find_sites(model: nn.Module, block_path: str | None = None) -> Sites:
@@ -92,8 +143,8 @@ def find_sites(model: nn.Module, block_path: str | None = None) -> Sites:
 
     Args:
         model: a transformers model, or a module with such a ``config``.
-        block_path: name of the block list, for layouts that structure does not tell, and to say
-            which side of an encoder–decoder is edited.
+        block_path: name of the block list, a ``ModuleList`` or ``Sequential``, for layouts that
+            structure does not tell, and to say which side of an encoder–decoder is edited.
 
     Raises:
         TypeError: the model has no configuration.
@@ -107,7 +158,7 @@ def find_sites(model: nn.Module, block_path: str | None = None) -> Sites:
         if isinstance(module, nn.ModuleList) and len(module)
     }
     path = block_path or EXCEPTIONS.get(str(getattr(config, "model_type", None)))
-    two_sided = _is_encoder_decoder(model, config)
+    two_sided = _is_encoder_decoder(model)
     if path is None and two_sided:
         sides = [f'"{name}"' for name in lists if not _inside_another(name, lists)]
         raise ValueError(
@@ -116,13 +167,18 @@ def find_sites(model: nn.Module, block_path: str | None = None) -> Sites:
         )
     if path is None:
         path = _by_length(model, lists, getattr(config, "num_hidden_layers", None))
-    if path not in lists:
+    blocks = lists.get(path) or dict(model.named_modules()).get(path)
+    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or not len(blocks):
         raise ValueError(
-            f"ReftConfig.block_path must name a ModuleList of {type(model).__name__}, got "
+            f"ReftConfig.block_path must name a list of modules of {type(model).__name__}, got "
             f"{path!r}; it has {_listing(lists)}"
         )
-    stack, side = _stack(model, path) if two_sided else (model, "model")
-    return Sites(path, tuple(lists[path]), _width(config), stack, side)
+    if not two_sided:
+        return Sites(path, tuple(blocks), _width(config), model, "model")
+    stack, side = _stack(model, path)
+    # The sides of some encoder–decoders have configurations, and widths, of their own.
+    own = _text_config(stack) if hasattr(stack, "config") else config
+    return Sites(path, tuple(blocks), _width(own), stack, side)
 
 
 def site_device(block: nn.Module) -> torch.device:
@@ -156,8 +212,9 @@ def _width(config: Any) -> int:
     return dim
 
 
-def _is_encoder_decoder(model: nn.Module, config: Any) -> bool:
-    if not getattr(config, "is_encoder_decoder", False):
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    # The whole model's configuration says it: that of its text may be its decoder's alone.
+    if not getattr(model.config, "is_encoder_decoder", False):
         return False
     # The encoder of such a model alone, as T5EncoderModel, keeps the flag or not.
     return "decoder_input_ids" in inspect.signature(_inner(model).forward).parameters
@@ -176,14 +233,15 @@ def _stack(model: nn.Module, path: str) -> tuple[nn.Module, str]:
         module = model.get_submodule(".".join(parts[:end]))
         takes = inspect.signature(module.forward).parameters
         if "input_ids" in takes or "inputs_embeds" in takes:
-            return module, "decoder" if "decoder" in parts[:end] else "encoder"
+            side = "decoder" if any("decoder" in part for part in parts[:end]) else "encoder"
+            return module, side
     raise ValueError(
         f"ReftConfig.block_path must name blocks of the encoder or of the decoder, got {path!r}, "
         f"which lie in no module of {type(model).__name__} that is handed tokens"
     )
 
 
-def _inside_another(name: str, lists: dict[str, nn.ModuleList]) -> bool:
+def _inside_another(name: str, lists: Mapping[str, nn.ModuleList]) -> bool:
     """A list inside a block is part of that block."""
     return any(name.startswith(f"{other}.") for other in lists if other != name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 VOCAB, DIM, LAYERS, PAD = 40, 24, 3, 0
 IMAGE = VOCAB - 1
 
-_SHAPE = {
+SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": DIM,
     "intermediate_size": 32,
@@ -26,11 +26,11 @@ _SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_LLAMA = {**_SHAPE, "num_key_value_heads": 2, "head_dim": 6}
-_BERT = {**_SHAPE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-_EXPERTS = {**_LLAMA, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+LLAMA = {**SHAPE, "num_key_value_heads": 2, "head_dim": 6}
+BERT = {**SHAPE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+EXPERTS = {**LLAMA, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-_T5 = {
+T5 = {
     "vocab_size": VOCAB,
     "d_model": DIM,
     "d_kv": 6,
@@ -43,6 +43,24 @@ _T5 = {
     "pad_token_id": PAD,
     "eos_token_id": 2,
     "decoder_start_token_id": 0,
+}
+BART = {
+    "vocab_size": VOCAB,
+    "d_model": DIM,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "max_position_embeddings": 64,
+    "dropout": 0.0,
+    "init_std": 0.2,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
 }
 
 
@@ -85,13 +103,18 @@ class Architecture:
 
 
 def _llama_like(name: str, **more: Any) -> Architecture:
-    arguments = {**_LLAMA, **more}
+    arguments = {**LLAMA, **more}
     return Architecture(f"{name}ForCausalLM", f"{name}Config", arguments, "model.layers")
+
+
+def _normed(one: Architecture) -> Architecture:
+    """Norms follow both parts of its blocks: their output is what is added."""
+    return replace(one, attention="post_attention_layernorm", mlp="post_feedforward_layernorm")
 
 
 def _encoder(name: str, path: str, **more: Any) -> Architecture:
     return Architecture(
-        f"{name}ForSequenceClassification", f"{name}Config", {**_BERT, "num_labels": 3, **more},
+        f"{name}ForSequenceClassification", f"{name}Config", {**BERT, "num_labels": 3, **more},
         path, "attention.output.dense", "output.dense", left=False,
     )  # fmt: skip
 
@@ -101,22 +124,24 @@ ARCHITECTURES = {
     "mistral": _llama_like("Mistral"),
     "qwen2": _llama_like("Qwen2"),
     "qwen3": _llama_like("Qwen3"),
-    "gemma2": _llama_like("Gemma2", query_pre_attn_scalar=6),
-    "gemma3": Architecture(
-        "Gemma3ForCausalLM", "Gemma3TextConfig", {**_LLAMA, "query_pre_attn_scalar": 6},
-        "model.layers",
+    "gemma2": _normed(_llama_like("Gemma2", query_pre_attn_scalar=6)),
+    "gemma3": _normed(
+        Architecture(
+            "Gemma3ForCausalLM", "Gemma3TextConfig", {**LLAMA, "query_pre_attn_scalar": 6},
+            "model.layers",
+        )
     ),
     "phi3": _llama_like("Phi3"),
-    "olmo2": _llama_like("Olmo2"),
+    "olmo2": _normed(_llama_like("Olmo2")),
     "mixtral": _llama_like("Mixtral", num_local_experts=4, num_experts_per_tok=2),
     "qwen2-moe": Architecture(
         "Qwen2MoeForCausalLM", "Qwen2MoeConfig",
-        {**_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16,
+        {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16,
          "decoder_sparse_step": 2},
         "model.layers",
     ),
     "qwen3-moe": Architecture(
-        "Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_EXPERTS, "num_experts": 4}, "model.layers"
+        "Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**EXPERTS, "num_experts": 4}, "model.layers"
     ),
     "gpt-oss": _llama_like("GptOss", num_local_experts=4, num_experts_per_tok=2),
     "gpt2": Architecture(
@@ -129,14 +154,22 @@ ARCHITECTURES = {
     ),
     "opt": Architecture(
         "OPTForCausalLM", "OPTConfig",
-        {**_SHAPE, "ffn_dim": 32, "word_embed_proj_dim": DIM, "dropout": 0.0, "init_std": 0.2},
+        {**SHAPE, "ffn_dim": 32, "word_embed_proj_dim": DIM, "dropout": 0.0, "init_std": 0.2},
         "model.decoder.layers", "self_attn", "fc2",
     ),
     "gpt-neox": Architecture(
-        "GPTNeoXForCausalLM", "GPTNeoXConfig", _SHAPE, "gpt_neox.layers", "attention"
+        "GPTNeoXForCausalLM", "GPTNeoXConfig", SHAPE, "gpt_neox.layers", "attention",
+        "mlp.dense_4h_to_h",
     ),
     "falcon": Architecture(
-        "FalconForCausalLM", "FalconConfig", _SHAPE, "transformer.h", "self_attention"
+        "FalconForCausalLM", "FalconConfig", SHAPE, "transformer.h", "self_attention.dense",
+        "mlp.dense_4h_to_h",
+    ),
+    "bloom": Architecture(
+        "BloomForCausalLM", "BloomConfig",
+        {"vocab_size": VOCAB, "hidden_size": DIM, "n_layer": LAYERS, "n_head": 4,
+         "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2},
+        "transformer.h", "self_attention.dense", "mlp.dense_4h_to_h",
     ),
     "bert": _encoder("Bert", "bert.encoder.layer"),
     "roberta": _encoder("Roberta", "roberta.encoder.layer", max_position_embeddings=70),
@@ -146,35 +179,34 @@ ARCHITECTURES = {
     ),
     "modernbert": Architecture(
         "ModernBertForSequenceClassification", "ModernBertConfig",
-        {**_SHAPE, "num_labels": 3, "cls_token_id": 1, "sep_token_id": 2},
+        {**SHAPE, "num_labels": 3, "cls_token_id": 1, "sep_token_id": 2},
         "model.layers", "attn", left=False,
     ),
     "t5-encoder": Architecture(
-        "T5ForConditionalGeneration", "T5Config", _T5, "encoder.block",
+        "T5ForConditionalGeneration", "T5Config", T5, "encoder.block",
         "layer.0.SelfAttention", "layer.1.DenseReluDense", block_path="encoder.block",
     ),
     "t5-decoder": Architecture(
-        "T5ForConditionalGeneration", "T5Config", _T5, "decoder.block",
+        "T5ForConditionalGeneration", "T5Config", T5, "decoder.block",
         "layer.0.SelfAttention", "layer.2.DenseReluDense", block_path="decoder.block",
     ),
     "t5-encoder-only": Architecture(
-        "T5EncoderModel", "T5Config", _T5, "encoder.block",
+        "T5EncoderModel", "T5Config", T5, "encoder.block",
         "layer.0.SelfAttention", "layer.1.DenseReluDense",
     ),
     "bart-encoder": Architecture(
-        "BartForConditionalGeneration", "BartConfig",
-        {"vocab_size": VOCAB, "d_model": DIM, "encoder_layers": LAYERS, "decoder_layers": LAYERS,
-         "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 32,
-         "decoder_ffn_dim": 32, "max_position_embeddings": 64, "dropout": 0.0, "init_std": 0.2,
-         "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
-         "forced_eos_token_id": None},
-        "model.encoder.layers", "self_attn", "fc2", block_path="model.encoder.layers", left=False,
+        "BartForConditionalGeneration", "BartConfig", BART, "model.encoder.layers",
+        "self_attn", "fc2", block_path="model.encoder.layers", left=False,
+    ),
+    "bart-decoder": Architecture(
+        "BartForConditionalGeneration", "BartConfig", BART, "model.decoder.layers",
+        "self_attn", "fc2", block_path="model.decoder.layers", left=False,
     ),
     "llava": Architecture(
         "LlavaForConditionalGeneration", "LlavaConfig", {"image_token_index": IMAGE},
         "model.language_model.layers", image=True,
         nested={
-            "text_config": ("LlamaConfig", _LLAMA),
+            "text_config": ("LlamaConfig", LLAMA),
             "vision_config": (
                 "CLIPVisionConfig",
                 {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": LAYERS,
@@ -185,9 +217,8 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-@functools.cache
-def _model(name: str) -> nn.Module:
-    one = ARCHITECTURES[name]
+def construct(one: Architecture) -> nn.Module:
+    """Always the same model."""
     nested = {
         key: getattr(transformers, kind)(**arguments)
         for key, (kind, arguments) in one.nested.items()
@@ -196,6 +227,11 @@ def _model(name: str) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return getattr(transformers, one.model)(config).eval()
+
+
+@functools.cache
+def _model(name: str) -> nn.Module:
+    return construct(ARCHITECTURES[name])
 
 
 def build(name: str) -> nn.Module:

@@ -10,7 +10,7 @@ import transformers
 from tiny_models import tokens
 from torch import nn
 
-from reft import ReftConfig, get_reft_model
+from reft import ReftConfig, ReftModel, get_reft_model
 from reft.model.sites import find_sites, site_device
 
 COMMON = {
@@ -131,8 +131,11 @@ class TestUnknownLayouts:
         model.add_adapter("other", ReftConfig(rank=2))
 
     def test_a_wrong_path(self):
-        with pytest.raises(ValueError, match=r"block_path must name a ModuleList.*'middle'.*left"):
+        says = r"block_path must name a list of modules.*'middle'.*left"
+        with pytest.raises(ValueError, match=says):
             find_sites(self.Odd(), "middle")
+        with pytest.raises(ValueError, match="block_path must name a list of modules"):
+            find_sites(self.Odd(), "left.0")
 
     def test_no_list_fits(self):
         odd = self.Odd()
@@ -152,6 +155,117 @@ class TestUnknownLayouts:
         )
         with pytest.raises(ValueError, match="encoder–decoder"):
             find_sites(transformers.T5ForConditionalGeneration(config))
+
+
+class Mixer(nn.Module):
+    """A block as nobody else has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"up": nn.Linear(6, 9), "down": nn.Linear(9, 6)})
+
+    def forward(self, hidden):
+        return hidden + self.inner["down"](self.inner["up"](hidden).tanh())
+
+
+class Own(nn.Module):
+    """A model that transformers does not know: it has a config, and is called with input_ids."""
+
+    def __init__(self, listing=nn.Sequential):
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=6)
+        self.embed = nn.Embedding(40, 6)
+        blocks = [Mixer() for _ in range(3)]
+        self.tower = listing(*blocks) if listing is nn.Sequential else listing(blocks)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, input_ids, attention_mask=None):
+        hidden = self.embed(input_ids)
+        for block in self.tower:
+            hidden = block(hidden)
+        return self.head(hidden)
+
+
+class TestOwnModels:
+    @pytest.mark.parametrize("listing", [nn.Sequential, nn.ModuleList])
+    @pytest.mark.parametrize("component", ["block_output", "module:inner.down"])
+    def test_a_path_of_blocks_and_one_in_them(self, listing, component, tmp_path):
+        torch.manual_seed(0)
+        base = Own(listing)
+        config = ReftConfig(rank=2, positions="l1", component=component, block_path="tower")
+        ids, mask = tokens(2, 5), torch.ones(2, 5, dtype=torch.long)
+        mask[1, 3:] = 0
+        with torch.no_grad():
+            expected = base(ids)
+            model = get_reft_model(base, config)
+            got = model(ids, attention_mask=mask)
+            changed = (got != expected).any(-1)
+            assert changed.tolist() == [[False] * 4 + [True], [False] * 2 + [True] + [False] * 2]
+            with model.disable_adapter():
+                assert torch.equal(model(ids), expected)
+            model.save_pretrained(tmp_path)
+            base = model.unload()
+            assert torch.equal(base(ids), expected)
+            again = ReftModel.from_pretrained(base, tmp_path)
+            torch.testing.assert_close(again(ids, attention_mask=mask), got)
+        again.train()
+        again.set_adapter("default")
+        again(ids).pow(2).sum().backward()
+        grads = again.base_model.reft.bank("default").bias.grad
+        assert (grads.flatten(1).abs().amax(1) > 0).all()
+
+    def test_without_a_path(self):
+        with pytest.raises(ValueError, match=r'Name the list: ReftConfig\(block_path="…"\)'):
+            get_reft_model(Own(), ReftConfig())
+
+    def test_a_list_inside_a_block_is_not_called(self):
+        says = (
+            r"'module:inner' is no part of block 0, a Mixer.*: module:inner.up, module:inner.down"
+        )
+        with pytest.raises(ValueError, match=says):
+            find_sites(Own(), "tower").module(0, "module:inner")
+
+
+class TestSides:
+    class Side(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4)])
+
+        def forward(self, inputs_embeds):
+            return self.layers[0](inputs_embeds)
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = SimpleNamespace(hidden_size=4, is_encoder_decoder=True)
+            self.text_encoder, self.text_decoder = TestSides.Side(), TestSides.Side()
+            self.loose = nn.ModuleList([nn.Linear(4, 4)])
+
+        def forward(self, input_ids, decoder_input_ids):
+            return input_ids
+
+    @pytest.mark.parametrize("side", ["encoder", "decoder"])
+    def test_are_told_by_the_module_that_is_handed_tokens(self, side):
+        model = self.Both()
+        sites = find_sites(model, f"text_{side}.layers")
+        assert (sites.side, sites.stack) == (side, getattr(model, f"text_{side}"))
+
+    def test_blocks_outside_both(self):
+        with pytest.raises(ValueError, match="'loose', which lie in no module"):
+            find_sites(self.Both(), "loose")
+
+    @pytest.mark.parametrize("side", ["encoder", "decoder"])
+    def test_two_models_as_one(self, side):
+        """The list lies deep in each, in an encoder of its own."""
+        bert = transformers.BertConfig(**COMMON)
+        decoder = transformers.BertConfig(**COMMON, is_decoder=True, add_cross_attention=True)
+        config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(bert, decoder)
+        model = transformers.EncoderDecoderModel(config)
+        path = {"encoder": "encoder.encoder.layer", "decoder": "decoder.bert.encoder.layer"}[side]
+        sites = find_sites(model, path)
+        assert (sites.side, sites.dim, len(sites.blocks)) == (side, 24, 3)
+        assert type(sites.stack) is transformers.BertModel
 
 
 def test_an_output_of_another_layout_is_refused():
