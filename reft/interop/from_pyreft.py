@@ -113,9 +113,10 @@ def read_pyreft(
     folder = _locate(Path(path))
     try:
         places, classes = _from_config(folder) or (_from_names(folder), {})
-        tensors = {place.file: read_tensors(folder / place.file) for place in places}
+        # One file at a time: it may hold D × D numbers, of which R is all that is kept.
         units = {
-            (place.layer, place.copy): _unit(place.file, tensors[place.file]) for place in places
+            (place.layer, place.copy): _unit(place.file, read_tensors(folder / place.file))
+            for place in places
         }
         if len(units) < len(places):
             raise ValueError("two interventions of one layer have the same number")

@@ -89,6 +89,20 @@ def test_values_are_kept_exactly(case):
     assert bank.weight.dtype == torch.float32
 
 
+def test_what_is_all_in_half_precision_is_held_in_float32(tmp_path):
+    folder = shutil.copytree(FIXTURES / "pyreft" / "noreft-bias", tmp_path / "half")
+    for name, stored in contents(folder).items():
+        half = {key: value.bfloat16() for key, value in stored.items() if value.ndim}
+        torch.save(half, folder / name)
+    model = load_pyreft(folder, base_model(), positions="l1")
+    bank = model.base_model.reft.bank("default")
+    for name, stored in contents(folder).items():
+        layer = int(name.split("_")[2])
+        assert torch.equal(bank.decode[layer, 0], stored["proj_layer.weight"].float())
+        folded = stored["learned_source.bias"].float() - stored["proj_layer.bias"].float()
+        assert torch.equal(bank.bias[layer, 0], folded)
+
+
 def test_a_bias_of_the_projection_is_folded():
     bank = loaded("noreft-bias").base_model.reft.bank("default")
     for name, stored in contents(FIXTURES / "pyreft" / "noreft-bias").items():
