@@ -77,7 +77,8 @@ class Sites:
     """The blocks of a model.
 
     Attributes:
-        path: name of the block list in the model.
+        path: name of the block list in the model; in the transformers model inside where PEFT
+            has wrapped it, so that adapters fit the bare model too.
         blocks: the blocks, first to last.
         dim: D, the width of the residual stream.
         stack: the module whose forward runs the blocks and is handed their tokens: the model
@@ -152,30 +153,31 @@ def find_sites(model: nn.Module, block_path: str | None = None) -> Sites:
             the candidates; an encoder–decoder without a path.
     """
     config = _text_config(model)
+    inner = _inner(model)
     lists = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in inner.named_modules()
         if isinstance(module, nn.ModuleList) and len(module)
     }
     path = block_path or EXCEPTIONS.get(str(getattr(config, "model_type", None)))
-    two_sided = _is_encoder_decoder(model)
+    two_sided = _is_encoder_decoder(inner)
     if path is None and two_sided:
         sides = [f'"{name}"' for name in lists if not _inside_another(name, lists)]
         raise ValueError(
             f"ReftConfig.block_path must say which side of the encoder–decoder "
-            f"{type(model).__name__} is edited: {' or '.join(sides)}"
+            f"{type(inner).__name__} is edited: {' or '.join(sides)}"
         )
     if path is None:
-        path = _by_length(model, lists, getattr(config, "num_hidden_layers", None))
-    blocks = lists.get(path) or dict(model.named_modules()).get(path)
+        path = _by_length(inner, lists, getattr(config, "num_hidden_layers", None))
+    blocks = lists.get(path) or dict(inner.named_modules()).get(path)
     if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or not len(blocks):
         raise ValueError(
-            f"ReftConfig.block_path must name a list of modules of {type(model).__name__}, got "
+            f"ReftConfig.block_path must name a list of modules of {type(inner).__name__}, got "
             f"{path!r}; it has {_listing(lists)}"
         )
     if not two_sided:
         return Sites(path, tuple(blocks), _width(config), model, "model")
-    stack, side = _stack(model, path)
+    stack, side = _stack(inner, path)
     # The sides of some encoder–decoders have configurations, and widths, of their own.
     own = _text_config(stack) if hasattr(stack, "config") else config
     return Sites(path, tuple(blocks), _width(own), stack, side)
@@ -217,7 +219,7 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
     if not getattr(model.config, "is_encoder_decoder", False):
         return False
     # The encoder of such a model alone, as T5EncoderModel, keeps the flag or not.
-    return "decoder_input_ids" in inspect.signature(_inner(model).forward).parameters
+    return "decoder_input_ids" in inspect.signature(model.forward).parameters
 
 
 def _inner(model: nn.Module) -> nn.Module:

@@ -268,6 +268,46 @@ class TestSides:
         assert type(sites.stack) is transformers.BertModel
 
 
+class TestWrappedByPeft:
+    """Names are those in the model that PEFT has wrapped."""
+
+    @pytest.mark.parametrize("path", [None, "model.layers"])
+    def test_blocks(self, path):
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(
+            build("LlamaForCausalLM"), peft.LoraConfig(target_modules=["q_proj"])
+        )
+        sites = find_sites(model, path)
+        assert sites.path == "model.layers" and sites.stack is model
+        assert sites.blocks == tuple(model.get_base_model().model.layers)
+
+    def test_sides(self, tmp_path):
+        """An adapter fits the wrapped and the bare model."""
+        peft = pytest.importorskip("peft")
+
+        def t5():
+            torch.manual_seed(0)
+            config = {"vocab_size": 40, "d_model": 24, "d_kv": 6, "d_ff": 32, "num_layers": 2}
+            config = transformers.T5Config(**config, num_heads=4, decoder_start_token_id=0)
+            return transformers.T5ForConditionalGeneration(config).eval()
+
+        lora = peft.LoraConfig(target_modules=["q"])
+        with pytest.raises(ValueError, match=r'edited: "encoder\.block" or "decoder\.block"'):
+            find_sites(peft.get_peft_model(t5(), lora))
+        config = ReftConfig(rank=2, block_path="encoder.block")
+        ids = tokens(2, 6)
+        call = {"input_ids": ids, "decoder_input_ids": ids}
+        with torch.no_grad():
+            model = get_reft_model(peft.get_peft_model(t5(), lora), config)
+            got = model(**call).logits
+            model.save_pretrained(tmp_path)
+            again = ReftModel.from_pretrained(t5(), tmp_path)
+            # A fresh LoRA changes nothing.
+            torch.testing.assert_close(again(**call).logits, got, rtol=1e-4, atol=1e-5)
+            with again.disable_adapter():
+                assert (again(**call).logits - got).abs().max() > 1e-4
+
+
 def test_an_output_of_another_layout_is_refused():
     config = transformers.XLNetConfig(vocab_size=40, d_model=24, n_layer=2, n_head=2, d_inner=32)
     model = get_reft_model(transformers.XLNetLMHeadModel(config), ReftConfig(rank=2))
