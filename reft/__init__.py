@@ -17,14 +17,17 @@ if TYPE_CHECKING:
     from reft.model.reft_model import ReftModel, get_reft_model
     from reft.train.collate import ReftDataCollator
     from reft.train.trainer import ReftTrainer
+    from reft.train.trl import ReftDPOTrainer, ReftSFTTrainer
 
 __version__ = "0.1.0"
 
 #: public name -> the module that defines it.
 _HOMES = {
     "ReftConfig": "reft.config",
+    "ReftDPOTrainer": "reft.train.trl",
     "ReftDataCollator": "reft.train.collate",
     "ReftModel": "reft.model.reft_model",
+    "ReftSFTTrainer": "reft.train.trl",
     "ReftTrainer": "reft.train.trainer",
     "get_reft_model": "reft.model.reft_model",
     "load_adapters_reft": "reft.interop.models",
@@ -34,8 +37,10 @@ _HOMES = {
 
 __all__ = [
     "ReftConfig",
+    "ReftDPOTrainer",
     "ReftDataCollator",
     "ReftModel",
+    "ReftSFTTrainer",
     "ReftTrainer",
     "__version__",
     "get_reft_model",

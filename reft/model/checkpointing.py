@@ -45,13 +45,11 @@ class KeepPlan:
 
 def enable(
     base: nn.Module,
-    attachment: Attachment,
     method: str,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """Call ``base.<method>(*args, **kwargs)``, transformers' switch, keep plans, and leave inputs
-    as they were.
+    """Call ``base.<method>(*args, **kwargs)``, transformers' switch, and leave inputs as they were.
 
     Raises:
         AttributeError: the base has no such method.
@@ -61,12 +59,18 @@ def enable(
     disable = getattr(base, "disable_input_require_grads", None)
     if not asked_for and disable is not None and not _reentrant(base):
         disable()
-    keep_plans(base, attachment)
 
 
-def keep_plans(base: nn.Module, attachment: Attachment) -> None:
-    """Let every checkpointing function of the base restore plans."""
-    for module in base.modules():
+def keep_plans(attachment: Attachment) -> None:
+    """Let every checkpointing function of the blocks restore plans.
+
+    Called in every forward that is recorded, since whoever trains may switch checkpointing off and
+    on again, as TRL does; it looks at one block, and further only if that was switched on.
+    """
+    present = attachment.sites.blocks[0].__dict__.get(_NAME)
+    if present is None or isinstance(present, KeepPlan):
+        return
+    for module in attachment.sites.stack.modules():
         function = module.__dict__.get(_NAME)
         if function is not None and not isinstance(function, KeepPlan):
             setattr(module, _NAME, KeepPlan(function, attachment))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reft.model.attachment import OPTIONS, Options
+from reft.model.checkpointing import keep_plans
 from reft.model.plan import Edit, ForwardPlan, Site
 from reft.nn.dropout import dropped_edit
 from reft_kernels import lowrank_edit, lowrank_edit_
@@ -66,6 +67,8 @@ class MakePlan(_Call):
             return args, kwargs
         plan = self.attachment.plan_forward(stack, self._named(args, kwargs))
         self.attachment.current = plan
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            keep_plans(self.attachment)
         # None is sent too while gradients are recorded: a block run again in backward must be able
         # to tell "nothing to edit" from "the plan was lost".
         if self.takes_keywords and (plan is not None or torch.is_grad_enabled()):

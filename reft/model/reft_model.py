@@ -107,7 +107,6 @@ class ReftModel(nn.Module):
                 Forget(attachment, "current"),
             ),
         ]
-        checkpointing.keep_plans(base_model, attachment)
         announce(type(self).__name__)
         attachment.train(base_model.training)
         self.training = base_model.training
@@ -153,15 +152,11 @@ class ReftModel(nn.Module):
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The base model's, without gradients that nothing below the first edit needs."""
-        checkpointing.enable(
-            self.base_model, self._attached, "gradient_checkpointing_enable", args, kwargs
-        )
+        checkpointing.enable(self.base_model, "gradient_checkpointing_enable", args, kwargs)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """transformers' new name for :meth:`gradient_checkpointing_enable`."""
-        checkpointing.enable(
-            self.base_model, self._attached, "activation_checkpointing_enable", args, kwargs
-        )
+        checkpointing.enable(self.base_model, "activation_checkpointing_enable", args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -9,28 +9,22 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import can_return_loss, find_labels, is_accelerate_available
 
+from reft.model.attachment import OPTIONS
 from reft.model.reft_model import ReftModel
-from reft.nn.bank import Bank
+from reft.train.adapter_trainer import AdapterTrainer, require_reft_model
 from reft.train.collate import IGNORED, ReftDataCollator
-from reft.train.lora import load_lora, save_lora
 
 logger = logging.getLogger(__name__)
 
 #: Names of data columns that the wrapper understands beside those of the base model.
-_WRAPPER_COLUMNS = ("prompt_lengths", "adapter_names", "label", "label_ids")
+_WRAPPER_COLUMNS = (*OPTIONS, "label", "label_ids")
 
 
 def require_accelerate() -> None:
@@ -39,7 +33,7 @@ def require_accelerate() -> None:
         raise ImportError("training needs accelerate: pip install 'reft[train]'")
 
 
-class ReftTrainer(Trainer):
+class ReftTrainer(AdapterTrainer):
     """:class:`transformers.Trainer` for a :class:`reft.ReftModel`, with the same arguments.
 
     Without a ``data_collator``, a ``processing_class`` that is a tokenizer makes a
@@ -65,7 +59,7 @@ class ReftTrainer(Trainer):
     ) -> None:
         require_accelerate()
         if model is not None:
-            _require_reft_model(model)
+            require_reft_model(model, "ReftTrainer")
             if getattr(model, "is_quantized", False):
                 # Trainer's word for "this quantised model carries an adapter". On the wrapper
                 # alone: on the base, transformers would look for PEFT's layers.
@@ -109,24 +103,11 @@ class ReftTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As Trainer's; what ``model_init`` returns must be a ReftModel."""
         model = super().call_model_init(trial)
-        _require_reft_model(model)
+        require_reft_model(model, "ReftTrainer")
         return model
-
-    def _reft_model(self) -> ReftModel:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _base_model(self) -> nn.Module:
         return self._reft_model().get_base_model()
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """As Trainer's, without the coordinates of orthonormal R: the rows of R have length 1
-        wherever these go, so that decay would shrink nothing and only drag R back to its start."""
-        coordinates = {
-            f"{path}.free" for path, module in model.named_modules() if isinstance(module, Bank)
-        }
-        return [
-            name for name in super().get_decay_parameter_names(model) if name not in coordinates
-        ]
 
     # ---------------------------------------------------------------- data and loss
 
@@ -152,71 +133,6 @@ class ReftTrainer(Trainer):
                 inputs = {**inputs, "prompt_lengths": lengths}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    # ---------------------------------------------------------------- disk
-
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As Trainer's. Under an engine that shards parameters the adapter is restored before it
-        does: the base point of R is no parameter, so that no engine's own checkpoint has it."""
-        if resume_from_checkpoint and self._is_sharded():
-            path = resume_from_checkpoint
-            if path is True:
-                path = get_last_checkpoint(str(self.args.output_dir))
-            if isinstance(path, str):
-                self._reft_model().restore(path)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _is_sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's. Of a model sharded by FSDP2, what is trained is gathered and no more."""
-        model = self._reft_model()
-        if not any(isinstance(one, DTensor) for one in model.parameters()):
-            super().save_model(output_dir, _internal_call)
-            return
-        frozen = {name for name, one in model.named_parameters() if not one.requires_grad}
-        # On every rank, as gathering needs.
-        state = {
-            name: value.full_tensor() if isinstance(value, DTensor) else value
-            for name, value in model.state_dict().items()
-            if name not in frozen
-        }
-        self._save(output_dir, state_dict=state)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write the adapter and the tokenizer, never the base model."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
-        checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
-        # An engine that shards parameters has gathered them; every rank was needed for that.
-        self._reft_model().save_pretrained(
-            folder, training_state=checkpoint, state_dict=state_dict or None
-        )
-        save_lora(self._reft_model(), folder, state_dict or None)
-        processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        if processing is not None:
-            processing.save_pretrained(folder)
-        torch.save(self.args, folder / TRAINING_ARGS_NAME)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str | os.PathLike[str], model: nn.Module | None = None
-    ) -> None:
-        if not self._is_sharded():
-            self._reft_model().restore(resume_from_checkpoint)
-            load_lora(self._reft_model(), resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if self._is_sharded():  # the base point is still that of this run
-            super()._load_best_model()
-        else:
-            self._reft_model().restore(str(self.state.best_model_checkpoint))
-            load_lora(self._reft_model(), str(self.state.best_model_checkpoint))
-
 
 class _Shifted:
     """A label smoother that lets position i predict label i + 1."""
@@ -226,14 +142,6 @@ class _Shifted:
 
     def __call__(self, outputs: Any, labels: Tensor, **kwargs: Any) -> Tensor:
         return self.smoother(outputs, labels, **{**kwargs, "shift_labels": True})
-
-
-def _require_reft_model(model: object) -> None:
-    if not isinstance(model, ReftModel):
-        raise TypeError(
-            "ReftTrainer trains a ReftModel, from reft.get_reft_model(base_model, config); got "
-            f"{type(model).__name__}"
-        )
 
 
 def _prompt_lengths(labels: Any, mask: Any) -> Tensor | None:

@@ -28,8 +28,10 @@ def test_names_of_the_kernels() -> None:
 def test_names_of_reft() -> None:
     assert sorted(reft.__all__) == [
         "ReftConfig",
+        "ReftDPOTrainer",
         "ReftDataCollator",
         "ReftModel",
+        "ReftSFTTrainer",
         "ReftTrainer",
         "__version__",
         "get_reft_model",
