@@ -143,6 +143,24 @@ ARCHITECTURES = {
     "qwen3-moe": Architecture(
         "Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**EXPERTS, "num_experts": 4}, "model.layers"
     ),
+    "deepseek-v3": Architecture(
+        "DeepseekV3ForCausalLM", "DeepseekV3Config",
+        {**EXPERTS, "num_key_value_heads": 4, "head_dim": 4, "n_routed_experts": 4, "n_group": 1,
+         "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
+         "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 6},
+        "model.layers",
+    ),
+    "llama4": Architecture(
+        "Llama4ForCausalLM", "Llama4TextConfig",
+        {**LLAMA, "intermediate_size_mlp": 32, "num_local_experts": 2,
+         "interleave_moe_layer_step": 2},
+        "model.layers", mlp="feed_forward",
+    ),
+    "cohere2": _llama_like("Cohere2"),
+    "glm4": Architecture(
+        "Glm4ForCausalLM", "Glm4Config", LLAMA, "model.layers", "post_self_attn_layernorm",
+        "post_mlp_layernorm",
+    ),
     "gpt-oss": _llama_like("GptOss", num_local_experts=4, num_experts_per_tok=2),
     "gpt2": Architecture(
         "GPT2LMHeadModel", "GPT2Config",
@@ -170,6 +188,12 @@ ARCHITECTURES = {
         {"vocab_size": VOCAB, "hidden_size": DIM, "n_layer": LAYERS, "n_head": 4,
          "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2},
         "transformer.h", "self_attention.dense", "mlp.dense_4h_to_h",
+    ),
+    "mpt": Architecture(
+        "MptForCausalLM", "MptConfig",
+        {"vocab_size": VOCAB, "d_model": DIM, "n_layers": LAYERS, "n_heads": 4, "max_seq_len": 64,
+         "initializer_range": 0.2, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2},
+        "transformer.blocks", "attn", "ffn.down_proj",
     ),
     "bert": _encoder("Bert", "bert.encoder.layer"),
     "roberta": _encoder("Roberta", "roberta.encoder.layer", max_position_embeddings=70),

@@ -60,10 +60,6 @@ def _causal(name: str, attention: str | None, mlp: str | None, arguments: dict, 
 
 #: Builds that the matrix of ``test_architectures`` does not have.
 OTHERS = {
-    "mpt": _causal(
-        "Mpt", "attn", "ffn.down_proj",
-        {"vocab_size": VOCAB, "d_model": DIM, "n_layers": LAYERS, "n_heads": 4, "max_seq_len": 64},
-    ),
     "mpnet": Block(
         "MPNetModel", "MPNetConfig", BERT, "attention.attn", "output.dense"
     ),
@@ -81,7 +77,6 @@ OTHERS = {
         {"vocab_size": VOCAB, "n_embd": DIM, "n_layer": LAYERS, "n_head": 4, "n_positions": 64,
          "rotary_dim": 2},
     ),
-    "glm4": _causal("Glm4", "post_self_attn_layernorm", "post_mlp_layernorm", LLAMA),
     "exaone4": _causal(
         "Exaone4", "post_attention_layernorm", "post_feedforward_layernorm", LLAMA,
         layer_types=["full_attention"] * LAYERS,
