@@ -178,7 +178,7 @@ def _attached(
                 f"{type(base_model).__name__} has {attached.sites.dim}"
             )
         bank, heads = build(attached, base_model, name, config)
-        if bank.bias.is_meta:
+        if bank.is_meta:
             raise ValueError("base_model must be on a real device, got meta tensors")
         check_heads(heads, converted.heads)
         bank.load(converted.tensors)

@@ -16,6 +16,7 @@ from reft.model.hooks import EditOutput
 from reft.model.plan import Site
 from reft.model.sites import site_device
 from reft.nn.bank import Bank
+from reft.nn.spread import SpreadBank
 
 
 def build(
@@ -24,7 +25,7 @@ def build(
     name: str,
     config: ReftConfig,
     generator: torch.Generator | None = None,
-) -> tuple[Bank, dict[str, nn.Module]]:
+) -> tuple[Bank | SpreadBank, dict[str, nn.Module]]:
     """The parts of a new adapter, its bank and its heads; nothing on the model changes.
 
     Raises:
@@ -60,12 +61,21 @@ def build(
         heads = copy_heads(base, config.resolve_modules_to_save(outside))
     finally:
         attached.heads.show(base, shown)
-    device = site_device(sites.blocks[layers[0]])
-    return Bank(config, layers, sites.dim, device=device, generator=generator), heads
+    devices = [site_device(sites.blocks[layer]) for layer in layers]
+    bank: Bank | SpreadBank
+    if len(set(devices)) == 1:
+        bank = Bank(config, layers, sites.dim, device=devices[0], generator=generator)
+    else:
+        bank = SpreadBank(config, layers, sites.dim, devices=devices, generator=generator)
+    return bank, heads
 
 
 def attach(
-    attached: Attachment, base: nn.Module, name: str, bank: Bank, heads: Mapping[str, nn.Module]
+    attached: Attachment,
+    base: nn.Module,
+    name: str,
+    bank: Bank | SpreadBank,
+    heads: Mapping[str, nn.Module],
 ) -> None:
     """Put an adapter on the model, frozen and not active."""
     attached.adapters[name] = bank
@@ -88,5 +98,5 @@ def detach(attached: Attachment, base: nn.Module, name: str) -> None:
         attached.handles.pop(site).remove()
 
 
-def _sites(bank: Bank) -> list[Site]:
+def _sites(bank: Bank | SpreadBank) -> list[Site]:
     return [(layer, bank.config.component) for layer in bank.layers]

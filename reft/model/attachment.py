@@ -23,6 +23,7 @@ from reft.model.plan import ForwardPlan, Member, Site, member_rows
 from reft.model.prompt import Prompt, find_packed_prompt, find_prompt, packed_starts
 from reft.model.sites import Sites
 from reft.nn.bank import Bank
+from reft.nn.spread import SpreadBank
 
 #: Name of the attachment among the base model's submodules.
 SUBMODULE = "reft"
@@ -84,7 +85,7 @@ class Attachment(nn.Module):
         self.restored = False
         self.generation: Generation | None = None
 
-    def bank(self, name: str) -> Bank:
+    def bank(self, name: str) -> Bank | SpreadBank:
         """The bank of an adapter.
 
         Raises:
@@ -94,7 +95,7 @@ class Attachment(nn.Module):
             known = ", ".join(repr(one) for one in self.adapters) or "none"
             raise ValueError(f"adapter_name must be one of the adapters ({known}), got {name!r}")
         bank = self.adapters[name]
-        assert isinstance(bank, Bank)
+        assert isinstance(bank, (Bank, SpreadBank))
         return bank
 
     def check_new_name(self, name: str) -> None:
@@ -221,12 +222,12 @@ class Attachment(nn.Module):
 
     def _in_this_window(
         self,
-        chosen: list[tuple[Bank, Tensor | None]],
+        chosen: list[tuple[Bank | SpreadBank, Tensor | None]],
         call: dict[str, Any],
         options: Options,
         generation: Generation | None,
         window: int,
-    ) -> tuple[int | Tensor, list[tuple[Bank, Tensor | None]]]:
+    ) -> tuple[int | Tensor, list[tuple[Bank | SpreadBank, Tensor | None]]]:
         """(first column of this forward, the adapters that may edit anything in it)."""
         generated = [bank.config.parsed_positions.generated for bank, _ in chosen]
         if generation is not None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from reft.config import ReftConfig
 from reft.model.prompt import Prompt
 from reft.nn.bank import Bank, Effective
+from reft.nn.spread import SpreadBank
 from reft.positions import covered, padded_positions
 from reft_kernels import RowPlan
 
@@ -50,7 +51,7 @@ class Member:
         dropout: probability that is in force, 0.0 in eval mode.
     """
 
-    bank: Bank
+    bank: Bank | SpreadBank
     rows: tuple[Tensor, ...]
     dropout: float
 

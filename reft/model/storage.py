@@ -83,7 +83,7 @@ def load_adapter(
     attached, base = model._attached, model.get_base_model()
     bank, heads = build(attached, base, adapter_name, replace(config, init="pyreft"))
     bank.config = replace(bank.config, init=config.init)
-    if bank.bias.is_meta:
+    if bank.is_meta:
         raise ValueError("base_model must be on a real device to load an adapter, got meta tensors")
     edit, head_tensors = _split(tensors)
     try:

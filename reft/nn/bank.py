@@ -65,6 +65,7 @@ class Bank(nn.Module):
         dim: D, the width of the residual stream.
         device: where the parameters live; on "meta" nothing is allocated or drawn.
         generator: the source of randomness.
+        start: what was drawn already, for these layers.
 
     Raises:
         ValueError: a rank above D, an impossible "identity".
@@ -84,6 +85,7 @@ class Bank(nn.Module):
         *,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
+        start: init.Start | None = None,
     ) -> None:
         super().__init__()
         if config.rank > dim:
@@ -113,7 +115,12 @@ class Bank(nn.Module):
         wide = _compute_dtype(dtype)
         base = torch.empty(transposed, dtype=wide, device=device) if spec.orthonormal else None
         self.register_buffer("base", base, persistent=False)
-        self.reset_parameters(generator)
+        self.reset_parameters(generator, start)
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether there are no values yet."""
+        return self.bias.is_meta
 
     def extra_repr(self) -> str:
         layers, groups, rank, dim = self.shape
@@ -122,8 +129,11 @@ class Bank(nn.Module):
     # ---------------------------------------------------------------- first values
 
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw first values as ``config.init`` says; on the meta device there is nothing to draw.
+    def reset_parameters(
+        self, generator: torch.Generator | None = None, start: init.Start | None = None
+    ) -> None:
+        """Draw first values, or take those of ``start``, as ``config.init`` says; on the meta
+        device there is nothing to draw.
 
         Raises:
             ValueError: "identity" for a row of the family whose edit cannot be zero.
@@ -136,15 +146,13 @@ class Bank(nn.Module):
                     f'ReftConfig.init must be "pyreft" for this {self.spec.name}, got "identity": '
                     f"{obstacle}"
                 )
-        if self.bias.is_meta:
+        if self.is_meta:
             return
-        start = init.pyreft(
-            self.spec,
-            self.shape,
-            dtype=_compute_dtype(dtype),
-            device=self.bias.device,
-            generator=generator,
-        )
+        if start is None:
+            wide, device = _compute_dtype(dtype), self.bias.device
+            start = init.pyreft(
+                self.spec, self.shape, dtype=wide, device=device, generator=generator
+            )
         self.assign(rotation=start.rotation, weight=start.weight, bias=start.bias)
         if kind == "identity":
             self.assign(**init.identity(self.spec, start, self.rotation()))

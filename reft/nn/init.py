@@ -27,6 +27,11 @@ class Start:
     weight: Tensor | None
     bias: Tensor
 
+    def select(self, layers: list[int]) -> Start:
+        """Those of some layers, by their place in the stack."""
+        weight = None if self.weight is None else self.weight[layers]
+        return Start(self.rotation[layers], weight, self.bias[layers])
+
 
 def pyreft(
     spec: EditSpec,
