@@ -10,7 +10,7 @@ import pytest
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 
 #: heading -> what its example needs beside the library.
-NEEDS = {"Beside LoRA": "peft", "Quantised bases": "bitsandbytes"}
+NEEDS = {"Beside LoRA": "peft", "Quantised bases": "bitsandbytes", "TRL": "trl"}
 
 
 def _sections() -> dict[str, str]:
@@ -26,7 +26,7 @@ _FIRST, *_REST = _sections()
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
-@pytest.mark.parametrize("heading", [name for name in _REST if _sections()[name] and name != "TRL"])
+@pytest.mark.parametrize("heading", [name for name in _REST if _sections()[name]])
 def test_the_example_runs(heading, tmp_path, monkeypatch):
     if heading in NEEDS:
         pytest.importorskip(NEEDS[heading])
