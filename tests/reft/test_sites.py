@@ -230,10 +230,11 @@ class TestSides:
     class Side(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layers = nn.ModuleList([nn.Linear(4, 4)])
+            # Its name is no side.
+            self.decoder_layers = nn.ModuleList([nn.Linear(4, 4)])
 
         def forward(self, inputs_embeds):
-            return self.layers[0](inputs_embeds)
+            return self.decoder_layers[0](inputs_embeds)
 
     class Both(nn.Module):
         def __init__(self):
@@ -248,12 +249,21 @@ class TestSides:
     @pytest.mark.parametrize("side", ["encoder", "decoder"])
     def test_are_told_by_the_module_that_is_handed_tokens(self, side):
         model = self.Both()
-        sites = find_sites(model, f"text_{side}.layers")
+        sites = find_sites(model, f"text_{side}.decoder_layers")
         assert (sites.side, sites.stack) == (side, getattr(model, f"text_{side}"))
 
     def test_blocks_outside_both(self):
         with pytest.raises(ValueError, match="'loose', which lie in no module"):
             find_sites(self.Both(), "loose")
+
+    def test_one_side_alone_is_one_stack(self):
+        """Its configuration still says that it is of an encoder–decoder."""
+        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+        config = transformers.BartConfig(vocab_size=40, d_model=24, encoder_layers=3, **heads)
+        encoder = transformers.BartModel(config).get_encoder()
+        assert encoder.config.is_encoder_decoder
+        sites = find_sites(encoder)
+        assert (sites.path, sites.side, sites.stack) == ("layers", "model", encoder)
 
     @pytest.mark.parametrize("side", ["encoder", "decoder"])
     def test_two_models_as_one(self, side):
