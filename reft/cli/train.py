@@ -34,8 +34,17 @@ def train(
         str, typer.Option("--layers", help='all, or numbers such as "3;9;18;24"; -1 is the last.')
     ] = "all",
     positions: Annotated[
-        str, typer.Option("--positions", help="Tokens edited: f7+l7, f3, l1, prompt, all.")
+        str,
+        typer.Option("--positions", help="Tokens edited: f7+l7, f3, l1, prompt, prompt+g4, all."),
     ] = "f7+l7",
+    component: Annotated[
+        str,
+        typer.Option("--component", help="block_output, attention_output, mlp_output, module:…"),
+    ] = "block_output",
+    block_path: Annotated[
+        str | None,
+        typer.Option("--block-path", help="Of the blocks, where they are not found by themselves."),
+    ] = None,
     tied: Annotated[
         bool, typer.Option("--tied/--untied", help="One set of weights for first and last tokens.")
     ] = True,
@@ -68,6 +77,9 @@ def train(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut completions that are too long.")
     ] = False,
+    padding_free: Annotated[
+        bool, typer.Option("--padding-free", help="Pack the sequences of a batch into one row.")
+    ] = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
@@ -96,6 +108,8 @@ def train(
         rank=rank,
         layers=layers,
         positions=positions,
+        component=component,
+        block_path=block_path,
         tied=tied,
         activation=activation,
         dropout=dropout,
@@ -129,7 +143,12 @@ def train(
     limit = context_length(base)
     if max_length is not None and limit is not None and max_length > limit:
         raise UserError(f"--max-length is {max_length}, but {model} has {limit} positions")
-    collator = ReftDataCollator(tokenizer, max_length=max_length or limit, truncate=truncate)
+    collator = ReftDataCollator(
+        tokenizer,
+        max_length=max_length or limit,
+        truncate=truncate,
+        padding_free=padding_free,
+    )
     examples = _tokenize(collator, records, data)
     eval_examples = None if eval_records is None else _tokenize(collator, eval_records, eval_data)
 

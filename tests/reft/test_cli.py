@@ -90,7 +90,8 @@ def test_every_training_option_arrives(place, reft):
         *("--activation", "relu", "--dropout", "0.25", "--init", "pyreft", "--seed", "7"),
         *("--weight-decay", "0.1", "--warmup", "0.5", "--schedule", "cosine", "--accumulate", "2"),
         *("--max-length", "6", "--truncate", "--gradient-checkpointing", "--log-steps", "1"),
-        *("--dtype", "bfloat16", "--lr", "0.001", "--save-steps", "1"),
+        *("--dtype", "bfloat16", "--lr", "0.001", "--save-steps", "1", "--padding-free"),
+        *("--component", "mlp_output", "--block-path", "model.layers"),
     )
     assert code == 0, err
     assert err.count("loss") >= 2
@@ -103,6 +104,8 @@ def test_every_training_option_arrives(place, reft):
         tied=False,
         activation="relu",
         dropout=0.25,
+        component="mlp_output",
+        block_path="model.layers",
         task_type="CAUSAL_LM",
         base_model_name_or_path="model",
     )
@@ -256,6 +259,9 @@ MISTAKES = {
     "answer-too-long": (using(**{"-d": "answer.jsonl"}), ["answer.jsonl, record 1", "max_length"]),
     "length-too-long": (using(**{"--max-length": "99"}), ["--max-length is 99", "32 positions"]),
     "positions": (using(positions="l7+f7"), ["positions", "'l7+f7'", "f7+l7"]),
+    "component": (using(component="mlp"), ["component", "'mlp'", "mlp_output"]),
+    "module": (using(component="module:mlp.x"), ["'module:mlp.x' is no part of block 0"]),
+    "block-path": (using(**{"--block-path": "model.layer"}), ["block_path", "model.layers (2)"]),
     "rank": (using(rank="0"), ["rank", "at least 1", "got 0"]),
     "rank-above-width": (using(rank="33"), ["rank", "32", "33"]),
     "layers": (using(layers="1;2"), ["layers", "0 … 1", "got 2"]),
