@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from torch import nn
 
+from reft.config import COMPONENTS
 from reft.interop.from_adapters import read_adapters
 from reft.interop.from_pyreft import read_pyreft
 from reft.interop.to_pyreft import write_pyreft
 from reft.interop.units import Converted
-from reft.model.adapters import attach, build
-from reft.model.heads import check_heads, head_state, load_heads
+from reft.model import peft_base
+from reft.model.heads import head_state
 from reft.model.reft_model import ReftModel
+from reft.model.sites import MODULE, Sites, find_sites
+from reft.model.storage import put
+
+#: The modules that pyreft means by these names in blocks of Llama's kind.
+_PARTS = {"attention_output": "self_attn", "mlp_output": "mlp"}
 
 _Path = str | os.PathLike[str]
 
@@ -81,6 +88,9 @@ def load_pyreft(
         prompt_end=prompt_end,
         block_path=block_path,
     )
+    sites = find_sites(peft_base.transformers_model(base_model), converted.config.block_path)
+    component = _by_pyreft(converted.config.component, sites)
+    converted = replace(converted, config=replace(converted.config, component=component))
     return _attached(converted, path, base_model, adapter_name, is_trainable)
 
 
@@ -160,35 +170,47 @@ def save_pyreft(model: ReftModel, path: _Path, adapter_name: str | None = None) 
         raise ValueError("adapter_name must be given, no adapter is active")
     attached = model._attached
     bank = attached.bank(name)
-    heads = head_state(attached.heads.modules_of(model.base_model, name))
-    write_pyreft(path, bank.config, bank.layers, bank.published_state(), heads)
+    heads = head_state(attached.heads.modules_of(model.get_base_model(), name))
+    names = {_by_pyreft(one, attached.sites): one for one in COMPONENTS}
+    component = names.get(bank.config.component)
+    if component is None and bank.config.component in COMPONENTS:
+        raise ValueError(
+            f"component must be one that pyreft edits, {bank.config.component!r} of this model is "
+            f"the output of a norm; pyreft has {', '.join(map(repr, names))}"
+        )
+    config = replace(bank.config, component=component or bank.config.component)
+    write_pyreft(path, config, bank.layers, bank.published_state(), heads)
 
 
 def _attached(
     converted: Converted, path: _Path, base_model: nn.Module, name: str, is_trainable: bool
 ) -> ReftModel:
     """A model with a converted adapter; if it does not fit, the base model as it was."""
-    config = converted.config
-    model = ReftModel(base_model, config.block_path)
+    model = ReftModel(base_model, converted.config.block_path)
     try:
-        attached = model._attached
-        if converted.dim != attached.sites.dim:
+        sites = model._attached.sites
+        if converted.dim != sites.dim:
             raise ValueError(
-                f"base_model must have the width {converted.dim} of the adapter, "
-                f"{type(base_model).__name__} has {attached.sites.dim}"
+                f"{os.fspath(path)}: base_model must have the width {converted.dim} of the "
+                f"adapter, {type(base_model).__name__} has {sites.dim}"
             )
-        bank, heads = build(attached, base_model, name, config)
-        if bank.is_meta:
-            raise ValueError("base_model must be on a real device, got meta tensors")
-        check_heads(heads, converted.heads)
-        bank.load(converted.tensors)
-        load_heads(heads, converted.heads)
-        attach(attached, base_model, name, bank, heads)
+        put(model, path, name, converted.config, converted.tensors, converted.heads)
         model.set_adapter(name, inference_mode=not is_trainable)
-    except ValueError as error:
-        model.unload()
-        raise ValueError(f"{os.fspath(path)}: {error}") from None
     except BaseException:
         model.unload()
         raise
     return model if is_trainable else model.eval()
+
+
+def _by_pyreft(component: str, sites: Sites) -> str:
+    """What pyreft's name of a component is here, in the blocks of this model.
+
+    Where a norm stands between a part and the residual sum, as in Gemma 2, pyreft's names are of
+    the part, and this library's of what is added.
+    """
+    part = _PARTS.get(component)
+    block = sites.blocks[0]
+    if part is None or part not in dict(block.named_modules()):
+        return component
+    inside = set(block.get_submodule(part).modules())
+    return component if sites.module(0, component) in inside else f"{MODULE}{part}"

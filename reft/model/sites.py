@@ -14,9 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: model_type -> path of the block list, where its length does not tell it from others.
-EXCEPTIONS: dict[str, str] = {}
-
 #: Paths in a block of the module whose output a part adds to the residual stream; the first that
 #: is there. Where attention or MLP add the residual themselves, or norm the sum, it is their last
 #: projection.
@@ -159,7 +156,7 @@ def find_sites(model: nn.Module, block_path: str | None = None) -> Sites:
         for name, module in inner.named_modules()
         if isinstance(module, nn.ModuleList) and len(module)
     }
-    path = block_path or EXCEPTIONS.get(str(getattr(config, "model_type", None)))
+    path = block_path
     two_sided = _is_encoder_decoder(inner)
     if path is None and two_sided:
         sides = [f'"{name}"' for name in lists if not _inside_another(name, lists)]

@@ -79,22 +79,45 @@ def load_adapter(
     """See :meth:`ReftModel.load_adapter`."""
     path = local_folder(path, **hub)
     config, tensors = read_adapter(path)
-    # Whatever the stored configuration starts from, it is overwritten.
+    edit, heads = _split(tensors)
+    put(model, path, adapter_name, config, edit, heads)
+    if model.active_adapter is None:
+        model.set_adapter(adapter_name, inference_mode=not is_trainable)
+
+
+def put(
+    model: ReftModel,
+    path: _Path,
+    name: str,
+    config: ReftConfig,
+    tensors: Mapping[str, Tensor],
+    head_tensors: Mapping[str, Tensor],
+) -> None:
+    """Attach an adapter with these values, frozen and not active.
+
+    Args:
+        model: that gets it.
+        path: where it comes from, for messages.
+        name, config: its own.
+        tensors: of its edit, as :meth:`reft.nn.bank.Bank.load` takes them.
+        head_tensors: of its heads.
+
+    Raises:
+        ValueError: what does not fit. Nothing was changed.
+    """
     attached, base = model._attached, model.get_base_model()
-    bank, heads = build(attached, base, adapter_name, replace(config, init="pyreft"))
-    bank.config = replace(bank.config, init=config.init)
-    if bank.is_meta:
-        raise ValueError("base_model must be on a real device to load an adapter, got meta tensors")
-    edit, head_tensors = _split(tensors)
     try:
+        # Whatever the configuration starts from, it is overwritten.
+        bank, heads = build(attached, base, name, replace(config, init="pyreft"))
+        bank.config = replace(bank.config, init=config.init)
+        if bank.is_meta:
+            raise ValueError("base_model must be on a real device, got meta tensors")
         check_heads(heads, head_tensors)
-        bank.load(edit)
+        bank.load(tensors)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from None
     load_heads(heads, head_tensors)
-    attach(attached, base, adapter_name, bank, heads)
-    if model.active_adapter is None:
-        model.set_adapter(adapter_name, inference_mode=not is_trainable)
+    attach(attached, base, name, bank, heads)
 
 
 def restore(model: ReftModel, path: _Path, adapter_name: str | None) -> None:

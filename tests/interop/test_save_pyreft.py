@@ -10,6 +10,7 @@ import pytest
 import torch
 from foreign import contents, logits, roundings
 from make_fixtures import CLASSES, FIXTURES, base_model, inputs, places
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from reft import ReftConfig, ReftModel, get_reft_model, load_pyreft, save_pyreft
 from reft.interop.units import orthogonal
@@ -224,3 +225,43 @@ def test_pyreft_loads_the_head(pyreft, tmp_path: Path):
         module.load_state_dict(torch.load(tmp_path / "out" / f"intkey_{key}.bin"))
     assert torch.equal(loaded.model.score.weight, ours.base_model.score.weight)
     assert roundings(_theirs(loaded, True, 3), logits(ours, inputs())) <= 8
+
+
+# ------------------------------------------------------------------- norms behind the parts
+
+
+def gemma2():
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, initializer_range=0.3,
+        attn_implementation="eager",
+    )  # fmt: skip
+    return Gemma2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("module:mlp", "mlp_output"), ("module:self_attn", "attention_output")]
+)
+def test_pyrefts_names_are_of_the_part_before_its_norm(ours, theirs, tmp_path):
+    model = adapted(gemma2(), component=ours, layers=[0, 2])
+    save_pyreft(model, tmp_path / "out")
+    (name, *_) = contents(tmp_path / "out")
+    assert f"comp_{theirs}_unit" in name
+    again = load_pyreft(tmp_path / "out", gemma2(), positions="f3+l3")
+    assert again.configs["default"].component == ours
+    assert roundings(logits(again, inputs()), logits(model, inputs())) <= 8
+    other = adapted(gemma2(), component=theirs)
+    with pytest.raises(ValueError, match=rf"'{theirs}' of this model is the output of a norm"):
+        save_pyreft(other, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("component", ["module:mlp", "module:self_attn", "block_output"])
+def test_pyreft_edits_the_same_place_of_gemma2(pyreft, component, tmp_path):
+    ours = adapted(gemma2(), component=component, layers=[0, 2])
+    save_pyreft(ours, tmp_path / "out")
+    loaded = pyreft.ReftModel.load(str(tmp_path / "out"), gemma2(), include_model=True)
+    loaded.interventions.float()
+    assert roundings(_theirs(loaded, True, 2), logits(ours, inputs())) <= 16
