@@ -81,7 +81,7 @@ def attach(
     attached.adapters[name] = bank
     attached.heads.add(name, heads)
     for module in (bank, *heads.values()):
-        module.train(base.training).requires_grad_(False)
+        module.requires_grad_(False).train(base.training)
     for site in _sites(bank):
         if site not in attached.handles:
             attached.handles[site] = attached.sites.module(*site).register_forward_hook(

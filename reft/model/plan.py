@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from reft.config import ReftConfig
 from reft.model.prompt import Prompt
-from reft.nn.bank import Bank, Effective
+from reft.nn.bank import Bank
+from reft.nn.effective import Effective
 from reft.nn.spread import SpreadBank
 from reft.positions import covered, padded_positions
 from reft_kernels import RowPlan

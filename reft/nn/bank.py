@@ -6,14 +6,13 @@ is.
 
 An orthonormal R is not stored: the trained parameter is ``free``, (L, g, D, r), around a fixed
 ``base`` of r reflectors, and R = orthonormalize(free, base). A new or loaded bank has free = 0,
-R in the base.
+R in the base; until it is trained, the R that was loaded is used as it is, bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,31 +20,10 @@ from torch import Tensor, nn
 
 from reft.config import ReftConfig
 from reft.nn import init
+from reft.nn.effective import Effective
+from reft.nn.frames import EXACT, check_frame, frame_error
 from reft_kernels import fold, orthonormalize, reflector_base
 from reft_kernels.activations import ALIASES, activate
-
-#: Largest |R Rᵀ − I| of a matrix that is taken for orthonormal, for what was stored in each dtype.
-_ORTHONORMAL_WITHIN = {torch.bfloat16: 0.05, torch.float16: 0.01}
-
-
-@dataclass(frozen=True, eq=False)
-class Effective:
-    """What the kernels need, layer by layer: the edit is act(A h + b)·R − σ·R h, with A, b, R
-    given.
-
-    Attributes:
-        encode: A or W of each layer, (g, r, D), or None.
-        bias: b of each layer, (g, r).
-        decode: R of each layer, (g, r, D).
-        subtract: σ = 1 is left to the kernel, because an activation stands between.
-        activation: its name, or None.
-    """
-
-    encode: tuple[Tensor, ...] | None
-    bias: tuple[Tensor, ...]
-    decode: tuple[Tensor, ...]
-    subtract: bool
-    activation: str | None
 
 
 class Bank(nn.Module):
@@ -76,6 +54,7 @@ class Bank(nn.Module):
     free: nn.Parameter | None
     decode: nn.Parameter | None
     base: Tensor | None
+    loaded: Tensor | None
 
     def __init__(
         self,
@@ -97,7 +76,7 @@ class Bank(nn.Module):
         self.activation = None if name is None else ALIASES.get(name, name)
         self.shape = (len(layers), config.num_groups, config.rank, dim)
         self._cached: tuple[tuple[Any, ...], Effective] | None = None
-
+        self._loaded_of: tuple[Any, ...] | None = None  # what free and base were then
         dtype = config.torch_dtype
         stacked, groups, rank, _ = self.shape
         transposed = (stacked, groups, dim, rank)
@@ -115,6 +94,7 @@ class Bank(nn.Module):
         wide = _compute_dtype(dtype)
         base = torch.empty(transposed, dtype=wide, device=device) if spec.orthonormal else None
         self.register_buffer("base", base, persistent=False)
+        self.register_buffer("loaded", None, persistent=False)
         self.reset_parameters(generator, start)
 
     @property
@@ -167,8 +147,32 @@ class Bank(nn.Module):
             if self.free is None:
                 assert self.decode is not None
                 return self.decode.to(wide)
+            learns = torch.is_grad_enabled() and self.free.requires_grad
+            if not learns and (loaded := self._still_loaded()) is not None:
+                return loaded
             assert self.base is not None
             return orthonormalize(self.free.to(wide), self.base.to(wide))
+
+    def _keep(self, rotation: Tensor) -> None:
+        """Use this very R, where it is one to rounding, until it is trained."""
+        if self.base is None or rotation.dtype != self.base.dtype or self.base.is_meta:
+            return
+        if frame_error(rotation) <= EXACT:
+            self.loaded = rotation.to(self.base.device, copy=True)
+            self._loaded_of = self._frame_of()
+
+    def _still_loaded(self) -> Tensor | None:
+        """The R that was loaded, if nothing has changed it since."""
+        if self.loaded is None or torch.compiler.is_compiling():
+            return None
+        assert self.base is not None
+        if self._loaded_of != self._frame_of() or self.loaded.dtype != self.base.dtype:
+            self.loaded = None
+        return self.loaded
+
+    def _frame_of(self) -> tuple[Any, ...]:
+        assert self.free is not None and self.base is not None
+        return _version(self.free), _version(self.base)
 
     def forward(self) -> Effective:
         """:meth:`effective`; a call of the module, so that engines which gather parameters do."""
@@ -209,6 +213,8 @@ class Bank(nn.Module):
     def train(self, mode: bool = True) -> Bank:
         # Some optimizers write past the version counters; between two modes nothing is trusted.
         self._cached = None
+        if mode and self.bias.requires_grad:
+            self.loaded = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -237,7 +243,7 @@ class Bank(nn.Module):
     @torch.no_grad()
     def orthonormality_error(self) -> float:
         """max |R Rᵀ − I| over layers and groups; 0.0 where R is not kept orthonormal."""
-        return _frame_error(self.rotation()) if self.spec.orthonormal else 0.0
+        return frame_error(self.rotation()) if self.spec.orthonormal else 0.0
 
     # ---------------------------------------------------------------- values by name
 
@@ -286,14 +292,10 @@ class Bank(nn.Module):
             return
         assert self.free is not None and self.base is not None
         wide = rotation.to(self.base.dtype)
-        error, within = _frame_error(wide), _ORTHONORMAL_WITHIN.get(rotation.dtype, 1e-3)
-        if not error <= within:
-            raise ValueError(
-                f"rotation must have orthonormal rows for {self.spec.name} (max |R Rᵀ − I| at most "
-                f"{within:g}), got {error:.3g}"
-            )
+        check_frame(rotation, wide.dtype, self.spec.name)
         self.base.copy_(reflector_base(wide))
         self.free.zero_()
+        self.loaded = None
 
     @torch.no_grad()
     def published_state(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -310,6 +312,8 @@ class Bank(nn.Module):
             published["weight"] = own["weight"].clone()
         if self.free is None:
             published["rotation"] = own["decode"].clone()
+        elif state is None and (loaded := self._still_loaded()) is not None:
+            published["rotation"] = loaded.clone()
         else:
             assert self.base is not None
             wide = self.base.dtype
@@ -351,6 +355,7 @@ class Bank(nn.Module):
             )
         if not (training_state and extra):
             self.assign(**{name: tensors[name] for name in sorted(needed)})
+            self._keep(tensors["rotation"])
             return
         assert self.free is not None and self.base is not None
         for name in sorted(extra):
@@ -393,8 +398,3 @@ def _no_autocast(device_type: str) -> AbstractContextManager[object]:
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
-
-
-def _frame_error(rotation: Tensor) -> float:
-    eye = torch.eye(rotation.shape[-2], dtype=rotation.dtype, device=rotation.device)
-    return float((rotation @ rotation.mT - eye).abs().max())

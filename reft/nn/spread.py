@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from reft.config import ReftConfig
 from reft.nn import init
-from reft.nn.bank import Bank, Effective
+from reft.nn.bank import Bank
+from reft.nn.effective import Effective
 
 
 class SpreadBank(nn.Module):

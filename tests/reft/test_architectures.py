@@ -173,19 +173,7 @@ def test_disabled_unloaded_and_loaded(name, component, tmp_path):
         assert torch.equal(model.unload()(**call)[0], expected)
         again = ReftModel.from_pretrained(build(name), tmp_path)
         assert again.configs["default"].component == component
-        # An orthonormal R is made of reflectors, which are computed anew from the R on disk.
-        torch.testing.assert_close(again(**call)[0], got, rtol=1e-5, atol=2e-6)
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_what_is_loaded_is_what_was_saved(name, tmp_path):
-    """Bit for bit, without an orthonormal R."""
-    call = call_of(name, tokens(2, 8))
-    model = wrapped(name, "block_output", intervention="direft")
-    model.save_pretrained(tmp_path)
-    again = ReftModel.from_pretrained(build(name), tmp_path)
-    with torch.no_grad():
-        assert torch.equal(again(**call)[0], model(**call)[0])
+        assert torch.equal(again(**call)[0], got)
 
 
 @pytest.mark.parametrize(("name", "component"), CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from transformers.activations import ACT2FN
 
 from reft.config import ReftConfig
 from reft.nn.bank import Bank
+from reft_kernels import orthonormalize
 from reft_kernels.activations import ACTIVATIONS, ALIASES, activate
 from reft_kernels.spec import FAMILY
 
@@ -316,3 +318,65 @@ class TestCache:
             first = one.effective()
         with torch.no_grad():
             assert torch.equal(one.effective().decode[0], first.decode[0])
+
+
+class TestLoadedRotation:
+    """R as it came from a file is used as it is until the bank is trained."""
+
+    def trained(self):
+        bank = Bank(ReftConfig(rank=3), (0, 1), 16)
+        with torch.no_grad():
+            bank.free.add_(torch.randn_like(bank.free))
+        return bank
+
+    def loaded(self, **changes):
+        bank = Bank(ReftConfig(rank=3, **changes), (0, 1), 16)
+        bank.load(self.stored)
+        return bank.eval().requires_grad_(False)
+
+    @pytest.fixture(autouse=True)
+    def _stored(self):
+        torch.manual_seed(0)
+        self.stored = self.trained().published_state()
+
+    def test_it_is_the_one_on_disk_again_and_again(self):
+        bank = self.loaded()
+        for _ in range(3):
+            assert torch.equal(bank.rotation(), self.stored["rotation"])
+            state = bank.published_state()
+            assert torch.equal(state["rotation"], self.stored["rotation"])
+            assert state["rotation"].data_ptr() != bank.loaded.data_ptr()
+            bank.load(state)
+        again = copy.deepcopy(bank)
+        torch.testing.assert_close(again.rotation(), bank.rotation())
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda bank: bank.free.add_(0.5),
+            lambda bank: bank.free.copy_(torch.randn_like(bank.free)),
+            lambda bank: bank.reset_parameters(),
+            lambda bank: bank.load_state_dict(Bank(bank.config, bank.layers, 16).state_dict()),
+        ],
+        ids=["a step", "a copy", "reset", "a state dict"],
+    )
+    def test_it_is_forgotten_with_what_it_was_made_of(self, change):
+        bank = self.loaded()
+        with torch.no_grad():
+            change(bank)
+        expected = orthonormalize(bank.free, bank.base)
+        assert torch.equal(bank.rotation(), expected)
+        assert (bank.rotation() - self.stored["rotation"]).abs().max() > 1e-2
+
+    def test_what_is_trained_has_a_graph(self):
+        bank = self.loaded().requires_grad_(True)
+        bank.rotation().square().sum().mul(2).sub(bank.rotation()[..., 0].sum()).backward()
+        assert bank.free.grad.abs().max() > 0
+        bank.train()
+        assert bank.loaded is None
+
+    def test_half_precision_is_made_orthonormal(self):
+        self.stored["rotation"] = self.stored["rotation"].bfloat16()
+        bank = self.loaded()
+        assert bank.loaded is None
+        assert bank.orthonormality_error() < 1e-6

@@ -1,0 +1,34 @@
+"""Frames: matrices R (…, r, D) whose rows are orthonormal, as they come from a file."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Largest |R Rᵀ − I| of a matrix that is taken for a frame, for what was stored in each dtype.
+_WITHIN = {torch.bfloat16: 0.05, torch.float16: 0.01}
+_OTHERWISE = 1e-3
+
+#: The same of a frame that needs no correction: what rounding to float32 leaves.
+EXACT = 1e-5
+
+
+def frame_error(rotation: Tensor) -> float:
+    """max |R Rᵀ − I|."""
+    eye = torch.eye(rotation.shape[-2], dtype=rotation.dtype, device=rotation.device)
+    return float((rotation @ rotation.mT - eye).abs().max())
+
+
+def check_frame(rotation: Tensor, wide: torch.dtype, name: str) -> None:
+    """Refuse a stored R whose :func:`frame_error`, computed in ``wide``, its dtype cannot have
+    caused.
+
+    Raises:
+        ValueError: the rows are not orthonormal.
+    """
+    error, within = frame_error(rotation.to(wide)), _WITHIN.get(rotation.dtype, _OTHERWISE)
+    if not error <= within:  # NaN is no frame either
+        raise ValueError(
+            f"rotation must have orthonormal rows for {name} (max |R Rᵀ − I| at most "
+            f"{within:g}), got {error:.3g}"
+        )
