@@ -95,6 +95,8 @@ class ReftConfig:
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
+        # Once, not in every forward. No field: it is said by ``positions``.
+        object.__setattr__(self, "_parsed", parse_positions(self.positions))
 
     # ---------------------------------------------------------------- what it means
 
@@ -106,7 +108,8 @@ class ReftConfig:
     @property
     def parsed_positions(self) -> Positions:
         """``positions``, parsed."""
-        return parse_positions(self.positions)
+        parsed: Positions = self._parsed  # type: ignore[attr-defined]
+        return parsed
 
     @property
     def num_groups(self) -> int:
