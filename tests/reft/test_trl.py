@@ -18,7 +18,19 @@ from trl import DPOConfig, SFTConfig
 
 from reft import ReftConfig, ReftDPOTrainer, ReftModel, ReftSFTTrainer, get_reft_model
 
-QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False, "seed": 3}
+SETTINGS = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 2e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "seed": 3,
+}
 
 
 def wrapped(base, **changes):
@@ -35,18 +47,9 @@ def records(color_records):
 @pytest.fixture
 def sft(word_tokenizer, records, tmp_path):
     def build(model, folder="run", **settings):
-        settings = {
-            "max_steps": 4,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 2e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "gradient_checkpointing": False,
-            **settings,
-        }
         return ReftSFTTrainer(
             model,
-            args=SFTConfig(str(tmp_path / folder), **QUIET, **settings),
+            args=SFTConfig(str(tmp_path / folder), **{**SETTINGS, **settings}),
             train_dataset=Dataset.from_list(records),
             eval_dataset=Dataset.from_list(records[:4]),
             processing_class=word_tokenizer,
@@ -156,23 +159,13 @@ class TestSFT:
 @pytest.fixture
 def dpo(word_tokenizer, records, tmp_path):
     def build(model, folder="run", **settings):
-        settings = {
-            "max_steps": 4,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 2e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "gradient_checkpointing": False,
-            "beta": 0.5,
-            **settings,
-        }
         pairs = [
             {"prompt": one["prompt"], "chosen": one["completion"], "rejected": " no no "}
             for one in records
         ]
         return ReftDPOTrainer(
             model,
-            args=DPOConfig(str(tmp_path / folder), **QUIET, **settings),
+            args=DPOConfig(str(tmp_path / folder), **{**SETTINGS, "beta": 0.5, **settings}),
             train_dataset=Dataset.from_list(pairs),
             processing_class=word_tokenizer,
         )
