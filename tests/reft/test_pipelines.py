@@ -3,6 +3,7 @@ does."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 
@@ -62,6 +63,9 @@ def answers(wrapped, word_tokenizer) -> list[str]:
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_text_generation(wrapped, word_tokenizer, answers, complaints, recwarn, batch_size):
+    base = copy.deepcopy(wrapped).unload()
+    pipeline("text-generation", model=base, tokenizer=word_tokenizer)(PROMPTS, **SETTINGS)
+    of_the_base = set(complaints())  # transformers 5.16 has some of its own
     pipe = pipeline("text-generation", model=wrapped, tokenizer=word_tokenizer)
     assert pipe.model is wrapped
     assert "ReftModel" in repr(pipe)
@@ -69,7 +73,7 @@ def test_text_generation(wrapped, word_tokenizer, answers, complaints, recwarn, 
     assert [one["generated_text"] for (one,) in found] == answers
     (single,) = pipe(PROMPTS[0], **SETTINGS)
     assert single["generated_text"] == PROMPTS[0] + answers[0]
-    assert not complaints()
+    assert set(complaints()) <= of_the_base
     assert not [one for one in recwarn if "ReftModel" in str(one.message)]
 
 
