@@ -124,13 +124,13 @@ class _Orthonormalize(torch.autograd.Function):
     def forward(ctx: Any, v: Tensor, base: Tensor | None) -> Tensor:
         rotation, system, codes = _forward(_reflectors(v, base), v.shape[-1], base)
         ctx.save_for_backward(v, base, system, codes)
-        return rotation.to(v.dtype)
+        return _cast(rotation, v.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_rotation: Tensor) -> tuple[Tensor, None]:
         v, base, system, codes = ctx.saved_tensors
-        d_rows = _backward(d_rotation.to(_wide(v)), _reflectors(v, base), system, codes, base)
+        d_rows = _backward(_cast(d_rotation, _wide(v)), _reflectors(v, base), system, codes, base)
         return _columns(d_rows, v.dtype), None
 
 
@@ -175,6 +175,12 @@ def _columns(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """(n, D, r), contiguous, from (n, r, D): cast and transposed in one pass."""
     columns = rows.mT
     return rows.new_empty(columns.shape, dtype=dtype).copy_(columns)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, but not called where it would return the tensor itself: of a traced
+    function that returns such an alias torch 2.11 makes one whose gradient is 0."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _signs(base: Tensor) -> Tensor:

@@ -290,8 +290,9 @@ def test_meta_device_gives_shapes_without_reading_values(shape, with_base: bool)
 
 @pytest.mark.traced
 @bases
-def test_compiles_as_one_graph(with_base: bool) -> None:
-    v, base, grad = problem((2, 10, 3), with_base)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_compiles_as_one_graph(with_base: bool, dtype: torch.dtype) -> None:
+    v, base, grad = problem((2, 10, 3), with_base, dtype)
     expected, d_expected = gradient(v, base, grad)
     torch.compiler.reset()
     compiled = torch.compile(orthonormalize, fullgraph=True, backend="aot_eager")
@@ -299,6 +300,7 @@ def test_compiles_as_one_graph(with_base: bool) -> None:
     (d_v,) = torch.autograd.grad(rotation, v, grad)
     torch.testing.assert_close(rotation, expected, **EXACT)
     torch.testing.assert_close(d_v, d_expected, **EXACT)
+    assert d_v.abs().max() > 0
 
 
 class Largest(TorchDispatchMode):

@@ -39,10 +39,14 @@ def compare(model, *calls):
             torch.testing.assert_close(got[name], one, rtol=1e-4, atol=1e-6)
 
 
+NO_CACHE = {"use_cache": False}
+
+
 @pytest.mark.parametrize(("name", "component"), CASES)
 def test_architectures_and_components(name, component):
     model = wrapped(name, component, layers=[0, 2]).train()
-    compare(model, call_of(name, tokens(2, 7)))
+    # Without a cache, whose making torch 2.11 cannot trace in T5.
+    compare(model, {**call_of(name, tokens(2, 7)), **({} if "bert" in name else NO_CACHE)})
 
 
 GIVEN = {
