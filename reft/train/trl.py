@@ -10,7 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from trl import DPOTrainer, SFTTrainer
+
+try:
+    from trl import DPOTrainer, SFTTrainer
+except ModuleNotFoundError as error:
+    if error.name != "trl":
+        raise
+    raise ImportError("these trainers need TRL: pip install 'reft[trl]'") from None
 
 from reft.model import peft_base
 from reft.model.attachment import SUBMODULE
