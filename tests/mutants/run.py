@@ -29,7 +29,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CATALOGUE = Path(__file__).with_name("catalogue.toml")
 #: What a copy holds: the package, its tests and how they are run.
-COPIED = ("reft_kernels", "tests/kernels", "tests/conftest.py", "pyproject.toml")
+COPIED = (
+    "reft_kernels", "reft", "tests/kernels", "tests/reft", "tests/conftest.py", "pyproject.toml"
+)  # fmt: skip
 #: Seconds, for a mutant that loops for ever.
 PATIENCE = 240.0
 
@@ -165,8 +167,10 @@ def prepare() -> None:
     with contextlib.suppress(ImportError):
         import triton.language  # noqa: F401
     import torch._dynamo
+    import transformers.trainer  # noqa: F401
+    from transformers import BertForSequenceClassification, LlamaForCausalLM  # noqa: F401
 
-    assert "reft_kernels" not in sys.modules
+    assert not {"reft", "reft_kernels"} & sys.modules.keys()
 
 
 def main() -> int:
