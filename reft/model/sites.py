@@ -182,10 +182,11 @@ def find_sites(model: nn.Module, block_path: str | None = None) -> Sites:
 
 def site_device(block: nn.Module) -> torch.device:
     """Where a block computes: the device of its output, which its parameters may not be on."""
-    hook = getattr(block, "_hf_hook", None)
-    execution = getattr(hook, "execution_device", None)
-    if execution is not None:
-        return torch.device(execution)
+    # accelerate hooks the parts alone where a device map names parts of blocks.
+    for module in block.modules():
+        execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if execution is not None:
+            return torch.device(execution)
     tensor: Tensor | None = next(block.parameters(), None)
     return torch.device("cpu") if tensor is None else tensor.device
 

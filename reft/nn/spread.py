@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +18,15 @@ from reft.nn.effective import Effective
 class SpreadBank(nn.Module):
     """A :class:`reft.nn.bank.Bank` in parts, each on the device of its layers.
 
-    It is called, saved and loaded as a bank is, and its tensors on disk are those of a bank.
+    It is used as a bank is, and its tensors on disk are those of a bank.
 
     Attributes:
-        config, layers, spec, shape: as of a bank.
+        config, layers, spec, activation, shape: as of a bank.
         parts: one bank for each device, in the order in which the layers come to it.
 
     Args:
-        config, layers, dim, generator: as of a bank. The numbers are drawn on the first device.
+        config, layers, dim, generator: as of a bank. All numbers are drawn on one device, the
+            generator's or else the first, so that they are those of a bank there.
         devices: one for each layer.
 
     Raises:
@@ -48,7 +50,7 @@ class SpreadBank(nn.Module):
             rows.setdefault(device, []).append(row)
         # Of each part, its rows in the stack of all layers.
         self._rows = list(rows.values())
-        start = self._draw([device for device in rows if device.type != "meta"], generator)
+        start = self._draw(list(rows), generator)
         self.parts = nn.ModuleList(
             Bank(
                 config,
@@ -59,16 +61,24 @@ class SpreadBank(nn.Module):
             )
             for device, mine in rows.items()
         )
+        self.activation = self._banks()[0].activation
 
     def _draw(
         self, devices: list[torch.device], generator: torch.Generator | None
     ) -> init.Start | None:
-        if not devices or self.config.rank > self.shape[3]:  # which a part then says
+        real = [device for device in devices if device.type != "meta"]
+        if not real:
             return None
+        device = real[0] if generator is None else generator.device
         wide = torch.promote_types(self.config.torch_dtype, torch.float32)
-        return init.pyreft(
-            self.spec, self.shape, dtype=wide, device=devices[0], generator=generator
-        )
+        return init.pyreft(self.spec, self.shape, dtype=wide, device=device, generator=generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw first values, as a bank does."""
+        start = self._draw([part.bias.device for part in self._banks()], generator)
+        for part, mine in zip(self._banks(), self._rows, strict=True):
+            part.config = self.config  # whose init is told only after an adapter was loaded
+            part.reset_parameters(start=None if start is None else start.select(mine))
 
     @property
     def is_meta(self) -> bool:
@@ -81,7 +91,7 @@ class SpreadBank(nn.Module):
     # ---------------------------------------------------------------- what a forward needs
 
     def forward(self) -> Effective:
-        """A, b and R of all layers, each on the device of its layer."""
+        """A, b and R of all layers, each on the device of its layer, in the order of layers."""
         forms = [part() for part in self._banks()]
         first = forms[0]
         return Effective(
@@ -91,6 +101,16 @@ class SpreadBank(nn.Module):
             subtract=first.subtract,
             activation=first.activation,
         )
+
+    def effective(self) -> Effective:
+        """As :meth:`forward`."""
+        return self()
+
+    def rotation(self) -> Tensor:
+        """R, (L, g, r, D), with a graph, on the device of the first part."""
+        rotations = [part.rotation() for part in self._banks()]
+        first = rotations[0].device
+        return torch.stack(self._in_order([rotation.to(first) for rotation in rotations]))
 
     def _in_order(self, parts: Sequence[Any]) -> tuple[Tensor, ...]:
         """What the parts have for each of their layers, in the order of all layers."""
@@ -132,24 +152,34 @@ class SpreadBank(nn.Module):
             for name in found[0]
         }
 
+    def assign(self, **values: Tensor | None) -> None:
+        """As a bank's.
+
+        Raises:
+            ValueError: as a bank. Nothing was changed.
+        """
+        given = {name: value for name, value in values.items() if value is not None}
+        self._set(given, lambda part, own: part.assign(**own))
+
     def load(self, tensors: Mapping[str, Tensor], *, training_state: bool = False) -> None:
         """As a bank's.
 
         Raises:
             ValueError: as a bank. Nothing was changed.
         """
+        self._set(tensors, lambda part, own: part.load(own, training_state=training_state))
+
+    def _set(
+        self, tensors: Mapping[str, Tensor], give: Callable[[Bank, dict[str, Tensor]], None]
+    ) -> None:
+        """Give each part its rows of these tensors."""
         for name, value in tensors.items():
             if not value.ndim or value.shape[0] != len(self.layers):
                 raise ValueError(
                     f"{name} must have shape ({len(self.layers)}, …), one entry a layer; got "
                     f"{tuple(value.shape)}"
                 )
-        before = [part.training_state() for part in self._banks()]
-        try:
-            for part, mine in zip(self._banks(), self._rows, strict=True):
-                own = {name: value[mine] for name, value in tensors.items()}
-                part.load(own, training_state=training_state)
-        except ValueError:
-            for part, values in zip(self._banks(), before, strict=True):
-                part.load(values, training_state=True)
-            raise
+        # On copies first: what a later part refuses must be found before an earlier one is written.
+        for parts in (copy.deepcopy(self._banks()), self._banks()):
+            for part, mine in zip(parts, self._rows, strict=True):
+                give(part, {name: value[mine] for name, value in tensors.items()})

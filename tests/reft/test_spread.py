@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -109,6 +111,9 @@ def test_files_fit_either_way(spread, tmp_path, state):
         expected = one(ids).logits
         from_two = ReftModel.from_pretrained(llama(), tmp_path / "two")
         torch.testing.assert_close(from_two(ids).logits, expected)
+        # The same file gives the same bits, in parts or not.
+        in_parts = spread(llama(), None, tmp_path / "two")
+        assert torch.equal(in_parts(ids).logits, from_two(ids).logits)
         from_one = spread(llama(), None, tmp_path / "one")
         assert isinstance(from_one.base_model.reft.bank("default"), SpreadBank)
         torch.testing.assert_close(from_one(ids).logits, expected)
@@ -118,18 +123,122 @@ def test_files_fit_either_way(spread, tmp_path, state):
         torch.testing.assert_close(run(fresh)[0], run(one)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_bad_file_changes_no_part(spread, tmp_path):
-    model = spread(llama(), config(tied=True))
-    bank = model.base_model.reft.bank("default")
-    before = bank.training_state()
-    broken = dict(before)
-    broken["rotation"] = before["rotation"].clone()
+@pytest.mark.parametrize(
+    ("intervention", "init"),
+    [*((name, "pyreft") for name in MEMBERS), ("loreft", "identity"), ("direft", "identity")],
+)
+def test_it_is_set_by_hand_as_a_bank(intervention, init, spread):
+    cfg = config(intervention=intervention, init=init)
+    one, two = (
+        model.base_model.reft.bank("default")
+        for model in (plain(llama(), cfg), spread(llama(), cfg))
+    )
+    assert (one.shape, one.layers, one.activation) == (two.shape, two.layers, two.activation)
+    for bank in (one, two):
+        bank.reset_parameters(torch.Generator().manual_seed(7))
+    expected = one.training_state()
+    assert all(torch.equal(value, expected[name]) for name, value in two.training_state().items())
+    values = {"rotation": torch.rand(one.shape), "bias": torch.rand(one.shape[:3])}
+    if one.spec.orthonormal:
+        values["rotation"] = torch.linalg.qr(values["rotation"].mT).Q.mT
+    if one.weight is not None:
+        values["weight"] = torch.rand(one.shape)
+    one.assign(**values)
+    two.assign(**values)
+    torch.testing.assert_close(two.rotation(), one.rotation())
+    torch.testing.assert_close(two.rotation(), values["rotation"])
+    first, second = one.effective(), two.effective()
+    assert (first.subtract, first.activation) == (second.subtract, second.activation)
+    for layer in range(LAYERS):
+        torch.testing.assert_close(second.bias[layer], first.bias[layer])
+        torch.testing.assert_close(second.decode[layer], first.decode[layer])
+        if first.encode is not None:
+            torch.testing.assert_close(second.encode[layer], first.encode[layer])
+    two.rotation().pow(3).sum().backward()
+    trained = "free" if one.spec.orthonormal else "decode"
+    assert all(getattr(part, trained).grad.abs().max() > 0 for part in two.parts)
+
+
+def test_numbers_are_drawn_where_the_generator_is():
+    """As of a bank there, though the first layer's device has no values at all."""
+    meta, draw = torch.device("meta"), torch.Generator
+    whole = Bank(config(), (0, 1, 2), 8, generator=draw().manual_seed(5)).published_state()
+    bank = SpreadBank(
+        config(), (0, 1, 2), 8, devices=[meta, FIRST, FIRST], generator=draw().manual_seed(5)
+    )
+    for name, value in bank.parts[1].published_state().items():
+        assert torch.equal(value, whole[name][1:])
+    with pytest.raises(ValueError, match="rank must be at most D = 2"):
+        SpreadBank(config(), (0, 1), 2, devices=[FIRST, SECOND])
+
+
+def test_a_loaded_adapter_starts_anew_as_its_configuration_says(spread, tmp_path):
+    plain(llama(), config(init="identity")).save_pretrained(tmp_path)
+    states = []
+    for model in (
+        ReftModel.from_pretrained(llama(), tmp_path),
+        spread(llama(), None, tmp_path),
+    ):
+        bank = model.base_model.reft.bank("default")
+        bank.reset_parameters(torch.Generator().manual_seed(7))
+        states.append(bank.training_state())
+    assert not states[0]["bias"].any()
+    assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize("method", ["load", "assign"])
+def test_what_is_refused_changes_no_part(method, spread, tmp_path):
+    plain(llama(), config(tied=True)).save_pretrained(tmp_path)
+    bank = spread(llama(), None, tmp_path).base_model.reft.bank("default")
+    before, values = bank.training_state(), bank.published_state()
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    broken = {**values, "bias": values["bias"] + 1, "rotation": values["rotation"].clone()}
     broken["rotation"][1] = 0  # of the second part
+    give = bank.load if method == "load" else lambda tensors: bank.assign(**tensors)
     with pytest.raises(ValueError, match="orthonormal rows"):
-        bank.load(broken)
+        give(broken)
     with pytest.raises(ValueError, match=r"bias must have shape \(3, …\)"):
-        bank.load({**before, "bias": before["bias"][:2]})
-    assert all(torch.equal(value, before[name]) for name, value in bank.training_state().items())
+        give({**values, "bias": values["bias"][:2]})
+    after = bank.training_state()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert all(torch.equal(after[name], value) for name, value in stored.items())
+
+
+def test_a_trainer_continues_it(spread, make_trainer, word_llama, tmp_path):
+    """The coordinates of R are not decayed in any part, and a resumed run ends in the same bits."""
+
+    def trainer(folder):
+        cfg = ReftConfig(rank=4, positions="f2+l2", dropout=0.1)
+        model = spread(copy.deepcopy(word_llama), cfg)
+        saving = {"save_strategy": "steps", "save_steps": 3, "weight_decay": 0.1}
+        return make_trainer(folder, model=model, **saving)
+
+    through, resumed = trainer("through"), trainer("resumed")
+    ends = {name.rpartition(".")[2] for name in through.get_decay_parameter_names(through.model)}
+    assert "weight" in ends and "free" not in ends
+    through.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "through" / "checkpoint-3"))
+    expected, got = (
+        one.model.base_model.reft.bank("default").training_state() for one in (through, resumed)
+    )
+    assert isinstance(resumed.model.base_model.reft.bank("default"), SpreadBank)
+    assert all(torch.equal(value, expected[name]) for name, value in got.items())
+
+
+def test_a_state_dict_of_parts(spread, tmp_path):
+    """What engines gather, and copies, give the same bits."""
+    model, ids = spread(llama(), config()), tokens(2, 7)
+    run(model)
+    model.save_pretrained(tmp_path, training_state=True, state_dict=model.state_dict())
+    other = spread(llama(), config())
+    other.restore(tmp_path)
+    third = spread(llama(), config())
+    run(third, steps=1)
+    third.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected = model(ids).logits
+        for one in (other, third, copy.deepcopy(model)):
+            assert torch.equal(one(ids).logits, expected)
 
 
 def test_several_adapters_and_deletion(spread, monkeypatch):
@@ -159,7 +268,7 @@ def test_identity_starts_at_the_base(spread):
         assert torch.equal(model(ids).logits, expected)
 
 
-def test_meta_blocks_get_meta_parameters():
+def test_meta_blocks_get_meta_parameters(tmp_path):
     """The skeleton of a model too large to be here: every layer's part is where the layer is."""
     base = llama()
     base.model.layers[2].to("meta")
@@ -173,31 +282,48 @@ def test_meta_blocks_get_meta_parameters():
         (edit,) = plan.edits[layer, "block_output"]
         assert {edit.rows.rows.device.type, edit.decode.device.type} == {kind}
         assert edit.decode.shape == (2, 3, 24)
+    plain(llama(), config()).save_pretrained(tmp_path)
+    base = model.unload()
+    with pytest.raises(ValueError, match="base_model must be on a real device"):
+        ReftModel.from_pretrained(base, tmp_path)
 
 
 def test_nothing_is_split_on_one_device():
     assert isinstance(plain(llama(), config()).base_model.reft.bank("default"), Bank)
 
 
+#: What is on disk.
 PLACES = {
-    "a block on disk": {"model.layers.1": "disk"},
-    "all blocks on disk": {f"model.layers.{n}": "disk" for n in range(LAYERS)},
+    "a block": ["model.layers.1"],
+    "all blocks": [f"model.layers.{layer}" for layer in range(LAYERS)],
+    "the attention of a block": ["model.layers.1.self_attn"],
+    "the MLP of a block": ["model.layers.1.mlp"],
 }
+
+
+def device_map(on_disk):
+    """accelerate's, as fine as what is on disk."""
+    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    parts = ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
+    for layer in range(LAYERS):
+        block = f"model.layers.{layer}"
+        finer = any(name.startswith(f"{block}.") for name in on_disk)
+        names += [f"{block}.{part}" for part in parts] if finer else [block]
+    return {name: "disk" if name in on_disk else "cpu" for name in names}
 
 
 @pytest.mark.parametrize("places", PLACES)
 @pytest.mark.parametrize("component", ["block_output", "mlp_output"])
 def test_device_map(places, component, tmp_path):
-    """accelerate loads a block from disk for the time of its forward; edits and gradients are the
-    same."""
+    """accelerate loads modules from disk for the time of their forward; edits and gradients are
+    the same."""
     llama().save_pretrained(tmp_path / "model")
-    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
-    placed = {**dict.fromkeys(names, "cpu"), **PLACES[places]}
-    placed |= {f"model.layers.{n}": placed.get(f"model.layers.{n}", "cpu") for n in range(LAYERS)}
     base = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", device_map=placed, offload_folder=tmp_path / "offload"
+        tmp_path / "model",
+        device_map=device_map(PLACES[places]),
+        offload_folder=tmp_path / "offload",
     )
-    assert next(base.model.layers[1].parameters()).is_meta
+    assert any(one.is_meta for one in base.model.layers[1].parameters())
     cfg = config(component=component)
     model, expected = plain(base, cfg), plain(llama(), cfg)
     assert not model.base_model.reft.bank("default").is_meta
