@@ -1,0 +1,300 @@
+"""Finding and checking the records of a set: in a folder of the user's, or on the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from reft.tasks import demos
+from reft.tasks.task import ClassificationTask, Record, Task
+
+_LLM_ADAPTERS = "https://github.com/AGI-Edgerunners/LLM-Adapters"
+
+
+@dataclass(frozen=True)
+class RecordSet:
+    """Records, where they came from, and the SHA-256 of their canonical JSON: of the same records
+    in another form it is the same."""
+
+    records: tuple[Record, ...]
+    source: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a set comes from: an address to tell the user, and its name on the hub if it has one
+    there, as (repository, configuration)."""
+
+    address: str
+    hub: tuple[str, str | None] | None = None
+
+
+#: Sets that are not LLM-Adapters' and not GLUE's.
+_HOMES: Mapping[str, Home] = MappingProxyType(
+    {
+        "commonsense_170k": Home(
+            f"{_LLM_ADAPTERS}/blob/main/ft-training_set/commonsense_170k.json",
+            ("zwhe99/commonsense_170k", None),
+        ),
+        "math_10k": Home(
+            f"{_LLM_ADAPTERS}/blob/main/ft-training_set/math_10k.json",
+            ("lmms-lab/Math10K", None),
+        ),
+        "alpaca_data_cleaned": Home(
+            f"{_LLM_ADAPTERS}/blob/main/ft-training_set/alpaca_data_cleaned.json"
+        ),
+        "ultrafeedback": Home(
+            "https://github.com/frankaging/ultrafeedback-dataset (train.json, with Git LFS)"
+        ),
+        "hellaswag_de": Home(
+            "https://huggingface.co/datasets/LeoLM/HellaSwag_de", ("LeoLM/HellaSwag_de", None)
+        ),
+        "ultrafeedback_1k": Home(
+            "https://github.com/stanfordnlp/pyreft/blob/main/examples/composition/"
+            "ultrafeedback_1k.json"
+        ),
+        "alpaca_eval": Home(
+            "https://huggingface.co/datasets/tatsu-lab/alpaca_eval",
+            ("tatsu-lab/alpaca_eval", "alpaca_eval"),
+        ),
+    }
+)
+_GSM8K = Home("https://huggingface.co/datasets/openai/gsm8k", ("openai/gsm8k", "main"))
+
+#: Endings of files that hold rows, in the order in which they are looked for.
+_ENDINGS = (".json", ".jsonl", ".parquet", ".csv")
+
+
+def read_set(task: Task, name: str, split: str, data: Path | None) -> RecordSet:
+    """The records of a set.
+
+    Args:
+        task: whose set it is; says which fields a record needs.
+        name: of the set: "boolq", "commonsense_170k", "cola".
+        split: "train", "test", "validation".
+        data: folder with the set as LLM-Adapters has it, as pyreft's script lays it out, as one
+            file, or as ``datasets`` saves it. None for the hub; the demos bring their own.
+
+    Raises:
+        FileNotFoundError: it is not there; with the places, a record, and where to get it.
+        ValueError: it is of another form, with the record and the field.
+    """
+    rows: list[Record] = []
+    sources = []
+    for part in name.split("+"):
+        if (part, split) in demos.SETS:
+            found, source = demos.SETS[part, split](), f"{part} of reft.tasks.demos"
+        elif data is None:
+            found, source = _from_hub(task, part, split)
+        else:
+            found, source = _from_folder(task, part, split, data)
+        if not found:
+            raise ValueError(f"{source} holds no records")
+        rows += _checked(task, part, source, found)
+        sources.append(source)
+    return RecordSet(tuple(rows), " + ".join(sources), _hash(rows))
+
+
+def home(task: Task, name: str) -> Home:
+    """Where a set comes from."""
+    if isinstance(task, ClassificationTask):
+        return Home("https://huggingface.co/datasets/nyu-mll/glue", ("nyu-mll/glue", name))
+    if name == "gsm8k" and task.train_set == "gsm8k":
+        return _GSM8K
+    return _HOMES.get(name, Home(f"{_LLM_ADAPTERS}/tree/main/dataset/{name}"))
+
+
+# -------------------------------------------------------------------- from a folder
+
+
+def _from_folder(task: Task, name: str, split: str, data: Path) -> tuple[list[Record], str]:
+    if not data.is_dir():
+        raise FileNotFoundError(f"--data must be a folder with the sets of {task.name}, got {data}")
+    places = list(_places(name, split, data))
+    for place in places:
+        if place.is_file():
+            return _rows_of_file(place), str(place)
+        if place.is_dir() and _is_saved(place):
+            return _rows_of_saved(place, split), f"{place}, {split}"
+    looked = ", ".join(_short(data, places))
+    raise FileNotFoundError(
+        f"no {split} records of {name!r} in {data}; looked for {looked}. A record looks like "
+        f"{json.dumps(task.example, ensure_ascii=False)}; they come from {home(task, name).address}"
+    )
+
+
+def _places(name: str, split: str, data: Path) -> Iterator[Path]:
+    """Every path at which a set may lie."""
+    roots = [data, data / "dataset", data / "datasets"]
+    for root in roots:
+        for ending in _ENDINGS:
+            yield root / name / f"{split}{ending}"
+        yield root / name / split
+        yield root / name
+    if split == "train":
+        roots.append(data / "ft-training_set")
+    for root in roots:
+        if split == "train" or root is not data / "ft-training_set":
+            for ending in _ENDINGS:
+                yield root / f"{name}{ending}"
+
+
+def _short(data: Path, places: list[Path]) -> Iterator[str]:
+    """The places as a user reads them: one for all endings."""
+    seen = set()
+    for place in places:
+        shown = str(
+            place.relative_to(data).with_suffix("" if place.suffix in _ENDINGS else place.suffix)
+        )
+        if place.suffix in _ENDINGS:
+            shown += "{" + ",".join(_ENDINGS) + "}"
+        if shown not in seen:
+            seen.add(shown)
+            yield shown
+
+
+def _is_saved(folder: Path) -> bool:
+    names = ("state.json", "dataset_dict.json")
+    return any((folder / name).is_file() for name in names)
+
+
+def _rows_of_saved(folder: Path, split: str) -> list[Record]:
+    from datasets import DatasetDict, load_from_disk
+
+    found = load_from_disk(str(folder))
+    if isinstance(found, DatasetDict):
+        if split not in found:
+            raise FileNotFoundError(f"{folder} holds {', '.join(found)}, no split {split!r}")
+        found = found[split]
+    return [dict(row) for row in found]
+
+
+def _rows_of_file(path: Path) -> list[Record]:
+    if path.suffix in (".parquet", ".csv"):
+        from datasets import Dataset
+
+        read = Dataset.from_parquet if path.suffix == ".parquet" else Dataset.from_csv
+        return [dict(row) for row in read(str(path))]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    if text.startswith("version https://git-lfs.github.com/spec"):
+        raise ValueError(
+            f"{path} is a Git LFS pointer, not the data: install git-lfs and run `git lfs pull` in "
+            "its repository"
+        )
+    try:
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} must be a JSON list of records, or one record a line: {error}"
+        ) from None
+    return rows
+
+
+# -------------------------------------------------------------------- from the hub
+
+
+def _from_hub(task: Task, name: str, split: str) -> tuple[list[Record], str]:
+    where = home(task, name)
+    if where.hub is None:
+        raise FileNotFoundError(
+            f"the set {name!r} is not on the hub: get it from {where.address} and name its folder "
+            "with --data"
+        )
+    repository, configuration = where.hub
+    source = f"{repository}{f' ({configuration})' if configuration else ''} on the hub, {split}"
+    _check_hub(name, where)
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        found = load_dataset(repository, configuration, split=split)
+    except (OSError, ValueError, DatasetNotFoundError) as error:
+        raise FileNotFoundError(f"cannot load {source}: {' '.join(str(error).split())}") from None
+    return [dict(row) for row in found], source
+
+
+def _check_hub(name: str, where: Home) -> None:
+    """Say at once that there is no network; the hub's own client tries for long."""
+    from huggingface_hub import constants
+
+    if getproxies():
+        return
+    hub = urlsplit(constants.ENDPOINT)
+    port = hub.port or (80 if hub.scheme == "http" else 443)
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("offline")
+        socket.create_connection((str(hub.hostname), port), timeout=5).close()
+    except OSError:
+        raise FileNotFoundError(
+            f"the set {name!r} is wanted from the hub, which cannot be reached; it is at "
+            f"{where.address}: name a folder that holds it with --data"
+        ) from None
+
+
+# -------------------------------------------------------------------- checks
+
+
+def _checked(task: Task, name: str, source: str, rows: list[Any]) -> Iterator[Record]:
+    prepare = getattr(task, "prepare", {}).get(name)
+    for number, row in enumerate(rows, start=1):
+        place = f"{source}, record {number}"
+        if prepare is not None:
+            try:
+                row = prepare(row)
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise ValueError(f"{place} is not of the form of {name}: {error!r}") from None
+        _check(task, place, row)
+        yield row
+
+
+def _check(task: Task, place: str, row: Any) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: a record must be an object, got {type(row).__name__}")
+    for field in task.fields:
+        if field not in row:
+            has = ", ".join(map(repr, row)) or "no field"
+            raise ValueError(f"{place}: field {field!r} is missing, the record has {has}")
+        if not isinstance(row[field], str):
+            raise ValueError(f"{place}: field {field!r} must be text, got {row[field]!r}")
+    if isinstance(task, ClassificationTask):
+        _check_label(task, place, row)
+
+
+def _check_label(task: ClassificationTask, place: str, row: Record) -> None:
+    label = row.get("label")
+    if not task.labels:
+        if not isinstance(label, (int, float)) or isinstance(label, bool):
+            raise ValueError(f"{place}: field 'label' must be a number, got {label!r}")
+        return
+    if (
+        not isinstance(label, int)
+        or isinstance(label, bool)
+        or label not in range(len(task.labels))
+    ):
+        hint = "; the test set of GLUE has no labels" if label == -1 else ""
+        names = ", ".join(f"{at} ({one})" for at, one in enumerate(task.labels))
+        raise ValueError(f"{place}: field 'label' must be one of {names}; got {label!r}{hint}")
+
+
+def _hash(rows: list[Record]) -> str:
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
+        total.update(b"\n")
+    return total.hexdigest()
