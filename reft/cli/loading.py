@@ -46,8 +46,11 @@ def resolve_device(name: str) -> Any:
     return device
 
 
-def load_base(model: str, *, dtype: str, device: str) -> tuple[Any, Any]:
-    """(causal language model in eval mode, its tokenizer)."""
+def load_base(
+    model: str, *, dtype: str, device: str, num_labels: int | None = None
+) -> tuple[Any, Any]:
+    """(model in eval mode, its tokenizer): a causal language model, or with ``num_labels`` one that
+    classifies sequences, by a new head where the folder holds none."""
     if dtype not in _DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
     check_model_name(model)
@@ -56,22 +59,33 @@ def load_base(model: str, *, dtype: str, device: str) -> tuple[Any, Any]:
     folder = str(local) if local.is_dir() else model
     if not local.is_dir():
         _check_hub(model)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    kind, kwargs = "causal language model", {}
+    architecture: Any = AutoModelForCausalLM
+    if num_labels is not None:
+        kind, kwargs = "model for sequence classification", {"num_labels": num_labels}
+        architecture = AutoModelForSequenceClassification
     try:
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        base = architecture.from_pretrained(folder, dtype=dtype, **kwargs)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"cannot load a causal language model from {model}: {_first(error)}"
-        ) from error
+        raise UserError(f"cannot load a {kind} from {model}: {_first(error)}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load a tokenizer from {model}: {_first(error)}") from error
-    _check_causal(base, model)
+    if num_labels is None:
+        _check_causal(base, model)
+    elif base.config.pad_token_id is None:
+        # A head that reads the last token finds it by the padding.
+        base.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
     return base.to(target).eval(), tokenizer
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reft.cli import options
+from reft.cli import options, preset_run
 from reft.cli.errors import UserError, check_folder
 
 if TYPE_CHECKING:
@@ -17,12 +17,40 @@ if TYPE_CHECKING:
 
 
 def train(
-    model: options.Model,
-    data: Annotated[
-        Path,
-        typer.Option("--data", "-d", help="JSON or JSONL with 'prompt' and 'completion'."),
-    ],
+    context: typer.Context,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the adapter goes.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Folder of the base model, or its name on the hub. A preset has one of its own.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            "-d",
+            help="JSON or JSONL with 'prompt' and 'completion'. With --preset a folder of its "
+            "sets; without one they come from the hub.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", help="A published run (see `reft presets`) or a file like it."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Change a setting of the preset: train.epochs=3, rank=4.",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="Of the preset's runs: 42,43. Its own if absent.")
+    ] = None,
     eval_data: Annotated[
         Path | None, typer.Option("--eval-data", help="Report the loss on this file each epoch.")
     ] = None,
@@ -97,7 +125,25 @@ def train(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> None:
-    """Train an adapter of a causal language model on prompts and completions."""
+    """Train an adapter of a causal language model on prompts and completions, or run a preset."""
+    if preset is not None:
+        preset_run.refuse_other_options(context)
+        preset_run.run_preset(
+            preset,
+            settings or (),
+            seeds,
+            model=model,
+            data=data,
+            output=output,
+            resume=resume,
+            overwrite=overwrite,
+            device=device,
+        )
+        return
+    preset_run.refuse_preset_options(settings or (), seeds)
+    if model is None or data is None:
+        missing = "--model" if model is None else "--data"
+        raise UserError(f"missing option {missing} (see reft train --help)")
     from reft.cli.loading import check_model_name, load_base
     from reft.config import ReftConfig
     from reft.train.records import read_records
@@ -213,16 +259,13 @@ def _checkpointing(arguments: type, wanted: bool) -> dict[str, Any]:
 def _checkpoint(output: Path, *, resume: bool, overwrite: bool) -> str | None:
     """The checkpoint to go on from, if asked; refuses to replace an adapter unless told to."""
     from reft.model.checkpoint import WEIGHTS_FILE
+    from reft.train.checkpoints import last_checkpoint
 
     if resume:
-        found = sorted(
-            (int(folder.name.removeprefix("checkpoint-")), folder)
-            for folder in output.glob("checkpoint-*")
-            if folder.name.removeprefix("checkpoint-").isdigit()
-        )
-        if not found:
+        found = last_checkpoint(output)
+        if found is None:
             raise UserError(f"--resume: there is no checkpoint in {output}")
-        return str(found[-1][1])
+        return str(found)
     if (output / WEIGHTS_FILE).exists() and not overwrite:
         raise UserError(f"{output} holds an adapter already; --overwrite replaces it")
     return None

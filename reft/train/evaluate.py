@@ -83,17 +83,13 @@ def generate_completions(
 ) -> list[str]:
     """Complete prompts, greedily unless told otherwise.
 
-    Prompts of similar length share a batch, padded on the left. A batch near the end of the model's
-    positions generates fewer tokens.
-
     Args:
         model: a wrapped or a plain causal language model. Evaluated in eval mode, and left as it
             was.
         tokenizer: of the base model; tokens are those that :class:`ReftDataCollator` trains on.
         prompts: what to complete.
-        batch_size: sequences at a time.
+        batch_size, console: as :func:`generate_ids`, which does the work.
         max_new_tokens: the most tokens of a completion.
-        console: where to show progress; None for silence.
         generate: further arguments of the model's own ``generate``.
 
     Returns:
@@ -102,43 +98,97 @@ def generate_completions(
     Raises:
         ValueError: a prompt without tokens or as long as the model's positions; a size below 1.
     """
-    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    limit = context_length(model)
     collator = ReftDataCollator(tokenizer)
     ids = [collator.prompt_ids(prompt) for prompt in prompts]
+    limit = context_length(model)
     for prompt, tokens in zip(prompts, ids, strict=True):
         if limit is not None and len(tokens) >= limit:
             raise ValueError(
                 f"the prompt has {len(tokens)} tokens and the model has {limit} positions: no room "
                 f"for a completion. The prompt begins {prompt[:60]!r}"
             )
-    pad = collator.pad_id
+    answers = generate_ids(
+        model,
+        ids,
+        pad_id=collator.pad_id,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        console=console,
+        **generate,
+    )
+    return [str(tokenizer.decode(one, skip_special_tokens=True)) for one in answers]
+
+
+def generate_ids(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
+    console: Console | None = None,
+    **generate: Any,
+) -> list[list[int]]:
+    """Complete prompts of token ids, greedily unless told otherwise.
+
+    Prompts of similar length share a batch, padded on the left. A batch near the end of the model's
+    positions generates fewer tokens.
+
+    Args:
+        model: as :func:`generate_completions`.
+        prompts: token ids, shorter than the model's positions.
+        pad_id: what fills the batch; masked.
+        batch_size: sequences at a time.
+        max_new_tokens: the most tokens of a completion; None for the model's own default.
+        max_length: the most tokens of padding, prompt and completion together.
+        console: where to show progress; None for silence.
+        generate: further arguments of the model's own ``generate``.
+
+    Returns:
+        The new tokens of each prompt, in order, padded after the end of a completion.
+
+    Raises:
+        ValueError: a size below 1; both limits at once.
+    """
+    sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "max_length": max_length}
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if max_new_tokens is not None and max_length is not None:
+        raise ValueError(
+            f"max_new_tokens and max_length exclude each other, got {max_new_tokens} and "
+            f"{max_length}"
+        )
+    limit = context_length(model)
     # Sampling settings of a chat model's own generation_config would only warn here.
     greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    settings = {**({} if generate.get("do_sample") else greedy), "pad_token_id": pad, **generate}
+    settings = {**({} if generate.get("do_sample") else greedy), "pad_token_id": pad_id, **generate}
     device = next(model.parameters()).device
-    longest_first = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
-    completions = [""] * len(ids)
-    with _evaluating(model), _progress(console, len(ids)) as advance:
-        for begin in range(0, len(ids), batch_size):
+    longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    answers: list[list[int]] = [[] for _ in prompts]
+    with _evaluating(model), _progress(console, len(prompts)) as advance:
+        for begin in range(0, len(prompts), batch_size):
             batch = longest_first[begin : begin + batch_size]
-            width = len(ids[batch[0]])
-            padded = [[pad] * (width - len(ids[index])) + ids[index] for index in batch]
-            mask = [[0] * (width - len(ids[index])) + [1] * len(ids[index]) for index in batch]
+            width = len(prompts[batch[0]])
+            gaps = [width - len(prompts[index]) for index in batch]
+            padded = [
+                [pad_id] * gap + list(prompts[index])
+                for gap, index in zip(gaps, batch, strict=True)
+            ]
+            mask = [[0] * gap + [1] * (width - gap) for gap in gaps]
+            rooms = (max_new_tokens, max_length and max_length - width, limit and limit - width)
+            room = min((one for one in rooms if one is not None), default=None)
             output = model.generate(  # type: ignore[operator]
                 input_ids=torch.tensor(padded, device=device),
                 attention_mask=torch.tensor(mask, device=device),
-                max_new_tokens=max_new_tokens
-                if limit is None
-                else min(max_new_tokens, limit - width),
+                **({} if room is None else {"max_new_tokens": max(room, 1)}),
                 **settings,
             )
             for index, row in zip(batch, output[:, width:].tolist(), strict=True):
-                completions[index] = str(tokenizer.decode(row, skip_special_tokens=True))
+                answers[index] = row
             advance(len(batch))
-    return completions
+    return answers
 
 
 def evaluate(

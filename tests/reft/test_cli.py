@@ -244,7 +244,7 @@ GENERATE = ("generate", "-m", "model", "--device", "cpu")
 MISTAKES = {
     "no-command-so-named": (("trian",), ["trian", "reft --help"]),
     "no-such-option": ((*QUICK, "--rnak", "2"), ["--rnak", "reft train --help"]),
-    "option-missing": (("train", "-m", "model"), ["--data", "reft train --help"]),
+    "option-missing": (("train", "-m", "model", "-o", "x"), ["--data", "reft train --help"]),
     "not-a-number": (using(rank="two"), ["--rank", "two"]),
     "out-of-range": (using(**{"--batch-size": "0"}), ["--batch-size", "0"]),
     "data-missing": (using(**{"-d": "nowhere.jsonl"}), ["no such data file", "nowhere.jsonl"]),

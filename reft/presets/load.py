@@ -1,0 +1,107 @@
+"""Presets from the tables of this package, and from files of the user's."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from reft.presets.schema import Preset, nearest
+
+_FOLDER = Path(__file__).parent
+
+#: In the order of the paper.
+_TABLES = ("commonsense", "arithmetic", "instruct", "glue", "ablation", "demos")
+
+#: Sections that a preset shares with the one that it inherits from, entry by entry.
+_MERGED = ("config", "train", "eval", "provenance")
+
+
+def names() -> list[str]:
+    """The names of all presets, in the order of the paper."""
+    return list(_tables())
+
+
+def load(name: str | os.PathLike[str]) -> Preset:
+    """A preset by name, or from a TOML file that ``reft presets copy`` wrote.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: no preset of this name, with the nearest; a file that is not a preset.
+    """
+    text = os.fspath(name)
+    if text in _tables():
+        return Preset.from_dict(resolve(text, _tables()))
+    if text.endswith(".toml"):
+        return read(Path(text))
+    raise ValueError(
+        f"no preset {text!r}{nearest(text, _tables())}; `reft presets list` lists them, a file of "
+        "one ends in .toml"
+    )
+
+
+def read(path: Path) -> Preset:
+    """A preset from a file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: not TOML, or not one preset.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such preset file: {path}")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    try:
+        return Preset.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def resolve(name: str, tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A preset with all that it inherits.
+
+    A preset that says where a whole section is from ("config") replaces what its parent says of
+    each field in it.
+
+    Raises:
+        ValueError: it inherits from a preset that is not there, or from itself.
+    """
+    chain: list[Mapping[str, Any]] = []
+    at: str | None = name
+    seen: list[str] = []
+    while at is not None:
+        if at in seen or at not in tables:
+            raise ValueError(f"preset {name} inherits from {at!r}, which is itself or not there")
+        seen.append(at)
+        chain.append(tables[at])
+        at = tables[at].get("inherits")
+    whole: dict[str, Any] = {}
+    for part in reversed(chain):
+        new = {key: value for key, value in part.items() if key != "inherits"}
+        for section in _MERGED:
+            kept = dict(whole.get(section, {}))
+            own = new.get(section, {})
+            if section == "provenance":
+                kept = {
+                    key: value for key, value in kept.items() if key.partition(".")[0] not in own
+                }
+            new[section] = {**kept, **own}
+        whole = {**whole, **new}
+    return whole
+
+
+@functools.cache
+def _tables() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for table in _TABLES:
+        path = _FOLDER / f"{table}.toml"
+        for one in tomllib.loads(path.read_text(encoding="utf-8"))["preset"]:
+            if one["name"] in found:
+                raise ValueError(f"{path} names {one['name']} a second time")
+            found[one["name"]] = one
+    return found
