@@ -65,12 +65,13 @@ def details(group: Group) -> list[str]:
     speed = statistics.fmean(run["training"]["tokens_per_second"] for run in runs)
     seconds = statistics.fmean(run["training"]["seconds"] for run in runs)
     peak = max(run["training"]["memory"]["bytes"] for run in runs)
-    lines += [
-        "",
-        f"{len(runs)} run{'s' if len(runs) > 1 else ''} of {runs[0]['training']['steps']} steps: "
-        f"{seconds:.0f} s and {speed:.0f} tokens/s in training, peak memory {peak / 2**30:.2f} GiB "
-        f"({runs[0]['training']['memory']['of']}).",
-    ]
+    first = runs[0]["training"]
+    cost = (
+        f"{len(runs)} run{'s' if len(runs) > 1 else ''} of {first['steps']} steps; in training "
+        f"{seconds:.0f} s, {speed:.0f} tokens/s, peak memory {peak / 2**30:.2f} GiB "
+        f"({first['memory']['of']})."
+    )
+    lines += ["", cost]
     caveats = group.caveats
     if caveats:
         lines += ["", "Not the paper's run:", "", *[f"- {one}" for one in caveats]]

@@ -126,7 +126,7 @@ def write_for_judge(
     """Write answers as ``alpaca_eval --model_outputs`` reads them."""
     rows = [
         {
-            "instruction": record["instruction"],
+            "instruction": record.get("instruction", task.prompt(record)),
             "output": after_trigger(text, task.trigger),
             "dataset": tests.name,
             "generator": generator,

@@ -15,8 +15,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-#: As deep as the deepest layer that a preset names, and as narrow as attention allows.
-LLAMA_LAYERS, WIDTH, POSITIONS = 26, 16, 320
+WIDTH, POSITIONS = 16, 200
 
 
 def byte_tokenizer(texts: Iterable[str], *, roberta: bool) -> PreTrainedTokenizerFast:
@@ -52,14 +51,14 @@ def byte_tokenizer(texts: Iterable[str], *, roberta: bool) -> PreTrainedTokenize
     )
 
 
-def save_llama(folder: Path, texts: Iterable[str]) -> Path:
-    """A LLaMA of :data:`LLAMA_LAYERS` blocks without a padding token, as the published ones."""
+def save_llama(folder: Path, texts: Iterable[str], layers: int) -> Path:
+    """A LLaMA without a padding token, as the published ones."""
     tokenizer = byte_tokenizer(texts, roberta=False)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         intermediate_size=24,
-        num_hidden_layers=LLAMA_LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=POSITIONS,
