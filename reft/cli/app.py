@@ -1,4 +1,5 @@
-"""The command line: ``reft demo``, ``train``, ``evaluate``, ``generate``, ``convert``.
+"""The command line: ``reft demo``, ``train``, ``evaluate``, ``generate``, ``presets``,
+``report``, ``convert``.
 
 Nothing heavy is imported before a command runs, so that ``reft --help`` answers at once.
 """
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reft.cli import convert, demo, evaluate, generate, train
+from reft.cli import convert, demo, evaluate, generate, report, train
 from reft.cli.errors import UserError, one_line
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("report")(report.report)
 app.command("convert")(convert.convert)
 
 
