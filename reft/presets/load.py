@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reft.presets.schema import Preset, nearest
+from reft.presets.change import mark_changes
+from reft.presets.checks import nearest
+from reft.presets.schema import Preset
 
 _FOLDER = Path(__file__).parent
 
@@ -35,7 +37,7 @@ def load(name: str | os.PathLike[str]) -> Preset:
     text = os.fspath(name)
     if text in _tables():
         return Preset.from_dict(resolve(text, _tables()))
-    if text.endswith(".toml"):
+    if text.endswith(".toml") or Path(text).is_file():
         return read(Path(text))
     raise ValueError(
         f"no preset {text!r}{nearest(text, _tables())}; `reft presets list` lists them, a file of "
@@ -45,6 +47,9 @@ def load(name: str | os.PathLike[str]) -> Preset:
 
 def read(path: Path) -> Preset:
     """A preset from a file.
+
+    What differs from the preset named by ``copy_of`` counts as changed, whatever the file says of
+    where it is from.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -56,17 +61,22 @@ def read(path: Path) -> Preset:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
+    original = values.pop("copy_of", values.get("name"))
     try:
-        return Preset.from_dict(values)
+        preset = Preset.from_dict(values)
+        preset.reft_config()
+        if original in _tables():
+            preset = mark_changes(preset, load(original), f"in {path.name}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    return preset
 
 
 def resolve(name: str, tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """A preset with all that it inherits.
 
     A preset that says where a whole section is from ("config") replaces what its parent says of
-    each field in it.
+    each field in it. One line may speak of several fields ("config.rank, config.layers").
 
     Raises:
         ValueError: it inherits from a preset that is not there, or from itself.
@@ -87,12 +97,17 @@ def resolve(name: str, tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
             kept = dict(whole.get(section, {}))
             own = new.get(section, {})
             if section == "provenance":
+                own = _each(own)
                 kept = {
                     key: value for key, value in kept.items() if key.partition(".")[0] not in own
                 }
             new[section] = {**kept, **own}
         whole = {**whole, **new}
     return whole
+
+
+def _each(provenance: Mapping[str, str]) -> dict[str, str]:
+    return {name.strip(): text for names, text in provenance.items() for name in names.split(",")}
 
 
 @functools.cache

@@ -5,12 +5,12 @@ Importing this imports neither torch nor transformers, so that ``reft presets`` 
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from types import MappingProxyType
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from reft.presets import checks
+from reft.tasks import get_task
 
 if TYPE_CHECKING:
     from reft.config import ReftConfig
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 STATUSES = ("read", "inferred", "assumed", "changed")
 
 #: Sections of settings; "published" holds results.
-SECTIONS = ("config", "train", "eval")
+SETTINGS = ("config", "train", "eval")
+SECTIONS = (*SETTINGS, "published")
 
 _Settings = TypeVar("_Settings")
 
@@ -89,7 +90,7 @@ class TrainSettings:
     label_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        _check(self, "train", _TRAIN)
+        checks.check_fields(self, "train", checks.TRAIN)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class EvalSettings:
     max_records: int | None = None
 
     def __post_init__(self) -> None:
-        _check(self, "eval", _EVAL)
+        checks.check_fields(self, "eval", checks.EVAL)
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,9 @@ class Published:
     sd: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
 
+    def __post_init__(self) -> None:
+        checks.check_fields(self, "published", checks.PUBLISHED)
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -156,6 +160,9 @@ class Preset:
         config: fields of :class:`reft.ReftConfig`.
         train, eval, published: see there.
         provenance: "config.rank", or "config" for all of a section that have no entry of their own.
+
+    Raises:
+        ValueError: no such task, or a setting that it does not have.
     """
 
     name: str
@@ -169,6 +176,10 @@ class Preset:
     eval: EvalSettings
     published: Published
     provenance: Mapping[str, Provenance]
+
+    def __post_init__(self) -> None:
+        checks.check_fields(self, "preset", checks.PRESET)
+        checks.check_task(get_task(self.task), self.train, self.eval)
 
     def reft_config(self, **changes: Any) -> ReftConfig:
         """The adapter's configuration.
@@ -196,12 +207,8 @@ class Preset:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, as values that JSON knows."""
-        values = {
-            name: getattr(self, name)
-            for name in ("name", "title", "task", "method", "model", "hub_id")
-        }
         return {
-            **values,
+            **{name: getattr(self, name) for name in checks.PRESET},
             "config": _plain(self.config),
             "train": _plain(asdict(self.train)),
             "eval": _plain(asdict(self.eval)),
@@ -218,56 +225,42 @@ class Preset:
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"a preset must be a table, got {type(values).__name__}")
-        _known("preset", values, [one.name for one in fields(cls)])
         where = f"preset {values.get('name', '?')}"
-        missing = [one.name for one in fields(cls) if one.name not in values]
-        if missing:
-            raise ValueError(f"{where}: {', '.join(missing)} missing")
+        names = [one.name for one in fields(cls)]
         try:
+            checks.check_known("it", values, names)
+            missing = [name for name in names if name not in values]
+            if missing:
+                raise ValueError(f"{', '.join(missing)} must be given")
             return cls(
-                **{name: str(values[name]) for name in ("name", "title", "task", "method")},
-                model=str(values["model"]),
-                hub_id=str(values["hub_id"]),
-                config=dict(values["config"]),
+                **{name: values[name] for name in checks.PRESET},
+                config=_table("config", values["config"]),
                 train=_settings(TrainSettings, "train", values["train"]),
                 eval=_settings(EvalSettings, "eval", values["eval"]),
                 published=_settings(Published, "published", values["published"]),
                 provenance={
                     name: Provenance.parse(name, text)
-                    for name, text in values["provenance"].items()
+                    for name, text in _table("provenance", values["provenance"]).items()
                 },
             )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'rank'?)" or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
-
-
-# -------------------------------------------------------------------- checks
-
-
-def _known(what: str, values: Mapping[str, Any], names: list[str]) -> None:
-    for name in values:
-        if name not in names:
-            raise ValueError(
-                f"{what} has no field {name!r}{nearest(name, names)}; its fields are "
-                f"{', '.join(names)}"
-            )
+def _table(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a table, got {value!r}")
+    return dict(value)
 
 
 def _settings(kind: type[_Settings], section: str, values: Any) -> _Settings:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{section} must be a table, got {values!r}")
-    names = [one.name for one in fields(kind)]  # type: ignore[arg-type]
-    _known(section, values, names)
-    try:
-        return kind(**{name: _frozen(value) for name, value in values.items()})
-    except TypeError as error:
-        raise ValueError(f"{section}: {str(error).partition('() ')[2] or error}") from None
+    given = _table(section, values)
+    every = fields(kind)  # type: ignore[arg-type]
+    checks.check_known(section, given, [one.name for one in every])
+    for one in every:
+        if one.name not in given and one.default is MISSING and one.default_factory is MISSING:
+            raise ValueError(f"{section}.{one.name} must be given")
+    return kind(**{name: _frozen(value) for name, value in given.items()})
 
 
 def _frozen(value: Any) -> Any:
@@ -279,86 +272,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(one) for name, one in value.items()}
     return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
-
-
-#: field -> (whether a value is allowed, what is allowed in words)
-Rule = tuple[Callable[[Any], bool], str]
-
-
-def _number(low: float, *, strict: bool = False, below: float = math.inf) -> Rule:
-    def allowed(value: Any) -> bool:
-        real = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return real and (value > low if strict else value >= low) and value < below
-
-    bound = f"above {low:g}" if strict else f"of at least {low:g}"
-    return allowed, f"a number {bound}" + (f" and below {below:g}" if below < math.inf else "")
-
-
-def _integer(low: int) -> Rule:
-    return (
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= low,
-        f"a whole number of at least {low}",
-    )
-
-
-def _choice(*names: str) -> Rule:
-    return (lambda value: value in names, " or ".join(names))
-
-
-def _optional(rule: Rule) -> Rule:
-    return (lambda value: value is None or rule[0](value), f"none or {rule[1]}")
-
-
-_TEXT: Rule = (lambda value: isinstance(value, str) and bool(value), "a name")
-
-
-def _several(one: Rule, what: str) -> Rule:
-    def allowed(value: Any) -> bool:
-        return (
-            isinstance(value, tuple)
-            and bool(value)
-            and len(set(value)) == len(value)
-            and all(map(one[0], value))
-        )
-
-    return allowed, what
-
-
-_TRAIN: Mapping[str, Rule] = MappingProxyType(
-    {
-        "learning_rate": _number(0, strict=True),
-        "epochs": _number(0, strict=True),
-        "batch_size": _integer(1),
-        "accumulate": _integer(1),
-        "warmup": _number(0, below=1),
-        "weight_decay": _number(0),
-        "schedule": _TEXT,
-        "optimizer": _TEXT,
-        "max_grad_norm": _number(0),
-        "max_length": _integer(1),
-        "dtype": _choice("auto", "float32", "bfloat16", "float16"),
-        "seeds": _several(_integer(0), "different whole numbers such as 42,43"),
-        "max_records": _optional(_integer(1)),
-        "select_by": _optional(_TEXT),
-        "label_dtype": _optional(_choice("bfloat16", "float16")),
-    }
-)
-
-_EVAL: Mapping[str, Rule] = MappingProxyType(
-    {
-        "sets": _several(_TEXT, "different names of sets such as boolq,piqa"),
-        "split": _TEXT,
-        "batch_size": _integer(1),
-        "decoding": _optional(_TEXT),
-        "scoring": _optional(_TEXT),
-        "split_rule": _optional(_choice("original", "pyreft")),
-        "max_records": _optional(_integer(1)),
-    }
-)
-
-
-def _check(settings: Any, section: str, rules: Mapping[str, Rule]) -> None:
-    for name, (allowed, words) in rules.items():
-        value = getattr(settings, name)
-        if not allowed(value):
-            raise ValueError(f"{section}.{name} must be {words}, got {value!r}")

@@ -3,56 +3,59 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from reft.presets.schema import Preset
+from reft.presets.checks import PRESET
+from reft.presets.schema import SECTIONS, Preset
 
-_SECTIONS = ("config", "train", "eval", "published")
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
+
+_HEAD = """\
+# {title}
+# Run it: reft train --preset THIS_FILE --output FOLDER
+# What you change counts as changed, no longer as the paper's: it is compared with the preset that
+# copy_of names. [provenance] says for programs what the comments say.
+
+"""
 
 
 def to_toml(preset: Preset) -> str:
-    """The whole preset, inheriting nothing, with a comment at every value that says where it is
-    from. Whoever edits a value should say so in its line under ``[provenance]``."""
+    """The whole preset, inheriting nothing, with comments that say where each value is from.
+
+    :func:`reft.presets.load` of a file with this text gives the preset again.
+    """
     values = preset.to_dict()
-    lines = [
-        f"# {preset.title}",
-        "# Run it: reft train --preset THIS_FILE --model … --data … -o …",
-        "",
-    ]
-    lines += [
-        f"{name} = {_value(values[name])}"
-        for name in ("name", "title", "task", "method", "model", "hub_id")
-    ]
-    for section in _SECTIONS:
+    lines = [f"{name} = {_value(values[name])}" for name in PRESET]
+    lines.append(f"copy_of = {_value(preset.name)}")
+    for section in SECTIONS:
         lines += ["", f"[{section}]"]
+        said = ""
         for name, value in values[section].items():
             if value is None:
+                lines.append(f"# {name}: none")
                 continue
-            try:
-                origin = f"  # {preset.known_from(f'{section}.{name}').status}"
-            except KeyError:
-                origin = ""
-            lines.append(f"{_key(name)} = {_value(value)}{origin}")
+            origin = preset.known_from(f"{section}.{name}")
+            if str(origin) != said:
+                said = str(origin)
+                lines += textwrap.wrap(said, 98, initial_indent="# ", subsequent_indent="#   ")
+            lines.append(f"{_key(name)} = {_value(value)}")
     lines += ["", "[provenance]"]
     lines += [f"{_key(name)} = {_value(text)}" for name, text in values["provenance"].items()]
-    return "\n".join(lines) + "\n"
+    return _HEAD.format(title=preset.title) + "\n".join(lines) + "\n"
 
 
 def _key(name: str) -> str:
-    return name if name.replace("_", "").isalnum() and name.isascii() else json.dumps(name)
+    return name if _BARE.fullmatch(name) else _value(name)
 
 
 def _value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(name)} = {_value(one)}" for name, one in value.items()) + "}"
+        rows = ", ".join(f"{_key(name)} = {_value(one)}" for name, one in value.items())
+        return f"{{ {rows} }}" if rows else "{}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_value, value)) + "]"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, float):
-        # TOML wants a digit on both sides of the point, and so has repr, but for 1e-05.
-        return repr(value)
-    return str(value)
+    # JSON's booleans, numbers and texts are TOML's too, but for one character.
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("\x7f", "\\u007f")
