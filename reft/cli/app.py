@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reft.cli import convert, demo, evaluate, generate, report, train
+from reft.cli import convert, demo, evaluate, generate, presets, report, train
 from reft.cli.errors import UserError, one_line
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.add_typer(presets.app, name="presets")
 app.command("report")(report.report)
 app.command("convert")(convert.convert)
 

@@ -61,6 +61,7 @@ def check_fields(values: Any, section: str, rules: Mapping[str, Rule]) -> None:
 
 def check_task(task: Task, train: TrainSettings, evaluation: EvalSettings) -> None:
     """Refuse what is no set, decoding, scoring or metric of the task."""
+    where = f"for the task {task.name}"
     rows: list[tuple[str, str | None, tuple[str | None, ...]]] = [
         ("eval.sets", one, task.eval_sets) for one in evaluation.sets
     ]
@@ -75,25 +76,18 @@ def check_task(task: Task, train: TrainSettings, evaluation: EvalSettings) -> No
     elif isinstance(task, ClassificationTask):
         # An epoch is chosen on a part of the set: neither goes without the other.
         cut = evaluation.split_rule is not None
+        where += " with an eval.split_rule" if cut else " without an eval.split_rule"
         rounded = (None,) if task.labels else ("bfloat16", None)
         rows += [
             ("eval.decoding", evaluation.decoding, (None,)),
             ("eval.scoring", evaluation.scoring, (None,)),
             ("train.select_by", train.select_by, (task.metric if cut else None,)),
-            (
-                "train.label_dtype",
-                train.label_dtype,
-                (None,) if task.labels else ("bfloat16", None),
-            ),
+            ("train.label_dtype", train.label_dtype, rounded),
         ]
     for name, value, allowed in rows:
         if value not in allowed:
             options = " or ".join("none" if one is None else one for one in allowed)
-            rule = " with" if evaluation.split_rule else " without"
-            where = f"{rule} an eval.split_rule" if name == "train.select_by" else ""
-            raise ValueError(
-                f"{name} must be {options} for the task {task.name}{where}, got {value!r}"
-            )
+            raise ValueError(f"{name} must be {options} {where}, got {value!r}")
 
 
 # -------------------------------------------------------------------- rules

@@ -1,0 +1,214 @@
+"""``reft presets``: the published runs, one of them in full, and a copy of it to edit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from reft.cli.errors import UserError, check_file
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from reft.presets import Preset, Published
+
+app = typer.Typer(
+    help="The published runs: list them, show one, copy one to edit.",
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Name = Annotated[str, typer.Argument(help="A name of `reft presets list`, or a file.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print every value as JSON.")]
+
+
+@app.callback()
+def _presets(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        list_presets()
+
+
+@app.command("list")
+def list_presets(
+    task: Annotated[
+        str | None, typer.Option("--task", help="Only this task: commonsense, glue, glue/cola.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Only models with this in their name.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Name the published runs."""
+    found = _chosen(task, model)
+    if as_json:
+        text = json.dumps([preset.to_dict() for preset in found], indent=1, ensure_ascii=False)
+        typer.echo(text)
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("preset", no_wrap=True)
+    table.add_column("intervention", no_wrap=True)
+    for column in ("trained, %", "paper"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for preset in found:
+        published = preset.published
+        table.add_row(
+            preset.name,
+            preset.config["intervention"],
+            _text(published.percent),
+            _text(published.average),
+        )
+    console = _console()
+    console.print(table)
+    console.print(
+        f"\n{len(found)} presets; paper: the published average, in percent\n"
+        "reft presets show NAME has all of one"
+    )
+
+
+@app.command("show")
+def show(name: Name, as_json: AsJson = False) -> None:
+    """Show a preset: each setting with where it is from, what was published, how to run it."""
+    from reft.presets import load
+    from reft.presets.schema import SETTINGS
+
+    preset = load(name)
+    if as_json:
+        typer.echo(json.dumps(preset.to_dict(), indent=1, ensure_ascii=False))
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    console, values = _console(), preset.to_dict()
+    console.print(Text(f"{preset.name}: {preset.title}", style="bold"))
+    console.print(f"{preset.method} of {preset.model}, task {preset.task}\n", markup=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("setting", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    table.add_column("known from", no_wrap=True)
+    rows = {"hub_id": preset.hub_id}
+    for section in SETTINGS:
+        rows |= {f"{section}.{field}": value for field, value in values[section].items()}
+    sources: dict[str, int] = {}
+    for field, value in rows.items():
+        cell = ""
+        # What a run does not use has no source worth a number.
+        if value is not None:
+            origin = preset.known_from(field)
+            cell = f"{origin.status} [{sources.setdefault(origin.source, len(sources) + 1)}]"
+        table.add_row(field, Text(_text(value) or "none"), Text(cell))
+    console.print(table)
+    console.print()
+    for source, number in sources.items():
+        console.print(Text(f"[{number}] {source}"))
+    console.print("\n" + "\n".join(_published(preset)), markup=False)
+    console.print(f"\nRun it:  {_command(name, preset)}", markup=False, soft_wrap=True)
+    console.print("With --data FOLDER its sets come from there, without it from the hub.")
+
+
+@app.command("copy")
+def copy(
+    name: Name,
+    file: Annotated[Path, typer.Argument(help="Where the copy goes, *.toml.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file that is there.")
+    ] = False,
+) -> None:
+    """Write a preset as a TOML file that inherits nothing, to edit and run with --preset FILE."""
+    from reft.presets import load, to_toml
+
+    if file.suffix != ".toml":
+        raise UserError(f"the copy must be a file *.toml, got {file}")
+    check_file(file)
+    if file.exists() and not overwrite:
+        raise UserError(f"{file} exists already; --overwrite replaces it")
+    text = to_toml(load(name))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
+    typer.echo(f"{name} written to {file}")
+
+
+def _chosen(task: str | None, model: str | None) -> list[Preset]:
+    """The presets of a task and of models; an error where there are none."""
+    from reft.presets import load, names
+    from reft.presets.checks import nearest
+
+    found = [load(name) for name in names()]
+    if task is not None:
+        known = {part for preset in found for part in (preset.task, preset.task.split("/")[0])}
+        if task not in known:
+            raise UserError(
+                f"no preset of a task {task!r}{nearest(task, known)}; tasks are "
+                f"{', '.join(sorted(known))}"
+            )
+        found = [one for one in found if task in (one.task, one.task.split("/")[0])]
+    if model is not None:
+        models = dict.fromkeys(preset.model for preset in found)
+        wanted = model.lower()
+        found = [one for one in found if wanted in f"{one.model}\n{one.hub_id}\n{one.name}".lower()]
+        if not found:
+            raise UserError(
+                f"no preset of a model {model!r}{nearest(model, models)}; models are "
+                f"{', '.join(models)}"
+            )
+    return found
+
+
+def _published(preset: Preset) -> list[str]:
+    """What was published, in lines."""
+    published: Published = preset.published
+    where = f"Published (Table {published.table})" if published.table else "Published"
+    rows = [f"{name} {score}{_sd(published, name)}" for name, score in published.scores.items()]
+    if published.average is not None and len(rows) != 1:
+        rows.append(f"average {published.average}{_sd(published, 'average')}")
+    lines = [f"{where}: {', '.join(rows) or 'no score'}"]
+    if published.params is not None:
+        percent = (
+            "" if published.percent is None else f", {_text(published.percent)} % of the model"
+        )
+        lines.append(f"Trained: {published.params:,} parameters{percent}")
+    return lines + ([f"Note: {published.note}"] if published.note else [])
+
+
+def _sd(published: Published, name: str) -> str:
+    return f" ± {published.sd[name]}" if name in published.sd else ""
+
+
+def _command(name: str, preset: Preset) -> str:
+    return shlex.join(
+        ["reft", "train", "--preset", name, "--output", f"runs/{preset.name.replace('/', '-')}"]
+    )
+
+
+def _text(value: object) -> str:
+    """A value as it is given to --set; nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value)
+
+
+def _console() -> Console:
+    """For stdout: as wide as the terminal, at least 80 columns where the output is not one."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return (
+        console if console.is_terminal else Console(highlight=False, width=max(80, console.width))
+    )
