@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reft.presets import Preset
-from reft.runs.result import RESULT_FILE, RUN_FILE, read_json
+from reft.runs.result import RESULT_FILE, RUN_FILE, read_json, settings_of
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Group:
         found = []
         if self.model != preset.hub_id:
             found.append(f"the model is {self.model}, the paper's {preset.model} ({preset.hub_id})")
-        changed = [name for name, one in preset.provenance.items() if one.status == "changed"]
+        changed = preset.changed()
         if changed:
             found.append(f"changed: {', '.join(changed)}")
         missing = [seed for seed in preset.train.seeds if seed not in self.seeds]
@@ -112,17 +112,9 @@ def collect(folder: str | os.PathLike[str]) -> tuple[list[Group], list[Path]]:
         if path in unfinished:
             continue
         result = read_json(path / RESULT_FILE)
-        groups.setdefault(_key(result), []).append(result)
+        key = json.dumps(settings_of(result), sort_keys=True)
+        groups.setdefault(key, []).append(result)
     return [_group(key, runs) for key, runs in groups.items()], unfinished
-
-
-def _key(result: dict[str, Any]) -> str:
-    """Equal for runs whose preset, model and data are; GLUE's splits differ by seed, not its
-    data."""
-    data = {name: source["sha256"] for name, source in result["data"].items()}
-    # Which seeds were asked for is no setting of a run.
-    preset = {**result["preset"], "train": {**result["preset"]["train"], "seeds": None}}
-    return json.dumps([preset, result["model"], data], sort_keys=True)
 
 
 def _group(key: str, runs: list[dict[str, Any]]) -> Group:

@@ -67,6 +67,20 @@ def differences(stored: Any, wanted: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {json.dumps(stored)} there, {json.dumps(wanted)} here"
 
 
+def settings_of(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes two runs of one seed the same: settings, model and data. Not what is told of
+    them: titles, sources, published results, where the data lies, which other seeds were asked
+    for."""
+    preset = identity["preset"]
+    train = {name: value for name, value in preset["train"].items() if name != "seeds"}
+    return {
+        **{name: preset[name] for name in ("name", "task", "config", "eval")},
+        "train": train,
+        "model": identity["model"],
+        "data": {name: source["sha256"] for name, source in identity["data"].items()},
+    }
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and machine."""
     return {

@@ -33,6 +33,7 @@ from reft.runs.result import (
     differences,
     environment,
     read_json,
+    settings_of,
     write_json,
 )
 from reft.runs.training import Metrics, make_trainer, remove_checkpoints, train
@@ -71,7 +72,7 @@ class Place:
                 f"{self.folder} holds a run already; --resume continues it, --overwrite begins anew"
             )
         elif path.exists():
-            found = list(differences(read_json(path), identity))
+            found = list(differences(settings_of(read_json(path)), settings_of(identity)))
             if found:
                 shown = "; ".join(found[:4]) + ("; …" if len(found) > 4 else "")
                 raise ValueError(f"{self.folder} holds a run of other settings: {shown}")
@@ -117,7 +118,7 @@ def run(
         "preset": preset.to_dict(),
         "model": model_name,
         "seed": seed,
-        "data": {name: _identity(source) for name, source in found.sources.items()},
+        "data": found.sources,
     }
     Place(folder, resume, overwrite).enter(identity)
     if (folder / RESULT_FILE).exists():
@@ -170,7 +171,6 @@ def run(
     )
     result = {
         **identity,
-        "data": found.sources,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": environment(base.device),
         "dtype": str(base.dtype).removeprefix("torch."),
@@ -184,11 +184,6 @@ def run(
     write_json(folder / RESULT_FILE, result)
     remove_checkpoints(folder)
     return result
-
-
-def _identity(source: Any) -> dict[str, Any]:
-    """What makes data the same: not where it lies."""
-    return {"sha256": source["sha256"], "records": source["records"]}
 
 
 def _silence(text: str) -> None:
