@@ -23,7 +23,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Name = Annotated[str, typer.Argument(help="A name of `reft presets list`, or a file.")]
+Name = Annotated[
+    str, typer.Argument(help="A name of `reft presets list`, or a file.", metavar="NAME")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print every value as JSON.")]
 
 
@@ -115,7 +117,7 @@ def show(name: Name, as_json: AsJson = False) -> None:
 @app.command("copy")
 def copy(
     name: Name,
-    file: Annotated[Path, typer.Argument(help="Where the copy goes, *.toml.")],
+    file: Annotated[Path, typer.Argument(help="Where the copy goes, *.toml.", metavar="FILE")],
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the file that is there.")
     ] = False,

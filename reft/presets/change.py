@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from reft.presets.checks import nearest
-from reft.presets.schema import SETTINGS, EvalSettings, Preset, Provenance, TrainSettings
+from reft.presets.schema import SECTIONS, SETTINGS, EvalSettings, Preset, Provenance, TrainSettings
 
 #: Fields of ReftConfig that are not settings of a run.
 _NO_SETTINGS = ("base_model_name_or_path", "format_version")
@@ -114,12 +114,11 @@ def _config(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _comparable(preset: Preset) -> dict[str, Any]:
     """Dotted name -> value, fields of ReftConfig that are not given as their defaults."""
-    values = preset.to_dict()
-    config = preset.reft_config().to_dict()
+    values = preset.to_dict() | {"config": preset.reft_config().to_dict()}
     found = {name: values[name] for name in ("task", "hub_id")}
-    for section in ("train", "eval", "published"):
+    for section in SECTIONS:
         found |= {f"{section}.{name}": value for name, value in values[section].items()}
-    return found | {f"config.{name}": value for name, value in config.items()}
+    return found
 
 
 def _shown(value: Any) -> str:

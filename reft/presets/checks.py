@@ -61,7 +61,7 @@ def check_fields(values: Any, section: str, rules: Mapping[str, Rule]) -> None:
 
 def check_task(task: Task, train: TrainSettings, evaluation: EvalSettings) -> None:
     """Refuse what is no set, decoding, scoring or metric of the task."""
-    where = f"for the task {task.name}"
+    chosen = ""
     rows: list[tuple[str, str | None, tuple[str | None, ...]]] = [
         ("eval.sets", one, task.eval_sets) for one in evaluation.sets
     ]
@@ -76,7 +76,7 @@ def check_task(task: Task, train: TrainSettings, evaluation: EvalSettings) -> No
     elif isinstance(task, ClassificationTask):
         # An epoch is chosen on a part of the set: neither goes without the other.
         cut = evaluation.split_rule is not None
-        where += " with an eval.split_rule" if cut else " without an eval.split_rule"
+        chosen = " with an eval.split_rule" if cut else " without an eval.split_rule"
         rounded = (None,) if task.labels else ("bfloat16", None)
         rows += [
             ("eval.decoding", evaluation.decoding, (None,)),
@@ -87,7 +87,8 @@ def check_task(task: Task, train: TrainSettings, evaluation: EvalSettings) -> No
     for name, value, allowed in rows:
         if value not in allowed:
             options = " or ".join("none" if one is None else one for one in allowed)
-            raise ValueError(f"{name} must be {options} {where}, got {value!r}")
+            where = task.name + (chosen if name == "train.select_by" else "")
+            raise ValueError(f"{name} must be {options} for the task {where}, got {value!r}")
 
 
 # -------------------------------------------------------------------- rules

@@ -61,7 +61,7 @@ def read(path: Path) -> Preset:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
-    original = values.pop("copy_of", values.get("name"))
+    original = str(values.pop("copy_of", values.get("name")))
     try:
         preset = Preset.from_dict(values)
         preset.reft_config()
