@@ -7,6 +7,7 @@ import typer
 from benchmarks.compare import compare_results
 from benchmarks.compile import compile_kernels
 from benchmarks.gpu import visit_gpu
+from benchmarks.learning.command import learn
 from benchmarks.report import write_report
 from benchmarks.run import list_suites, run_suites
 from benchmarks.sweep import sweep_settings
@@ -25,6 +26,7 @@ app.command("report")(write_report)
 app.command("compile")(compile_kernels)
 app.command("sweep")(sweep_settings)
 app.command("gpu")(visit_gpu)
+app.command("learn")(learn)
 
 
 if __name__ == "__main__":

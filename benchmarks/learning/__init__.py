@@ -1,0 +1,1 @@
+"""How well methods learn at equal steps: scores, not seconds."""
