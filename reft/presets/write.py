@@ -33,15 +33,15 @@ def to_toml(preset: Preset) -> str:
     for section in SECTIONS:
         lines += ["", f"[{section}]"]
         said = ""
-        for name, value in values[section].items():
-            if value is None:
-                lines.append(f"# {name}: none")
-                continue
-            origin = preset.known_from(f"{section}.{name}")
-            if str(origin) != said:
-                said = str(origin)
+        given = {name: value for name, value in values[section].items() if value is not None}
+        for name, value in given.items():
+            origin = str(preset.known_from(f"{section}.{name}"))
+            if origin != said:
+                said = origin
                 lines += textwrap.wrap(said, 98, initial_indent="# ", subsequent_indent="#   ")
             lines.append(f"{_key(name)} = {_value(value)}")
+        # TOML has no word for none.
+        lines += [f"# {name}: none" for name in values[section] if name not in given]
     lines += ["", "[provenance]"]
     lines += [f"{_key(name)} = {_value(text)}" for name, text in values["provenance"].items()]
     return _HEAD.format(title=preset.title) + "\n".join(lines) + "\n"

@@ -118,6 +118,26 @@ def test_json_and_toml_give_it_back(name, tmp_path):
     assert "inherits" not in tomllib.loads(file.read_text(encoding="utf-8"))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_comments_say_where_each_value_is_from(name):
+    preset = presets.load(name)
+    settings, _, _ = presets.to_toml(preset).partition("[provenance]")
+    section, comment, after, seen = "", "", "", 0
+    for line in settings.splitlines():
+        if line.startswith("["):
+            section, comment = line.strip("[]"), ""
+        elif line.startswith("#"):
+            text = " ".join(line.removeprefix("#").split())
+            comment = f"{comment} {text}" if after.startswith("#") else text
+        elif section and line:
+            field = line.partition(" = ")[0]
+            assert comment.startswith(str(preset.known_from(f"{section}.{field}"))), field
+            seen += 1
+        after = line
+        assert len(line) <= 100 or not line.startswith("#")
+    assert seen > 25
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if presets.load(name).published.scores])
 def test_published_scores(name):
     preset = presets.load(name)
