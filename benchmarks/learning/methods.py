@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,7 +71,7 @@ def _full(base: PreTrainedModel, task: Learning) -> nn.Module:
     return base
 
 
-def _head(base: PreTrainedModel, task: Learning) -> nn.Module:
+def _head(base: Any, task: Learning) -> nn.Module:
     for one in base.parameters():
         one.requires_grad_(False)
     head = base.get_submodule(task.head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import socket
@@ -179,11 +180,14 @@ def _rows_of_saved(folder: Path, split: str) -> list[Record]:
 
 
 def _rows_of_file(path: Path) -> list[Record]:
-    if path.suffix in (".parquet", ".csv"):
+    if path.suffix == ".parquet":
         from datasets import Dataset
 
-        read = Dataset.from_parquet if path.suffix == ".parquet" else Dataset.from_csv
-        return [dict(row) for row in read(str(path))]
+        return [dict(row) for row in Dataset.from_parquet(str(path))]
+    if path.suffix == ".csv":
+        # Not datasets: it would make true and false of the answers "true" and "false".
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return [_labelled(dict(row)) for row in csv.DictReader(file)]
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -203,6 +207,18 @@ def _rows_of_file(path: Path) -> list[Record]:
             f"{path} must be a JSON list of records, or one record a line: {error}"
         ) from None
     return rows
+
+
+def _labelled(row: Record) -> Record:
+    """A row of a CSV file, all text, with its label as a number."""
+    label = row.get("label")
+    if isinstance(label, str):
+        for number in (int, float):
+            try:
+                return {**row, "label": number(label)}
+            except ValueError:
+                continue
+    return row
 
 
 # -------------------------------------------------------------------- from the hub
