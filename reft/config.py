@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from reft.positions import PROMPT_ENDS, SHORT_PROMPTS, Positions, parse_positions
+from reft.positions import PROMPT_ENDS, SHORT_PROMPTS, UNTIED_BY, Positions, parse_positions
+from reft.subspaces import Subspaces, check_subspaces
 from reft_kernels.activations import ACTIVATIONS, ALIASES
 from reft_kernels.spec import FAMILY, EditSpec
 
@@ -49,7 +50,11 @@ class ReftConfig:
             layer. Kept as "all" or a tuple.
         positions: "f7+l7", "f3", "l1", "prompt", "prompt+g4", "all", "image" or "given"; see
             :mod:`reft.positions`.
-        tied: one set of weights for first and last tokens. False: one for each side.
+        tied: one set of weights for first and last tokens.
+        untied_by: what ``tied=False`` means: "side", a set for the first tokens and one for the
+            last, as pyreft; "position", a set for each token, the formula of the paper.
+        subspaces: names of parts of the rank, such as ``{"german": [0, 1], "polite": [2, 3]}``,
+            which a forward may use apart; see :mod:`reft.subspaces`. Kept as pairs.
         activation: name of the function around W h + b, None for none.
         dropout: probability in [0, 1), in training only, on edited tokens only.
         dropout_on: "delta" drops entries of the edit; "row" drops entries of the whole vector, as
@@ -89,6 +94,8 @@ class ReftConfig:
     modules_to_save: Sequence[str] | None = None
     task_type: str | None = None
     block_path: str | None = None
+    untied_by: str = "side"
+    subspaces: Mapping[str, Sequence[int]] | Subspaces | None = None
     base_model_name_or_path: str | None = None
     format_version: int = FORMAT_VERSION
 
@@ -97,6 +104,12 @@ class ReftConfig:
             object.__setattr__(self, name, check(name, getattr(self, name)))
         # Once, not in every forward. No field: it is said by ``positions``.
         object.__setattr__(self, "_parsed", parse_positions(self.positions))
+        object.__setattr__(self, "subspaces", check_subspaces(self.subspaces, self.rank))
+        if self.untied_by == "position" and (self.tied or self.parsed_positions.kind != "ends"):
+            raise ValueError(
+                'ReftConfig.untied_by="position" needs tied=False and positions such as "f3+l2", '
+                f"got tied={self.tied} and {self.positions!r}"
+            )
 
     # ---------------------------------------------------------------- what it means
 
@@ -113,8 +126,8 @@ class ReftConfig:
 
     @property
     def num_groups(self) -> int:
-        """Parameter sets in each layer: 2 for untied first and last tokens, else 1."""
-        return self.parsed_positions.num_groups(self.tied)
+        """Parameter sets in each layer."""
+        return self.parsed_positions.num_groups(self.tied, self.untied_by)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -180,10 +193,13 @@ class ReftConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, as values that JSON knows."""
-        return {
+        values = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
         }
+        if self.subspaces is not None:
+            values["subspaces"] = {name: list(part) for name, part in dict(self.subspaces).items()}
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ReftConfig:
@@ -367,6 +383,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = MappingProxyType(
         "component": _check_component,
         "init": _one_of("pyreft", "identity"),
         "dtype": _check_dtype,
+        "untied_by": _one_of(*UNTIED_BY),
         "short_prompts": _one_of(*SHORT_PROMPTS),
         "prompt_end": _one_of(*PROMPT_ENDS),
         "modules_to_save": _check_modules,

@@ -27,6 +27,7 @@ from torch import Tensor
 
 SHORT_PROMPTS = ("pyreft", "paper")
 PROMPT_ENDS = ("last", "second_to_last")
+UNTIED_BY = ("side", "position")
 
 #: What :func:`parse_positions` accepts, in words, for every message about it.
 ALLOWED = (
@@ -55,11 +56,16 @@ class Positions:
     last: int = 0
     generated: int = 0
 
-    def num_groups(self, tied: bool) -> int:
-        """Parameter sets a layer needs: 2 for untied prefix and suffix, else 1."""
-        return 2 if not tied and self.first and self.last else 1
+    def num_groups(self, tied: bool, untied_by: str = "side") -> int:
+        """Parameter sets a layer needs: 1 if tied; else one for each position, or 2 for prefix and
+        suffix where there are both."""
+        if tied or self.kind != "ends":
+            return 1
+        if untied_by == "position":
+            return self.first + self.last
+        return 2 if self.first and self.last else 1
 
-    def columns(self, tied: bool) -> list[int]:
+    def columns(self, tied: bool, untied_by: str = "side") -> list[int]:
         """The group of each column of :func:`padded_positions`, prefix then suffix; kind "ends".
 
         Raises:
@@ -69,6 +75,8 @@ class Positions:
             raise ValueError(
                 f'only positions of kind "ends" have columns of their own, got "{self.kind}"'
             )
+        if not tied and untied_by == "position":
+            return list(range(self.first + self.last))
         return [0] * self.first + [self.num_groups(tied) - 1] * self.last
 
     def __str__(self) -> str:
@@ -115,7 +123,7 @@ def padded_positions(
     each place falls into exactly one of them. With n = ``length`` (less 1 for "second_to_last") and
     n_f, n_l as the module's docstring says, the columns of the padded batch that are edited are
 
-        ends:   start + j  for j < n_f,   start + n − n_l + k  for k < n_l
+        ends:   start + j  for j < n_f,   start + n − L + k  for L − n_l ≤ k < L
         prompt: start + j  for j < n + generated      all: everything from start on
 
     No value is read on the host and every shape depends on ``spec`` and ``window`` alone.
@@ -131,7 +139,8 @@ def padded_positions(
 
     Returns:
         int64 (B, P), places relative to ``window_start``, each at most once in a sequence, −1 where
-        there is none. P = first + last for kind "ends" (prefix, then suffix columns), else P = S.
+        there is none. P = first + last for kind "ends" (prefix, then suffix columns, of which the
+        last is the prompt's last token, however short that is), else P = S.
 
     Raises:
         ValueError: start or length is not a vector or their sizes differ, window is negative, an
@@ -162,8 +171,8 @@ def padded_positions(
         n_first, n_last = half.clamp(max=spec.first), longer.clamp(max=spec.last)
         j = torch.arange(spec.first, device=start.device)
         k = torch.arange(spec.last, device=start.device)
-        wanted = torch.cat([j < n_first, k < n_last], dim=1)
-        place = torch.cat([begin + j, begin + n - n_last + k], dim=1) - window_start
+        wanted = torch.cat([j < n_first, k >= spec.last - n_last], dim=1)
+        place = torch.cat([begin + j, begin + n - spec.last + k], dim=1) - window_start
         wanted &= (place >= 0) & (place < window)
     else:
         place = torch.arange(window, device=start.device).expand(start.shape[0], window)

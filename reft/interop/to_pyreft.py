@@ -50,6 +50,12 @@ def write_pyreft(
             f"component must be one that pyreft loads by name ({', '.join(COMPONENTS)}), got "
             f"{config.component!r}"
         )
+    for field, value, default in (
+        ("untied_by", config.untied_by, "side"),
+        ("subspaces", config.subspaces, None),
+    ):
+        if value != default:
+            raise ValueError(f"{field} must be {default!r}, since pyreft has none; got {value!r}")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(
             errno.ENOTDIR, "pyreft stores a folder, but this is a file", str(folder)

@@ -24,6 +24,7 @@ from reft.model.prompt import Prompt, find_packed_prompt, find_prompt, packed_st
 from reft.model.sites import Sites
 from reft.nn.bank import Bank
 from reft.nn.spread import SpreadBank
+from reft.subspaces import kept_ranks, one_a_sequence
 
 #: Name of the attachment among the base model's submodules.
 SUBMODULE = "reft"
@@ -32,7 +33,11 @@ SUBMODULE = "reft"
 BASE = "__base__"
 
 #: This library's own arguments of a forward.
-OPTIONS = ("prompt_lengths", "adapter_names", "edit_positions")
+OPTIONS = ("prompt_lengths", "adapter_names", "edit_positions", "subspaces")
+
+
+#: A bank, the numbers of its sequences (None for all), its directions that are kept (None for all).
+Chosen = tuple[Bank | SpreadBank, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +49,14 @@ class Options:
         adapter_names: one a sequence.
         edit_positions: see :func:`reft.model.prompt.given_columns`; or a function of
             (input_ids, attention_mask) that returns such.
+        subspaces: see :mod:`reft.subspaces`; one name, or one entry a sequence.
         labels: those of the base's own arguments.
     """
 
     prompt_lengths: Tensor | Sequence[int] | None = None
     adapter_names: Sequence[str] | None = None
     edit_positions: Any = None
+    subspaces: Any = None
     labels: Tensor | None = None
 
 
@@ -169,8 +176,10 @@ class Attachment(nn.Module):
             return None
         ids = call.get("input_ids")
         tokens = call.get("inputs_embeds") if ids is None else ids
-        if generation is not None and names is None and isinstance(tokens, Tensor):
-            names = generation.names(tokens.shape[0])
+        parts = options.subspaces
+        if generation is not None and isinstance(tokens, Tensor):
+            names = generation.repeated(names or generation.adapter_names, tokens.shape[0])
+            parts = generation.repeated(parts or generation.subspaces, tokens.shape[0])
         if self.active is None and names is None:
             return None
         if not isinstance(tokens, Tensor) or tokens.ndim < 2:
@@ -185,10 +194,7 @@ class Attachment(nn.Module):
             starts = packed_starts(call, shape) if isinstance(past, int) and not past else None
         _refuse_paged(call)
         sequences = batch if starts is None else starts.shape[0]
-        chosen = [
-            (self.bank(name), members)
-            for name, members in self._chosen(names, sequences, tokens.device)
-        ]
+        chosen = self._chosen(names, parts, sequences, tokens.device)
         start: int | Tensor = 0
         if starts is None:
             start, chosen = self._in_this_window(chosen, call, options, generation, window)
@@ -204,7 +210,7 @@ class Attachment(nn.Module):
             given = resolve_given(options.edit_positions, ids, mask, prompt, columns)
         width = window if starts is None else batch * window
         members = []
-        for bank, mine in chosen:
+        for bank, mine, kept in chosen:
             columns_of_bank = given
             if bank.config.positions == "image":
                 columns_of_bank = _expanded(self._images(images), batch)
@@ -217,19 +223,20 @@ class Attachment(nn.Module):
                 bank.config, prompt,
                 window_start=start, window=width, sequences=mine, chosen=columns_of_bank,
             )  # fmt: skip
-            members.append(Member(bank, rows, bank.config.dropout if bank.training else 0.0))
+            dropout = bank.config.dropout if bank.training else 0.0
+            members.append(Member(bank, rows, dropout, kept))
         return ForwardPlan(members, shape)
 
     def _in_this_window(
         self,
-        chosen: list[tuple[Bank | SpreadBank, Tensor | None]],
+        chosen: list[Chosen],
         call: dict[str, Any],
         options: Options,
         generation: Generation | None,
         window: int,
-    ) -> tuple[int | Tensor, list[tuple[Bank | SpreadBank, Tensor | None]]]:
+    ) -> tuple[int | Tensor, list[Chosen]]:
         """(first column of this forward, the adapters that may edit anything in it)."""
-        generated = [bank.config.parsed_positions.generated for bank, _ in chosen]
+        generated = [bank.config.parsed_positions.generated for bank, _, _ in chosen]
         if generation is not None:
             start, beyond = generation.progress(call, window, max(generated, default=0))
         else:
@@ -250,9 +257,9 @@ class Attachment(nn.Module):
                     "not tell how much of the prompt the cache holds"
                 )
         left = [
-            pair
-            for pair, more in zip(chosen, generated, strict=True)
-            if beyond < more or pair[0].config.positions == "all"
+            one
+            for one, more in zip(chosen, generated, strict=True)
+            if beyond < more or one[0].config.positions == "all"
         ]
         return start, left
 
@@ -289,26 +296,45 @@ class Attachment(nn.Module):
         return ids == self.image_token
 
     def _chosen(
-        self, adapter_names: Sequence[str] | None, batch: int, device: torch.device
-    ) -> list[tuple[str, Tensor | None]]:
-        """Adapters in the batch, each with the numbers of its sequences, None for all of them."""
+        self,
+        adapter_names: Sequence[str] | None,
+        subspaces: Any,
+        batch: int,
+        device: torch.device,
+    ) -> list[Chosen]:
+        """Adapters in the batch, each with its sequences and with what is kept of its rank."""
+        names = self._names(adapter_names, batch)
+        parts = [None] * batch if subspaces is None else one_a_sequence(subspaces, batch)
+        sequences: dict[tuple[str, tuple[int, ...] | None], list[int]] = {}
+        for index, (name, part) in enumerate(zip(names, parts, strict=True)):
+            known = None if name == BASE else self.bank(name).config.subspaces
+            kept = kept_ranks(known, part, name)  # type: ignore[arg-type]
+            if name != BASE:
+                sequences.setdefault((name, kept), []).append(index)
+        if adapter_names is not None:
+            self.heads.check_mixed(set(names), self.active)
+        everywhere = len(sequences) == 1 and BASE not in names
+        chosen: list[Chosen] = []
+        for (name, kept), numbers in sequences.items():
+            bank = self.bank(name)
+            members = None if everywhere else torch.tensor(numbers, device=device)
+            mask = None
+            if kept is not None:
+                inside = [at in kept for at in range(bank.config.rank)]
+                mask = torch.tensor(inside, device=device)
+            chosen.append((bank, members, mask))
+        return chosen
+
+    def _names(self, adapter_names: Sequence[str] | None, batch: int) -> Sequence[str]:
         if adapter_names is None:
             assert self.active is not None
-            return [(self.active, None)]
+            return [self.active] * batch
         if isinstance(adapter_names, str) or len(adapter_names) != batch:
             raise ValueError(
                 "adapter_names must be a list of one name a sequence "
                 f"({batch} of them), got {adapter_names!r}"
             )
-        sequences: dict[str, list[int]] = {}
-        for index, name in enumerate(adapter_names):
-            if name != BASE:
-                self.bank(name)
-                sequences.setdefault(name, []).append(index)
-        self.heads.check_mixed({*sequences, *({BASE} & set(adapter_names))}, self.active)
-        if len(sequences) == 1 and BASE not in adapter_names:
-            return [(name, None) for name in sequences]
-        return [(name, torch.tensor(numbers, device=device)) for name, numbers in sequences.items()]
+        return adapter_names
 
 
 def _refuse_paged(call: dict[str, Any]) -> None:

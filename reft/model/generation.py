@@ -22,6 +22,7 @@ class Generation:
         prompt: one entry a sequence, before beams.
         width: columns of the padded prompt.
         adapter_names: one a sequence, or None for the active adapter.
+        subspaces: one a sequence or one for all, or None for the whole edit.
         thread: whose forwards these are.
         ids: int64 (B, width), the prompt's tokens, None where it came as embeddings.
         given: the columns that ``edit_positions`` says, None where it says nothing.
@@ -34,14 +35,15 @@ class Generation:
     thread: int
     ids: Tensor | None = None
     given: Tensor | None = None
+    subspaces: Any = None
     seen: int = 0
 
-    def names(self, batch: int) -> Sequence[str] | None:
-        """Adapter names of ``batch`` sequences, repeated as the prompts are."""
-        if self.adapter_names is None or len(self.adapter_names) == batch:
-            return self.adapter_names
-        times = batch // max(len(self.adapter_names), 1)
-        return [name for name in self.adapter_names for _ in range(times)]
+    def repeated(self, values: Any, batch: int) -> Any:
+        """A list of one value a sequence for ``batch`` sequences, repeated as the prompts are."""
+        if values is None or isinstance(values, str) or len(values) == batch:
+            return values
+        times = batch // max(len(values), 1)
+        return [value for value in values for _ in range(times)]
 
     def progress(
         self, call: dict[str, Any], window: int, generated: int
@@ -104,6 +106,7 @@ def capture(
     prompt_lengths: Tensor | Sequence[int] | None,
     adapter_names: Sequence[str] | None,
     edit_positions: Any,
+    subspaces: Any,
 ) -> Generation:
     """The prompt of a call ``model.generate(*args, **kwargs)``.
 
@@ -132,7 +135,7 @@ def capture(
     )
     ids = tokens if tokens.ndim == 2 else None
     given = resolve_given(edit_positions, ids, mask, prompt, (batch, width))
-    return Generation(prompt, width, adapter_names, threading.get_ident(), ids, given)
+    return Generation(prompt, width, adapter_names, threading.get_ident(), ids, given, subspaces)
 
 
 def resolve_given(

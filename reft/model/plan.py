@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from reft.config import ReftConfig
 from reft.model.prompt import Prompt
 from reft.nn.bank import Bank
-from reft.nn.effective import Effective
+from reft.nn.effective import Effective, kept_only
 from reft.nn.spread import SpreadBank
 from reft.positions import covered, padded_positions
 from reft_kernels import RowPlan
@@ -50,11 +50,13 @@ class Member:
         bank: its parameters.
         rows: int64 (n,) rows of each of its groups, −1 for none, into the flattened window.
         dropout: probability that is in force, 0.0 in eval mode.
+        kept: bool (r,), the directions that are edited; None for all.
     """
 
     bank: Bank | SpreadBank
     rows: tuple[Tensor, ...]
     dropout: float
+    kept: Tensor | None = None
 
 
 def member_rows(
@@ -85,7 +87,7 @@ def member_rows(
         if config.num_groups > 1:
             raise ValueError(
                 f"edit_positions need one set of weights, and an adapter of {positions} with "
-                "tied=False has one for each end of the prompt"
+                f'tied=False, untied_by="{config.untied_by}" has {config.num_groups}'
             )
         return (_chosen_rows(chosen, prompt, window_start, window, sequences).reshape(-1),)
     if prompt.packed and positions.kind != "ends":
@@ -107,8 +109,10 @@ def member_rows(
     rows = places if prompt.packed else _in_batch(places, sequences, window)
     if config.num_groups == 1:
         return (rows.reshape(-1),)
-    # Untied: prefix columns are group 0, suffix columns group 1, and groups lie one after the
-    # other.
+    # Untied: a group for each column, or one for prefix and one for suffix columns; groups lie one
+    # after the other.
+    if config.untied_by == "position":
+        return tuple(column.reshape(-1) for column in rows.unbind(dim=1))
     first = positions.first
     return rows[:, :first].reshape(-1), rows[:, first:].reshape(-1)
 
@@ -175,7 +179,8 @@ class ForwardPlan:
 
 
 def _assemble(members: tuple[Member, ...]) -> dict[Site, tuple[Edit, ...]]:
-    effective = [member.bank() for member in members]
+    whole = {id(bank): bank() for bank in {id(one.bank): one.bank for one in members}.values()}
+    effective = [kept_only(whole[id(member.bank)], member.kept) for member in members]
     by_site: dict[Site, list[int]] = {}
     for index, member in enumerate(members):
         for layer in member.bank.layers:

@@ -62,10 +62,11 @@ def get_reft_model(
 class ReftModel(nn.Module):
     """A base model and its adapters. Made by :func:`get_reft_model` or :meth:`from_pretrained`.
 
-    It is called as the base model is, with three more keywords: ``prompt_lengths``, int (B,), the
+    It is called as the base model is, with four more keywords: ``prompt_lengths``, int (B,), the
     number of prompt tokens of each sequence; ``adapter_names``, one a sequence, "__base__" for
     none; ``edit_positions``, the tokens to edit instead of those of the configuration, see
-    :func:`reft.model.prompt.given_columns`. Attributes that it has not are the base model's.
+    :func:`reft.model.prompt.given_columns`; ``subspaces``, parts of the edit, see
+    :mod:`reft.subspaces`. Attributes that it has not are the base model's.
 
     Attributes:
         base_model: the model; its submodule ``reft`` holds the adapters.
@@ -127,6 +128,7 @@ class ReftModel(nn.Module):
         prompt_lengths: Tensor | Sequence[int] | None = None,
         adapter_names: Sequence[str] | None = None,
         edit_positions: Any = None,
+        subspaces: Any = None,
         **kwargs: Any,
     ) -> Any:
         """The base model's ``generate``, with the edits of its prompt.
@@ -142,10 +144,12 @@ class ReftModel(nn.Module):
                 list of numbers for each sequence, negative from the end of the prompt; an integer
                 tensor (B, P), −1 for none; a boolean tensor (B, S); or a function of
                 (input_ids, attention_mask) that returns one of these.
+            subspaces: parts of the edit that are used: a name of the adapter's ``subspaces``, or
+                for each sequence a name, several, or None for all of it.
         """
         generation = capture(
             self.base_model, self._attached.sites.side, args, kwargs,
-            prompt_lengths, adapter_names, edit_positions,
+            prompt_lengths, adapter_names, edit_positions, subspaces,
         )  # fmt: skip
         with self._attached.generating(generation):
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -25,3 +26,26 @@ class Effective:
     decode: tuple[Tensor, ...]
     subtract: bool
     activation: str | None
+
+
+def kept_only(form: Effective, kept: Tensor | None) -> Effective:
+    """The same edit in some directions alone: rows of the others are zero in A, b and R.
+
+    Args:
+        form: of an adapter.
+        kept: bool (r,); None for all directions.
+    """
+    if kept is None:
+        return form
+
+    def masked(part: Tensor) -> Tensor:
+        mask = kept.to(part.device)
+        return torch.where(mask if part.ndim == 2 else mask.unsqueeze(1), part, 0.0)
+
+    return Effective(
+        encode=None if form.encode is None else tuple(map(masked, form.encode)),
+        bias=tuple(map(masked, form.bias)),
+        decode=tuple(map(masked, form.decode)),
+        subtract=form.subtract,
+        activation=form.activation,
+    )

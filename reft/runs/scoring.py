@@ -16,7 +16,7 @@ from reft.presets import Preset
 from reft.runs.data import TestSet, encode_prompts
 from reft.runs.result import write_json
 from reft.runs.training import Metrics, predicted
-from reft.tasks import GenerationTask, Scoring
+from reft.tasks import GenerationTask, Record, Scoring
 from reft.tasks.answers import after_trigger
 from reft.train.collate import ReftDataCollator
 from reft.train.evaluate import generate_ids
@@ -73,6 +73,7 @@ def answer(
             prompts,
             pad_id=pad,
             batch_size=preset.eval.batch_size,
+            each=_parts(records),
             console=console,
             eos_token_id=tokenizer.eos_token_id,
             **settings,
@@ -157,6 +158,13 @@ def classify(
     ]
     write_json(path, rows)
     return {**metrics(values, labels), "total": len(tests.records)}
+
+
+def _parts(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """Of records that name a part of the adapter: these."""
+    if not any("subspaces" in record for record in records):
+        return {}
+    return {"subspaces": [record.get("subspaces") for record in records]}
 
 
 def _line(text: str) -> str:

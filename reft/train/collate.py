@@ -21,7 +21,7 @@ _SCALARS = {"label": "labels", "label_ids": "labels", "prompt_length": "prompt_l
 _RAW = ("prompt", "completion", "text")
 
 #: Fields of a feature that are the model's, whatever else the feature is.
-_KEPT = ("adapter_names", "edit_positions")
+_KEPT = ("adapter_names", "edit_positions", "subspaces")
 
 #: A tokenizer without a limit says so with a number of this size.
 _NO_LIMIT = 10**9
@@ -42,7 +42,8 @@ class ReftDataCollator:
       makes them: −100 on so many tokens, the ids after.
 
     With each of them may come ``edit_positions``, the numbers of the tokens to edit, negative ones
-    from the end of the prompt, and ``adapter_names``, one name.
+    from the end of the prompt, ``adapter_names``, one name, and ``subspaces``, a name or several of
+    parts of the adapter.
 
     Attributes:
         tokenizer: of the base model.
@@ -233,7 +234,7 @@ class ReftDataCollator:
     # ---------------------------------------------------------------- the batch
 
     def _stack(self, name: str, values: list[Any], lengths: list[int], size: int) -> Any:
-        if name == "adapter_names":
+        if name in ("adapter_names", "subspaces"):
             return values
         rows = [_numbers(value) for value in values]
         if name == "edit_positions":

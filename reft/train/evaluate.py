@@ -127,6 +127,7 @@ def generate_ids(
     batch_size: int = 8,
     max_new_tokens: int | None = None,
     max_length: int | None = None,
+    each: Mapping[str, Sequence[Any]] | None = None,
     console: Console | None = None,
     **generate: Any,
 ) -> list[list[int]]:
@@ -142,6 +143,7 @@ def generate_ids(
         batch_size: sequences at a time.
         max_new_tokens: the most tokens of a completion; None for the model's own default.
         max_length: the most tokens of padding, prompt and completion together.
+        each: arguments of ``generate`` with one entry a prompt, such as ``adapter_names``.
         console: where to show progress; None for silence.
         generate: further arguments of the model's own ``generate``.
 
@@ -183,6 +185,7 @@ def generate_ids(
                 input_ids=torch.tensor(padded, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 **({} if room is None else {"max_new_tokens": max(room, 1)}),
+                **{name: [one[index] for index in batch] for name, one in (each or {}).items()},
                 **settings,
             )
             for index, row in zip(batch, output[:, width:].tolist(), strict=True):

@@ -32,9 +32,14 @@ OTHER = {
     "modules_to_save": ("classifier", "score"),
     "task_type": "SEQ_CLS",
     "block_path": "model.layers",
+    "untied_by": "position",
+    "subspaces": (("polite", (0, 2)), ("german", (1,))),
     "base_model_name_or_path": "some/model",
     "format_version": FORMAT_VERSION,  # the only one there is
 }
+
+#: What else must be set for such a value to be allowed.
+NEEDS = {"untied_by": {"tied": False}}
 
 NAMES = [field.name for field in fields(ReftConfig)]
 
@@ -45,7 +50,7 @@ def test_every_field_has_another_value_to_test_with():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_field_survives_json(name):
-    config = ReftConfig(**{name: OTHER[name]})
+    config = ReftConfig(**{name: OTHER[name]}, **NEEDS.get(name, {}))
     assert getattr(config, name) == OTHER[name]
     back = ReftConfig.from_json(config.to_json())
     assert back == config
@@ -86,6 +91,8 @@ configs = st.builds(
     modules_to_save=st.none() | st.lists(st.text(min_size=1), max_size=3),
     task_type=st.sampled_from([None, *HEAD_MODULES]),
     block_path=st.none() | st.text(),
+    subspaces=st.none()
+    | st.dictionaries(st.text(min_size=1), st.just([0]), min_size=1, max_size=3),
     base_model_name_or_path=st.none() | st.text(),
 )
 
@@ -190,6 +197,16 @@ BAD = [
     ("modules_to_save", [""], ["['']", "list of module names"]),
     ("task_type", "SEQ_CLASS", ["'SEQ_CLASS'", "did you mean 'SEQ_CLS'?", "CAUSAL_LM"]),
     ("block_path", 3, ["3", "string"]),
+    ("untied_by", "positions", ["'positions'", "did you mean 'position'?"]),
+    ("untied_by", "position", ["tied=False", "tied=True", "'f7+l7'"]),
+    ("subspaces", {}, ["numbers from 0 to 7", "{}"]),
+    ("subspaces", 3, ["numbers from 0 to 7", "3"]),
+    ("subspaces", {"a": [8]}, ["numbers from 0 to 7", "'a': [8]"]),
+    ("subspaces", {"a": [1, 1]}, ["different", "[1, 1]"]),
+    ("subspaces", {"a": []}, ["'a': []"]),
+    ("subspaces", {"a": "01"}, ["'a': '01'"]),
+    ("subspaces", {"": [0]}, ["'': [0]"]),
+    ("subspaces", {"a": [True]}, ["[True]"]),
     ("base_model_name_or_path", 3, ["3", "string"]),
     ("format_version", 0, ["0"]),
     ("format_version", FORMAT_VERSION + 1, [str(FORMAT_VERSION + 1), "newer"]),

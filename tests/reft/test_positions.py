@@ -158,13 +158,13 @@ def test_literal_places():
     start, length = torch.tensor([0, 2, 5]), torch.tensor([8, 5, 3])
     assert padded_positions(spec, start, length, window=8).tolist() == [
         [0, 1, 5, 6, 7],
-        [2, 3, 5, 6, -1],
-        [5, -1, 7, -1, -1],
+        [2, 3, -1, 5, 6],
+        [5, -1, -1, -1, 7],
     ]
     assert padded_positions(spec, start, length, window=8, short_prompts="paper").tolist() == [
         [0, 1, 5, 6, 7],
         [2, 3, 4, 5, 6],
-        [5, -1, 6, 7, -1],
+        [5, -1, -1, 6, 7],
     ]
     # As in four of pyreft's datasets, l1 is then the second to last token of the prompt.
     one = padded_positions(
@@ -248,6 +248,8 @@ def test_groups_of_columns():
     spec = parse_positions("f2+l3")
     assert (spec.columns(tied=False), spec.num_groups(tied=False)) == ([0, 0, 1, 1, 1], 2)
     assert (spec.columns(tied=True), spec.num_groups(tied=True)) == ([0] * 5, 1)
+    assert spec.columns(False, "position") == [0, 1, 2, 3, 4]
+    assert (spec.num_groups(False, "position"), spec.num_groups(True, "position")) == (5, 1)
     for text, tied in itertools.product(["f2", "l2"], [True, False]):
         one_sided = parse_positions(text)
         assert (one_sided.columns(tied), one_sided.num_groups(tied)) == ([0, 0], 1)
