@@ -54,7 +54,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 def go(bases, tmp_path):
     """Runs a preset with changes; further arguments go to :func:`run`."""
 
-    def start(name: str, *changes: str, folder: str = "out", seed: int = 42, **more):
+    def start(name: str, *changes: str, folder: str = "out", seed: int = 42, dtype=None, **more):
         preset = presets.override(presets.load(name), [*QUICK, *changes])
         task = get_task(preset.task)
         classes = isinstance(task, ClassificationTask)
@@ -64,9 +64,11 @@ def go(bases, tmp_path):
         def make_base():
             if classes:
                 heads = max(1, len(task.labels))
-                model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=heads)
+                model = AutoModelForSequenceClassification.from_pretrained(
+                    base, num_labels=heads, dtype=dtype
+                )
             else:
-                model = AutoModelForCausalLM.from_pretrained(base)
+                model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
             return model.eval(), AutoTokenizer.from_pretrained(base)
 
         return run(
@@ -168,6 +170,58 @@ def test_a_killed_run_ends_like_one_that_was_not(name, go, tmp_path, monkeypatch
     )
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_sampled_answers_do_not_depend_on_a_kill(go, tmp_path, monkeypatch):
+    """Beams and sampling as the paper's text has them."""
+    how = ("sets=AQuA,mawps", "eval.decoding=sampled")
+    monkeypatch.setattr(scoring, "BATCHES_AT_A_TIME", 1)
+    whole = go("arithmetic/llama-7b/loreft", *how, folder="whole")
+    kill_answers(monkeypatch, call=3)
+    with pytest.raises(Killed):
+        go("arithmetic/llama-7b/loreft", *how, folder="killed")
+    again = go("arithmetic/llama-7b/loreft", *how, folder="killed", resume=True)
+    assert again["scores"] == whole["scores"]
+    for name in ("AQuA", "mawps"):
+        texts = [
+            (tmp_path / folder / f"seed-42/answers/{name}.texts.jsonl").read_text(encoding="utf-8")
+            for folder in ("whole", "killed")
+        ]
+        assert texts[0] == texts[1]
+        assert texts[0].count("\n") == 3
+
+
+@pytest.mark.parametrize("name", ["commonsense/llama-7b/loreft", "glue/roberta-base/stsb/loreft"])
+def test_a_base_in_bfloat16(name, go):
+    sets = ("sets=boolq",) if name.startswith("commonsense") else ()
+    result = go(name, "train.dtype=bfloat16", *sets, dtype=torch.bfloat16)
+    assert result["dtype"] == "bfloat16"
+    assert all(math.isfinite(row["loss"]) for row in result["training"]["curve"])
+    assert result["orthonormality_error"] < 1e-5  # the adapter stays in float32
+
+
+def test_the_parts_of_a_composition_answer_apart(go, monkeypatch):
+    known, asked = scoring.generate_ids, []
+
+    def generate(*args, **kwargs):
+        asked.append(kwargs["each"]["subspaces"])
+        return known(*args, **kwargs)
+
+    monkeypatch.setattr(scoring, "generate_ids", generate)
+    go("composition/llama-7b")
+    assert asked == [["hellaswag", "instruct", None]]
+
+
+def test_accumulated_batches_are_one_step(go):
+    """The same records in one batch or in four: the same loss, the same steps."""
+    one = go("commonsense/llama-7b/loreft", "sets=boolq", folder="one")
+    four = go(
+        "commonsense/llama-7b/loreft", "sets=boolq", "train.batch_size=2", "train.accumulate=4",
+        folder="four",
+    )  # fmt: skip
+    assert four["training"]["steps"] == one["training"]["steps"] == 3
+    losses = [[row["loss"] for row in run["training"]["curve"]] for run in (one, four)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_another_seed_is_another_run(go):
