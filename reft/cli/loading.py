@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-import socket
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from reft.cli.errors import UserError, one_line
+from reft.online import hub_reachable
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -90,23 +88,15 @@ def load_base(
 
 
 def _check_hub(model: str) -> None:
-    """Refuse at once a name that is neither here nor there; the hub's own client tries for long."""
-    from huggingface_hub import constants, try_to_load_from_cache
+    """Refuse at once a name that is neither in the cache nor to be had."""
+    from huggingface_hub import try_to_load_from_cache
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     cached = isinstance(try_to_load_from_cache(model, "config.json"), str)
-    if cached or getproxies():
-        return
-    hub = urlsplit(constants.ENDPOINT)
-    port = hub.port or (80 if hub.scheme == "http" else 443)
-    try:
-        if constants.HF_HUB_OFFLINE:
-            raise OSError("offline")
-        socket.create_connection((str(hub.hostname), port), timeout=5).close()
-    except OSError:
+    if not cached and not hub_reachable():
         raise UserError(
             f"no such model folder: {model}; nor is it in the cache, and the hub cannot be reached"
-        ) from None
+        )
 
 
 def _check_causal(base: Any, model: str) -> None:

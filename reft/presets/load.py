@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import tomllib
@@ -36,7 +37,7 @@ def load(name: str | os.PathLike[str]) -> Preset:
     """
     text = os.fspath(name)
     if text in _tables():
-        return Preset.from_dict(resolve(text, _tables()))
+        return Preset.from_dict(copy.deepcopy(resolve(text, _tables())))
     if text.endswith(".toml") or Path(text).is_file():
         return read(Path(text))
     raise ValueError(

@@ -264,6 +264,8 @@ def _settings(kind: type[_Settings], section: str, values: Any) -> _Settings:
 
 
 def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
     return tuple(value) if isinstance(value, list) else value
 
 

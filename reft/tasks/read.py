@@ -5,15 +5,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
+from reft.online import hub_reachable
 from reft.tasks import demos
 from reft.tasks.task import ClassificationTask, Record, Task
 
@@ -233,7 +231,11 @@ def _from_hub(task: Task, name: str, split: str) -> tuple[list[Record], str]:
         )
     repository, configuration = where.hub
     source = f"{repository}{f' ({configuration})' if configuration else ''} on the hub, {split}"
-    _check_hub(name, where)
+    if not hub_reachable():
+        raise FileNotFoundError(
+            f"the set {name!r} is wanted from the hub, which cannot be reached; it is at "
+            f"{where.address}: name a folder that holds it with --data"
+        )
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
@@ -242,25 +244,6 @@ def _from_hub(task: Task, name: str, split: str) -> tuple[list[Record], str]:
     except (OSError, ValueError, DatasetNotFoundError) as error:
         raise FileNotFoundError(f"cannot load {source}: {' '.join(str(error).split())}") from None
     return [dict(row) for row in found], source
-
-
-def _check_hub(name: str, where: Home) -> None:
-    """Say at once that there is no network; the hub's own client tries for long."""
-    from huggingface_hub import constants
-
-    if getproxies():
-        return
-    hub = urlsplit(constants.ENDPOINT)
-    port = hub.port or (80 if hub.scheme == "http" else 443)
-    try:
-        if constants.HF_HUB_OFFLINE:
-            raise OSError("offline")
-        socket.create_connection((str(hub.hostname), port), timeout=5).close()
-    except OSError:
-        raise FileNotFoundError(
-            f"the set {name!r} is wanted from the hub, which cannot be reached; it is at "
-            f"{where.address}: name a folder that holds it with --data"
-        ) from None
 
 
 # -------------------------------------------------------------------- checks

@@ -26,7 +26,7 @@ def invoke(*arguments: str):
 
 @pytest.mark.parametrize("task", TASK_NAMES)
 def test_a_short_run_is_kept_and_not_done_again(task, tmp_path):
-    arguments = ("--tiny", "--tasks", task, "--methods", "loreft,lora", "--seeds", "0,1")
+    arguments = ("--tiny", "--task", task, "--methods", "loreft,lora", "--seeds", "0,1")
     result = invoke(*arguments, "-o", str(tmp_path))
     assert result.exit_code == 0, result.output
     files = sorted(tmp_path.glob(f"{task}/*.json"))
@@ -61,7 +61,7 @@ def test_what_is_trained(task, method):
     total, width = base.num_parameters(), base.config.hidden_size
     blocks = base.config.num_hidden_layers
     head = sum(one.numel() for one in base.get_submodule(TASKS[task].head).parameters())
-    trained = trained_parameters(METHODS[method].prepare(base, TASKS[task]))
+    trained = trained_parameters(METHODS[method].prepare(base, METHODS[method].setup(TASKS[task])))
     beside = head if task == "messages" else 0
     rank, groups = TASKS[task].edit.rank, TASKS[task].edit.num_groups
     full_edit = blocks * groups * (2 * width * rank + rank) + beside
@@ -90,11 +90,15 @@ def test_the_parts_of_the_data_do_not_meet():
 
 
 def test_the_rate_is_chosen_without_the_held_out_part():
-    def result(development: float, loss: float, heldout: float):
-        return {"development": [0.0, development], "loss": [9.0, loss], "heldout": [0.0, heldout]}
+    def result(development: list[float], heldout: float, loss: float):
+        return {"development": development, "heldout": [0.0, heldout], "loss": [9.0, loss]}
 
-    results = {1e-3: result(0.8, 1.0, 0.9), 1e-2: result(0.9, 0.5, 0.1), 1e-1: result(0.9, 0.6, 1)}
-    assert best_rate(results) == 1e-2
+    late, soon = [0.1, 0.9], [0.4, 0.9]
+    assert best_rate({1e-3: result([0.5, 0.8], 1, 0.1), 1e-2: result(late, 0.1, 0.5)}) == 1e-2
+    # Of equals who learnt sooner, whatever the losses and the held-out scores are.
+    assert best_rate({1e-3: result(late, 1, 0.1), 1e-2: result(soon, 0.1, 0.5)}) == 1e-2
+    assert best_rate({1e-3: result(soon, 0.1, 0.5), 1e-2: result(late, 1, 0.1)}) == 1e-3
+    assert best_rate({1e-2: result(soon, 1, 0.1), 1e-3: result(soon, 0.1, 0.5)}) == 1e-3
 
 
 def test_a_run_is_the_same_twice(tmp_path):
@@ -108,7 +112,7 @@ def test_the_tied_head_gets_weights_of_its_own():
     base, _ = TASKS["facts"].load(0)
     embeddings = base.get_input_embeddings().weight
     assert base.lm_head.weight is embeddings
-    model = METHODS["head"].prepare(base, TASKS["facts"])
+    model = METHODS["head"].prepare(base, METHODS["head"].setup(TASKS["facts"]))
     assert model.lm_head.weight is not embeddings
     assert torch.equal(model.lm_head.weight, embeddings)
     assert not embeddings.requires_grad

@@ -11,7 +11,7 @@ from benchmarks.records import RESULTS, read
 from benchmarks.report import BEGIN, END, readme_table, render
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = sorted(path for path in RESULTS.iterdir() if path.is_dir())
+FOLDERS = sorted(path for path in RESULTS.iterdir() if any(path.glob("*.jsonl")))
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

@@ -314,3 +314,13 @@ print([name for name in ("torch", "transformers", "datasets", "rich") if name in
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_loaded_preset_is_nobody_elses():
+    """Whoever writes into what it holds changes this one alone."""
+    one = presets.load("commonsense/llama-7b/loreft")
+    one.published.scores.clear()
+    one.config.clear()
+    again = presets.load("commonsense/llama-7b/loreft")
+    assert again.published.scores["boolq"] == 69.3
+    assert again.config["rank"] == 8

@@ -157,7 +157,6 @@ def test_no_hub_is_said_at_once(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("reft.tasks.read.getproxies", dict)
     with pytest.raises(FileNotFoundError, match=r"'cola'.*cannot be reached.*nyu-mll/glue.*--data"):
         read_set(get_task("glue/cola"), "cola", "train", None)
     with pytest.raises(FileNotFoundError, match=r"'ultrafeedback' is not on the hub"):
