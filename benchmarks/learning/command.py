@@ -17,7 +17,7 @@ FOLDER = RESULTS / "learning"
 
 
 def learn(
-    tasks: Annotated[str, typer.Option("--tasks", help=", ".join(TASKS))] = ",".join(TASKS),
+    tasks: Annotated[str, typer.Option("--task", help=f"all, or of {', '.join(TASKS)}")] = "all",
     methods: Annotated[str, typer.Option("--methods", help=", ".join(METHODS))] = ",".join(METHODS),
     seeds: Annotated[str, typer.Option("--seeds")] = "0,1,2",
     output: Annotated[Path, typer.Option("--output", "-o", help="One JSON file a run.")] = FOLDER,
@@ -28,14 +28,16 @@ def learn(
 ) -> None:
     """Let methods learn the same tasks at equal steps, each with the best of its learning rates.
 
-    A run whose file is there is not done again.
+    A run whose file is there, with the same configuration, is not done again.
     """
     if report:
         from benchmarks.learning.report import write_page
 
         typer.echo(f"wrote {write_page(output)}")
         return
-    for name in _chosen(tasks, TASKS, "--tasks"):
+    if tiny and output.resolve() == FOLDER.resolve():
+        raise typer.BadParameter("--tiny needs an --output of its own, not that of whole runs")
+    for name in _chosen(",".join(TASKS) if tasks == "all" else tasks, TASKS, "--task"):
         for method in _chosen(methods, METHODS, "--methods"):
             short = {"rates": METHODS[method].rates[1:2], "steps": 4, "records": 8} if tiny else {}
             for result in run_method(

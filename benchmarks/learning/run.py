@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ from benchmarks.learning.tasks import TASKS, Learning, collate
 from benchmarks.machine import default_device, describe, installed
 
 FORMAT = 1
+
+#: How every method is trained.
+TRAINING = {
+    "optimizer": "AdamW",
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "schedule": "linear",
+    "warmup": 0.1,
+}
 
 #: The seed with which rates are chosen.
 FIRST_SEED = 0
@@ -34,6 +44,8 @@ class Plan:
         steps, batch_size, points: of the task, unless shortened.
         records: at most so many of each part are scored; None for all.
         data: hash of the records.
+        training: how every method is trained.
+        setup: the method's own settings.
     """
 
     task: str
@@ -45,6 +57,8 @@ class Plan:
     points: tuple[int, ...]
     records: int | None
     data: str
+    training: dict[str, Any]
+    setup: dict[str, Any]
 
     @property
     def file(self) -> str:
@@ -67,6 +81,8 @@ def plan(
         points=points,
         records=records,
         data=task.data_hash(),
+        training=dict(TRAINING),
+        setup=METHODS[method].setup(task),
     )
 
 
@@ -87,13 +103,17 @@ def run_once(wanted: Plan, folder: Path) -> dict[str, Any]:
 
 
 def best_rate(results: Mapping[float, Mapping[str, Any]]) -> float:
-    """The rate with the best score on the development part at the end; of equals the lowest loss.
+    """The rate with the best score on the development part at the end; of equals the one whose
+    mean over all points is best there, which is who learnt sooner; of equals the smallest.
 
-    The held-out part has no say.
+    Neither the held-out part nor the loss of training has a say.
     """
-    return max(
-        results, key=lambda rate: (results[rate]["development"][-1], -results[rate]["loss"][-1])
-    )
+
+    def merit(rate: float) -> tuple[float, float, float]:
+        scores = results[rate]["development"]
+        return scores[-1], sum(scores) / len(scores), -rate
+
+    return max(results, key=merit)
 
 
 def run_method(
@@ -125,18 +145,21 @@ def _train(wanted: Plan) -> dict[str, Any]:
     total = base.num_parameters()
     before = task.score(base, tokenizer, heldout)
     seeded(wanted.seed)
-    model = METHODS[wanted.method].prepare(base, task).train()
+    model = METHODS[wanted.method].prepare(base, wanted.setup).train()
     optimizer = torch.optim.AdamW(
-        [one for one in model.parameters() if one.requires_grad], lr=wanted.rate, weight_decay=0.0
+        [one for one in model.parameters() if one.requires_grad],
+        lr=wanted.rate,
+        weight_decay=wanted.training["weight_decay"],
     )
-    schedule = get_linear_schedule_with_warmup(optimizer, wanted.steps // 10, wanted.steps)
+    warmup = int(wanted.training["warmup"] * wanted.steps)
+    schedule = get_linear_schedule_with_warmup(optimizer, warmup, wanted.steps)
     scores: dict[str, list[float]] = {"development": [], "heldout": [], "loss": []}
     seconds, losses = 0.0, []
     for number, batch in enumerate(_batches(wanted, training, tokenizer), start=1):
         began = time.perf_counter()
         loss = model(**batch).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), wanted.training["max_grad_norm"])
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
@@ -156,6 +179,7 @@ def _train(wanted: Plan) -> dict[str, Any]:
         "base": total,
         "seconds": seconds,
         "counts": [len(training), len(development), len(heldout)],
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {**describe(default_device()), "peft": installed("peft")},
     }
 

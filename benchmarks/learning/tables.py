@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ class Learnt:
         method: its name.
         rate: the learning rate.
         runs: results with that rate, by seed.
+        tried: rate -> the result with the first seed.
     """
 
     method: str
     rate: float
     runs: tuple[dict[str, Any], ...]
+    tried: Mapping[float, dict[str, Any]]
 
     @property
     def finals(self) -> list[float]:
@@ -53,8 +55,6 @@ def read(folder: Path, task: str) -> list[Learnt]:
 
     Raises:
         FileNotFoundError: no result of the task.
-        ValueError: a method with a rate that has other seeds than the first alone, but is not the
-            best one.
     """
     found = [json.loads(path.read_text("utf-8")) for path in sorted((folder / task).glob("*.json"))]
     if not found:
@@ -67,11 +67,8 @@ def read(folder: Path, task: str) -> list[Learnt]:
             continue
         rate = best_rate(tried)
         runs = [one for one in mine if one["plan"]["rate"] == rate]
-        more = [one["plan"] for one in mine if one not in runs]
-        if any(plan["seed"] != FIRST_SEED for plan in more):
-            raise ValueError(f"{method} of {task} has several seeds of a rate that is not its best")
         runs.sort(key=lambda one: one["plan"]["seed"])
-        learnt.append(Learnt(method, rate, tuple(runs)))
+        learnt.append(Learnt(method, rate, tuple(runs), dict(sorted(tried.items()))))
     return learnt
 
 
