@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.learning.methods import FAMILY, METHODS
-from benchmarks.learning.tables import Learnt
+from benchmarks.learning.tables import Learnt, untrained
 from benchmarks.learning.tasks import TASKS
 
 #: Paul Tol's bright colours, which people tell apart who see fewer, and one more.
@@ -39,6 +39,13 @@ def plot(tables: Mapping[str, Sequence[Learnt]], path: Path) -> None:
                 low = [m - d for m, d in zip(means, deviations, strict=True)]
                 high = [m + d for m, d in zip(means, deviations, strict=True)]
                 panel.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+            panel.axhline(
+                untrained(learnt),
+                color="black",
+                linestyle=":",
+                linewidth=1,
+                label="base, untrained",
+            )
             panel.set_title(f"{task}: {what}", fontsize=11)
             panel.set_xlabel(f"optimizer steps of {TASKS[task].batch_size} records")
             panel.set_ylabel("held-out score, %")

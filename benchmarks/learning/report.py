@@ -23,7 +23,8 @@ def parts(folder: Path) -> dict[str, list[str]]:
         f"scores of {task}": [tables.about(task, one), "", *tables.scores(task, one)]
         for task, one in found.items()
     }
-    return {**lines, "family": tables.family(dict(found))}
+    tried = {f"rates of {task}": tables.rates(one) for task, one in found.items()}
+    return {**lines, **tried, "family": tables.family(dict(found))}
 
 
 def filled(text: str, lines: Mapping[str, Sequence[str]]) -> str:

@@ -72,28 +72,53 @@ def read(folder: Path, task: str) -> list[Learnt]:
     return learnt
 
 
+def untrained(learnt: Sequence[Learnt]) -> float:
+    """Held-out score of the base models before training, in percent: the mean over the seeds."""
+    return statistics.fmean(100 * run["before"] for run in learnt[0].runs)
+
+
 def scores(task: str, learnt: Sequence[Learnt]) -> list[str]:
-    """Score and parameters of every method, the best first."""
+    """Score and parameters of every method, the best first, and of the base model."""
     first = learnt[0].runs[0]
     points = first["plan"]["points"]
-    early = points[1 : len(points) - 1 : 2]
     head = ["method", "trained", "% of base", "rate"]
-    head += [f"step {step}" for step in early] + [f"step {points[-1]}", "SD"]
+    head += [f"step {step}" for step in points] + ["SD"]
     rows = []
     for one in sorted(learnt, key=lambda one: -statistics.fmean(one.finals)):
-        at = {step: mean for step, mean, _ in one.curve}
+        means = [f"{mean:.1f}" for _, mean, _ in one.curve]
         rows.append(
             [
                 METHODS[one.method].title,
                 f"{one.trained:,}",
                 f"{100 * one.trained / first['base']:.2f}",
                 f"{one.rate:g}",
-                *[f"{at[step]:.1f}" for step in early],
-                f"**{statistics.fmean(one.finals):.1f}**",
+                *means[:-1],
+                f"**{means[-1]}**",
                 f"{_sd(one.finals):.1f}",
             ]
         )
+    before = [100 * run["before"] for run in learnt[0].runs]
+    blank = [""] * (len(points) - 1)
+    mean = f"**{untrained(learnt):.1f}**"
+    rows.append(["the base model, untrained", "0", "0.00", "", *blank, mean, f"{_sd(before):.1f}"])
     return _table(head, rows)
+
+
+def rates(learnt: Sequence[Learnt]) -> list[str]:
+    """Each rate with the first seed: development / held-out score; the chosen one is bold."""
+    every = sorted({rate for one in learnt for rate in one.tried})
+    rows = []
+    for one in learnt:
+        row = [METHODS[one.method].title]
+        for rate in every:
+            found = one.tried.get(rate)
+            cell = ""
+            if found is not None:
+                cell = f"{100 * found['development'][-1]:.1f} / {100 * found['heldout'][-1]:.1f}"
+                cell = f"**{cell}**" if rate == one.rate else cell
+            row.append(cell)
+        rows.append(row)
+    return _table(["method", *[f"{rate:g}" for rate in every]], rows)
 
 
 def family(tables: dict[str, Sequence[Learnt]]) -> list[str]:
@@ -124,13 +149,15 @@ def about(task: str, learnt: Sequence[Learnt]) -> str:
     first = learnt[0].runs[0]
     plan, (training, development, _) = first["plan"], first["counts"]
     machine = first["machine"]
+    shown = [run for one in learnt for run in (*one.runs, *one.tried.values())]
+    commits = sorted({run["machine"]["commit"] for run in shown})
     return (
         f"{TASKS[task].title}: {TASKS[task].metric}; {training} records to learn from, "
         f"{development} on which the rates were chosen; {plan['steps']} steps of "
-        f"{plan['batch_size']}; before training {100 * first['before']:.1f} %; mean and sample "
-        f"standard deviation over {len(learnt[0].runs)} seeds; {first['base']:,} parameters; "
+        f"{plan['batch_size']}; mean and sample standard deviation over {len(learnt[0].runs)} seeds; "
+        f"{first['base']:,} parameters of the base; "
         f"{machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}, "
-        f"PEFT {machine['peft']}."
+        f"PEFT {machine['peft']}; commit {', '.join(commits)}."
     )
 
 

@@ -308,7 +308,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(place, reft, monkeypatch, mistake
     wreck(place)
     # A hub that refuses at once, whatever network there is.
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("reft.cli.loading.getproxies", dict)
+    monkeypatch.setattr("reft.online.getproxies", dict)
     arguments, says = MISTAKES[mistake]
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
     code, out, err = reft(*arguments)
