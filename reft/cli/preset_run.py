@@ -51,7 +51,7 @@ def run_preset(
     *,
     model: str | None,
     data: Path | None,
-    output: Path,
+    output: Path | None,
     resume: bool,
     overwrite: bool,
     device: str,
@@ -63,6 +63,7 @@ def run_preset(
     chosen = preset.train.seeds if seeds is None else _numbers(seeds)
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
+    output = output or Path("runs") / preset.name
     check_folder(output)
     where = model if model is not None else preset.hub_id
 

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 def train(
     context: typer.Context,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the adapter goes.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Where the adapter goes; of a preset runs/NAME if absent."
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -141,8 +146,9 @@ def train(
         )
         return
     preset_run.refuse_preset_options(settings or (), seeds)
-    if model is None or data is None:
-        missing = "--model" if model is None else "--data"
+    if model is None or data is None or output is None:
+        needed = {"--model": model, "--data": data, "--output": output}
+        missing = next(option for option, value in needed.items() if value is None)
         raise UserError(f"missing option {missing} (see reft train --help)")
     from reft.cli.loading import check_model_name, load_base
     from reft.config import ReftConfig

@@ -245,6 +245,7 @@ MISTAKES = {
     "no-command-so-named": (("trian",), ["trian", "reft --help"]),
     "no-such-option": ((*QUICK, "--rnak", "2"), ["--rnak", "reft train --help"]),
     "option-missing": (("train", "-m", "model", "-o", "x"), ["--data", "reft train --help"]),
+    "output-missing": (("train", "-m", "model", "-d", "data.jsonl"), ["missing option --output"]),
     "not-a-number": (using(rank="two"), ["--rank", "two"]),
     "out-of-range": (using(**{"--batch-size": "0"}), ["--batch-size", "0"]),
     "data-missing": (using(**{"-d": "nowhere.jsonl"}), ["no such data file", "nowhere.jsonl"]),

@@ -80,6 +80,16 @@ def test_two_seeds_and_a_report(reft, folder):
     assert code == 0, err
 
 
+def test_without_an_output_it_goes_into_a_folder_of_its_name(reft, folder):
+    given = list(command(COMMONSENSE, "--seeds", "42", eval__sets="boolq"))
+    at = given.index("-o")
+    del given[at : at + 2]
+    code, _, err = reft(*given)
+    assert code == 0, err
+    assert read_json(folder / "runs" / COMMONSENSE / "seed-42" / RESULT_FILE)["seed"] == 42
+    shutil.rmtree(folder / "runs")
+
+
 def test_it_goes_on_and_does_not_overwrite(reft, folder):
     first = command(COMMONSENSE, "--seeds", "42", eval__sets="boolq")
     assert reft(*first)[0] == 0

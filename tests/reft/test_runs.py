@@ -200,6 +200,30 @@ def test_a_base_in_bfloat16(name, go):
     assert result["orthonormality_error"] < 1e-5  # the adapter stays in float32
 
 
+#: Where paper, code and README disagree: the settings that choose the other side.
+OTHERWISE = [
+    ("commonsense/llama-7b/loreft", ("tied=false", "untied_by=position")),
+    ("commonsense/llama-7b/loreft", ("short_prompts=paper",)),
+    ("commonsense/llama-7b/loreft", ("prompt_end=second_to_last",)),
+    ("commonsense/llama-7b/loreft", ("eval.scoring=llm-adapters",)),
+    ("arithmetic/llama-7b/loreft", ("eval.scoring=llm-adapters",)),
+    ("gsm8k/llama-7b/direft-readme", ("eval.decoding=sampled",)),
+    ("glue/roberta-base/rte/loreft", ("eval.split_rule=pyreft",)),
+    ("glue/roberta-base/rte/loreft", ("tied=false", "untied_by=position")),
+    ("ultrafeedback/llama-2-7b/loreft", ("eval.decoding=greedy",)),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), OTHERWISE)
+def test_the_other_side_of_a_disagreement(name, changes, go):
+    one_set = {"commonsense": ("sets=boolq",), "arithmetic": ("sets=AQuA",)}
+    result = go(name, *changes, *one_set.get(name.partition("/")[0], ()))
+    assert result["training"]["steps"] == 3
+    changed = presets.Preset.from_dict(result["preset"]).changed()
+    for change in changes:
+        assert any(one.endswith(change.partition("=")[0].split(".")[-1]) for one in changed)
+
+
 def test_the_parts_of_a_composition_answer_apart(go, monkeypatch):
     known, asked = scoring.generate_ids, []
 
