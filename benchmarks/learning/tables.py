@@ -154,8 +154,8 @@ def about(task: str, learnt: Sequence[Learnt]) -> str:
     return (
         f"{TASKS[task].title}: {TASKS[task].metric}; {training} records to learn from, "
         f"{development} on which the rates were chosen; {plan['steps']} steps of "
-        f"{plan['batch_size']}; mean and sample standard deviation over {len(learnt[0].runs)} seeds; "
-        f"{first['base']:,} parameters of the base; "
+        f"{plan['batch_size']}; mean and sample standard deviation over {len(learnt[0].runs)} "
+        f"seeds; {first['base']:,} parameters of the base; "
         f"{machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}, "
         f"PEFT {machine['peft']}; commit {', '.join(commits)}."
     )
