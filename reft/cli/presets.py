@@ -30,9 +30,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print every value as JSON.
 
 
 @app.callback()
-def _presets(context: typer.Context) -> None:
+def _presets(context: typer.Context, as_json: AsJson = False) -> None:
     if context.invoked_subcommand is None:
-        list_presets()
+        list_presets(as_json=as_json)
+    elif as_json:
+        raise UserError(
+            f"--json goes behind the command: reft presets {context.invoked_subcommand}"
+        )
 
 
 @app.command("list")

@@ -84,6 +84,10 @@ def test_list_as_json(reft):
         assert presets.Preset.from_dict(one) == presets.load(one["name"])
 
 
+def test_json_without_a_command(reft):
+    assert reft("presets", "--json") == reft("presets", "list", "--json")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -219,6 +223,7 @@ def test_a_copy_is_written_whole_or_not_at_all(reft, tmp_path, monkeypatch):
         (("show", "broken.toml"), "broken.toml is not TOML"),
         (("show",), "Missing argument 'NAME'"),
         (("lst",), "No such command 'lst'"),
+        (("--json", "show", RUN), "--json goes behind the command"),
         (("copy", "glue/cola", "x.toml"), "no preset 'glue/cola'"),
         (("copy", RUN, "x.txt"), "the copy must be a file *.toml, got x.txt"),
         (("copy", RUN, "folder.toml"), "cannot write folder.toml: it is a folder"),
