@@ -42,7 +42,7 @@ class Method:
 
 #: The last two of these, and the last of LoRA's and of full finetuning's, were added after a first
 #: pass over facts: LobiReFT had the score 0 at all of the others, its loss still falling, and three
-#: other members, LoRA and full finetuning were best at the end of the grid, on the development part.
+#: other members, LoRA and full finetuning were best at the end of it, on the development part.
 _EDIT_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 _LORA_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 _FULL_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
