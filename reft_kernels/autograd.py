@@ -36,7 +36,10 @@ def apply_edit(
     """Run an already checked edit, with a graph only where one is needed."""
     # What all layers share is made here: tensors made inside the Function cannot reach its backward
     # in a traced graph.
-    _ = plan.places if backend == "torch" else plan.device_offsets
+    if backend != "torch":
+        _ = plan.device_offsets
+    else:
+        _ = plan.places if plan.slots is None else plan.run_places
     parts = (hidden, encode, bias, decode)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parts):
         ownership.calibrate()

@@ -38,7 +38,7 @@ def lowrank_edit(
         encode: W, (r, D) or (g, r, D), or None where nothing is projected.
         bias: b, (r,) or (g, r), or None for zero.
         decode: R, (r, D) or (g, r, D), 1 ≤ r ≤ D. Parameters share one dtype, float32 or hidden's
-            own.
+            own. For a plan with ``slots`` all three are tables of any number of entries.
         subtract: σ = 1.
         activation: a name of ``reft_kernels.activations.ACTIVATIONS``, or None for the identity.
         backend: "auto", "triton", "torch" or "reference"; a named one works or raises.
@@ -209,8 +209,9 @@ def _check(
         raise ValueError(
             f"rank must lie in 1 … D = {dim}, got {rank} (decode {tuple(decode.shape)})"
         )
-    groups = decode.shape[0] if decode.ndim == 3 else 1
-    if groups != plan.num_groups:
+    if plan.slots is not None:
+        _check_table(plan.slots, hidden, encode, bias, decode)
+    elif (groups := decode.shape[0] if decode.ndim == 3 else 1) != plan.num_groups:
         raise ValueError(f"decode holds {groups} group(s), the plan has {plan.num_groups}")
     if activation is not None and activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
@@ -246,6 +247,29 @@ def _check(
             f"plan names row {plan.max_row}, hidden has {hidden.numel() // dim} rows "
             f"(shape {tuple(hidden.shape)})"
         )
+
+
+def _check_table(
+    slots: Tensor, hidden: Tensor, encode: Tensor | None, bias: Tensor | None, decode: Tensor
+) -> None:
+    if decode.ndim != 3:
+        raise ValueError(
+            f"decode must be (entries, r, D) for a plan with slots, got {tuple(decode.shape)}"
+        )
+    if torch.is_grad_enabled() and any(
+        one is not None and one.requires_grad for one in (hidden, encode, bias, decode)
+    ):
+        raise ValueError(
+            "hidden and parameters must not require grad for a plan with slots: a table of "
+            "adapters is for inference; train with one entry a group"
+        )
+    if slots.device.type == "cpu" and not torch.compiler.is_compiling() and slots.numel():
+        low, high = int(slots.min()), int(slots.max())
+        if low < -1 or high >= decode.shape[0]:
+            raise ValueError(
+                f"slots must lie in −1 … {decode.shape[0] - 1}, the entries of decode; got "
+                f"{low if low < -1 else high}"
+            )
 
 
 def _check_inplace(hidden: Tensor) -> None:

@@ -176,7 +176,7 @@ def _source(
     signature, constants = {}, {}
     for name in kernel.arg_names:
         if name.endswith("_ptr"):
-            integers = name in ("rows_ptr", "offsets_ptr")
+            integers = name in ("rows_ptr", "offsets_ptr", "slots_ptr")
             pointer = _POINTERS[build.dtype] if name in hidden_like else "*fp32"
             signature[name] = "*i64" if integers else pointer
         elif name.endswith("stride_row") or name in ("loop_end", "split_stride"):

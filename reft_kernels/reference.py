@@ -44,16 +44,21 @@ def lowrank_edit(
         for k in range(plan.num_groups):
             rows = plan.rows[plan.offsets[k] : plan.offsets[k + 1]]
             rows = rows[rows >= 0]
+            entry = k if plan.slots is None else int(plan.slots[k])
+            if entry < 0:
+                continue
             h = flat[rows].to(compute)
             u = h.new_zeros(h.shape[0], r.shape[1])
             if w is not None:
-                u = u + h @ w[k].T
+                u = u + h @ w[entry].T
             if b is not None:
-                u = u + b[k]
+                u = u + b[entry]
             s = activate(activation, u)
             if subtract:
-                s = s - h @ r[k].T
-            out = out.index_copy(0, rows, (h + s @ r[k]).to(hidden.dtype))
+                s = s - h @ r[entry].T
+            if plan.scales is not None:
+                s = s * plan.scales[k]
+            out = out.index_copy(0, rows, (h + s @ r[entry]).to(hidden.dtype))
     return out.clone().reshape(hidden.shape) if out is flat else out.reshape(hidden.shape)
 
 

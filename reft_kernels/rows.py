@@ -5,6 +5,9 @@ them, group by group: rows ``offsets[k] : offsets[k + 1]`` are edited with the p
 k. Tied positions, untied prefix and suffix weights, several adapters in one batch are all this one
 index.
 
+Where many adapters lie in one table of which a batch uses a few, a plan has ``slots`` too: group k
+is edited with entry ``slots[k]`` of the table.
+
 ``-1`` means "no row here". It lets short prompts keep the shape of long ones, so that nothing has
 to ask the device how many rows there are: no host synchronisation, static shapes, graphs can be
 captured.
@@ -13,7 +16,7 @@ captured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -21,6 +24,9 @@ from torch import Tensor
 
 IntArray = Tensor | Sequence[int]
 _INT_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+#: Rows of one batched product: few enough to stay in a processor's cache.
+RUN = 1024
 
 
 class Place:
@@ -74,12 +80,19 @@ class RowPlan:
         offsets: g + 1 host integers; group k owns ``rows[offsets[k] : offsets[k + 1]]``.
         max_row: the largest row, where the host could see it without asking a device; else None.
         complete: True where the host knows that no entry is −1.
+        slots: int64 (g,) beside ``rows``: which entry of the parameters each group uses, −1 for
+            none, which leaves its rows alone. None: group k uses entry k. For inference: without
+            gradients.
+        scales: float32 (g,) beside ``rows``: what the edit of each group is multiplied by; None
+            for 1. Only with ``slots``.
     """
 
     rows: Tensor
     offsets: tuple[int, ...]
     max_row: int | None = field(default=None, kw_only=True)
     complete: bool = field(default=False, kw_only=True)
+    slots: Tensor | None = field(default=None, kw_only=True)
+    scales: Tensor | None = field(default=None, kw_only=True)
     # Made when first asked for, then shared by every layer. Lists, since Dynamo cannot trace
     # functools.cached_property.
     _device_offsets: list[Tensor] = field(default_factory=list, init=False, repr=False)
@@ -125,13 +138,77 @@ class RowPlan:
             self._places.extend(Place(self.rows[a:b], self.complete) for a, b in bounds)
         return self._places
 
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """(first, last + 1) of groups of one size that lie behind one another, of at most
+        :data:`RUN` rows together: what one batched product takes. Empty groups are in none."""
+        found: list[tuple[int, int]] = []
+        for k, (a, b) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
+            size = b - a
+            if not size:
+                continue
+            if found and found[-1][1] == k:
+                start = self.offsets[found[-1][0]]
+                fits = b - start <= RUN
+                if fits and self.offsets[k] - self.offsets[k - 1] == size:
+                    found[-1] = (found[-1][0], k + 1)
+                    continue
+            found.append((k, k + 1))
+        return found
+
+    @property
+    def run_places(self) -> list[Place]:
+        """One :class:`Place` for each of :attr:`runs`; rows of groups without an entry are −1."""
+        assert self.slots is not None
+        if not self._places:
+            for first, last in self.runs:
+                a, b = self.offsets[first], self.offsets[last]
+                rows = self.rows[a:b].view(last - first, -1)
+                rows = torch.where(self.slots[first:last].unsqueeze(1) < 0, -1, rows)
+                self._places.append(Place(rows.reshape(-1), False))
+        return self._places
+
     def to(self, device: torch.device | str) -> RowPlan:
         """The same plan with its rows on ``device``."""
         if self.rows.device == torch.device(device):
             return self
         return RowPlan(
-            self.rows.to(device), self.offsets, max_row=self.max_row, complete=self.complete
+            self.rows.to(device),
+            self.offsets,
+            max_row=self.max_row,
+            complete=self.complete,
+            slots=None if self.slots is None else self.slots.to(device),
+            scales=None if self.scales is None else self.scales.to(device),
         )
+
+    def using(self, slots: Tensor, scales: Tensor | None = None) -> RowPlan:
+        """The same rows, edited with entries of a table.
+
+        Args:
+            slots: int64 (g,), on the device of ``rows``; −1 for none.
+            scales: float32 (g,), or None for 1.
+
+        Raises:
+            TypeError, ValueError: a wrong dtype, shape or device.
+        """
+        for name, value, dtype in (
+            ("slots", slots, torch.int64),
+            ("scales", scales, torch.float32),
+        ):
+            if value is None:
+                continue
+            if value.dtype != dtype:
+                raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
+            if tuple(value.shape) != (self.num_groups,):
+                raise ValueError(
+                    f"{name} must have one entry a group ({self.num_groups} of them), "
+                    f"got shape {tuple(value.shape)}"
+                )
+            if value.device != self.device:
+                raise ValueError(f"{name} must be on {self.device} as rows are, got {value.device}")
+        plan = replace(self, slots=slots.contiguous(), scales=scales)
+        plan._device_offsets.extend(self._device_offsets)
+        return plan
 
     @classmethod
     def from_rows(

@@ -34,6 +34,12 @@ def edit_forward(
         argument of the activation. None where not asked for (u: where there is no activation).
     """
     compute = compute_dtype(hidden, decode)
+    if plan.slots is not None:
+        assert not (save_rows or save_code)
+        _edit_from_table(
+            hidden, plan, encode, bias, decode, compute, subtract=subtract, activation=activation
+        )
+        return None, None, None
     saved_x, saved_s, saved_u = [], [], []
     for k, place in enumerate(plan.places):
         x = place.read(hidden)
@@ -118,6 +124,46 @@ def edit_backward(
         torch.stack(parts).to(decode.dtype) if parts else None for parts in grads
     )
     return d_hidden, d_encode, d_bias, d_decode
+
+
+def _edit_from_table(
+    hidden: Tensor,
+    plan: RowPlan,
+    encode: Tensor | None,
+    bias: Tensor | None,
+    decode: Tensor,
+    compute: torch.dtype,
+    *,
+    subtract: bool,
+    activation: str | None,
+) -> None:
+    """:func:`edit_forward` with entries of tables (E, r, D): groups of one size in one batched
+    product, whatever entries they use, so that the number of calls does not grow with the number of
+    adapters."""
+    assert plan.slots is not None
+    for (first, last), place in zip(plan.runs, plan.run_places, strict=True):
+        entry = plan.slots[first:last].clamp(min=0)
+        groups = last - first
+
+        def own(table: Tensor, entry: Tensor = entry) -> Tensor:
+            return table.index_select(0, entry).to(compute)
+
+        h = place.read(hidden).to(compute).view(groups, -1, hidden.shape[-1])
+        r = own(decode)
+        if encode is None:
+            assert bias is not None
+            u = own(bias).unsqueeze(1).expand(-1, h.shape[1], -1)
+        elif bias is None:
+            u = h @ own(encode).mT
+        else:
+            u = torch.baddbmm(own(bias).unsqueeze(1), h, own(encode).mT)
+        s = activate(activation, u)
+        if subtract:
+            s = s - h @ r.mT
+        if plan.scales is not None:
+            s = s * plan.scales[first:last].to(compute).view(-1, 1, 1)
+        edited = torch.baddbmm(h, s, r)
+        place.write(hidden, edited.view(-1, hidden.shape[-1]).to(hidden.dtype))
 
 
 def compute_dtype(hidden: Tensor, parameter: Tensor) -> torch.dtype:

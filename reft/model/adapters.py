@@ -11,12 +11,13 @@ from torch import nn
 from reft.config import ReftConfig
 from reft.model import peft_base
 from reft.model.attachment import SUBMODULE, Attachment
+from reft.model.chosen import sites_of
 from reft.model.heads import copy_heads
 from reft.model.hooks import EditOutput
-from reft.model.plan import Site
 from reft.model.sites import site_device
 from reft.nn.bank import Bank
 from reft.nn.spread import SpreadBank
+from reft.serving.tables import Site
 
 
 def build(
@@ -33,22 +34,11 @@ def build(
     """
     attached.check_new_name(name)
     sites = attached.sites
-    if config.block_path not in (None, sites.path):
-        raise ValueError(
-            f"ReftConfig.block_path must be {sites.path!r}, where this model's adapters are, "
-            f"or None; got {config.block_path!r}"
-        )
+    check_config(attached, config)
     if config.base_model_name_or_path is None:
         origin = getattr(getattr(base, "config", None), "_name_or_path", None)
         config = replace(config, base_model_name_or_path=origin or None)
     layers = config.resolve_layers(len(sites.blocks))
-    for layer in layers:
-        sites.module(layer, config.component)
-    if config.positions == "image" and attached.image_token is None:
-        raise ValueError(
-            'ReftConfig.positions must not be "image" for a model whose configuration names no '
-            f"image_token_id, such as this {type(base).__name__}"
-        )
     shown = attached.heads.shown
     attached.heads.show(base, None)
     try:
@@ -82,21 +72,76 @@ def attach(
     attached.heads.add(name, heads)
     for module in (bank, *heads.values()):
         module.requires_grad_(False).train(base.training)
-    for site in _sites(bank):
-        if site not in attached.handles:
-            attached.handles[site] = attached.sites.module(*site).register_forward_hook(
-                EditOutput(attached, site), with_kwargs=True
-            )
+    place_hooks(attached)
 
 
 def detach(attached: Attachment, base: nn.Module, name: str) -> None:
     """Take an adapter off the model, with the hooks that no other needs."""
     attached.heads.remove(base, name)
     del attached.adapters[name]
-    used = {site for other in attached.adapters for site in _sites(attached.bank(other))}
-    for site in attached.handles.keys() - used:
+    attached.pool.forget_bank(name)
+    place_hooks(attached)
+
+
+def check_config(attached: Attachment, config: ReftConfig) -> None:
+    """Refuse a configuration that the model has no place for.
+
+    Raises:
+        ValueError: another list of blocks, a block or a component that is not there, image tokens
+            where the model has none.
+    """
+    sites = attached.sites
+    if config.block_path not in (None, sites.path):
+        raise ValueError(
+            f"ReftConfig.block_path must be {sites.path!r}, where this model's adapters are, "
+            f"or None; got {config.block_path!r}"
+        )
+    for layer in config.resolve_layers(len(sites.blocks)):
+        sites.module(layer, config.component)
+    if config.positions == "image" and attached.image_token is None:
+        raise ValueError(
+            'ReftConfig.positions must not be "image" for a model whose configuration names no '
+            "image_token_id, such as this one"
+        )
+
+
+def place_hooks(attached: Attachment) -> None:
+    """A hook where some adapter edits, and nowhere else."""
+    wanted = {
+        site
+        for source in (*map(attached.bank, attached.adapters), *attached.pool.adapters.values())
+        for site in sites_of(source)
+    }
+    for site in attached.handles.keys() - wanted:
         attached.handles.pop(site).remove()
+    for site in wanted - attached.handles.keys():
+        attached.handles[site] = attached.sites.module(*site).register_forward_hook(
+            EditOutput(attached, site), with_kwargs=True
+        )
 
 
-def _sites(bank: Bank | SpreadBank) -> list[Site]:
-    return [(layer, bank.config.component) for layer in bank.layers]
+class PoolHost:
+    """What the pool of adapters asks of the model; see :class:`reft.serving.pool.Host`."""
+
+    def __init__(self, attached: Attachment) -> None:
+        self.attached = attached
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.attached.sites.blocks)
+
+    @property
+    def dim(self) -> int:
+        return self.attached.sites.dim
+
+    def device_of(self, site: Site) -> torch.device:
+        return site_device(self.attached.sites.blocks[site[0]])
+
+    def check_new_name(self, name: str) -> None:
+        self.attached.check_new_name(name)
+
+    def check_config(self, config: ReftConfig) -> None:
+        check_config(self.attached, config)
+
+    def pool_changed(self) -> None:
+        place_hooks(self.attached)

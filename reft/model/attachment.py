@@ -17,27 +17,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from reft.config import ReftConfig
+from reft.model.chosen import BASE, Chosen, choose
 from reft.model.generation import Generation, known_length, past_length, resolve_given
 from reft.model.heads import HeadStore
-from reft.model.plan import ForwardPlan, Member, Site, member_rows
+from reft.model.mixed import make_plan
+from reft.model.plan import ForwardPlan, member_rows
 from reft.model.prompt import Prompt, find_packed_prompt, find_prompt, packed_starts
 from reft.model.sites import Sites
 from reft.nn.bank import Bank
 from reft.nn.spread import SpreadBank
-from reft.subspaces import kept_ranks, one_a_sequence
+from reft.serving.pool import AdapterPool
+from reft.serving.tables import Site
 
 #: Name of the attachment among the base model's submodules.
 SUBMODULE = "reft"
 
-#: The adapter name that means "no adapter", PEFT's.
-BASE = "__base__"
-
 #: This library's own arguments of a forward.
-OPTIONS = ("prompt_lengths", "adapter_names", "edit_positions", "subspaces")
-
-
-#: A bank, the numbers of its sequences (None for all), its directions that are kept (None for all).
-Chosen = tuple[Bank | SpreadBank, Tensor | None, Tensor | None]
+OPTIONS = ("prompt_lengths", "adapter_names", "adapter_scales", "edit_positions", "subspaces")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +44,7 @@ class Options:
     Attributes:
         prompt_lengths: int (B,).
         adapter_names: one a sequence.
+        adapter_scales: one number for all or one a sequence.
         edit_positions: see :func:`reft.model.prompt.given_columns`; or a function of
             (input_ids, attention_mask) that returns such.
         subspaces: see :mod:`reft.subspaces`; one name, or one entry a sequence.
@@ -55,6 +53,7 @@ class Options:
 
     prompt_lengths: Tensor | Sequence[int] | None = None
     adapter_names: Sequence[str] | None = None
+    adapter_scales: Any = None
     edit_positions: Any = None
     subspaces: Any = None
     labels: Tensor | None = None
@@ -66,6 +65,7 @@ class Attachment(nn.Module):
     Attributes:
         adapters: name -> its bank.
         heads: modules of the base that adapters train in full.
+        pool: adapters that are served and never trained.
         sites: the blocks of the base.
         causal: whether labels are next tokens, so that the first one ends the prompt.
         image_token: the id that stands for a piece of an image, or None.
@@ -77,6 +77,8 @@ class Attachment(nn.Module):
         current: its plan.
         restored: ``current`` is that of an earlier forward, a part of which is run again.
     """
+
+    pool: AdapterPool
 
     def __init__(self, sites: Sites, causal: bool, image_token: int | None = None) -> None:
         super().__init__()
@@ -99,8 +101,16 @@ class Attachment(nn.Module):
             ValueError: there is no adapter of that name.
         """
         if name not in self.adapters:
+            if name in self.pool:
+                raise ValueError(
+                    f"adapter_name must be an adapter with parameters on the model; {name!r} is in "
+                    "its pool: name it in adapter_names"
+                )
             known = ", ".join(repr(one) for one in self.adapters) or "none"
-            raise ValueError(f"adapter_name must be one of the adapters ({known}), got {name!r}")
+            more = f" or of the pool's {len(self.pool)}" if len(self.pool) else ""
+            raise ValueError(
+                f"adapter_name must be one of the adapters ({known}){more}, got {name!r}"
+            )
         bank = self.adapters[name]
         assert isinstance(bank, (Bank, SpreadBank))
         return bank
@@ -117,6 +127,8 @@ class Attachment(nn.Module):
         if name == BASE or hasattr(self.adapters, name):
             taken = "taken" if name in self.adapters else "reserved"
             raise ValueError(f"adapter_name must be {allowed}, got {name!r}, which is {taken}")
+        if name in self.pool:
+            raise ValueError(f"adapter_name must be {allowed}, got {name!r}, which is in the pool")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "options": None, "current": None, "generation": None}
@@ -176,10 +188,14 @@ class Attachment(nn.Module):
             return None
         ids = call.get("input_ids")
         tokens = call.get("inputs_embeds") if ids is None else ids
-        parts = options.subspaces
+        parts, scales = options.subspaces, options.adapter_scales
         if generation is not None and isinstance(tokens, Tensor):
-            names = generation.repeated(names or generation.adapter_names, tokens.shape[0])
-            parts = generation.repeated(parts or generation.subspaces, tokens.shape[0])
+            batch = tokens.shape[0]
+            names = generation.repeated(names or generation.adapter_names, batch)
+            parts = generation.repeated(parts or generation.subspaces, batch)
+            if scales is None:
+                scales = generation.adapter_scales
+            scales = generation.repeated(scales, batch)
         if self.active is None and names is None:
             return None
         if not isinstance(tokens, Tensor) or tokens.ndim < 2:
@@ -194,7 +210,9 @@ class Attachment(nn.Module):
             starts = packed_starts(call, shape) if isinstance(past, int) and not past else None
         _refuse_paged(call)
         sequences = batch if starts is None else starts.shape[0]
-        chosen = self._chosen(names, parts, sequences, tokens.device)
+        settled = generation if options.adapter_names is None else None
+        sources = None if settled is None else settled.sources
+        chosen = choose(self, names, scales, parts, sequences, sources)
         start: int | Tensor = 0
         if starts is None:
             start, chosen = self._in_this_window(chosen, call, options, generation, window)
@@ -209,23 +227,24 @@ class Attachment(nn.Module):
             columns = shape if not isinstance(start, int) else (batch, start + window)
             given = resolve_given(options.edit_positions, ids, mask, prompt, columns)
         width = window if starts is None else batch * window
-        members = []
-        for bank, mine, kept in chosen:
-            columns_of_bank = given
-            if bank.config.positions == "image":
-                columns_of_bank = _expanded(self._images(images), batch)
-            if bank.config.positions == "given" and given is None:
+
+        def rows_of(config: ReftConfig, mine: Tensor | None) -> tuple[Tensor, ...]:
+            columns = given
+            if config.positions == "image":
+                columns = _expanded(self._images(images), batch)
+            if config.positions == "given" and given is None:
                 raise ValueError(
                     'edit_positions must be given: the adapter has positions "given", which every '
                     "call has to name"
                 )
-            rows = member_rows(
-                bank.config, prompt,
-                window_start=start, window=width, sequences=mine, chosen=columns_of_bank,
-            )  # fmt: skip
-            dropout = bank.config.dropout if bank.training else 0.0
-            members.append(Member(bank, rows, dropout, kept))
-        return ForwardPlan(members, shape)
+            return member_rows(
+                config, prompt, window_start=start, window=width, sequences=mine, chosen=columns
+            )
+
+        return make_plan(
+            self, chosen, rows_of, shape,
+            sequences=sequences, device=tokens.device, packed=starts is not None,
+        )  # fmt: skip
 
     def _in_this_window(
         self,
@@ -236,7 +255,7 @@ class Attachment(nn.Module):
         window: int,
     ) -> tuple[int | Tensor, list[Chosen]]:
         """(first column of this forward, the adapters that may edit anything in it)."""
-        generated = [bank.config.parsed_positions.generated for bank, _, _ in chosen]
+        generated = [one.config.parsed_positions.generated for one in chosen]
         if generation is not None:
             start, beyond = generation.progress(call, window, max(generated, default=0))
         else:
@@ -259,7 +278,7 @@ class Attachment(nn.Module):
         left = [
             one
             for one, more in zip(chosen, generated, strict=True)
-            if beyond < more or one[0].config.positions == "all"
+            if beyond < more or one.config.positions == "all"
         ]
         return start, left
 
@@ -294,47 +313,6 @@ class Attachment(nn.Module):
             raise ValueError('positions "image" are told by input_ids, got inputs_embeds alone')
         assert self.image_token is not None  # checked when the adapter was added
         return ids == self.image_token
-
-    def _chosen(
-        self,
-        adapter_names: Sequence[str] | None,
-        subspaces: Any,
-        batch: int,
-        device: torch.device,
-    ) -> list[Chosen]:
-        """Adapters in the batch, each with its sequences and with what is kept of its rank."""
-        names = self._names(adapter_names, batch)
-        parts = [None] * batch if subspaces is None else one_a_sequence(subspaces, batch)
-        sequences: dict[tuple[str, tuple[int, ...] | None], list[int]] = {}
-        for index, (name, part) in enumerate(zip(names, parts, strict=True)):
-            known = None if name == BASE else self.bank(name).config.subspaces
-            kept = kept_ranks(known, part, name)  # type: ignore[arg-type]
-            if name != BASE:
-                sequences.setdefault((name, kept), []).append(index)
-        if adapter_names is not None:
-            self.heads.check_mixed(set(names), self.active)
-        everywhere = len(sequences) == 1 and BASE not in names
-        chosen: list[Chosen] = []
-        for (name, kept), numbers in sequences.items():
-            bank = self.bank(name)
-            members = None if everywhere else torch.tensor(numbers, device=device)
-            mask = None
-            if kept is not None:
-                inside = [at in kept for at in range(bank.config.rank)]
-                mask = torch.tensor(inside, device=device)
-            chosen.append((bank, members, mask))
-        return chosen
-
-    def _names(self, adapter_names: Sequence[str] | None, batch: int) -> Sequence[str]:
-        if adapter_names is None:
-            assert self.active is not None
-            return [self.active] * batch
-        if isinstance(adapter_names, str) or len(adapter_names) != batch:
-            raise ValueError(
-                "adapter_names must be a list of one name a sequence "
-                f"({batch} of them), got {adapter_names!r}"
-            )
-        return adapter_names
 
 
 def _refuse_paged(call: dict[str, Any]) -> None:

@@ -4,14 +4,18 @@ caches, and how far a generation has come."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from reft.model.chosen import names_of, scales_of, sources_by_name
 from reft.model.prompt import Prompt, find_prompt, given_columns
+
+if TYPE_CHECKING:
+    from reft.model.attachment import Attachment
 
 
 @dataclass(eq=False)
@@ -22,6 +26,9 @@ class Generation:
         prompt: one entry a sequence, before beams.
         width: columns of the padded prompt.
         adapter_names: one a sequence, or None for the active adapter.
+        adapter_scales: one a sequence or one for all, or None for 1.
+        sources: what the names stand for, whatever becomes of them meanwhile; None for the active
+            adapter.
         subspaces: one a sequence or one for all, or None for the whole edit.
         thread: whose forwards these are.
         ids: int64 (B, width), the prompt's tokens, None where it came as embeddings.
@@ -36,11 +43,26 @@ class Generation:
     ids: Tensor | None = None
     given: Tensor | None = None
     subspaces: Any = None
+    adapter_scales: Any = None
+    sources: Mapping[str, Any] | None = None
     seen: int = 0
+
+    def settle(self, attached: Attachment, adapter_scales: Any) -> None:
+        """Look up what the names stand for, once, before anything is computed.
+
+        Raises:
+            ValueError: an unknown name, names or scales that are not one a sequence.
+        """
+        batch = self.prompt.length.shape[0]
+        scales_of(adapter_scales, batch)
+        self.adapter_scales = adapter_scales
+        if self.adapter_names is not None:
+            names = names_of(attached, self.adapter_names, batch)
+            self.sources = sources_by_name(attached, names)
 
     def repeated(self, values: Any, batch: int) -> Any:
         """A list of one value a sequence for ``batch`` sequences, repeated as the prompts are."""
-        if values is None or isinstance(values, str) or len(values) == batch:
+        if not isinstance(values, (list, tuple)) or len(values) == batch:
             return values
         times = batch // max(len(values), 1)
         return [value for value in values for _ in range(times)]

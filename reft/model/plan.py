@@ -7,9 +7,10 @@ second time, in backward, uses those of its own forward and of no other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,13 +20,11 @@ from torch.nn import functional as F
 from reft.config import ReftConfig
 from reft.model.prompt import Prompt
 from reft.nn.bank import Bank
-from reft.nn.effective import Effective, kept_only
+from reft.nn.effective import Effective, kept_only, scaled
 from reft.nn.spread import SpreadBank
 from reft.positions import covered, padded_positions
+from reft.serving.tables import Site
 from reft_kernels import RowPlan
-
-#: Where an edit acts: block number and component.
-Site = tuple[int, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +50,14 @@ class Member:
         rows: int64 (n,) rows of each of its groups, −1 for none, into the flattened window.
         dropout: probability that is in force, 0.0 in eval mode.
         kept: bool (r,), the directions that are edited; None for all.
+        scale: what its edit is multiplied by.
     """
 
     bank: Bank | SpreadBank
     rows: tuple[Tensor, ...]
     dropout: float
     kept: Tensor | None = None
+    scale: float = 1.0
 
 
 def member_rows(
@@ -160,27 +161,37 @@ class ForwardPlan:
 
     Attributes:
         shape: (B, S) of the window.
+        served: edits with entries of tables, see :mod:`reft.model.mixed`.
         edits: (block number, component) -> the edits of its output, usually one.
         recorded: whether gradients were recorded when it was made.
         replayed: set by a hook that saw the first run of a checkpointed region without gradients;
             the second run then needs weights with a graph of its own, see :meth:`again`.
     """
 
-    def __init__(self, members: Sequence[Member], shape: tuple[int, int]) -> None:
-        self.members, self.shape = tuple(members), shape
+    def __init__(
+        self,
+        members: Sequence[Member],
+        shape: tuple[int, int],
+        served: Mapping[Site, Sequence[Edit]] = MappingProxyType({}),
+    ) -> None:
+        self.members, self.shape, self.served = tuple(members), shape, served
         self.edits = _assemble(self.members)
+        for site, edits in served.items():
+            self.edits[site] = (*self.edits.get(site, ()), *edits)
         self.recorded = torch.is_grad_enabled()
         self.replayed = False
 
     def again(self) -> ForwardPlan:
         """The same rows with freshly computed weights. The same numbers: no optimizer steps
         between a forward and its backward."""
-        return ForwardPlan(self.members, self.shape)
+        return ForwardPlan(self.members, self.shape, self.served)
 
 
 def _assemble(members: tuple[Member, ...]) -> dict[Site, tuple[Edit, ...]]:
     whole = {id(bank): bank() for bank in {id(one.bank): one.bank for one in members}.values()}
-    effective = [kept_only(whole[id(member.bank)], member.kept) for member in members]
+    effective = [
+        scaled(kept_only(whole[id(member.bank)], member.kept), member.scale) for member in members
+    ]
     by_site: dict[Site, list[int]] = {}
     for index, member in enumerate(members):
         for layer in member.bank.layers:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from reft.config import ReftConfig
 from reft.model import checkpointing, peft_base, storage
-from reft.model.adapters import attach, build, detach
+from reft.model.adapters import PoolHost, attach, build, detach
 from reft.model.attachment import SUBMODULE, Attachment
 from reft.model.generation import capture
 from reft.model.hooks import Forget, MakePlan, TakeOptions, extended_signature
@@ -25,6 +25,7 @@ from reft.model.pipelines import announce
 from reft.model.prompt import image_token
 from reft.model.report import count_parameters
 from reft.model.sites import find_sites
+from reft.serving.pool import AdapterPool
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +63,11 @@ def get_reft_model(
 class ReftModel(nn.Module):
     """A base model and its adapters. Made by :func:`get_reft_model` or :meth:`from_pretrained`.
 
-    It is called as the base model is, with four more keywords: ``prompt_lengths``, int (B,), the
+    It is called as the base model is, with five more keywords: ``prompt_lengths``, int (B,), the
     number of prompt tokens of each sequence; ``adapter_names``, one a sequence, "__base__" for
-    none; ``edit_positions``, the tokens to edit instead of those of the configuration, see
-    :func:`reft.model.prompt.given_columns`; ``subspaces``, parts of the edit, see
-    :mod:`reft.subspaces`. Attributes that it has not are the base model's.
+    none; ``adapter_scales``, what edits are multiplied by; ``edit_positions``, the tokens to edit,
+    see :func:`reft.model.prompt.given_columns`; ``subspaces``, see :mod:`reft.subspaces`.
+    Attributes that it has not are the base model's.
 
     Attributes:
         base_model: the model; its submodule ``reft`` holds the adapters.
@@ -95,6 +96,7 @@ class ReftModel(nn.Module):
         attachment = Attachment(
             sites, causal=generates and sites.side != "encoder", image_token=image_token(base_model)
         )
+        attachment.pool = AdapterPool(PoolHost(attachment))
         inner.add_module(SUBMODULE, attachment)
         self._handles = [
             *peft_base.register(
@@ -127,23 +129,23 @@ class ReftModel(nn.Module):
         *args: Any,
         prompt_lengths: Tensor | Sequence[int] | None = None,
         adapter_names: Sequence[str] | None = None,
+        adapter_scales: Any = None,
         edit_positions: Any = None,
         subspaces: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's ``generate``, with the edits of its prompt.
-
-        The prompt is what is given to generate, or its first ``prompt_lengths`` tokens. Edits
-        happen while it is read, whole or in chunks; decoding costs nothing unless positions are
-        "all".
+        """The base model's ``generate``, with the edits of its prompt, what is given to generate
+        or its first ``prompt_lengths`` tokens. Edits happen while it is read, whole or in chunks;
+        decoding costs nothing unless positions are "all".
 
         Args:
             prompt_lengths: int (B,), before beams.
-            adapter_names: one a sequence, before beams; "__base__" for none.
-            edit_positions: tokens of the prompt to edit instead of those of the configuration: a
-                list of numbers for each sequence, negative from the end of the prompt; an integer
-                tensor (B, P), −1 for none; a boolean tensor (B, S); or a function of
-                (input_ids, attention_mask) that returns one of these.
+            adapter_names: one a sequence, before beams; "__base__" for none. What the names stand
+                for is settled now, whatever is replaced meanwhile.
+            adapter_scales: what edits are multiplied by, one number or one a sequence.
+            edit_positions: tokens of the prompt to edit instead of those of the configuration, see
+                :func:`reft.model.prompt.given_columns`, or a function of
+                (input_ids, attention_mask) that returns them.
             subspaces: parts of the edit that are used: a name of the adapter's ``subspaces``, or
                 for each sequence a name, several, or None for all of it.
         """
@@ -151,6 +153,7 @@ class ReftModel(nn.Module):
             self.base_model, self._attached.sites.side, args, kwargs,
             prompt_lengths, adapter_names, edit_positions, subspaces,
         )  # fmt: skip
+        generation.settle(self._attached, adapter_scales)
         with self._attached.generating(generation):
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
 
@@ -189,6 +192,11 @@ class ReftModel(nn.Module):
         """name -> configuration of each adapter."""
         attached = self._attached
         return {name: attached.bank(name).config for name in attached.adapters}
+
+    @property
+    def pool(self) -> AdapterPool:
+        """Adapters that are served: thousands in host memory, a bounded number on the device."""
+        return self._attached.pool
 
     @property
     def active_adapter(self) -> str | None:

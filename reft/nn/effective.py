@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ class Effective:
     subtract: bool
     activation: str | None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all of them."""
+        return self.decode[0].dtype
+
 
 def kept_only(form: Effective, kept: Tensor | None) -> Effective:
     """The same edit in some directions alone: rows of the others are zero in A, b and R.
@@ -49,3 +54,20 @@ def kept_only(form: Effective, kept: Tensor | None) -> Effective:
         subtract=form.subtract,
         activation=form.activation,
     )
+
+
+def scaled(form: Effective, factor: float) -> Effective:
+    """The same edit times ``factor``.
+
+    Raises:
+        ValueError: R h stands beside an activation, inside the edit: then no change of the
+            parameters multiplies it.
+    """
+    if factor == 1.0:
+        return form
+    if form.subtract:
+        raise ValueError(
+            f"adapter_scales must be 1 for an adapter with activation {form.activation!r} while "
+            f"it is trained or compiled, got {factor}"
+        )
+    return replace(form, decode=tuple(part * factor for part in form.decode))

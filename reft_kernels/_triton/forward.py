@@ -2,7 +2,11 @@
 
     u = A h + b        s = act(u) − σ R h        h' = h + Rᵀ s
 
-Grid: (tiles of the largest group, g); tiles past the end of their group leave at once.
+Group k is edited with entry k of the parameters, or with entry ``slots[k]`` of a table, times
+``scales[k]``.
+
+Grid: (tiles of the largest group, g); tiles past the end of their group, and groups without an
+entry, leave at once.
 Bytes: n·D·e read twice (the second time from cache) and written once, n·D·e more where the rows are
 saved, and 2·r·D·4 of parameters a tile, from the L2 cache: what bounds the rows of a tile from
 below. Flops: 4·n·r·D, 6·n·r·D with σ beside an activation.
@@ -21,7 +25,9 @@ def edit_rows_kernel(
     stride_dim,
     rows_ptr,  # (n,) int64, −1 for none
     offsets_ptr,  # (g + 1,) int64
-    encode_ptr,  # (g, r, D)
+    slots_ptr,  # (g,) int64, the entry of the parameters each group uses, −1 for none
+    scales_ptr,  # (g,)
+    encode_ptr,  # (g, r, D), or of as many entries as a table has
     bias_ptr,  # (g, r)
     decode_ptr,  # (g, r, D)
     x_ptr,  # (n, D) out
@@ -32,6 +38,8 @@ def edit_rows_kernel(
     RANK: tl.constexpr,
     HAS_ENCODE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     SUBTRACT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SAVE_X: tl.constexpr,
@@ -49,6 +57,10 @@ def edit_rows_kernel(
     end = tl.load(offsets_ptr + group + 1)
     places = tl.load(offsets_ptr + group) + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = places < end
+    entry = group
+    if HAS_SLOTS:
+        entry = tl.load(slots_ptr + group)
+        inside = inside & (entry >= 0)
     if tl.max(inside.to(tl.int32), axis=0) == 0:
         return
     rows = tl.load(rows_ptr + places, mask=inside, other=-1)
@@ -56,7 +68,7 @@ def edit_rows_kernel(
     bases = tl.where(live, rows, 0) * stride_row
     ranks = tl.arange(0, BLOCK_R)
     m_code = inside[:, None] & (ranks < RANK)[None, :]
-    matrix = group * RANK * DIM
+    matrix = entry * RANK * DIM
 
     if HAS_ENCODE:
         b_u = project(
@@ -66,7 +78,7 @@ def edit_rows_kernel(
     else:
         b_u = tl.zeros((BLOCK_N, BLOCK_R), ACC)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + group * RANK + ranks, mask=ranks < RANK, other=0.0)
+        bias = tl.load(bias_ptr + entry * RANK + ranks, mask=ranks < RANK, other=0.0)
         b_u += bias.to(ACC)[None, :]
     b_s = activate(b_u, ACTIVATION)
     if SUBTRACT:
@@ -74,6 +86,8 @@ def edit_rows_kernel(
             hidden_ptr, bases, stride_dim, live, decode_ptr + matrix, x_ptr, places, inside,
             loop_end, DIM, RANK, False, BLOCK_N, BLOCK_R, BLOCK_D, DOT, PRECISION, STAGES, ACC,
         )  # fmt: skip
+    if HAS_SCALES:
+        b_s *= tl.load(scales_ptr + group).to(ACC)
     code = places[:, None] * RANK + ranks[None, :]
     if SAVE_U:
         tl.store(u_ptr + code, b_u, mask=m_code)

@@ -1,0 +1,141 @@
+"""Who edits what in a batch: the adapters that it names, each with its sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from reft.config import ReftConfig
+from reft.nn.bank import Bank
+from reft.nn.spread import SpreadBank
+from reft.serving.stored import Stored
+from reft.serving.tables import Site
+from reft.subspaces import kept_ranks, one_a_sequence
+
+if TYPE_CHECKING:
+    from reft.model.attachment import Attachment
+
+#: The adapter name that means "no adapter", PEFT's.
+BASE = "__base__"
+
+#: What a name stands for: parameters on the model, or an adapter of the pool.
+Source = Bank | SpreadBank | Stored
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """One adapter in a batch.
+
+    Attributes:
+        name: its name.
+        source: what that stands for.
+        sequences: the numbers of its sequences; None for all of the batch.
+        kept: the directions of it that are used; None for all.
+        scale: what its edit is multiplied by.
+    """
+
+    name: str
+    source: Source
+    sequences: tuple[int, ...] | None
+    kept: tuple[int, ...] | None
+    scale: float
+
+    @property
+    def config(self) -> ReftConfig:
+        """What it is."""
+        return self.source.config
+
+
+def choose(
+    attached: Attachment,
+    names: Sequence[str] | None,
+    scales: Any,
+    subspaces: Any,
+    batch: int,
+    snapshot: Mapping[str, Source] | None = None,
+) -> list[Chosen]:
+    """The adapters of a batch.
+
+    Args:
+        names: one a sequence, or None for the active adapter.
+        scales: one number for all or one a sequence; None for 1.
+        subspaces: see :mod:`reft.subspaces`.
+        batch: sequences.
+        snapshot: what names stood for when a generation began.
+
+    Raises:
+        ValueError: an unknown name, not one a sequence, a scale that is no finite number.
+    """
+    listed = names_of(attached, names, batch)
+    factors = scales_of(scales, batch)
+    parts = [None] * batch if subspaces is None else one_a_sequence(subspaces, batch)
+    sources = snapshot if snapshot is not None else sources_by_name(attached, listed)
+    found: dict[tuple[str, tuple[int, ...] | None, float], list[int]] = {}
+    for index, (name, part, scale) in enumerate(zip(listed, parts, factors, strict=True)):
+        known = None if name == BASE else sources[name].config.subspaces
+        kept = kept_ranks(known, part, name)  # type: ignore[arg-type]
+        if name != BASE:
+            found.setdefault((name, kept, scale), []).append(index)
+    if names is not None:
+        attached.heads.check_mixed(set(listed), attached.active)
+    everywhere = len(found) == 1 and BASE not in listed
+    return [
+        Chosen(name, sources[name], None if everywhere else tuple(numbers), kept, scale)
+        for (name, kept, scale), numbers in found.items()
+    ]
+
+
+def sources_by_name(attached: Attachment, names: Sequence[str]) -> dict[str, Source]:
+    """What names stand for, "__base__" left out.
+
+    Raises:
+        ValueError: there is no adapter of a name.
+    """
+    pool = attached.pool.adapters
+    return {
+        name: pool[name] if name in pool else attached.bank(name)
+        for name in dict.fromkeys(names)
+        if name != BASE
+    }
+
+
+def sites_of(source: Source) -> tuple[Site, ...]:
+    """Where an adapter edits."""
+    return tuple((layer, source.config.component) for layer in source.layers)
+
+
+def names_of(attached: Attachment, names: Sequence[str] | None, batch: int) -> Sequence[str]:
+    """One name a sequence.
+
+    Raises:
+        ValueError: there are more or fewer.
+    """
+    if names is None:
+        assert attached.active is not None
+        return [attached.active] * batch
+    if isinstance(names, str) or len(names) != batch:
+        raise ValueError(
+            f"adapter_names must be a list of one name a sequence ({batch} of them), got {names!r}"
+        )
+    return names
+
+
+def scales_of(scales: Any, batch: int) -> Sequence[float]:
+    """One factor a sequence.
+
+    Raises:
+        ValueError: more or fewer of them, or one that is no finite number.
+    """
+    if scales is None:
+        return [1.0] * batch
+    listed = list(scales) if isinstance(scales, (list, tuple)) else [scales] * batch
+    if len(listed) != batch:
+        raise ValueError(
+            f"adapter_scales must be a number or one a sequence ({batch} of them), got {scales!r}"
+        )
+    for one in listed:
+        if isinstance(one, bool) or not isinstance(one, (int, float)) or not isfinite(one):
+            raise ValueError(f"adapter_scales must be finite numbers, got {one!r}")
+    return [float(one) for one in listed]

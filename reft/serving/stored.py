@@ -1,0 +1,111 @@
+"""An adapter in host memory: what an edit needs of it and no more, named by its content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from reft.config import ReftConfig
+from reft.model.checkpoint import read_adapter
+from reft.nn.bank import Bank
+from reft.nn.effective import Effective
+
+#: Fields of a configuration that change nothing about what is computed once an adapter is trained.
+_IDLE = frozenset({"base_model_name_or_path", "init", "dropout", "dropout_on", "block_path"})
+
+#: Prefix of the tensors of heads.
+HEADS = "modules_to_save."
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """An adapter as it is served.
+
+    Attributes:
+        config: what it is.
+        layers: the numbers of the blocks it edits.
+        effective: A, b and R of each of these, float32 (or wider) on the CPU.
+        content: hexadecimal SHA-256 of all that its edits depend on; two adapters that differ in a
+            bit have different ones, whatever their names.
+    """
+
+    config: ReftConfig
+    layers: tuple[int, ...]
+    effective: Effective
+    content: str
+
+    @property
+    def groups(self) -> int:
+        """Sets of weights a layer."""
+        return self.config.num_groups
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it occupies here."""
+        form = self.effective
+        parts = (*(form.encode or ()), *form.bias, *form.decode)
+        return sum(part.numel() * part.element_size() for part in parts)
+
+
+@torch.no_grad()
+def stored(
+    config: ReftConfig, tensors: Mapping[str, Tensor], *, num_layers: int, dim: int
+) -> Stored:
+    """The adapter of a configuration and of the tensors that it is saved as.
+
+    Args:
+        config: what it is.
+        tensors: ``rotation``, ``weight`` and ``bias`` as :meth:`reft.nn.bank.Bank.published_state`
+            names them, on the CPU.
+        num_layers: blocks of the model.
+        dim: D, the width of its residual stream.
+
+    Raises:
+        ValueError: heads, a layer that the model has not, a wrong shape, rows that are not
+            orthonormal where they must be, a value that is not finite.
+    """
+    if config.modules_to_save or any(name.startswith(HEADS) for name in tensors):
+        raise ValueError(
+            "an adapter that is served beside others must be edits alone; this one has "
+            f"modules_to_save = {config.modules_to_save!r}: load it with load_adapter"
+        )
+    layers = config.resolve_layers(num_layers)
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} must be finite, it holds NaN or infinity")
+    bank = Bank(config, layers, dim, device="meta")
+    bank = bank.to_empty(device="cpu").requires_grad_(False).eval()
+    published = {k: v for k, v in tensors.items() if not k.startswith("rotation.")}
+    bank.load(published)
+    return Stored(config, layers, bank.effective(), content_of(config, layers, published))
+
+
+def read_stored(path: str | os.PathLike[str], *, num_layers: int, dim: int) -> Stored:
+    """The adapter in a folder; see :func:`stored`.
+
+    Raises:
+        OSError: no such folder, or no adapter in it.
+        ValueError: a damaged file, or as :func:`stored`, with the path.
+    """
+    config, tensors = read_adapter(path)
+    try:
+        return stored(config, tensors, num_layers=num_layers, dim=dim)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from None
+
+
+def content_of(config: ReftConfig, layers: tuple[int, ...], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, hexadecimal, of the layers, the switches and the values of an adapter."""
+    digest = hashlib.sha256()
+    values = config.to_dict()
+    chosen = {f.name: values[f.name] for f in fields(config) if f.name not in (*_IDLE, "layers")}
+    digest.update(repr((layers, sorted(chosen.items()))).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
