@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from benchmarks.__main__ import app
 from benchmarks.learning import report, tables
 from benchmarks.learning.command import FOLDER
 from benchmarks.learning.methods import METHODS, trained_parameters
+from benchmarks.learning.plot import plot
 from benchmarks.learning.run import best_rate, plan, run_once
 from benchmarks.learning.tasks import TASKS
 
@@ -50,7 +52,7 @@ def test_a_short_run_is_kept_and_not_done_again(task, tmp_path):
     learnt = tables.read(tmp_path, task)
     assert [one.method for one in learnt] == ["loreft", "lora"]
     assert [len(one.runs) for one in learnt] == [2, 2]
-    assert len(tables.scores(task, learnt)) == 4
+    assert len(tables.scores(task, learnt)) == 2 + 2 + 1  # a head, two methods, the base
 
 
 @pytest.mark.parametrize("task", TASK_NAMES)
@@ -118,24 +120,81 @@ def test_the_tied_head_gets_weights_of_its_own():
     assert not embeddings.requires_grad
 
 
-@pytest.mark.skipif(not FOLDER.is_dir(), reason="no committed results")
 def test_the_page_says_what_the_files_say():
     text = report.PAGE.read_text(encoding="utf-8")
     lines = report.parts(FOLDER)
-    assert set(lines) == {"scores of facts", "scores of messages", "family"}
+    shown = {f"{what} of {task}" for what in ("scores", "rates") for task in TASKS}
+    assert set(lines) == {*shown, "family"}
     assert report.filled(text, lines) == text
     for task in TASKS:
         learnt = tables.read(FOLDER, task)
         assert [one.method for one in learnt] == list(METHODS)
         assert all(len(one.runs) == 3 for one in learnt)
+        assert all(sorted(one.tried) == sorted(METHODS[one.method].rates) for one in learnt)
         loreft = next(one for one in learnt if one.method == "loreft")
         assert f"**{statistics.fmean(loreft.finals):.1f}**" in text
 
 
+def test_the_committed_runs_are_of_these_plans():
+    """A run that would be done again, or was made on a changed checkout, is no result."""
+    files = sorted(FOLDER.glob("*/*.json"))
+    assert files
+    for path in files:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        found = result["plan"]
+        names = ("method", "rate", "seed")
+        wanted = plan(TASKS[found["task"]], *(found[name] for name in names), None, None)
+        assert json.loads(json.dumps(asdict(wanted))) == found, path.name
+        assert path == FOLDER / wanted.file
+        assert len(result["heldout"]) == len(wanted.points)
+        commit = result["machine"]["commit"]
+        assert commit and not commit.endswith("+"), f"{path.name}: {commit}"
+
+
+def test_the_plot_and_the_tables_of_a_few_runs(tmp_path):
+    """What stands in the files comes out, the best first, and the page keeps what is around it."""
+    shape = plan(TASKS["facts"], "loreft", 1e-2, 0, None, None)
+    for method, rate, end in (("loreft", 1e-2, 0.5), ("loreft", 3e-2, 0.25), ("lobireft", 0.1, 1)):
+        for seed in (0, 1) if rate != 3e-2 else (0,):
+            one = replace(shape, method=method, rate=rate, seed=seed)
+            curve = [end * point / one.steps for point in one.points]
+            curve[-1] += 0.01 * seed
+            machine = dict.fromkeys(("device", "torch", "transformers", "peft", "commit"), "x")
+            result = {"plan": asdict(one), "development": curve, "heldout": curve, "before": 0.125}
+            result |= {"counts": [7, 2, 3], "machine": machine, "trained": 25, "base": 1000}
+            path = tmp_path / one.file
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(result), encoding="utf-8")
+    learnt = tables.read(tmp_path, "facts")
+    rows = tables.scores("facts", learnt)[2:]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| LobiReFT", "| LoReFT", "| the base model, untrained"
+    ]  # fmt: skip
+    assert rows[1].endswith(" | **50.5** | 0.7 |")
+    assert rows[1].startswith("| LoReFT | 25 | 2.50 | 0.01 | 3.1 |")
+    assert rows[2].endswith(" | **12.5** | 0.0 |")
+    assert "| **50.0 / 50.0** | 25.0 / 25.0 |" in tables.rates(learnt)[2]
+    assert any(row.endswith("| 31.3 (6) | 25.0 (1) | 100.5 (1) |") for row in
+               tables.family({"facts": learnt}))  # fmt: skip
+    lines = report.parts(tmp_path)
+    page = "above\n" + "".join(f"<!-- {m} -->\nold\n<!-- end of {m} -->\n" for m in lines) + "below"
+    text = report.filled(page, lines)
+    assert text.startswith("above\n") and text.endswith("below") and "old" not in text
+    plot({"facts": learnt}, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    learnt = [replace(one, runs=one.runs[:1]) for one in learnt]
+    plot({"facts": learnt}, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
 def test_mistakes(tmp_path):
-    result = invoke("--methods", "lorra", "-o", str(tmp_path))
-    assert result.exit_code != 0
-    assert "lorra" in result.output
+    for arguments in (("--methods", "lorra"), ("--task", "fact")):
+        result = invoke(*arguments, "-o", str(tmp_path))
+        assert result.exit_code != 0
+        assert f"'{arguments[1]}'" in result.output
+    before = sorted(FOLDER.rglob("*"))
+    assert invoke("--tiny", "--methods", "head", "--task", "facts").exit_code == 2
+    assert sorted(FOLDER.rglob("*")) == before
     with pytest.raises(FileNotFoundError, match="python -m benchmarks learn"):
         tables.read(tmp_path, "facts")
     with pytest.raises(ValueError, match="once each"):
