@@ -79,7 +79,7 @@ def _(
     return (
         hidden.new_empty((n, dim) if save_rows else 0),
         hidden.new_empty((n, rank) if save_code else 0, dtype=compute),
-        hidden.new_empty((n, rank) if activation is not None else 0, dtype=compute),
+        hidden.new_empty((n, rank) if activation and slots is None else 0, dtype=compute),
     )
 
 
@@ -164,7 +164,7 @@ def _forward(
         save_rows,
         save_code,
     )
-    return _chosen(saved, (save_rows, save_code, activation is not None))
+    return _chosen(saved, (save_rows, save_code, bool(activation) and plan.slots is None))
 
 
 def _backward(

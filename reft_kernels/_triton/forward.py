@@ -55,12 +55,12 @@ def edit_rows_kernel(
 ):
     group = tl.program_id(1).to(tl.int64)
     end = tl.load(offsets_ptr + group + 1)
-    places = tl.load(offsets_ptr + group) + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = places < end
     entry = group
     if HAS_SLOTS:
         entry = tl.load(slots_ptr + group)
-        inside = inside & (entry >= 0)
+        end = tl.where(entry < 0, 0, end)
+    places = tl.load(offsets_ptr + group) + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = places < end
     if tl.max(inside.to(tl.int32), axis=0) == 0:
         return
     rows = tl.load(rows_ptr + places, mask=inside, other=-1)

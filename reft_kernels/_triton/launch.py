@@ -39,7 +39,8 @@ def edit_forward(
     compute = _compute_dtype(hidden, decode)
     x = hidden.new_empty(n, dim) if save_rows else None
     s = hidden.new_empty(n, rank, dtype=compute) if save_code else None
-    u = hidden.new_empty(n, rank, dtype=compute) if activation is not None else None
+    keeps_argument = activation is not None and plan.slots is None
+    u = hidden.new_empty(n, rank, dtype=compute) if keeps_argument else None
     config = choose(
         "rows",
         dim=dim,

@@ -133,7 +133,10 @@ def operator_arguments(device, activation, rank):
 def test_the_forward_operator_keeps_its_promises(activation, saves, device):
     edit, plan, subtract = operator_arguments(device, activation, 3)
     parameters = (edit.encode, edit.bias, edit.decode)
-    args = (edit.hidden.clone(), *plan, *parameters, subtract, activation, saves, saves)
+    tables = (None, None)
+    if not saves:
+        tables = (torch.tensor([1, -1], device=device), torch.tensor([0.5, 2.0], device=device))
+    args = (edit.hidden.clone(), *plan, *tables, *parameters, subtract, activation, saves, saves)
     torch.library.opcheck(torch.ops.reft_kernels.edit_forward.default, args)
 
 
@@ -145,7 +148,8 @@ def test_the_backward_operator_keeps_its_promises(activation, wants, device):
     edit, plan, subtract = operator_arguments(device, activation, 3)
     forward = torch.ops.reft_kernels.edit_forward
     parameters = (edit.encode, edit.bias, edit.decode)
-    saved = forward(edit.hidden.clone(), *plan, *parameters, subtract, activation, True, True)
+    options = (subtract, activation, True, True)
+    saved = forward(edit.hidden.clone(), *plan, None, None, *parameters, *options)
     args = (
         edit.upstream,
         *plan,
