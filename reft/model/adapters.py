@@ -101,7 +101,7 @@ def check_config(attached: Attachment, config: ReftConfig) -> None:
     if config.positions == "image" and attached.image_token is None:
         raise ValueError(
             'ReftConfig.positions must not be "image" for a model whose configuration names no '
-            "image_token_id, such as this one"
+            f"image_token_id, such as this {type(sites.stack).__name__}"
         )
 
 

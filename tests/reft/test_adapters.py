@@ -215,7 +215,7 @@ class TestMixedBatches:
                 mixed.set_adapter(name)
                 alone = logits(mixed, one)
             ours = together[row, : lengths[row]]
-            torch.testing.assert_close(ours, alone[0], rtol=1e-5, atol=2e-6)
+            torch.testing.assert_close(ours, alone[0], rtol=1e-5, atol=5e-6)
             seen.add(round(float(ours.sum()), 4))
         assert len(seen) == len(self.NAMES)
 

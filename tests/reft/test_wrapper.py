@@ -53,12 +53,12 @@ def test_counts_are_printed_as_peft_prints_them(capsys):
     )
 
 
-def test_the_signature_is_the_bases_with_four_more():
+def test_the_signature_is_the_bases_with_five_more():
     base = llama()
     theirs = list(inspect.signature(base.forward).parameters)
     model = get_reft_model(base, config())
     mine = inspect.signature(model.forward).parameters
-    ours = ["prompt_lengths", "adapter_names", "edit_positions", "subspaces"]
+    ours = ["prompt_lengths", "adapter_names", "adapter_scales", "edit_positions", "subspaces"]
     assert list(mine) == [*theirs[:-1], *ours, theirs[-1]]
     assert mine["prompt_lengths"].default is None
     assert list(inspect.signature(base.forward).parameters) == theirs
