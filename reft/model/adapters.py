@@ -106,12 +106,15 @@ def check_config(attached: Attachment, config: ReftConfig) -> None:
 
 
 def place_hooks(attached: Attachment) -> None:
-    """A hook where some adapter edits, and nowhere else."""
+    """A hook where some adapter or some request edits, and nowhere else."""
     wanted = {
         site
         for source in (*map(attached.bank, attached.adapters), *attached.pool.adapters.values())
         for site in sites_of(source)
     }
+    for engine in attached.engines():
+        for request in engine.requests():
+            wanted.update(() if request.resident is None else request.resident.sites)
     for site in attached.handles.keys() - wanted:
         attached.handles.pop(site).remove()
     for site in wanted - attached.handles.keys():

@@ -8,6 +8,7 @@ modules own the parameters too, in the unit of the root.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from reft.model.mixed import make_plan
 from reft.model.plan import ForwardPlan, member_rows
 from reft.model.prompt import Prompt, find_packed_prompt, find_prompt, packed_starts
 from reft.model.sites import Sites
+from reft.model.steps import Engine, plan_step
 from reft.nn.bank import Bank
 from reft.nn.spread import SpreadBank
 from reft.serving.pool import AdapterPool
@@ -35,6 +37,9 @@ SUBMODULE = "reft"
 
 #: This library's own arguments of a forward.
 OPTIONS = ("prompt_lengths", "adapter_names", "adapter_scales", "edit_positions", "subspaces")
+
+#: Arguments that say that a cache of pages is used, as continuous batching does.
+PAGED = ("write_index", "read_index", "block_table")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +81,7 @@ class Attachment(nn.Module):
         options: of the forward in progress.
         current: its plan.
         restored: ``current`` is that of an earlier forward, a part of which is run again.
+        engine_refs: managers of continuous batching, as long as somebody holds them.
     """
 
     pool: AdapterPool
@@ -93,6 +99,7 @@ class Attachment(nn.Module):
         self.current: ForwardPlan | None = None
         self.restored = False
         self.generation: Generation | None = None
+        self.engine_refs: list[weakref.ref[Engine]] = []
 
     def bank(self, name: str) -> Bank | SpreadBank:
         """The bank of an adapter.
@@ -131,7 +138,15 @@ class Attachment(nn.Module):
             raise ValueError(f"adapter_name must be {allowed}, got {name!r}, which is in the pool")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "options": None, "current": None, "generation": None}
+        forgotten = dict.fromkeys(("options", "current", "generation"))
+        return {**self.__dict__, **forgotten, "engine_refs": []}
+
+    def engines(self) -> list[Engine]:
+        """The managers of continuous batching that there are."""
+        found = [engine for ref in self.engine_refs if (engine := ref()) is not None]
+        if len(found) < len(self.engine_refs):
+            self.engine_refs = [weakref.ref(engine) for engine in found]
+        return found
 
     @contextmanager
     def running_again(self, plan: ForwardPlan | None) -> Iterator[None]:
@@ -179,6 +194,13 @@ class Attachment(nn.Module):
         gradients are recorded there is one even if every row is −1: in data-parallel training every
         rank must reach every parameter.
         """
+        if any(call.get(name) is not None for name in PAGED):
+            return self._plan_step(call)
+        if self.engine_refs and any(engine.busy() for engine in self.engines()):
+            raise RuntimeError(
+                "a continuous batching manager runs this model in another thread; add a request to "
+                "it, stop it, or call the model inside its pause()"
+            )
         options = self.options or Options()
         generation = self._generation()
         if generation is not None and options.prompt_lengths is not None:
@@ -208,7 +230,6 @@ class Attachment(nn.Module):
         if generation is None:
             past = past_length(call)
             starts = packed_starts(call, shape) if isinstance(past, int) and not past else None
-        _refuse_paged(call)
         sequences = batch if starts is None else starts.shape[0]
         settled = generation if options.adapter_names is None else None
         sources = None if settled is None else settled.sources
@@ -245,6 +266,25 @@ class Attachment(nn.Module):
             self, chosen, rows_of, shape,
             sequences=sequences, device=tokens.device, packed=starts is not None,
         )  # fmt: skip
+
+    def _plan_step(self, call: dict[str, Any]) -> ForwardPlan | None:
+        """The plan of a step of continuous batching.
+
+        Raises:
+            ValueError: nobody tells which requests the step computes.
+        """
+        tokens = call.get("input_ids")
+        for engine in self.engines():
+            parts = engine.parts(call.get("cache"))
+            if parts is not None and isinstance(tokens, Tensor):
+                return plan_step(self.pool.tables, parts, tokens.shape[1], tokens.device)
+        if self.disabled or self.active is None:
+            return None
+        raise ValueError(
+            "continuous batching mixes the prompts and the generated tokens of many requests, and "
+            "the base model's manager does not tell which is whose; use ReftModel.generate_batch, "
+            "or ReftModel.init_continuous_batching"
+        )
 
     def _in_this_window(
         self,
@@ -313,14 +353,6 @@ class Attachment(nn.Module):
             raise ValueError('positions "image" are told by input_ids, got inputs_embeds alone')
         assert self.image_token is not None  # checked when the adapter was added
         return ids == self.image_token
-
-
-def _refuse_paged(call: dict[str, Any]) -> None:
-    if any(call.get(name) is not None for name in ("write_index", "read_index", "block_table")):
-        raise ValueError(
-            "continuous batching (generate_batch) cannot be edited yet: its batches mix the "
-            "prompts and the generated tokens of many requests; use generate"
-        )
 
 
 def _expanded(columns: Tensor | None, batch: int) -> Tensor | None:

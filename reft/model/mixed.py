@@ -92,8 +92,16 @@ def make_plan(
         Item(one.config, _resident(attached, one), one.sequences or everyone, one.scale)
         for one in items
     ]
+
+    def layout(indices: Sequence[int]) -> Layout:
+        return _layout(asked, indices, rows_of, sequences, device, packed)
+
     served = table_edits(
-        attached.pool.tables, asked, rows_of, batch=sequences, device=device, apart=packed
+        attached.pool.tables,
+        [item.resident for item in asked],
+        [item.scale for item in asked],
+        layout,
+        device=device,
     )
     return ForwardPlan(members, shape, served)
 
@@ -141,42 +149,44 @@ class Item:
     scale: float
 
 
+#: All rows, group by group, and (item, its group) of each group.
+Layout = tuple[RowPlan, list[tuple[int, int]]]
+
+
 def table_edits(
     tables: Tables,
-    items: Sequence[Item],
-    rows_of: RowsOf,
+    residents: Sequence[Resident],
+    scales: Sequence[float],
+    layout: Callable[[Sequence[int]], Layout],
     *,
-    batch: int,
     device: torch.device,
-    apart: bool,
 ) -> dict[Site, list[Edit]]:
     """The edits of every site: one for all adapters without an activation, one for each activation.
 
     Args:
         tables: where the adapters are, or are brought now.
-        items: the adapters of the batch.
-        rows_of: see above.
-        batch: sequences of the whole batch.
+        residents: the items of the batch: what edits.
+        scales: what each item's edit is multiplied by.
+        layout: the numbers of some items -> their rows.
         device: where rows are computed.
-        apart: ask for the rows of each adapter on its own, because they do not lie sequence by
-            sequence.
 
     Raises:
         ValueError: more adapters than the tables take. Nothing was changed.
     """
-    entries = tables.admit([item.resident for item in items])
+    entries = tables.admit(residents)
     kinds: dict[Kind, list[int]] = {}
-    for index, item in enumerate(items):
-        kinds.setdefault(item.resident.kind, []).append(index)
+    for index, resident in enumerate(residents):
+        kinds.setdefault(resident.kind, []).append(index)
     edits: dict[Site, list[Edit]] = {}
     for kind, members in kinds.items():
-        rows, owners = _layout(items, members, rows_of, batch, device, apart)
-        scales = None
-        if any(items[index].scale != 1.0 for index in members):
-            factors = [items[index].scale for index, _ in owners]
-            scales = torch.tensor(factors, dtype=torch.float32, device=device)
+        rows, owners = layout(members)
+        factors = None
+        if any(scales[index] != 1.0 for index in members):
+            factors = torch.tensor(
+                [scales[index] for index, _ in owners], dtype=torch.float32, device=device
+            )
         # Adapters of other layers have no entry at a site: its rows pass them by.
-        layouts = list(dict.fromkeys(items[index].resident.sites for index in members))
+        layouts = list(dict.fromkeys(residents[index].sites for index in members))
         plans: dict[tuple[object, ...], RowPlan] = {}
         for site in dict.fromkeys(site for sites in layouts for site in sites):
             table = tables.at(site, kind)
@@ -184,10 +194,10 @@ def table_edits(
             key: tuple[object, ...] = tuple(sites in present for sites in layouts)
             if key not in plans:
                 slots = [
-                    entries[index][group] if items[index].resident.sites in present else -1
+                    entries[index][group] if residents[index].sites in present else -1
                     for index, group in owners
                 ]
-                plans[key] = rows.using(torch.tensor(slots, device=device), scales)
+                plans[key] = rows.using(torch.tensor(slots, device=device), factors)
             there, key = plans[key], (*key, table.decode.device)
             if key not in plans:
                 plans[key] = there.to(table.decode.device)
@@ -204,8 +214,7 @@ def _layout(
     batch: int,
     device: torch.device,
     apart: bool,
-) -> tuple[RowPlan, list[tuple[int, int]]]:
-    """All rows, group by group, and (item, its group) of each group."""
+) -> Layout:
     alike: dict[tuple[object, ...], list[int]] = {}
     for index in members:
         config = items[index].config

@@ -52,6 +52,7 @@ class AdapterPool:
         self._host = host
         self._stored: dict[str, Stored] = {}
         self._banks: dict[str, Resident] = {}
+        self._versions = 0
         self.tables = Tables(CAPACITY, host.device_of)
 
     # ---------------------------------------------------------------- names
@@ -146,7 +147,9 @@ class AdapterPool:
         known = self._banks.get(name)
         if known is None or known.effective is not effective:
             self.forget_bank(name)
-            known = self._banks[name] = Resident((f"bank {name}", id(effective)), effective, sites)
+            self._versions += 1  # never the same key for other values
+            known = Resident((f"bank {name}", self._versions), effective, sites)
+            self._banks[name] = known
         return known
 
     def forget_bank(self, name: str) -> None:

@@ -8,6 +8,7 @@ adapters that were used longest ago go.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -91,8 +92,24 @@ class Table:
             target.index_copy_(0, entries, F.pad(value.to(target.device), pad))
 
 
+class _Lock:
+    """A lock that a copied or pickled model gets anew."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[_Lock], tuple[()]]:
+        return _Lock, ()
+
+
 class Tables:
-    """The adapters on the device.
+    """The adapters on the device. One thread may use them while another changes the pool.
 
     Args:
         capacity: adapters that may be there at once, at least 1.
@@ -104,6 +121,7 @@ class Tables:
 
     def __init__(self, capacity: int, device_of: Callable[[Site], torch.device]) -> None:
         self.capacity = capacity
+        self._lock = _Lock()
         self._device_of = device_of
         self._tables: dict[tuple[Site, Kind], Table] = {}
         self._used: OrderedDict[Key, tuple[tuple[int, ...], Resident]] = OrderedDict()
@@ -159,6 +177,10 @@ class Tables:
                 f"a batch may use at most {self.capacity} different adapters, the capacity of the "
                 f"pool; this one uses {len(keys)}"
             )
+        with self._lock:
+            return self._admit(wanted, keys)
+
+    def _admit(self, wanted: Sequence[Resident], keys: set[Key]) -> list[tuple[int, ...]]:
         missing = {one.key: one for one in wanted if one.key not in self._used}
         for key in keys & self._used.keys():
             self._used.move_to_end(key)
@@ -171,8 +193,13 @@ class Tables:
 
     def drop(self, key: Key) -> None:
         """Give up the entries of an adapter; nothing happens if it is not there."""
-        entries, _ = self._used.pop(key, ((), None))
-        self._free.extend(entries)
+        with self._lock:
+            entries, _ = self._used.pop(key, ((), None))
+            self._free.extend(entries)
+
+    def aside(self, capacity: int) -> Tables:
+        """Empty tables on the same devices, for one batch that needs more than fit here."""
+        return Tables(capacity, self._device_of)
 
     def clear(self) -> None:
         """Give up everything, memory too."""

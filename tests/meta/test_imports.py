@@ -59,6 +59,11 @@ FORBIDDEN = [
     ("reft.train", "reft.runs", "imports point one way"),
     ("reft.train", "reft.presets", "imports point one way"),
     ("reft.runs", "reft.cli", "imports point one way"),
+    ("reft.serving.tables", "transformers", "torch only"),
+    ("reft.serving.places", "transformers", "torch only"),
+    ("reft.serving.requests", "transformers", "torch only"),
+    ("reft.serving.requests", "reft.model", "imports point one way"),
+    ("reft.serving.continuous", "reft.model", "imports point one way"),
     ("reft", "benchmarks", "imports point one way"),
     ("reft", "tests", "imports point one way"),
     ("benchmarks", "reft_kernels._triton", "benchmarks use public names"),
@@ -131,6 +136,15 @@ def test_the_harness_is_imported_by_its_own_module_alone() -> None:
     for module, path in _modules().items():
         if not _under(module, "reft.evaluation"):
             assert not [n for n in _imports(path) if _under(n, "lm_eval")], module
+
+
+def test_continuous_batching_is_imported_when_it_is_used() -> None:
+    named = {
+        module
+        for module, path in _modules().items()
+        if "reft.serving.continuous" in _imports(path, module_level=True)
+    }
+    assert not named, "transformers' engine is loaded by those who call it"
 
 
 def test_no_cycles() -> None:

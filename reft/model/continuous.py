@@ -1,0 +1,208 @@
+"""transformers' continuous batching of a model with adapters: one adapter a request."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from reft.model.adapters import place_hooks
+from reft.model.attachment import SUBMODULE, Attachment
+from reft.model.chosen import BASE, names_of, scales_of, sites_of, sources_by_name
+from reft.serving.requests import UNEDITED, Request, request_of
+from reft.serving.stored import Stored
+from reft.serving.tables import Resident
+
+if TYPE_CHECKING:
+    from reft.serving.continuous import AdapterManager
+
+
+class ContinuousBatching:
+    """The methods of :class:`reft.ReftModel` for transformers' continuous batching."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def _attached(self) -> Attachment: ...
+
+        def get_base_model(self) -> nn.Module: ...
+
+    def generate_batch(
+        self,
+        inputs: Sequence[Sequence[int]],
+        generation_config: Any = None,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        adapter_scales: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The base model's ``generate_batch``: continuous batching of many prompts, each with its
+        own adapter. Edits happen while prompts are read, in whatever chunks; decoding costs nothing
+        unless positions are "all" or "prompt+g…".
+
+        Requests share blocks of the cache where tokens and edits are the same.
+
+        Args:
+            inputs: token ids of each prompt, not padded.
+            generation_config: and the rest: transformers' own.
+            adapter_names: one a prompt, "__base__" for none; None for the active adapter. What the
+                names stand for is settled now, whatever is replaced meanwhile. Any number of
+                adapters will do; more in one step than ``pool.capacity`` cost time.
+            adapter_scales: what edits are multiplied by, one number or one a prompt.
+
+        Returns:
+            transformers' ``GenerationOutput`` by request id, in the order of the inputs.
+
+        Raises:
+            TypeError: the model cannot generate.
+            ValueError: an unknown adapter, one whose positions a prompt's length does not tell,
+                names or scales that are not one a prompt; CUDA graphs, asynchronous batching or a
+                compiled forward. Nothing was computed.
+            RuntimeError: another manager of this model runs.
+        """
+        own = _method(self, "generate_batch")
+        lengths = [len(one) for one in inputs]
+        requests = EngineHost(self._attached, self.get_base_model()).settle(
+            lengths, adapter_names, adapter_scales
+        )
+        return own(_Call(self, requests), inputs, generation_config, *args, **kwargs)
+
+    def init_continuous_batching(
+        self,
+        generation_config: Any = None,
+        continuous_batching_config: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> AdapterManager:
+        """The base model's ``init_continuous_batching``: a manager to which requests are added at
+        any time, ``add_request(input_ids, adapter_name=…, streaming=True)``.
+
+        Raises:
+            TypeError: the model cannot generate.
+            ValueError: CUDA graphs, asynchronous batching or a compiled forward; a model split by
+                tensors; a manager that the base model kept.
+        """
+        from reft.serving.continuous import AdapterManager, checked_config
+
+        own = _method(self, "init_continuous_batching")
+        base: Any = self.get_base_model()
+        if getattr(base, "tp_size", None) not in (None, 1):
+            raise ValueError(
+                "continuous batching with adapters needs the whole model in one process, got one "
+                f"that is split by tensors over {base.tp_size}"
+            )
+        attached = self._attached
+        # transformers writes into the settings and leaves the model in eval mode.
+        generation_config = copy.copy(generation_config or base.generation_config)
+        config = checked_config(base, generation_config, continuous_batching_config)
+        modes = {module: module.training for module in base.modules()}
+        base.eval()
+        made = own(base, generation_config, config, *args, **kwargs)
+        vocabulary = base.config.get_text_config().vocab_size
+        manager = AdapterManager.of(made, EngineHost(attached, base), vocabulary, modes)
+        if all(one is not manager for one in attached.engines()):
+            attached.engine_refs.append(weakref.ref(manager))
+        return manager
+
+    def continuous_batching_context_manager(
+        self,
+        *args: Any,
+        **kwargs: Any,
+    ) -> AbstractContextManager[AdapterManager]:
+        """The base model's ``continuous_batching_context_manager``, with the manager of
+        :meth:`init_continuous_batching`, started, and stopped at the end."""
+        own = _method(self, "continuous_batching_context_manager")
+        return own(_Call(self, None), *args, **kwargs)
+
+
+def _method(model: ContinuousBatching, name: str) -> Any:
+    """transformers' own function, to be called with whatever stands for the model.
+
+    Raises:
+        TypeError: it has none.
+    """
+    base = model.get_base_model()
+    if not hasattr(base, name):
+        raise TypeError(f"{type(base).__name__} has no continuous batching")
+    return getattr(type(base), name)
+
+
+class _Call:
+    """The model, as transformers' functions see it in one call: they make and use the manager of
+    the :class:`reft.ReftModel`."""
+
+    def __init__(self, model: ContinuousBatching, requests: list[Request] | None) -> None:
+        self.model, self.requests = model, requests
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model.get_base_model(), name)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> AdapterManager:
+        manager = self.model.init_continuous_batching(*args, **kwargs)
+        if self.requests is not None:
+            manager.reserve(self.requests)
+        return manager
+
+    def continuous_batching_context_manager(
+        self, *args: Any, **kwargs: Any
+    ) -> AbstractContextManager[AdapterManager]:
+        return _method(self.model, "continuous_batching_context_manager")(self, *args, **kwargs)
+
+
+class EngineHost:
+    """What a manager asks of the model; see :class:`reft.serving.continuous.Host`."""
+
+    def __init__(self, attached: Attachment, base: nn.Module) -> None:
+        self.attached, self.base = attached, base
+
+    @torch.no_grad()
+    def settle(
+        self, lengths: Sequence[int], names: Sequence[str] | None, scales: Any
+    ) -> list[Request]:
+        """What edits each request."""
+        attached = self.attached
+        if self.base._modules.get(SUBMODULE) is not attached:
+            raise RuntimeError(
+                "the adapters were detached from the model by unload(); call "
+                "destroy_cached_continuous_batching_manager() of the base"
+            )
+        factors = scales_of(scales, len(lengths))
+        if names is None and attached.active is None:
+            listed: Sequence[str] = [BASE] * len(lengths)
+        else:
+            listed = names_of(attached, names, len(lengths))
+        sources = sources_by_name(attached, listed)
+        if names is not None:
+            attached.heads.check_mixed(set(listed), attached.active)
+        if attached.disabled:
+            return [UNEDITED] * len(lengths)
+        residents: dict[str, Resident] = {}
+        for name, source in sources.items():
+            sites = sites_of(source)
+            if isinstance(source, Stored):
+                residents[name] = Resident((source.content, None), source.effective, sites)
+            else:
+                residents[name] = attached.pool.of_bank(name, source(), sites)
+        return [
+            UNEDITED
+            if name == BASE
+            else request_of(sources[name].config, residents[name], factor, length, name)
+            for name, factor, length in zip(listed, factors, lengths, strict=True)
+        ]
+
+    def starts(self, manager: AdapterManager) -> None:
+        """Refuse a second manager."""
+        if any(one is not manager and one.is_running() for one in self.attached.engines()):
+            raise RuntimeError(
+                "another continuous batching manager of this model is running; stop it first, or "
+                "add the requests to it"
+            )
+
+    def stopped(self) -> None:
+        """Take away hooks that only requests needed."""
+        place_hooks(self.attached)
