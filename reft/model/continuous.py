@@ -102,7 +102,12 @@ class ContinuousBatching:
         config = checked_config(base, generation_config, continuous_batching_config)
         modes = {module: module.training for module in base.modules()}
         base.eval()
-        made = own(base, generation_config, config, *args, **kwargs)
+        try:
+            made = own(base, generation_config, config, *args, **kwargs)
+        except BaseException:
+            for module, mode in modes.items():
+                module.training = mode
+            raise
         vocabulary = base.config.get_text_config().vocab_size
         manager = AdapterManager.of(made, EngineHost(attached, base), vocabulary, modes)
         if all(one is not manager for one in attached.engines()):

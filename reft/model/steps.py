@@ -82,7 +82,13 @@ def _edits(
         # Groups of one size side by side are one batched product.
         owners.sort(key=lambda owner: len(rows[owner[0]][owner[1]]))
         listed = [rows[index][group] for index, group in owners]
-        joined = torch.tensor([row for group in listed for row in group])
-        return RowPlan(joined.to(device), (0, *accumulate(map(len, listed)))), owners
+        joined = [row for group in listed for row in group]
+        plan = RowPlan(
+            torch.tensor(joined).to(device),
+            (0, *accumulate(map(len, listed))),
+            max_row=max(joined),
+            complete=True,
+        )
+        return plan, owners
 
     return table_edits(tables, residents, scales, layout, device=device)

@@ -6,6 +6,7 @@ named here and nowhere else:
 * read: ``manager.batch_processor``'s ``inputs_and_outputs.requests_in_batch``, of each its
   ``query_length``, ``state.request_id`` and ``state.position_offset``; ``cache``; the scheduler's
   ``active_requests`` and ``waiting_requests``; ``has_pending_requests()``; ``manager.input_queue``;
+  of a model, :data:`KEPT`;
 * replaced: ``manager._create_batch_processor`` and two methods of the cache that it makes, those
   that look up and register blocks which requests share.
 """
@@ -32,6 +33,9 @@ SEARCH = "search_prefix_match"
 #: (state of a request, how many blocks of it are complete): others may use them from now on. Two
 #: names of different releases.
 REGISTER = ("mark_complete_blocks", "mark_shareable_blocks_as_complete")
+
+#: Attribute of a model that keeps its manager.
+KEPT = "_cached_continuous_batching_manager"
 
 
 class Host(Protocol):
@@ -83,18 +87,10 @@ class AdapterManager(ContinuousBatchingManager):
             host: the model's adapters.
             vocabulary: more than any token id.
             modes: which modules were in training mode, for the end.
-
-        Raises:
-            ValueError: it was kept from a call of the base model.
         """
         if isinstance(manager, cls):  # kept from an earlier call
             manager._modes = modes
             return manager
-        if manager.batch_processor is not None:
-            raise ValueError(
-                "the base model keeps a continuous batching manager of its own; call "
-                "destroy_cached_continuous_batching_manager() first"
-            )
         manager.__class__ = cls
         assert isinstance(manager, cls)
         manager._host, manager._keys, manager._modes = host, TokenKeys(vocabulary), modes
@@ -348,9 +344,15 @@ def checked_config(
         config: None for transformers' own settings.
 
     Raises:
-        ValueError: CUDA graphs, asynchronous batching or a compiled forward: the rows of a step
+        ValueError: a manager that the base kept from a call of its own. CUDA graphs, asynchronous batching or a compiled forward: the rows of a step
             are told by the host, and these run a step without it.
     """
+    kept = getattr(model, KEPT, None)
+    if kept is not None and not isinstance(kept, AdapterManager):
+        raise ValueError(
+            "the base model keeps a continuous batching manager of its own; call "
+            "destroy_cached_continuous_batching_manager() first"
+        )
     if config is None:
         config = getattr(generation_config, "continuous_batching_config", None)
     config = ContinuousBatchingConfig() if config is None else copy.copy(config)
