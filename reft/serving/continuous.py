@@ -344,8 +344,9 @@ def checked_config(
         config: None for transformers' own settings.
 
     Raises:
-        ValueError: a manager that the base kept from a call of its own. CUDA graphs, asynchronous batching or a compiled forward: the rows of a step
-            are told by the host, and these run a step without it.
+        ValueError: a manager that the base kept from a call of its own; CUDA graphs, asynchronous
+            batching or a compiled forward: the rows of a step are told by the host, and these run
+            a step without it.
     """
     kept = getattr(model, KEPT, None)
     if kept is not None and not isinstance(kept, AdapterManager):
