@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -239,9 +240,20 @@ class AdapterManager(ContinuousBatchingManager):
         """Whether a forward in this thread would meet one of the manager's."""
         if not self.is_running() or self._pauses:
             return False
-        processor = self.batch_processor
-        pending = processor is not None and processor.has_pending_requests()
-        return pending or not self.input_queue.empty()
+        new: dict[str, Request] = {}
+        for _ in range(20):
+            processor = self.batch_processor
+            if not self.input_queue.empty():
+                return True
+            if processor is not None and processor.has_pending_requests():
+                return True
+            known = list(self._requests.items())
+            new = {name: one for name, one in known if name not in self._begun}
+            if not new:
+                return False
+            time.sleep(0.005)  # the loop has taken them and not listed them yet
+        self._begun.update(new)  # refused by the loop, or cancelled: the next step forgets them
+        return False
 
     # ---------------------------------------------------------------- the loop
 
