@@ -263,7 +263,11 @@ class AdapterManager(ContinuousBatchingManager):
         Raises:
             RuntimeError: another manager of this model runs.
         """
-        self._host.starts(self)
+        try:
+            self._host.starts(self)
+        except RuntimeError:
+            self._reserved = None
+            raise
         super().start()
 
     def stop(self, *args: Any, **kwargs: Any) -> None:

@@ -20,11 +20,11 @@ from batching import (
     settings,
     version,
 )
-from tiny_models import LAYERS, gpt2
-from transformers import CompileConfig
+from tiny_models import DIM, LAYERS, VOCAB, bert, gpt2, llama
+from transformers import CompileConfig, Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.generation.continuous_batching import RequestState
 
-from reft import ReftModel
+from reft import ReftModel, get_reft_model
 from reft.model import hooks
 
 
@@ -41,6 +41,23 @@ def wanted(model):
 def calls():
     """Count calls of the operator."""
     return mock.patch.object(hooks, "lowrank_edit_", wraps=hooks.lowrank_edit_)
+
+
+def sliding():
+    """Blocks that see 16 tokens back beside one that sees all."""
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    sizes = {"hidden_size": DIM, "intermediate_size": 32, "head_dim": 8, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    how = {"vocab_size": VOCAB, "sliding_window": 16, "layer_types": kinds, "pad_token_id": 0}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads, **how)).eval()
+
+
+def with_lora():
+    """A base in PEFT's wrapper."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    return peft.get_peft_model(llama(max_position_embeddings=256), lora)
 
 
 class TestSameAsAlone:
@@ -120,12 +137,15 @@ class TestSameAsAlone:
         for request, one in got.items():
             assert one.generated_tokens == wanted[request.partition("__")[0]]
 
-    def test_blocks_without_keywords(self):
-        model = make_model(["ends", "prompt", "all"], gpt2())
+    @pytest.mark.parametrize("make", [gpt2, sliding, with_lora])
+    def test_other_bases(self, make):
+        model = make_model(["ends", "prompt", "all"], make())
         names = ["ends", "prompt", "all", "__base__"]
         inputs = prompts([30, 20, 40, 25])
         wanted = one_by_one(model, inputs, names)
-        check(model.generate_batch(inputs, generation(), settings(), adapter_names=names), wanted)
+        for page in (8, 256):
+            how = settings(page=page)
+            check(model.generate_batch(inputs, generation(), how, adapter_names=names), wanted)
 
 
 class TestWork:
@@ -193,10 +213,6 @@ class TestRefused:
         assert all("ReftModel.generate_batch" in one.error for one in got.values())
 
     def test_a_model_that_cannot_generate(self):
-        from tiny_models import bert
-
-        from reft import get_reft_model
-
         model = get_reft_model(bert(), config(positions="f1"))
         with pytest.raises((TypeError, AttributeError)):
             model.generate_batch([[3, 4]])
