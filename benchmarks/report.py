@@ -46,6 +46,10 @@ _METRICS = {
     "decode": "a decoded token",
     "decode_operations": "operators more a token",
     "decode_bytes": "allocated more a token",
+    "prefill_over_one": "prefill over the same with one adapter",
+    "decode_over_one": "a decoded token over the same with one adapter",
+    "memory": "bytes an adapter on the device",
+    "host_memory": "bytes an adapter on the host",
     "wrap": "wrap",
     "save": "save",
     "load": "load",
@@ -58,6 +62,7 @@ _TITLES = {
     "memory": "Memory of a training step",
     "generate": "Generation",
     "load": "Wrap, save, load",
+    "serve": "Many adapters in one batch",
     "sweep": "Launch settings",
 }
 _OVERHEAD = (
@@ -84,6 +89,10 @@ _SAYS = {
     "generate": (
         "Time of the prompt, and of a token after it, over those of the *base* model without an "
         "adapter; then what a token costs in operators and allocated bytes more than there."
+    ),
+    "serve": (
+        "One batch in which so many different adapters are mixed: its prompts, and a step of "
+        "decoding; in brackets the ratio to the *base* model without any."
     ),
     "load": "The time of each; in brackets the ratio to *ours*.",
     "sweep": (

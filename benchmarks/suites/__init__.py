@@ -67,7 +67,7 @@ def row(suite: str, case: Any, metric: str, unit: str, peer: Peer, options: Opti
 
 def suites() -> dict[str, Suite]:
     """All of them by name, in the order they run."""
-    from benchmarks.suites import generate, load, memory, models, op, orthonormal
+    from benchmarks.suites import generate, load, memory, models, op, orthonormal, serve
 
     found = (
         op.SUITE,
@@ -77,5 +77,6 @@ def suites() -> dict[str, Suite]:
         memory.SUITE,
         generate.SUITE,
         load.SUITE,
+        serve.SUITE,
     )
     return {suite.name: suite for suite in found}

@@ -1,4 +1,4 @@
-"""A tokenizer of a few words and a language model of a few thousand parameters."""
+"""A tokenizer of a few words, a language model of a few thousand parameters, adapters of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from served_adapters import MIX, random_adapter
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     LlamaConfig,
@@ -120,3 +121,13 @@ def make_trainer(word_llama, word_tokenizer, color_records, tmp_path):
         )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Adapters of every kind: name -> folder. To be read, not written."""
+    root = tmp_path_factory.mktemp("adapters")
+    return {
+        name: random_adapter(root / name, seed, **changes)
+        for seed, (name, changes) in enumerate(MIX.items())
+    }
