@@ -16,6 +16,7 @@ from pathlib import Path
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     from vllm import LLM, SamplingParams
+    from vllm.exceptions import VLLMClientError
     from vllm.v1.core import kv_cache_utils
 
     import reft.serving.vllm.worker as worker
@@ -51,7 +52,7 @@ def main() -> None:
         tokens = [{"prompt_token_ids": asked["ids"]} for asked in one]
         try:
             outputs = llm.generate(tokens, params, use_tqdm=False)
-        except ValueError as error:
+        except (ValueError, VLLMClientError) as error:
             results.append({"error": str(error), "kind": type(error).__name__})
             continue
         results.append(

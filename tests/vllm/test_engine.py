@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from conftest import ADAPTERS, LAYERS, prompts, request, write_random
+from tiny_decoders import ADAPTERS, LAYERS, prompts, request, write_random
 
 NAMES = [
     None,
@@ -137,8 +137,8 @@ class TestPrefixCache:
         assert [one["tokens"] for one in out] == expected
         cached = [one["cached"][0] for one in out]
         # last, long: all of the base's 96. last, short: its own third block is edited. base, long:
-        # three blocks of its own and last's fourth is edited there.
-        assert cached == [0, 96, 64, 96, 0, 64, 0, 96]
+        # the fourth block as last computed it, whose edits are in the fifth.
+        assert cached == [0, 96, 64, 128, 0, 64, 0, 96]
 
     def test_without_keys_tokens_are_wrong(self, engine, folder, references):
         """The cache of vLLM as it is: what this library's keys are for."""

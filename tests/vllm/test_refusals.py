@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import vllm
-from conftest import environment
+from tiny_decoders import environment
 from vllm.v1.worker.gpu import input_batch
 
 from reft.serving.vllm import register, seams
@@ -88,7 +88,7 @@ def test_every_refusal_reads_settings_that_vllm_has():
             assert asked(config) is False, name
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size", "enable_dbo"):
         assert hasattr(config.parallel_config, name)
-    assert hasattr(config.compilation_config.pass_config, "enable_sp")
+    assert hasattr(type(config.parallel_config), "use_sequence_parallel_moe")
     assert hasattr(config.cache_config, "kv_sharing_fast_prefill")
 
 

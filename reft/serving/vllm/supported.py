@@ -27,7 +27,7 @@ REFUSED: dict[str, Callable[[Any], bool]] = {
     "state-space and hybrid models": lambda c: bool(c.model_config.is_hybrid),
     "KV sharing fast prefill": lambda c: bool(c.cache_config.kv_sharing_fast_prefill),
     "sequence parallelism": lambda c: bool(
-        getattr(getattr(c.compilation_config, "pass_config", None), "enable_sp", False)
+        getattr(c.parallel_config, "use_sequence_parallel_moe", False)
     ),
 }
 
