@@ -119,6 +119,9 @@ def write_report(
     readme: Annotated[
         bool, typer.Option("--readme", help="Rewrite README's benchmark table, and nothing else.")
     ] = False,
+    serving: Annotated[
+        bool, typer.Option("--serving", help="Rewrite the table and plot of docs/serving.md alone.")
+    ] = False,
 ) -> None:
     """Write tables and plots of results, or with --readme the table in README.md."""
     try:
@@ -128,6 +131,12 @@ def write_report(
             path = ROOT / "README.md"
             rewrite(path, readme_table(rows))
             typer.echo(f"table written to {path}")
+            return
+        if serving:
+            from benchmarks.serving_page import write_page
+
+            own = [row for row in rows if row.suite == "serve"]
+            typer.echo(f"table written to {write_page(own, machine_lines(own))}")
             return
         beside = output or (folder if folder.is_dir() else folder.parent) / "report"
         beside.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ _Forward = Callable[[Tensor, Sequence[str] | None, Any], Any]
 def cases(size: str) -> list[ModelCase]:
     """One batch, the positions and ranks of its adapters."""
     if size == "ci":
-        return [llama("Llama 64x2", 64, 2, 4, 16, vocabulary=64, positions="f3+l3", rank=2)]
+        return [llama("Llama 64x2", 64, 2, 8, 16, vocabulary=64, positions="f3+l3", rank=2)]
     if size == "gpu":
         base = LLAMA_1B.but(batch=512, sequence=64)
     else:
@@ -113,7 +113,7 @@ def run(case: ModelCase, options: Options) -> Iterator[Row]:
                 key = (blank.peer, adapters)
                 runs[key] = partial(_timed, clock, call, prompts, names(case, adapters))
                 kept[key] = dataclasses.replace(blank, gate=gate if adapters else None)
-        if "LoRA" in peers and case == cases_of_lora(case):
+        if "LoRA" in peers and beside_lora(case):
             yield from _lora(case, twins, peers["LoRA"], options, clock, prompts, runs, kept)
         if "pyreft" in peers and case.positions != "prompt":
             yield from _pyreft(case, twins, peers["pyreft"], options, clock, prompts, runs, kept)
@@ -138,9 +138,9 @@ def run(case: ModelCase, options: Options) -> Iterator[Row]:
             yield dataclasses.replace(blank, metric="host_memory", value=on_host)
 
 
-def cases_of_lora(case: ModelCase) -> ModelCase:
-    """LoRA has neither positions nor the rank of the case: it runs beside one of them."""
-    return case if case.batch <= 4 else case.but(positions="f7+l7", rank=4)
+def beside_lora(case: ModelCase) -> bool:
+    """LoRA has neither the positions nor the rank of a case: it runs beside one of them."""
+    return case.rank <= 4 and case.positions != "prompt"
 
 
 def check(case: ModelCase, served: ReftModel, twins: Twins, folder: Path, prompts: Tensor) -> Gate:

@@ -179,6 +179,7 @@ def test_bad_requests_are_refused_in_front_and_the_engine_goes_on(
         "attention": {"component": "attention_output"},
         "given": {"positions": "given"},
         "large": {"rank": 9},
+        "double": {"dtype": "float64"},
     }.items():
         write_random(mine / name, 1, **changes)
     write_random(mine / "narrow", 1, dim=32)
@@ -196,6 +197,7 @@ def test_bad_requests_are_refused_in_front_and_the_engine_goes_on(
         "attention": 'component must be "block_output"',
         "given": 'positions must not be "given"',
         "large": "rank must be at most max_rank = 8, got 9",
+        "double": 'dtype must not be "float64"',
         "narrow": "must have shape",
         "deep": "layers",
         "empty": "cannot be read",

@@ -107,13 +107,18 @@ def test_streamed(server, folder, references):
         ({"reft": 7}, "must be an adapter's name"),
         ({"reft": "ends", "reft_scale": "big"}, "must be a finite number"),
         ({"reft_scale": 2.0}, "needs an adapter's name"),
+        ({"reft": "ends", "reft_scale": 1e20}, "must lie within ±4"),
+        ({"reft": "x" * 300}, "a folder's plain name"),
+        ({"reft": "ends", "beams": True}, "beam search cannot be edited"),
     ],
 )
 def test_a_bad_request_is_the_clients_error(server, folder, references, xargs, words):
     (ids,) = prompts([20], seed=22)
+    body = {"use_beam_search": True} if "beams" in xargs else {}
+    xargs = {key: value for key, value in xargs.items() if key != "beams"}
     with pytest.raises(openai.BadRequestError, match=words) as refused:
         server.completions.create(
-            model="tiny", prompt=ids, max_tokens=2, extra_body={"vllm_xargs": xargs}
+            model="tiny", prompt=ids, max_tokens=2, extra_body={"vllm_xargs": xargs, **body}
         )
     assert refused.value.status_code == 400
     assert complete(server, ids, "ends") == spoken(references().tokens(ids, "ends", 6, folder))

@@ -1,13 +1,15 @@
-"""Where vLLM has no official seam: three of its functions are wrapped, each for one reason.
+"""Where vLLM has no official seam: its functions are wrapped, each for one reason.
 
 * ``InputProcessor.process_inputs``: a request is refused, or its adapter's content settled, in the
   front end, on the request's own copy of its parameters.
+* ``to_beam_search_params`` of the server's requests: beam search passes a client's arguments on to
+  nobody, so a request that names an adapter is refused there.
 * ``generate_block_hash_extra_keys``: a cached block is another one if other tokens of it were
   edited, or by another adapter.
 * ``GPUModelRunner._prepare_inputs`` of Model Runner V1, the one on CPUs: which tokens a step
   computes. V2 has a seam of its own, :mod:`reft.serving.vllm.runner_v2`.
 
-All three do nothing for a request without an adapter.
+They do nothing for a request without an adapter.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ def install() -> None:
     for name in ARCHITECTURES:
         MODELS_CONFIG_MAP.setdefault(name, ReftEngineConfig)
     _wrap(InputProcessor, "process_inputs", ("self", "request_id", "prompt", "params"), _admitting)
+    _wrap(InputProcessor, "__init__", ("self", "vllm_config"), _starting)
     name = "generate_block_hash_extra_keys"
     arguments = ("request", "start_token_idx", "end_token_idx", "start_mm_idx")
     _wrap(kv_cache_utils, name, arguments, _keying)
@@ -125,6 +128,30 @@ def _admitting(original: Any) -> Callable[..., Any]:
         return request
 
     return process_inputs
+
+
+def _starting(original: Any) -> Callable[..., Any]:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        # Only a front end makes one, and only a front end has requests of these kinds.
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+        for kind in (ChatCompletionRequest, CompletionRequest):
+            _wrap(kind, "to_beam_search_params", ("self",), _refusing_beams)
+        original(self, *args, **kwargs)
+
+    return __init__
+
+
+def _refusing_beams(original: Any) -> Callable[..., Any]:
+    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm.exceptions import VLLMValidationError
+
+        if not _OURS.isdisjoint(self.vllm_xargs or ()):
+            raise VLLMValidationError("beam search cannot be edited: leave reft out", parameter=KEY)
+        return original(self, *args, **kwargs)
+
+    return to_beam_search_params
 
 
 def _admit(processor: Any, prompt: Any, params: Any, options: dict[str, Any]) -> Ticket | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,17 +25,20 @@ class Settings:
         resident: adapters that stay on the device, least recently used out, at least 1.
         hosted: adapters that stay in a worker's memory, at least 1.
         max_rank: the largest rank that is admitted.
+        max_scale: the largest absolute scale that a client may ask for. A huge one makes numbers
+            overflow, and what an attention leaves of them in the cache harms other requests.
         prefix_keys: "blocks" for the most reuse: a cached block is told by the tokens edited in it;
             "salt" to wrap nothing of vLLM's cache: a prompt shares with prompts of its adapter and
             its length alone.
         cache: where admitted adapters are copied to, named by their content, for the workers; None
-            for a directory of this user's under the system's temporary one.
+            for one under the user's cache directory.
     """
 
     folder: str
     resident: int = 64
     hosted: int = 1024
     max_rank: int = 64
+    max_scale: float = 4.0
     prefix_keys: str = "blocks"
     cache: str | None = None
 
@@ -64,6 +66,9 @@ class Settings:
             value = given.get(name, 1)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"reft.{name} must be an integer of at least 1, got {value!r}")
+        bound = given.get("max_scale", 1.0)
+        if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 < bound < 1e3:
+            raise ValueError(f"reft.max_scale must be a number above 0, below 1000; got {bound!r}")
         if given.get("prefix_keys", "blocks") not in PREFIX_KEYS:
             allowed = ", ".join(PREFIX_KEYS)
             raise ValueError(f"reft.prefix_keys must be {allowed}, got {given['prefix_keys']!r}")
@@ -77,4 +82,5 @@ class Settings:
         """Where admitted adapters are copied to."""
         if self.cache is not None:
             return Path(self.cache)
-        return Path(tempfile.gettempdir()) / f"reft-serving-{os.getuid()}"
+        shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(shared) / "reft" / "serving"

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 
 def _parallel(name: str) -> Callable[[Any], bool]:
     return lambda config: getattr(config.parallel_config, name, 1) > 1
+
+
+def _environment(name: str) -> bool:
+    """A switch of vLLM's, in the environment."""
+    return os.environ.get(name, "0").lower() in ("1", "true")
 
 
 #: What is refused -> whether an engine asks for it.
@@ -26,6 +32,7 @@ REFUSED: dict[str, Callable[[Any], bool]] = {
     "encoder-decoder models": lambda c: bool(c.model_config.is_encoder_decoder),
     "state-space and hybrid models": lambda c: bool(c.model_config.is_hybrid),
     "KV sharing fast prefill": lambda c: bool(c.cache_config.kv_sharing_fast_prefill),
+    "breakable CUDA graphs": lambda c: _environment("VLLM_USE_BREAKABLE_CUDAGRAPH"),
     "sequence parallelism": lambda c: bool(
         getattr(c.parallel_config, "use_sequence_parallel_moe", False)
     ),

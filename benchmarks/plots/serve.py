@@ -1,0 +1,65 @@
+"""How prefill and decoding grow with the number of adapters in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from benchmarks.plots.frame import SOFT, frame, legend, plain, style, ticks
+from benchmarks.records import Row
+
+_DASHES = ("-", "--", ":")
+
+
+def adapters(rows: Sequence[Row]) -> Figure:
+    """Time over the base's by adapters in the batch: prefill for each kind of positions, decoding.
+
+    Args:
+        rows: of the suite "serve" with ratios to the base, metrics "prefill" and "decode".
+    """
+    shape = rows[0].shape
+    title = f"One batch of {shape['batch']} prompts of {shape['sequence']} tokens, many adapters"
+    below = "rank 4 drawn through, 16 dashed, 64 dotted; LoRA of rank 8 on q and v"
+    figure = frame((10, 3.9), title, rows, below)
+    panels = [
+        *((f"prefill, {one}", "prefill", one) for one in _positions(rows)),
+        ("a decoded token", "decode", None),
+    ]
+    shown: list[str] = []
+    for axes, (name, metric, positions) in zip(
+        figure.subplots(1, len(panels), sharex=True), panels, strict=True
+    ):
+        own = [row for row in rows if row.metric == metric and row.shape["adapters"]]
+        own = [row for row in own if positions in (None, row.shape["positions"])]
+        ranks = sorted({row.shape["rank"] for row in own})
+        for peer in dict.fromkeys(row.peer for row in own):
+            for dash, rank in zip(_DASHES, ranks, strict=False):
+                line = [row for row in own if (row.peer, row.shape["rank"]) == (peer, rank)]
+                line.sort(key=lambda row: row.shape["adapters"])
+                if len(line) < 2:
+                    continue
+                look = style(peer)
+                shown.append(peer)
+                axes.plot(
+                    [row.shape["adapters"] for row in line],
+                    [row.ratio or 0.0 for row in line],
+                    color=look.color, marker=look.marker, markersize=look.size, linestyle=dash,
+                )  # fmt: skip
+        axes.axhline(1.0, color=SOFT, linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_title(name, fontsize=10.5, loc="left")
+        axes.set_xlabel("different adapters", fontsize=9)
+        plain(axes)
+        ticks(axes.xaxis, [1, 8, 64, 512], ["1", "8", "64", "512"])
+        top = max(axes.get_ylim()[1], 1.3)
+        axes.set_ylim(0.9, top)
+        marks = [one for one in (1, 1.1, 1.25, 1.5, 2, 3, 5, 10, 20) if one <= top]
+        ticks(axes.yaxis, marks, [f"{one:g}×" for one in marks])
+    legend(figure, shown)
+    return figure
+
+
+def _positions(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(str(row.shape["positions"]) for row in rows))
