@@ -46,6 +46,8 @@ _METRICS = {
     "decode": "a decoded token",
     "decode_operations": "operators more a token",
     "decode_bytes": "allocated more a token",
+    "prefill_counted": "prefill, counted",
+    "decode_counted": "a decoded token, counted",
     "prefill_over_one": "prefill over the same with one adapter",
     "decode_over_one": "a decoded token over the same with one adapter",
     "memory": "bytes an adapter on the device",

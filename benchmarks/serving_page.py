@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from benchmarks.machine import ROOT
 from benchmarks.plots.serve import adapters
 from benchmarks.records import Row
-from benchmarks.tables import constants, markdown, missing, quantity, times
+from benchmarks.tables import constants, markdown, missing, quantity
 
 PAGE = ROOT / "docs" / "serving.md"
 BEGIN, END = "<!-- serving table -->", "<!-- end of serving table -->"
@@ -36,15 +36,23 @@ def table(rows: Sequence[Row], machine: Sequence[str]) -> str:
         if row is None or row.value is None or peer == "base":
             continue
         line = [peer, *where, f"{count}" if peer != "pyreft" else "one at a time"]
-        for metric in ("prefill", "prefill_over_one", "decode", "decode_over_one"):
-            one = found.get((peer, where, count, metric))
-            ratio = None if one is None else one.value if one.unit == "" else one.ratio
-            line.append("" if ratio is None else times(ratio))
+        for metric in ("prefill", "decode"):
+            counted = found.get((peer, where, count, f"{metric}_counted"))
+            one = found.get((peer, where, 1, f"{metric}_counted"))
+            line.append("" if counted is None else f"{counted.ratio or 0.0:.3f}")
+            over = None
+            if counted is not None and one is not None and count > 1:
+                over = (counted.value or 0.0) / (one.value or 1.0)
+            line.append("" if over is None else f"{over:.3f}")
+            timed = found.get((peer, where, count, metric))
+            line.append("" if timed is None or timed.ratio is None else f"{timed.ratio:.2f}")
         memory = found.get((peer, where, count, "memory"))
         line.append("" if memory is None else quantity(memory.value or 0.0, "bytes"))
         lines.append(line)
-    head = ["peer", "positions", "rank", "adapters", "prefill over the base", "over one adapter"]
-    head += ["decoding over the base", "over one adapter", "bytes an adapter"]
+    head = ["peer", "positions", "rank", "adapters"]
+    for phase in ("prefill", "decoding"):
+        head += [f"{phase} over the base, counted", "over one adapter, counted", "timed"]
+    head += ["bytes an adapter"]
     base = [row for row in own if row.peer == "base" and row.value is not None]
     seconds = {
         metric: min(row.value or 0.0 for row in base if row.metric == metric)
@@ -52,9 +60,12 @@ def table(rows: Sequence[Row], machine: Sequence[str]) -> str:
     }
     common = constants(own, ("positions", "rank", "adapters", "sweep", "edited"))
     says = (
-        f"`python -m benchmarks run serve`. {' '.join(machine)} All: {common}. Every number is a "
-        f"median of the rounds' ratios; the base itself takes {quantity(seconds['prefill'], 's')} "
-        f"for the prompts and {quantity(seconds['decode'], 's')} for a step of the whole batch. "
+        f"`python -m benchmarks run serve`. {' '.join(machine)} All: {common}. Numbers are ratios, "
+        "medians over rounds in turns. *Timed*: whole forwards, which on this shared machine "
+        "differ by ten percent from themselves. *Counted*: the time of the base and of the "
+        "operators and the Python that it does not run. The base itself takes "
+        f"{quantity(seconds['prefill'], 's')} for the prompts and "
+        f"{quantity(seconds['decode'], 's')} for a step of the whole batch. "
         "LoRA has rank 8 on q and v, whatever the rank of the line it is beside."
     )
     notes = missing([row for row in own if row.value is None])

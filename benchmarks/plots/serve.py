@@ -16,22 +16,27 @@ def adapters(rows: Sequence[Row]) -> Figure:
     """Time over the base's by adapters in the batch: prefill for each kind of positions, decoding.
 
     Args:
-        rows: of the suite "serve" with ratios to the base, metrics "prefill" and "decode".
+        rows: of the suite "serve" with ratios to the base, counted where they are, else timed.
     """
     shape = rows[0].shape
     title = f"One batch of {shape['batch']} prompts of {shape['sequence']} tokens, many adapters"
-    below = "rank 4 drawn through, 16 dashed, 64 dotted; LoRA of rank 8 on q and v"
+    below = "ours counted, LoRA timed; rank 4 drawn through, 16 dashed, 64 dotted; LoRA: 8 on q, v"
     figure = frame((10, 3.9), title, rows, below)
     panels = [
         *((f"prefill, {one}", "prefill", one) for one in _positions(rows)),
-        ("a decoded token", "decode", None),
+        ("a decoded token", "decode", _positions(rows)[0]),
     ]
     shown: list[str] = []
     for axes, (name, metric, positions) in zip(
         figure.subplots(1, len(panels), sharex=True), panels, strict=True
     ):
-        own = [row for row in rows if row.metric == metric and row.shape["adapters"]]
-        own = [row for row in own if positions in (None, row.shape["positions"])]
+        own = [row for row in rows if row.shape["positions"] == positions]
+        counted = {row.peer for row in own if row.metric == f"{metric}_counted"}
+        own = [
+            row for row in own
+            if row.shape["adapters"]
+            and row.metric == (f"{metric}_counted" if row.peer in counted else metric)
+        ]  # fmt: skip
         ranks = sorted({row.shape["rank"] for row in own})
         for peer in dict.fromkeys(row.peer for row in own):
             for dash, rank in zip(_DASHES, ranks, strict=False):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import LLAMA_1B, ModelCase, llama
+from benchmarks.counted import added, profiled
 from benchmarks.gate import LOSS
 from benchmarks.peers import Absent, Peer
 from benchmarks.records import Gate, Row
@@ -28,6 +29,8 @@ ADAPTERS = (0, 1, 8, 64, 256, 512)
 LORA_ADAPTERS = (1, 8, 64)
 #: Tokens decoded in a timed run.
 TOKENS = 4
+#: Rounds under the profiler.
+PROFILES = 3
 BASE = "base"
 
 #: (prompts, adapter names) -> nothing: prefill, and decoding on its cache.
@@ -86,6 +89,7 @@ def run(case: ModelCase, options: Options) -> Iterator[Row]:
     prompts = torch.randint(3, case.vocabulary, size, generator=random).to(device)
     runs: dict[tuple[str, int], Run] = {}
     kept: dict[tuple[str, int], Row] = {}
+    forwards: dict[tuple[str, int], _Forward] = {}
     peers = {peer.name: peer for peer in options.peers}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         most = max(counts(case, ADAPTERS))
@@ -111,12 +115,14 @@ def run(case: ModelCase, options: Options) -> Iterator[Row]:
                 else:
                     call = partial(_plain, twins.one().eval())
                 key = (blank.peer, adapters)
+                forwards[key] = call
                 runs[key] = partial(_timed, clock, call, prompts, names(case, adapters))
                 kept[key] = dataclasses.replace(blank, gate=gate if adapters else None)
         if "LoRA" in peers and beside_lora(case):
             yield from _lora(case, twins, peers["LoRA"], options, clock, prompts, runs, kept)
         if "pyreft" in peers and case.positions != "prompt":
             yield from _pyreft(case, twins, peers["pyreft"], options, clock, prompts, runs, kept)
+        yield from _counted(case, runs, kept, forwards, prompts, options)
         by_text = {f"{peer} {number}": call for (peer, number), call in runs.items()}
         samples = interleave(by_text, dataclasses.replace(options.effort, warmup=1))
         for (peer, number), blank in kept.items():
@@ -136,6 +142,48 @@ def run(case: ModelCase, options: Options) -> Iterator[Row]:
             on_device, on_host = served.pool.resident_nbytes / most, served.pool.nbytes / most
             yield dataclasses.replace(blank, metric="memory", value=on_device)
             yield dataclasses.replace(blank, metric="host_memory", value=on_host)
+
+
+def _counted(
+    case: ModelCase,
+    runs: Mapping[tuple[str, int], Run],
+    kept: Mapping[tuple[str, int], Row],
+    forwards: Mapping[tuple[str, int], _Forward],
+    prompts: Tensor,
+    options: Options,
+) -> Iterator[Row]:
+    """Rows "prefill_counted" and "decode_counted": the base's time and that of the operators and
+    the Python that it does not run, on a CPU, where whole forwards differ by more than adapters."""
+    base, ours = runs.get((BASE, 0)), [key for key in runs if key[0] == "ours"]
+    if options.device.type == "cuda" or base is None or not ours:
+        return
+    found: dict[tuple[str, int], dict[str, list[float]]] = {
+        key: {"prefill": [], "decode": []} for key in ours
+    }
+    whole: dict[str, list[float]] = {"prefill": [], "decode": []}
+    profiled(lambda: None)  # the profiler's own start
+    with torch.no_grad():
+        for _ in range(PROFILES):
+            profiles = {}
+            for key, call in forwards.items():
+                chosen = names(case, key[1])
+                first = partial(call, prompts, chosen, None)
+                cache = first().past_key_values
+                profiles[key] = {
+                    "prefill": profiled(first),
+                    "decode": profiled(partial(call, prompts[:, :1], chosen, cache)),
+                }
+            for metric, seconds in base().items():
+                whole[metric].append(seconds)
+            for key in ours:
+                for metric, one in profiles[key].items():
+                    found[key][metric].append(added(one, profiles[BASE, 0][metric]))
+    for key in ours:
+        for metric, more in found[key].items():
+            floor = quantiles(whole[metric]).median
+            times = [floor + one for one in more]
+            blank = dataclasses.replace(kept[key], metric=f"{metric}_counted", baseline=BASE)
+            yield blank.timed(quantiles(times), quantiles([one / floor for one in times]))
 
 
 def beside_lora(case: ModelCase) -> bool:
