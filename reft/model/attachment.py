@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from reft.config import ReftConfig
-from reft.model.chosen import BASE, Chosen, choose
+from reft.model.chosen import BASE, Chosen, Source, choose, names_of, sources_by_name
 from reft.model.generation import Generation, known_length, past_length, resolve_given
 from reft.model.heads import HeadStore
 from reft.model.mixed import make_plan
@@ -233,6 +233,10 @@ class Attachment(nn.Module):
         sequences = batch if starts is None else starts.shape[0]
         settled = generation if options.adapter_names is None else None
         sources = None if settled is None else settled.sources
+        if sources is None:
+            sources = sources_by_name(self, names_of(self, names, sequences))
+        if starts is None and _behind_prompts(call, options, generation, sources.values()):
+            return None
         chosen = choose(self, names, scales, parts, sequences, sources)
         start: int | Tensor = 0
         if starts is None:
@@ -353,6 +357,26 @@ class Attachment(nn.Module):
             raise ValueError('positions "image" are told by input_ids, got inputs_embeds alone')
         assert self.image_token is not None  # checked when the adapter was added
         return ids == self.image_token
+
+
+def _behind_prompts(
+    call: dict[str, Any],
+    options: Options,
+    generation: Generation | None,
+    sources: Iterable[Source],
+) -> bool:
+    """Whether a forward surely edits nothing, told as cheaply as can be: a step of decoding."""
+    past = past_length(call)
+    if not isinstance(past, int) or not past:
+        return False
+    spec = [one.config.parsed_positions for one in sources]
+    if any(one.kind == "all" for one in spec):
+        return False
+    latest = max((one.generated for one in spec), default=0)
+    if generation is not None:
+        return past - generation.width >= latest
+    said = (options.prompt_lengths, options.edit_positions, options.labels)
+    return not latest and all(one is None for one in said)
 
 
 def _expanded(columns: Tensor | None, batch: int) -> Tensor | None:

@@ -54,7 +54,7 @@ def choose(
     scales: Any,
     subspaces: Any,
     batch: int,
-    snapshot: Mapping[str, Source] | None = None,
+    sources: Mapping[str, Source],
 ) -> list[Chosen]:
     """The adapters of a batch.
 
@@ -63,15 +63,14 @@ def choose(
         scales: one number for all or one a sequence; None for 1.
         subspaces: see :mod:`reft.subspaces`.
         batch: sequences.
-        snapshot: what names stood for when a generation began.
+        sources: what the names stand for.
 
     Raises:
-        ValueError: an unknown name, not one a sequence, a scale that is no finite number.
+        ValueError: not one a sequence, a scale that is no finite number.
     """
     listed = names_of(attached, names, batch)
     factors = scales_of(scales, batch)
     parts = [None] * batch if subspaces is None else one_a_sequence(subspaces, batch)
-    sources = snapshot if snapshot is not None else sources_by_name(attached, listed)
     found: dict[tuple[str, tuple[int, ...] | None, float], list[int]] = {}
     for index, (name, part, scale) in enumerate(zip(listed, parts, factors, strict=True)):
         known = None if name == BASE else sources[name].config.subspaces
