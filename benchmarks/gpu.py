@@ -96,6 +96,7 @@ def stages(tiny: bool) -> tuple[Stage, ...]:
         _suite("memory", 20),
         _suite("generate", 25),
         _suite("load", 15),
+        _suite("serve", 20, "0.5"),
         Stage("report", ("-m", "benchmarks", "report", _OUTPUT), 15),
     )  # fmt: skip
 
