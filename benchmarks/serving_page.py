@@ -32,27 +32,30 @@ def table(rows: Sequence[Row], machine: Sequence[str]) -> str:
     found = {(row.peer, _where(row), row.shape["adapters"], row.metric): row for row in own}
     lines = []
     for peer, where, count in dict.fromkeys(key[:3] for key in found):
-        row = found.get((peer, where, count, "prefill"))
-        if row is None or row.value is None or peer == "base":
+        metrics = {key[3]: row for key, row in found.items() if key[:3] == (peer, where, count)}
+        if peer == "base" or metrics.get("prefill") is None or metrics["prefill"].value is None:
             continue
-        line = [peer, *where, f"{count}" if peer != "pyreft" else "one at a time"]
-        for metric in ("prefill", "decode"):
-            counted = found.get((peer, where, count, f"{metric}_counted"))
-            one = found.get((peer, where, 1, f"{metric}_counted"))
-            line.append("" if counted is None else f"{counted.ratio or 0.0:.3f}")
-            over = None
-            if counted is not None and one is not None and count > 1:
-                over = (counted.value or 0.0) / (one.value or 1.0)
-            line.append("" if over is None else f"{over:.3f}")
-            timed = found.get((peer, where, count, metric))
-            line.append("" if timed is None or timed.ratio is None else f"{timed.ratio:.2f}")
-        memory = found.get((peer, where, count, "memory"))
-        line.append("" if memory is None else quantity(memory.value or 0.0, "bytes"))
+        line = [peer, *where, "one at a time" if peer == "pyreft" else f"{count}"]
+        counted, one = (
+            metrics.get("prefill_counted"),
+            found.get((peer, where, 1, "prefill_counted")),
+        )
+        line.append(_ratio(counted, 3))
+        over = None
+        if counted is not None and one is not None and count > 1:
+            over = (counted.value or 0.0) / (one.value or 1.0)
+        line.append("" if over is None else f"{over:.3f}")
+        line += [_ratio(metrics.get("prefill"), 2), _value(metrics.get("prefill_over_one"))]
+        more = metrics.get("decode_operations")
+        line.append("" if more is None else quantity(more.value or 0.0, "count"))
+        line += [_ratio(metrics.get("decode_counted"), 3), _ratio(metrics.get("decode"), 2)]
+        line.append(_value(metrics.get("decode_over_one")))
         lines.append(line)
     head = ["peer", "positions", "rank", "adapters"]
-    for phase in ("prefill", "decoding"):
-        head += [f"{phase} over the base, counted", "over one adapter, counted", "timed"]
-    head += ["bytes an adapter"]
+    head += ["prefill over the base, counted", "over one adapter, counted"]
+    head += ["over the base, timed", "over one adapter, timed"]
+    head += ["decoding: operators more", "over the base, counted"]
+    head += ["over the base, timed", "over one adapter, timed"]
     base = [row for row in own if row.peer == "base" and row.value is not None]
     seconds = {
         metric: min(row.value or 0.0 for row in base if row.metric == metric)
@@ -63,13 +66,49 @@ def table(rows: Sequence[Row], machine: Sequence[str]) -> str:
         f"`python -m benchmarks run serve`. {' '.join(machine)} All: {common}. Numbers are ratios, "
         "medians over rounds in turns. *Timed*: whole forwards, which on this shared machine "
         "differ by ten percent from themselves. *Counted*: the time of the base and of the "
-        "operators and the Python that it does not run. The base itself takes "
+        "operators and the Python that it does not run. *Operators more*: those that a step of "
+        "decoding dispatches beyond the base's. The base itself takes "
         f"{quantity(seconds['prefill'], 's')} for the prompts and "
         f"{quantity(seconds['decode'], 's')} for a step of the whole batch. "
-        "LoRA has rank 8 on q and v, whatever the rank of the line it is beside."
+        "LoRA has rank 8 on q and v, whatever the rank of the line it is beside. vLLM has no line: "
+        "it would be timed on a GPU, and none was used."
     )
-    notes = missing([row for row in own if row.value is None])
-    return "\n\n".join([says, "![Many adapters](serving.png)", markdown(head, lines, 2), *notes])
+    notes = dict.fromkeys(
+        f"{row.peer}: {row.note}."
+        for row in own
+        if row.note and row.peer == "pyreft" and row.value is not None
+    )
+    left_out = missing([row for row in own if row.value is None])
+    shown = [at for at in range(len(head)) if any(line[at] for line in lines)]
+    whole = markdown([head[at] for at in shown], [[line[at] for at in shown] for line in lines], 2)
+    parts = [says, "![Many adapters](serving.png)", whole, *notes, *left_out]
+    return "\n\n".join([*parts, *_memory(own)])
+
+
+def _memory(rows: Sequence[Row]) -> list[str]:
+    """Bytes an adapter takes, beside what its numbers need."""
+    measured = [row for row in rows if row.metric == "memory"]
+    host = {row.case: row for row in rows if row.metric == "host_memory"}
+    lines = []
+    for row in measured:
+        shape = row.shape
+        numbers = (2 * shape["hidden"] + 1) * shape["rank"] * shape["edited"]
+        line = [str(shape["positions"]), str(shape["rank"])]
+        line += [f"{round(one.value or 0.0):,}" for one in (row, host[row.case])]
+        lines.append([*line, f"{4 * numbers:,}"])
+    if not lines:
+        return []
+    says = f"Bytes an adapter takes, {measured[0].shape['adapters']} of them being resident:"
+    head = ["positions", "rank", "on the device", "on the host", "4 · L · (2·r·D + r)"]
+    return [says, markdown(head, lines, 1)]
+
+
+def _ratio(row: Row | None, digits: int) -> str:
+    return "" if row is None or row.ratio is None else f"{row.ratio:.{digits}f}"
+
+
+def _value(row: Row | None) -> str:
+    return "" if row is None or row.value is None else f"{row.value:.2f}"
 
 
 def write_page(rows: Sequence[Row], machine: Sequence[str], page: Path = PAGE) -> Path:

@@ -59,7 +59,7 @@ def run(case: ModelCase, options: Options) -> Iterator[Row]:
                 wrapped = peer.wrap(twins.one(), case)
             if wrapped.generate is None:
                 continue
-            _eval(wrapped)
+            set_eval(wrapped)
             with torch.no_grad():
                 wrapped.generate(prompts, 2)
                 counts[blank.peer] = _decoding(wrapped, prompts, device)
@@ -100,7 +100,8 @@ def _bare(base: nn.Module) -> Wrapped:
     return Wrapped(lambda batch: base(**batch).loss, [], base, generate)
 
 
-def _eval(wrapped: Wrapped) -> None:
+def set_eval(wrapped: Wrapped) -> None:
+    """Put a wrapped model into evaluation mode."""
     wrapped.model.eval()
     inner = getattr(wrapped.model, "model", None)  # pyreft's own eval() stops at its wrapper
     if isinstance(inner, nn.Module):

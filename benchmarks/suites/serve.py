@@ -1,5 +1,6 @@
 """Serving: one batch in which K adapters are mixed, whatever K is; beside the base alone, LoRA in
-mixed batches, and pyreft, which takes one request after another."""
+mixed batches, and pyreft, which takes one request after another. vLLM has no row: it would be timed
+on a GPU."""
 
 from __future__ import annotations
 
@@ -13,20 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.allocations import operations
 from benchmarks.cases import LLAMA_1B, ModelCase, llama
-from benchmarks.counted import added, profiled
+from benchmarks.counted import Profile, added, profiled
 from benchmarks.gate import LOSS
 from benchmarks.peers import Absent, Peer
 from benchmarks.records import Gate, Row
 from benchmarks.suites import Options, Suite, row
+from benchmarks.suites.generate import set_eval
 from benchmarks.suites.models import Twins
 from benchmarks.timing import Clock, Run, interleave, paired_ratio, quantiles
 from reft import ReftConfig, ReftModel
 
 #: Distinct adapters in the batch, each in as many sequences as any other; 0 for the base's names.
 ADAPTERS = (0, 1, 8, 64, 256, 512)
-#: Of LoRA's mixed batches, whose layers go through the adapters one by one.
-LORA_ADAPTERS = (1, 8, 64)
+#: The most adapters of LoRA by device: PEFT adds each in a time that grows with those before it.
+LORA_MOST = {"cpu": 256, "cuda": 64}
 #: Tokens decoded in a timed run.
 TOKENS = 4
 #: Rounds under the profiler.
@@ -80,8 +83,9 @@ def write_adapters(case: ModelCase, folder: Path, count: int) -> None:
 
 def run(case: ModelCase, options: Options) -> Iterator[Row]:
     """Rows "prefill" and "decode" (a step of the whole batch) in seconds over the base's,
-    "prefill_over_one" and "decode_over_one", the ratio to the same peer with one adapter, and
-    "memory", bytes an adapter takes on the device and on the host."""
+    "prefill_over_one" and "decode_over_one", the ratio to the same peer with one adapter;
+    "prefill_operations" and "decode_operations", operators beyond the base's; "memory" and
+    "host_memory", bytes an adapter takes on the device and on the host."""
     device = options.device
     clock, twins = Clock(device), Twins(case, device)
     random = torch.Generator().manual_seed(1)
@@ -120,8 +124,9 @@ def run(case: ModelCase, options: Options) -> Iterator[Row]:
                 kept[key] = dataclasses.replace(blank, gate=gate if adapters else None)
         if "LoRA" in peers and beside_lora(case):
             yield from _lora(case, twins, peers["LoRA"], options, clock, prompts, runs, kept)
-        if "pyreft" in peers and case.positions != "prompt":
+        if "pyreft" in peers:
             yield from _pyreft(case, twins, peers["pyreft"], options, clock, prompts, runs, kept)
+        yield from _more_operations(case, kept, forwards, prompts)
         yield from _counted(case, runs, kept, forwards, prompts, options)
         by_text = {f"{peer} {number}": call for (peer, number), call in runs.items()}
         samples = interleave(by_text, dataclasses.replace(options.effort, warmup=1))
@@ -144,6 +149,34 @@ def run(case: ModelCase, options: Options) -> Iterator[Row]:
             yield dataclasses.replace(blank, metric="host_memory", value=on_host)
 
 
+def _more_operations(
+    case: ModelCase,
+    kept: Mapping[tuple[str, int], Row],
+    forwards: Mapping[tuple[str, int], _Forward],
+    prompts: Tensor,
+) -> Iterator[Row]:
+    """Rows "prefill_operations" and "decode_operations": what is dispatched beyond the base's."""
+    found: dict[tuple[str, int], dict[str, int]] = {}
+    with torch.no_grad():
+        for key, call in forwards.items():
+            chosen, caches = names(case, key[1]), list[Any]()
+            first = partial(_keep_cache, call, prompts, chosen, caches)
+            prefill = operations(first)
+            decode = operations(partial(call, prompts[:, :1], chosen, caches[-1]))
+            found[key] = {"prefill_operations": prefill, "decode_operations": decode}
+    for key, own in found.items():
+        if key[0] != BASE and (BASE, 0) in found:
+            for metric, count in own.items():
+                more = float(count - found[BASE, 0][metric])
+                yield dataclasses.replace(kept[key], metric=metric, unit="count", value=more)
+
+
+def _keep_cache(
+    call: _Forward, prompts: Tensor, chosen: Sequence[str] | None, caches: list[Any]
+) -> None:
+    caches.append(call(prompts, chosen, None).past_key_values)
+
+
 def _counted(
     case: ModelCase,
     runs: Mapping[tuple[str, int], Run],
@@ -164,26 +197,31 @@ def _counted(
     profiled(lambda: None)  # the profiler's own start
     with torch.no_grad():
         for _ in range(PROFILES):
-            profiles = {}
-            for key, call in forwards.items():
-                chosen = names(case, key[1])
-                first = partial(call, prompts, chosen, None)
-                cache = first().past_key_values
-                profiles[key] = {
-                    "prefill": profiled(first),
-                    "decode": profiled(partial(call, prompts[:, :1], chosen, cache)),
-                }
+            profiles = {
+                key: _profiles(call, prompts, names(case, key[1])) for key, call in forwards.items()
+            }
             for metric, seconds in base().items():
                 whole[metric].append(seconds)
             for key in ours:
-                for metric, one in profiles[key].items():
-                    found[key][metric].append(added(one, profiles[BASE, 0][metric]))
+                for metric, own in profiles[key].items():
+                    pairs = zip(own, profiles[BASE, 0][metric], strict=True)
+                    found[key][metric] += [added(one, floor) for one, floor in pairs]
     for key in ours:
         for metric, more in found[key].items():
             floor = quantiles(whole[metric]).median
             times = [floor + one for one in more]
             blank = dataclasses.replace(kept[key], metric=f"{metric}_counted", baseline=BASE)
             yield blank.timed(quantiles(times), quantiles([one / floor for one in times]))
+
+
+def _profiles(
+    call: _Forward, prompts: Tensor, chosen: Sequence[str] | None
+) -> dict[str, list[Profile]]:
+    """A prefill, and the steps of decoding behind it."""
+    caches: list[Any] = []
+    first = profiled(partial(_keep_cache, call, prompts, chosen, caches))
+    step = partial(call, prompts[:, :1], chosen, caches[-1])
+    return {"prefill": [first], "decode": [profiled(step) for _ in range(TOKENS)]}
 
 
 def beside_lora(case: ModelCase) -> bool:
@@ -257,10 +295,21 @@ def _lora(
         return
     settings = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model = get_peft_model(twins.one(), settings, "user0")
-    for number in range(1, max(counts(case, LORA_ADAPTERS))):
+    most = LORA_MOST[options.device.type]
+    several = [one for one in counts(case, ADAPTERS) if one]
+    for number in range(1, max(one for one in several if one <= most)):
         model.add_adapter(f"user{number}", settings)
     model.eval()
-    for adapters in counts(case, LORA_ADAPTERS):
+    for adapters in several:
+        if adapters > most:
+            says = (
+                f"more than {most} adapters were left out: PEFT adds each in a time that grows "
+                "with those before it"
+            )
+            yield dataclasses.replace(
+                _row(case, adapters, peer, options), metric="prefill", absent=says
+            )
+            continue
         key = (peer.name, adapters)
         runs[key] = partial(_timed, clock, partial(_adapted, model), prompts, names(case, adapters))
         kept[key] = _row(case, adapters, peer, options)
@@ -277,7 +326,7 @@ def _pyreft(
     kept: dict[tuple[str, int], Row],
 ) -> Iterator[Row]:
     """A batch of one, the time of which is taken as often as there are sequences."""
-    note = "one request after another: the time of one, times their number"
+    note = "one request after another: the time of one, a token of generate, times their number"
     blank = dataclasses.replace(_row(case, 1, peer, options), note=note)
     assert peer.wrap is not None
     try:
@@ -285,6 +334,7 @@ def _pyreft(
         generate = wrapped.generate
         if generate is None:
             raise Absent("it cannot generate")
+        set_eval(wrapped)
         generate(prompts[:1], 1)
     except (Absent, RuntimeError, AttributeError, TypeError, ValueError) as error:
         says = str(error).splitlines()[0][:300]
