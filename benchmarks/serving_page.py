@@ -53,9 +53,9 @@ def table(rows: Sequence[Row], machine: Sequence[str]) -> str:
         lines.append(line)
     head = ["peer", "positions", "rank", "adapters"]
     head += ["prefill over the base, counted", "over one adapter, counted"]
-    head += ["over the base, timed", "over one adapter, timed"]
-    head += ["decoding: operators more", "over the base, counted"]
-    head += ["over the base, timed", "over one adapter, timed"]
+    head += ["prefill over the base, timed", "over one adapter, timed"]
+    head += ["decoding: operators more", "decoding over the base, counted"]
+    head += ["decoding over the base, timed", "over one adapter, timed"]
     base = [row for row in own if row.peer == "base" and row.value is not None]
     seconds = {
         metric: min(row.value or 0.0 for row in base if row.metric == metric)
@@ -66,8 +66,7 @@ def table(rows: Sequence[Row], machine: Sequence[str]) -> str:
         f"`python -m benchmarks run serve`. {' '.join(machine)} All: {common}. Numbers are ratios, "
         "medians over rounds in turns. *Timed*: whole forwards, which on this shared machine "
         "differ by ten percent from themselves. *Counted*: the time of the base and of the "
-        "operators and the Python that it does not run. *Operators more*: those that a step of "
-        "decoding dispatches beyond the base's. The base itself takes "
+        "operators and the Python that it does not run. The base itself takes "
         f"{quantity(seconds['prefill'], 's')} for the prompts and "
         f"{quantity(seconds['decode'], 's')} for a step of the whole batch. "
         "LoRA has rank 8 on q and v, whatever the rank of the line it is beside. vLLM has no line: "
