@@ -61,12 +61,15 @@ def table(rows: Sequence[Row], machine: Sequence[str]) -> str:
         metric: min(row.value or 0.0 for row in base if row.metric == metric)
         for metric in ("prefill", "decode")
     }
+    operators = ""
+    if any(row.metric == "decode_operations" for row in own):
+        operators = "*Operators more*: those that a step of decoding dispatches beyond the base's. "
     common = constants(own, ("positions", "rank", "adapters", "sweep", "edited"))
     says = (
         f"`python -m benchmarks run serve`. {' '.join(machine)} All: {common}. Numbers are ratios, "
-        "medians over rounds in turns. *Timed*: whole forwards, which on this shared machine "
-        "differ by ten percent from themselves. *Counted*: the time of the base and of the "
-        "operators and the Python that it does not run. The base itself takes "
+        "medians over rounds in turns. *Timed*: whole forwards, on a machine that others use "
+        f"too. {_noise(own)}*Counted*: the time of the base and of the operators and the Python "
+        f"that it does not run. {operators}The base itself takes "
         f"{quantity(seconds['prefill'], 's')} for the prompts and "
         f"{quantity(seconds['decode'], 's')} for a step of the whole batch. "
         "LoRA has rank 8 on q and v, whatever the rank of the line it is beside. vLLM has no line: "
@@ -82,6 +85,22 @@ def table(rows: Sequence[Row], machine: Sequence[str]) -> str:
     whole = markdown([head[at] for at in shown], [[line[at] for at in shown] for line in lines], 2)
     parts = [says, "![Many adapters](serving.png)", whole, *notes, *left_out]
     return "\n\n".join([*parts, *_memory(own)])
+
+
+def _noise(rows: Sequence[Row]) -> str:
+    """How far the base's own work, measured again, is from the base."""
+    again = [
+        row.ratio
+        for row in rows
+        if row.peer == "ours" and row.shape["adapters"] == 0 and row.ratio is not None
+        if row.metric in ("prefill", "decode")
+    ]
+    if not again:
+        return ""
+    return (
+        "0 adapters is the base's own work measured again, the noise: "
+        f"{min(again):.2f} to {max(again):.2f}. "
+    )
 
 
 def _memory(rows: Sequence[Row]) -> list[str]:

@@ -26,7 +26,8 @@ from benchmarks.suites.models import Twins
 from benchmarks.timing import Clock, Run, interleave, paired_ratio, quantiles
 from reft import ReftConfig, ReftModel
 
-#: Distinct adapters in the batch, each in as many sequences as any other; 0 for the base's names.
+#: Distinct adapters in the batch, each in as many sequences as any other; 0 for "__base__" alone,
+#: which is the base's work and so shows the noise.
 ADAPTERS = (0, 1, 8, 64, 256, 512)
 #: The most adapters of LoRA by device: PEFT adds each in a time that grows with those before it.
 LORA_MOST = {"cpu": 256, "cuda": 64}
@@ -104,24 +105,21 @@ def run(case: ModelCase, options: Options) -> Iterator[Row]:
             for number in range(most):
                 served.pool.add(f"user{number}", Path(folder) / f"user{number}")
             gate = check(case, served, twins, Path(folder), prompts)
-            for adapters in counts(case, ADAPTERS):
-                blank = _row(case, adapters, peers["ours"], options)
-                if not adapters:
-                    blank = dataclasses.replace(blank, peer=BASE)
+            called: list[tuple[str, int, _Forward]] = [
+                (BASE, 0, partial(_plain, twins.one().eval())),
+                *(("ours", one, partial(_adapted, served)) for one in counts(case, ADAPTERS)),
+            ]
+            for name, adapters, call in called:
+                blank = dataclasses.replace(_row(case, adapters, peers["ours"], options), peer=name)
                 if not gate.passed:
                     yield dataclasses.replace(
                         blank, metric="prefill", gate=gate, absent="the gate did not pass"
                     )
                     continue
-                call: _Forward
-                if adapters:
-                    call = partial(_adapted, served)
-                else:
-                    call = partial(_plain, twins.one().eval())
-                key = (blank.peer, adapters)
+                key = (name, adapters)
                 forwards[key] = call
                 runs[key] = partial(_timed, clock, call, prompts, names(case, adapters))
-                kept[key] = dataclasses.replace(blank, gate=gate if adapters else None)
+                kept[key] = dataclasses.replace(blank, gate=None if name == BASE else gate)
         if "LoRA" in peers and beside_lora(case):
             yield from _lora(case, twins, peers["LoRA"], options, clock, prompts, runs, kept)
         if "pyreft" in peers:

@@ -37,7 +37,8 @@ def test_adapters_are_mixed_evenly():
 def test_every_peer_and_every_number_of_adapters_has_rows(rows):
     found = {(row.peer, row.shape["adapters"], row.metric) for row in rows if row.value is not None}
     for metric in ("prefill", "decode"):
-        assert {("base", 0, metric), ("ours", 1, metric), ("ours", 8, metric)} <= found
+        ours = {("ours", number, metric) for number in (0, 1, 8)}
+        assert {("base", 0, metric)} | ours <= found
         assert ("ours", 8, f"{metric}_over_one") in found
     case = SUITE.cases("ci")[0]
     for metric in ("memory", "host_memory"):
@@ -52,8 +53,9 @@ def test_operators_do_not_grow_with_adapters_and_decoding_has_none(rows):
     found = {
         (row.shape["adapters"], row.metric): row.value for row in rows if row.unit == "count"
     }  # fmt: skip
-    assert found[1, "decode_operations"] == found[8, "decode_operations"] == 0
+    assert {found[number, "decode_operations"] for number in (0, 1, 8)} == {0}
     assert found[8, "prefill_operations"] == found[1, "prefill_operations"] > 0
+    assert found[0, "prefill_operations"] == 0
 
 
 def test_peers_of_which_some_was_left_out_say_so(monkeypatch):
@@ -145,6 +147,19 @@ def test_a_line_of_the_page_is_its_rows(rows):
     text = serving_page.table([*base, *one, *changed], ["Measured here."])
     line = "| ours | f3+l3 | 2 | 8 | 1.125 | 1.250 | 1.50 | 1.75 | 3 | 1.062 | 1.25 | 1.88 |"
     assert line in text
+
+
+def test_the_page_says_how_large_the_noise_is(rows):
+    """The range of what no adapter takes, of the rows at hand; without them, no word of it."""
+    again = [row for row in rows if row.peer == "ours" and row.shape["adapters"] == 0]
+    kept = [row for row in rows if row not in again]
+    changed = [
+        dataclasses.replace(row, ratio={"prefill": 0.875, "decode": 1.25}[row.metric])
+        for row in again
+        if row.metric in ("prefill", "decode")
+    ]
+    assert "the noise: 0.88 to 1.25. " in serving_page.table([*kept, *changed], [])
+    assert "noise" not in serving_page.table(kept, [])
 
 
 def test_the_plot_says_what_was_counted(rows):
