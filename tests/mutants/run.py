@@ -34,6 +34,8 @@ COPIED = (
 )  # fmt: skip
 #: Seconds, for a mutant that loops for ever.
 PATIENCE = 240.0
+#: The same for the unchanged library, which runs the tests of all mutants.
+LONGER = 1500.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,10 @@ def load(path: Path = CATALOGUE) -> list[Mutant]:
     if len({mutant.name for mutant in mutants}) != len(mutants):
         raise ValueError(f"{path}: two mutants of one name")
     return mutants
+
+
+def _patience(mutant: Mutant) -> float:
+    return LONGER if mutant.name == "unchanged" else PATIENCE
 
 
 def unchanged(mutants: list[Mutant]) -> Mutant:
@@ -142,7 +148,7 @@ def run(mutants: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, bool, str]]:
                 if sentinel in ended:
                     process.join()
                     status = process.exitcode
-                elif time.monotonic() - started > PATIENCE:
+                elif time.monotonic() - started > _patience(mutant):
                     process.kill()
                     process.join()
                 else:
