@@ -40,11 +40,6 @@ class Stored:
     content: str
 
     @property
-    def groups(self) -> int:
-        """Sets of weights a layer."""
-        return self.config.num_groups
-
-    @property
     def nbytes(self) -> int:
         """Bytes that it occupies here."""
         form = self.effective

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import isfinite
 from typing import Any
 
 from reft.config import ReftConfig
 from reft.serving.requests import Request, request_of
-from reft.serving.tables import Resident
 from reft.serving.vllm.settings import KEY
 
 #: The key of a request's scale in its ``extra_args``.
@@ -57,11 +56,9 @@ class Ticket:
         where = tuple((str(name), given) for name, given in value["where"])
         return cls(value["content"], float(value["scale"]), where, value["salted"])
 
-    def request(self, prompt_length: int, resident: Resident | None = None) -> Request:
-        """Which tokens of a prompt are edited; of one that comes again only the parameters are
-        new."""
-        places = _request(self.where, prompt_length)
-        return Request(resident, self.scale, places.places, places.everything_from)
+    def request(self, prompt_length: int) -> Request:
+        """Which tokens of a prompt are edited, without what edits them."""
+        return replace(_request(self.where, prompt_length), scale=self.scale)
 
     def block_key(self, prompt_length: int, start: int, stop: int) -> Any:
         """What a block of tokens ``start`` to ``stop`` − 1 depends on beside its tokens; None if
