@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from reft.nn.shards import write
+
 
 class HeadStore(nn.Module):
     """Heads that are not in the model at the moment.
@@ -109,7 +111,7 @@ def check_heads(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor])
 def load_heads(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
     """Set heads from tensors that :func:`check_heads` has accepted."""
     for name, target in head_state(modules).items():
-        target.copy_(tensors[name])
+        write(target, tensors[name])
 
 
 def head_state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from reft.config import ReftConfig
@@ -24,7 +23,8 @@ from reft.model.hooks import Forget, MakePlan, TakeOptions, extended_signature
 from reft.model.hub import push_to_hub
 from reft.model.pipelines import announce
 from reft.model.prompt import image_token
-from reft.model.report import count_parameters
+from reft.model.ranks import broadcast_adapters
+from reft.model.report import count_parameters, print_parameters
 from reft.model.sites import find_sites
 from reft.serving.pool import AdapterPool
 
@@ -315,13 +315,7 @@ class ReftModel(ContinuousBatching, nn.Module):
 
     def print_trainable_parameters(self) -> None:
         """Print :meth:`get_nb_trainable_parameters` in PEFT's words."""
-        trained, total = self.get_nb_trainable_parameters()
-        Console().print(
-            f"trainable params: {trained:,d} || all params: {total:,d} || "
-            f"trainable%: {100 * trained / total:.4f}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        print_parameters(*self.get_nb_trainable_parameters())
 
     def orthonormality_error(self) -> float:
         """max |R Rᵀ − I| over all adapters whose R is kept orthonormal; 0.0 if there are none."""
@@ -352,6 +346,7 @@ class ReftModel(ContinuousBatching, nn.Module):
         storage.save(self, save_directory, adapter_name, training_state, state_dict)
 
     push_to_hub = push_to_hub
+    broadcast_adapters = broadcast_adapters
 
     @classmethod
     def from_pretrained(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 
@@ -14,6 +15,16 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         total += number
         trained += number if parameter.requires_grad else 0
     return trained, total
+
+
+def print_parameters(trained: int, total: int) -> None:
+    """Print how many parameters are trained, in PEFT's words."""
+    Console().print(
+        f"trainable params: {trained:,d} || all params: {total:,d} || "
+        f"trainable%: {100 * trained / total:.4f}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _entries(parameter: Tensor) -> int:

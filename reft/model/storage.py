@@ -15,6 +15,7 @@ from reft.model.card import write_card
 from reft.model.checkpoint import read_adapter, write_adapter
 from reft.model.heads import check_heads, head_state, load_heads
 from reft.model.hub import local_folder
+from reft.nn.shards import whole
 
 if TYPE_CHECKING:
     from reft.model.reft_model import ReftModel
@@ -46,7 +47,7 @@ def save(
         }
     tensors = bank.training_state(own) if training_state else bank.published_state(own)
     tensors |= {
-        _HEADS + key: _whole(value) for key, value in (stored_heads or head_state(heads)).items()
+        _HEADS + key: whole(value) for key, value in (stored_heads or head_state(heads)).items()
     }
     write_adapter(path, bank.config, tensors)
     if not training_state:
@@ -155,10 +156,6 @@ def _part(state: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
         if part:
             return part
     raise ValueError(f"state_dict must hold the parameters of {module}, it has none")
-
-
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -22,6 +22,7 @@ from reft.config import ReftConfig
 from reft.nn import init
 from reft.nn.effective import Effective
 from reft.nn.frames import EXACT, check_frame, frame_error
+from reft.nn.shards import whole, write
 from reft_kernels import fold, orthonormalize, reflector_base
 from reft_kernels.activations import ALIASES, activate
 
@@ -284,11 +285,11 @@ class Bank(nn.Module):
         for target, given_value in ((self.weight, weight), (self.bias, bias)):
             if given_value is not None:
                 assert target is not None
-                target.copy_(given_value)
+                write(target, given_value)
 
     def _assign_rotation(self, rotation: Tensor) -> None:
         if self.decode is not None:
-            self.decode.copy_(rotation)
+            write(self.decode, rotation)
             return
         assert self.free is not None and self.base is not None
         wide = rotation.to(self.base.dtype)
@@ -366,17 +367,14 @@ class Bank(nn.Module):
                 )
         self.assign(**{name: tensors[name] for name in sorted(needed - {"rotation"})})
         self.base.copy_(tensors["rotation.base"])
-        self.free.copy_(tensors["rotation.free"])
+        write(self.free, tensors["rotation.free"])
 
     def _gathered(self, state: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
         """The parameters by name, whole where an engine holds shards (then every rank has to
         call)."""
         if state is not None:
             return state
-        return {
-            name: value.full_tensor() if hasattr(value, "full_tensor") else value.detach()
-            for name, value in self.named_parameters()
-        }
+        return {name: whole(value) for name, value in self.named_parameters()}
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

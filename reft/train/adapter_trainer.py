@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from reft.model.reft_model import ReftModel
 from reft.nn.bank import Bank
+from reft.train import fsdp2
 from reft.train.lora import load_lora, save_lora
 
 
@@ -40,13 +40,16 @@ class AdapterTrainer(Trainer):
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """As Trainer's. Under an engine that shards parameters the adapter is restored before it
-        does: the base point of R is no parameter, so that no engine's own checkpoint has it."""
+        does: the base point of R is no parameter, so that no engine's own checkpoint has it. And
+        every rank begins with the adapter of rank 0."""
         if resume_from_checkpoint and self._is_sharded():
             path = resume_from_checkpoint
             if path is True:
                 path = get_last_checkpoint(str(self.args.output_dir))
             if isinstance(path, str):
                 self._reft_model().restore(path)
+                load_lora(self._reft_model(), path)
+        fsdp2.before_training(self._reft_model(), self.accelerator)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _is_sharded(self) -> bool:
@@ -55,19 +58,44 @@ class AdapterTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's. Of a model sharded by FSDP2, what is trained is gathered and no more."""
         model = self._reft_model()
-        if not any(isinstance(one, DTensor) for one in model.parameters()):
+        if not fsdp2.is_sharded(model):
             super().save_model(output_dir, _internal_call)
             return
-        frozen = {name for name, one in model.named_parameters() if not one.requires_grad}
-        # On every rank, as gathering needs.
-        state = {
-            name: value.full_tensor() if isinstance(value, DTensor) else value
-            for name, value in model.state_dict().items()
-            if name not in frozen
-        }
-        self._save(output_dir, state_dict=state)
+        self._save(output_dir, state_dict=fsdp2.gather_trained(model))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def save_adapter(self, folder: str | os.PathLike[str]) -> None:
+        """Write the adapter as it is published, and nothing else; to be called by every rank."""
+        model = self._reft_model()
+        state = fsdp2.gather_trained(model) if fsdp2.is_sharded(model) else None
+        if self.args.should_save:
+            model.save_pretrained(folder, state_dict=state)
+        self.accelerator.wait_for_everyone()
+
+    # Under FSDP2 Trainer's own would write the whole base into every checkpoint. The adapter's
+    # states are small: they are gathered into the files that one process writes, so that any number
+    # of ranks may go on from them, sharded or not.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optimizer = fsdp2.gather_optimizer(self.optimizer)
+        if self.args.should_save:
+            torch.save(optimizer, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer, scheduler = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        fsdp2.scatter_optimizer(self.optimizer, optimizer)
+        self.lr_scheduler.load_state_dict(scheduler)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the adapter and the tokenizer, never the base model."""
@@ -93,7 +121,7 @@ class AdapterTrainer(Trainer):
             load_lora(self._reft_model(), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if self._is_sharded():  # the base point is still that of this run
+        if self.is_deepspeed_enabled:  # the base point is still that of this run
             super()._load_best_model()
         else:
             self._reft_model().restore(str(self.state.best_model_checkpoint))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from reft.model import peft_base
 from reft.model.reft_model import ReftModel
+from reft.nn.shards import part_of
 
 #: The folder in a checkpoint. The adapter "default" lies in it, as PEFT has it, others in folders
 #: of their names: ``peft.PeftModel.from_pretrained(base, "checkpoint-10/lora")`` reads it.
@@ -55,15 +56,16 @@ def load_lora(model: ReftModel, checkpoint: str | os.PathLike[str]) -> None:
             raise FileNotFoundError(
                 f"the base model has PEFT's adapter {name!r}, the checkpoint has no {file}"
             )
-        wanted = {key: value.shape for key, value in _state(base, name, None).items()}
-        found[name] = load_file(file)
-        stored = {key: value.shape for key, value in found[name].items()}
+        present, tensors = _state(base, name, None), load_file(file)
+        wanted = {key: value.shape for key, value in present.items()}
+        stored = {key: value.shape for key, value in tensors.items()}
         differing = sorted(dict(wanted.items() ^ stored.items()))
         if differing:
             raise ValueError(
                 f"{file} must hold the tensors of PEFT's adapter {name!r} as this model has it; "
                 f"{len(differing)} of them differ, {differing[0]} for one"
             )
+        found[name] = {key: part_of(value, present[key]) for key, value in tensors.items()}
     if not found:
         return
     from peft import set_peft_model_state_dict

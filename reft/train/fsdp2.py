@@ -1,0 +1,84 @@
+"""What FSDP2 has to be told of a frozen base with an adapter, under accelerate and transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from reft.model.ranks import broadcast_adapters
+from reft.model.reft_model import ReftModel
+from reft.nn.bank import Bank
+from reft.nn.shards import part_of, whole
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 holds parameters of this model in parts."""
+    return any(isinstance(one, DTensor) for one in model.parameters())
+
+
+def before_training(model: ReftModel, accelerator: Accelerator) -> None:
+    """One adapter on all ranks, in units of its own where the base computes in less precision.
+
+    Raises:
+        ValueError: accelerate is told to use FSDP1.
+    """
+    banks = [one for one in model.modules() if isinstance(one, Bank)]
+    if any(map(is_sharded, banks)):
+        return  # trained before
+    broadcast_adapters(model)
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        return
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"fsdp_version must be 2, got {plugin.fsdp_version}: FSDP1 makes one flat parameter of "
+            "frozen and trained ones"
+        )
+    policy = plugin.mixed_precision_policy
+    if policy is not None and policy.param_dtype not in (None, torch.float32):
+        # One policy is all that accelerate has. A unit that exists is left as it is.
+        mesh = accelerator.torch_device_mesh
+        own = {} if mesh is None else {"mesh": mesh}
+        for bank in banks:
+            fully_shard(bank, mp_policy=MixedPrecisionPolicy(), **own)
+
+
+def gather_trained(model: nn.Module) -> dict[str, Tensor]:
+    """name -> whole tensor of what is trained, and of buffers; to be called by every rank."""
+    every = model.named_parameters(remove_duplicate=False)  # tied weights under all their names
+    frozen = {name for name, one in every if not one.requires_grad}
+    return {name: whole(one) for name, one in model.state_dict().items() if name not in frozen}
+
+
+def gather_optimizer(optimizer: Any) -> dict[str, Any]:
+    """``optimizer.state_dict()`` as one process has it; to be called by every rank."""
+    state = optimizer.state_dict()
+    return {**state, "state": {key: _each(whole, one) for key, one in state["state"].items()}}
+
+
+def scatter_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load what :func:`gather_optimizer` returned, on any number of ranks."""
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+
+    def placed(key: int, value: Tensor) -> Tensor:
+        like = parameters[key]
+        return part_of(value, like) if value.shape == like.shape else value
+
+    parts = {key: _each(partial(placed, key), one) for key, one in state["state"].items()}
+    optimizer.load_state_dict({**state, "state": parts})
+
+
+def _each(function: Callable[[Tensor], Tensor], values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: function(value) if isinstance(value, Tensor) else value
+        for name, value in values.items()
+    }
