@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from reft.model.attachment import OPTIONS, Options
 from reft.model.checkpointing import keep_plans
+from reft.model.parallel import refuse_context_parallel
 from reft.model.plan import Edit, ForwardPlan, Site
 from reft.nn.dropout import dropped_edit
 from reft_kernels import lowrank_edit, lowrank_edit_
@@ -66,6 +67,8 @@ class MakePlan(_Call):
         if KEYWORD in kwargs:  # made by the module of PEFT's that calls this one
             return args, kwargs
         plan = self.attachment.plan_forward(stack, self._named(args, kwargs))
+        if plan is not None and not torch.compiler.is_compiling():
+            refuse_context_parallel()
         self.attachment.current = plan
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             keep_plans(self.attachment)

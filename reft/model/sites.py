@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reft.model.parallel import Split, find_split, refuse_parts
+
 #: Paths in a block of the module whose output a part adds to the residual stream; the first that
 #: is there. Where attention or MLP add the residual themselves, or norm the sum, it is their last
 #: projection.
@@ -81,6 +83,7 @@ class Sites:
         stack: the module whose forward runs the blocks and is handed their tokens: the model
             itself, or the encoder or decoder of an encoder–decoder.
         side: "model", "encoder" or "decoder", which of these.
+        split: the tensor parallelism that the model is under, or None.
     """
 
     path: str
@@ -88,6 +91,7 @@ class Sites:
     dim: int
     stack: nn.Module
     side: str = "model"
+    split: Split | None = None
 
     def module(self, layer: int, component: str) -> nn.Module:
         """The module whose output is a component of a block.
@@ -97,7 +101,8 @@ class Sites:
             component: "block_output", a key of :data:`COMPONENTS`, or "module:<path in the block>".
 
         Raises:
-            ValueError: the block has none, with its modules; or the part is the sum of several.
+            ValueError: the block has none, with its modules; the part is the sum of several; or,
+                under tensor parallelism, no process has all of its output.
         """
         block = self.blocks[layer]
         if component == "block_output":
@@ -117,11 +122,27 @@ class Sites:
             )
         for path in _candidates(component, named):
             if path in named:
+                self._check_whole(component, path, named, where)
                 return named[path]
         raise ValueError(
             f"ReftConfig.component {component!r} is no part {where}; name one of its modules: "
             f"{_modules(named)}"
         )
+
+    def _check_whole(
+        self, component: str, path: str, named: Mapping[str, nn.Module], where: str
+    ) -> None:
+        """Refuse a module whose output is spread over processes."""
+        split = self.split
+        obstacle = None if split is None else split.obstacle(self.path, component, path)
+        if split is not None and obstacle is not None:
+            whole = split.whole(self.path, named)
+            modules = f", {_modules(whole)}" if whole else ""
+            raise ValueError(
+                f"ReftConfig.component must not be {component!r} {where}, under tensor parallelism "
+                f"over {split.size} processes: {obstacle}, and an edit needs all of it; allowed: "
+                f"block_output, {', '.join(COMPONENTS)}{modules}"
+            )
 
 
 def _candidates(component: str, named: Iterable[str]) -> list[str]:
@@ -147,10 +168,13 @@ def find_sites(model: nn.Module, block_path: str | None = None) -> Sites:
     Raises:
         TypeError: the model has no configuration.
         ValueError: no list of that name, none or several lists that may be the blocks, then with
-            the candidates; an encoder–decoder without a path.
+            the candidates; an encoder–decoder without a path; a model of which this process has
+            some of the blocks or of the tokens.
     """
     config = _text_config(model)
     inner = _inner(model)
+    refuse_parts(inner)
+    split = find_split(inner)
     lists = {
         name: module
         for name, module in inner.named_modules()
@@ -173,11 +197,11 @@ def find_sites(model: nn.Module, block_path: str | None = None) -> Sites:
             f"{path!r}; it has {_listing(lists)}"
         )
     if not two_sided:
-        return Sites(path, tuple(blocks), _width(config), model, "model")
+        return Sites(path, tuple(blocks), _width(config), model, "model", split)
     stack, side = _stack(inner, path)
     # The sides of some encoder–decoders have configurations, and widths, of their own.
     own = _text_config(stack) if hasattr(stack, "config") else config
-    return Sites(path, tuple(blocks), _width(own), stack, side)
+    return Sites(path, tuple(blocks), _width(own), stack, side, split)
 
 
 def site_device(block: nn.Module) -> torch.device:

@@ -1,0 +1,133 @@
+"""Two processes that hold slices of the base's matrices train and generate as one process does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tp_worker
+from launch import torchrun
+from three_steps import collate, features, largest_difference
+from tp_worker import CASES, SLICES, adapted, load, steps, texts
+
+from reft import ReftConfig, ReftModel, get_reft_model
+from reft.model.parallel import Split
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What two processes have left."""
+    folder = tmp_path_factory.mktemp("tensor-parallel")
+    tp_worker.bases(folder)
+    sliced = get_reft_model(load(folder, {}), ReftConfig(rank=2, component=SLICES[0]))
+    sliced.save_pretrained(folder / "sliced")
+    torchrun(tp_worker.__file__, folder)
+    return folder
+
+
+def kept(folder: Path, scene: str) -> list[dict[str, Any]]:
+    """By rank."""
+    return [torch.load(folder / f"{scene}.{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_three_steps_equal_one_process(name, folder):
+    case = CASES[name]
+    alone = steps(adapted(load(folder, case), case), case)
+    assert min(one.abs().max() for one in alone["gradients"].values()) > 1e-6
+    first, second = kept(folder, name)
+    # Nothing brings the ranks together again, so they must not part at all.
+    assert largest_difference(first["weights"], second["weights"]) == 0
+    close = 1e-6 if name == "float32" else 1e-13
+    torch.testing.assert_close(first["losses"], alone["losses"], rtol=0, atol=close)
+    for what in ("gradients", "weights"):
+        assert largest_difference(first[what], alone[what]) <= close, what
+
+
+def test_generation_equals_one_process(folder):
+    model = adapted(load(folder, {}), {})
+    steps(model, {})
+    expected = texts(model)
+    with model.disable_adapter():
+        plain = texts(model)
+    assert not torch.equal(plain[0], expected[0])
+    for found in (*kept(folder, "texts"), *kept(folder, "loaded")):
+        for got, want in zip(found["texts"], expected, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_what_was_saved_is_read_in_one_process(folder):
+    """Rank 0 has all of the adapter."""
+    model = ReftModel.from_pretrained(load(folder, {}), folder / "saved")
+    for got, want in zip(texts(model), kept(folder, "texts")[0]["texts"], strict=True):
+        assert torch.equal(got, want)
+
+
+def test_unload_gives_the_split_base_back(folder):
+    with torch.no_grad():
+        expected = load(folder, {})(**collate(features(4))).logits
+    for found in kept(folder, "base"):
+        torch.testing.assert_close(found["logits"], expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("component", SLICES)
+def test_a_slice_is_refused(component, folder):
+    for said in kept(folder, "refusals"):
+        assert said[component].startswith(
+            f"ReftConfig.component must not be {component!r} of block 0, a LlamaDecoderLayer, "
+            "under tensor parallelism over 2 processes: "
+        )
+        allowed = said[component].split("allowed: ")[1].split(", ")
+        assert {"block_output", "attention_output", "mlp_output"} < {*allowed}
+        assert {"module:self_attn.o_proj", "module:mlp.down_proj"} < {*allowed}
+        assert not {*SLICES} & {*allowed}
+
+
+@pytest.mark.parametrize("door", ["from_pretrained", "add_adapter", "load_adapter", "pool"])
+def test_a_slice_is_refused_at_every_door(door, folder):
+    for said in kept(folder, "refusals"):
+        assert f"ReftConfig.component must not be {SLICES[0]!r}" in said[door]
+
+
+def test_a_base_that_torch_has_split(folder):
+    """No plan says what of it is whole: what is added to the residual stream is."""
+    case = CASES["mlp"]
+    alone = steps(adapted(load(folder, case), case), case)
+    for found in kept(folder, "foreign"):
+        assert largest_difference(found["weights"], alone["weights"]) <= 1e-13
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    {
+        "head": "ReftConfig.modules_to_save must not name 'lm_head' here: tensor parallelism has "
+        "split its weight",
+        "sharded head": "ReftConfig.modules_to_save must not name 'lm_head' here: FSDP2 has split",
+        "pipeline": "base_model must not be under pipeline parallelism",
+        "sequence": "base_model must not be under sequence parallelism",
+        "foreign": "ReftConfig.component must not be 'module:mlp.up_proj'",
+        "context": "an adapter must not be active inside torch's context_parallel",
+    }.items(),
+)
+def test_what_cannot_be_right_is_refused(name, said, folder):
+    for found in kept(folder, "refusals"):
+        assert found[name].startswith(said)
+
+
+def test_plans_of_experts():
+    """What adds up the parts of a sum is whole, what is inside it is not."""
+    plan = {
+        "model.layers.*.self_attn.o_proj": "rowwise",
+        "model.layers.*.self_attn.q_proj": "colwise",
+        "model.layers.*.self_attn": "local_params",
+        "model.layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "model.layers.*.mlp.experts.down_proj": "rowwise",
+        "model.layers.*.mlp.experts": "moe_tp_experts",
+        "model.layers.*.mlp.shared.up_proj": "colwise",
+        "model.norm": "sequence_parallel",
+    }
+    whole = ["self_attn", "self_attn.o_proj", "mlp", "mlp.experts", "input_layernorm"]
+    parts = ["self_attn.q_norm", "mlp.experts.down_proj", "mlp.shared", "mlp.router"]
+    assert Split(2, plan).whole("model.layers", [*whole, *parts]) == whole

@@ -1,0 +1,209 @@
+"""One process of tensor parallelism, and the same training in one process.
+
+Written for torchrun; see test_tensor_parallel.py. What comes out lies in the folder that is given:
+a file for each scene and rank.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from three_steps import collate, features
+from tiny_models import LAYERS, llama
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers.distributed import DistributedConfig
+
+from reft import ReftConfig, ReftModel, get_reft_model
+
+STEPS = 3
+
+#: name -> configuration of the adapter, and how it is trained; in float64 unless it says otherwise,
+#: where sums in another order are no excuse.
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "float32": {"dtype": "float32"},
+    "checkpointing": {"checkpointing": False},
+    "reentrant": {"checkpointing": True},
+    "clipping": {"clip": 0.05},
+    "accumulation": {"pieces": 2},
+    "attention": {"config": {"component": "attention_output"}},
+    "mlp": {"config": {"component": "mlp_output"}},
+    "projection": {"config": {"component": "module:self_attn.o_proj"}},
+    "untied": {"config": {"layers": [1, 2], "tied": False, "intervention": "direft"}},
+    "head": {"config": {"modules_to_save": ("score",)}},
+}
+
+#: Components of which a process has a slice.
+SLICES = (
+    "module:self_attn.q_proj",
+    "module:self_attn.v_proj",
+    "module:mlp.up_proj",
+    "module:mlp.act_fn",
+)
+
+
+def adapted(base: nn.Module, case: dict[str, Any], rank: int = 0) -> ReftModel:
+    """A fresh adapter, of other first values on every rank."""
+    settings: dict[str, Any] = {"rank": 4, "positions": "f2+l2", "layers": list(range(LAYERS))}
+    settings["dtype"] = case.get("dtype", "float64")
+    config = ReftConfig(**{**settings, **case.get("config", {})})
+    return get_reft_model(base, config, generator=torch.Generator().manual_seed(100 + rank))
+
+
+def steps(model: ReftModel, case: dict[str, Any]) -> dict[str, Any]:
+    """Gradients of the first step, losses, and weights after three steps of AdamW."""
+    if "checkpointing" in case:
+        reentrant = {"use_reentrant": case["checkpointing"]}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
+    model.train()
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    pieces, classes = case.get("pieces", 1), "modules_to_save" in case.get("config", {})
+    rows, losses, gradients = features(4 * STEPS), [], {}
+    for step in range(STEPS):
+        four = rows[4 * step : 4 * step + 4]
+        for piece in range(pieces):
+            inputs = collate(four[piece * 4 // pieces : (piece + 1) * 4 // pieces])
+            if classes:
+                inputs["labels"] = inputs["input_ids"][:, 0] % 3
+            loss = model(**inputs).loss / pieces
+            loss.backward()
+            losses.append(loss.detach())
+        if "clip" in case:
+            torch.nn.utils.clip_grad_norm_(trained.values(), case["clip"])
+        if not step:
+            gradients = {name: one.grad.clone() for name, one in trained.items()}
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = {name: one.detach().clone() for name, one in trained.items()}
+    return {"losses": torch.stack(losses), "gradients": gradients, "weights": weights}
+
+
+def texts(model: ReftModel) -> list[Tensor]:
+    """Greedy search and beams, from prompts of several lengths padded on the left."""
+    inputs = {
+        name: value.flip(1) for name, value in collate(features(3)).items() if name != "labels"
+    }
+    how = {"max_new_tokens": 6, "do_sample": False}
+    return [model.eval().generate(**inputs, num_beams=beams, **how) for beams in (1, 2)]
+
+
+def bases(folder: Path) -> None:
+    """Write the base, as a language model and as a classifier."""
+    llama().save_pretrained(folder / "language")
+    torch.manual_seed(0)
+    classes = LlamaConfig.from_pretrained(folder / "language", num_labels=3)
+    AutoModelForSequenceClassification.from_config(classes).save_pretrained(folder / "classes")
+
+
+def load(folder: Path, case: dict[str, Any], **how: Any) -> nn.Module:
+    how["dtype"] = getattr(torch, case.get("dtype", "float64"))
+    if "modules_to_save" in case.get("config", {}):
+        return AutoModelForSequenceClassification.from_pretrained(folder / "classes", **how).eval()
+    return AutoModelForCausalLM.from_pretrained(folder / "language", **how).eval()
+
+
+class Refusals(dict[str, str]):
+    """What is said to what cannot be right, by name."""
+
+    def __call__(self, name: str, call: Callable[..., Any], base: nn.Module, *args: Any) -> None:
+        before = [*base.named_modules()]
+        try:
+            call(*args)
+        except (ValueError, RuntimeError) as error:
+            self[name] = str(error)
+        assert [*base.named_modules()] == before, name
+
+
+def refusals(folder: Path) -> Refusals:
+    """By every way in, and of every way of splitting."""
+    refused, sliced, plain = Refusals(), folder / "sliced", ReftConfig(rank=2)
+
+    def split(**how: Any) -> nn.Module:
+        return load(folder, {}, distributed_config=DistributedConfig(**how))
+
+    def wrap(base: nn.Module, **settings: Any) -> None:
+        get_reft_model(base, ReftConfig(rank=2, **settings))
+
+    base, head = split(tp_size=2), {"modules_to_save": ("lm_head",)}
+    for component in SLICES:
+        refused(component, lambda one: wrap(base, component=one), base, component)
+    refused("head", lambda: wrap(base, **head), base)
+    refused("from_pretrained", ReftModel.from_pretrained, base, base, sliced)
+    model = get_reft_model(base, plain)
+    config = ReftConfig(rank=2, component=SLICES[0])
+    refused("add_adapter", model.add_adapter, base, "b", config)
+    refused("load_adapter", model.load_adapter, base, sliced, "b")
+    refused("pool", model.pool.add, base, "b", sliced)
+
+    sharded, pipeline = split(fsdp_size=2), split(pp_size=2)
+    refused("sharded head", lambda: wrap(sharded, **head), sharded)
+    refused("pipeline", lambda: wrap(pipeline), pipeline)
+    sequence = split(tp_size=2, enable_sequence_parallel=True)
+    refused("sequence", lambda: wrap(sequence), sequence)
+
+    mesh = init_device_mesh("cpu", (2,))
+    foreign = split_by_torch(load(folder, {}), mesh)
+    refused("foreign", lambda: wrap(foreign, component="module:mlp.up_proj"), foreign)
+    model = get_reft_model(llama(), plain)
+    ids = torch.full((2, 8), 5)
+    with context_parallel(mesh, buffers=[ids], buffer_seq_dims=[1]):
+        refused("context", model, model.base_model, ids)
+    return refused
+
+
+def split_by_torch(base: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """The MLPs in slices, and no plan of transformers' that says so."""
+    for block in base.model.layers:
+        styles = {"up_proj": ColwiseParallel, "gate_proj": ColwiseParallel}
+        plan = {f"mlp.{name}": style() for name, style in styles.items()}
+        parallelize_module(block, mesh, {**plan, "mlp.down_proj": RowwiseParallel()})
+    return base
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank, split = dist.get_rank(), {"distributed_config": DistributedConfig(tp_size=2)}
+
+    def keep(scene: str, **found: Any) -> None:
+        torch.save(found, folder / f"{scene}.{rank}.pt")
+
+    for name, case in CASES.items():
+        model = adapted(load(folder, case, **split), case, rank)
+        model.broadcast_adapters()
+        keep(name, **steps(model, case))
+        if name == "plain":
+            keep("texts", texts=texts(model))
+            if not rank:
+                model.save_pretrained(folder / "saved")
+    dist.barrier()
+
+    base = load(folder, {}, **split)
+    again = ReftModel.from_pretrained(base, folder / "saved")
+    keep("loaded", texts=texts(again))
+    again.unload()
+    with torch.no_grad():
+        keep("base", logits=base(**collate(features(4))).logits)
+    foreign = split_by_torch(load(folder, {}), init_device_mesh("cpu", (2,)))
+    keep("foreign", **steps(adapted(foreign, CASES["mlp"]), CASES["mlp"]))
+    keep("refusals", **refusals(folder))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
