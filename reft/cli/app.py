@@ -15,6 +15,7 @@ import typer
 
 from reft.cli import convert, demo, evaluate, generate, presets, report, train
 from reft.cli.errors import UserError, one_line
+from reft.cli.ranks import refuse_several
 
 app = typer.Typer(
     name="reft",
@@ -57,8 +58,11 @@ def _root(
     ] = False,
 ) -> None:
     context.obj = {"traceback": traceback}
-    if context.invoked_subcommand is None:
+    command = context.invoked_subcommand
+    if command is None:
         typer.echo(context.get_help())
+    elif command != "train":
+        refuse_several(f"reft {command}", "torchrun and accelerate launch are for reft train")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reft.cli.errors import UserError, one_line
+from reft.cli.ranks import local_device
 from reft.online import hub_reachable
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -34,7 +35,7 @@ def resolve_device(name: str) -> Any:
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(local_device("cuda") if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -11,6 +11,7 @@ import typer
 
 from reft.cli import options, preset_run
 from reft.cli.errors import UserError, check_folder
+from reft.cli.ranks import is_first, refuse_several, shards_the_base
 
 if TYPE_CHECKING:
     from reft.train.collate import ReftDataCollator
@@ -132,6 +133,7 @@ def train(
 ) -> None:
     """Train an adapter of a causal language model on prompts and completions, or run a preset."""
     if preset is not None:
+        refuse_several("--preset", "its batches are those that were published")
         preset_run.refuse_other_options(context)
         preset_run.run_preset(
             preset,
@@ -150,7 +152,7 @@ def train(
         needed = {"--model": model, "--data": data, "--output": output}
         missing = next(option for option, value in needed.items() if value is None)
         raise UserError(f"missing option {missing} (see reft train --help)")
-    from reft.cli.loading import check_model_name, load_base
+    from reft.cli.loading import check_model_name, load_base, resolve_device
     from reft.config import ReftConfig
     from reft.train.records import read_records
 
@@ -191,7 +193,9 @@ def train(
     schedules = [one.value for one in SchedulerType]
     if schedule not in schedules:
         raise UserError(f"--schedule must be one of {', '.join(schedules)}; got {schedule!r}")
-    base, tokenizer = load_base(model, dtype=dtype, device=device)
+    target = resolve_device(device)
+    home = "cpu" if shards_the_base() else str(target)
+    base, tokenizer = load_base(model, dtype=dtype, device=home)
     limit = context_length(base)
     if max_length is not None and limit is not None and max_length > limit:
         raise UserError(f"--max-length is {max_length}, but {model} has {limit} positions")
@@ -206,11 +210,11 @@ def train(
 
     set_seed(seed)
     wrapped = get_reft_model(base, config)
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not is_first())
     trainable, total = wrapped.get_nb_trainable_parameters()
     console.print(
         f"{len(examples)} records; training {trainable:,} of {total:,} parameters "
-        f"({100 * trainable / total:.4f} %) on {base.device}"
+        f"({100 * trainable / total:.4f} %) on {target}"
     )
     arguments = TrainingArguments(
         output_dir=str(output),
@@ -229,7 +233,7 @@ def train(
         save_steps=save_steps or 500,
         logging_steps=log_steps,
         seed=seed,
-        use_cpu=base.device.type == "cpu",
+        use_cpu=target.type == "cpu",
         disable_tqdm=True,
         report_to="none",
     )
@@ -249,7 +253,9 @@ def train(
         last = [row for row in trainer.state.log_history if "eval_loss" in row][-1:]
         known = bool(last) and last[0]["step"] == trainer.state.global_step
         metrics["eval loss"] = (last[0] if known else trainer.evaluate())["eval_loss"]
-    wrapped.save_pretrained(output)
+    trainer.save_adapter(output)
+    if not is_first():
+        return
     losses = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     typer.echo(f"{losses}; adapter written to {output}")
 

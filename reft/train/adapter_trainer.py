@@ -81,6 +81,7 @@ class AdapterTrainer(Trainer):
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
+        assert self.lr_scheduler is not None
         optimizer = fsdp2.gather_optimizer(self.optimizer)
         if self.args.should_save:
             torch.save(optimizer, Path(output_dir) / OPTIMIZER_NAME)
@@ -94,6 +95,7 @@ class AdapterTrainer(Trainer):
             torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
             for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
         )
+        assert self.lr_scheduler is not None
         fsdp2.scatter_optimizer(self.optimizer, optimizer)
         self.lr_scheduler.load_state_dict(scheduler)
 

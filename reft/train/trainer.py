@@ -78,6 +78,9 @@ class ReftTrainer(AdapterTrainer):
             # the wrapper is no PreTrainedModel, and reentrant checkpointing breaks under the
             # search.
             args.ddp_find_unused_parameters = False
+        if args.ddp_broadcast_buffers is None:
+            # Nothing writes buffers while an adapter is trained, and all ranks began with the same.
+            args.ddp_broadcast_buffers = False
         if data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase):
             data_collator = ReftDataCollator(processing_class)
         super().__init__(
