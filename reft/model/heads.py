@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from reft.nn.shards import write
+from reft.nn.shards import gathered, write
 
 
 class HeadStore(nn.Module):
@@ -83,7 +83,12 @@ class HeadStore(nn.Module):
 
 def copy_heads(base: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
     """Copies of modules to train, by path; in the base's dtype, which their input has."""
-    return {path: copy.deepcopy(base.get_submodule(path)) for path in paths}
+    copies = {}
+    for path in paths:
+        module = base.get_submodule(path)
+        with gathered(*module.parameters()):
+            copies[path] = copy.deepcopy(module)
+    return copies
 
 
 def check_heads(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:

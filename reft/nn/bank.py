@@ -295,7 +295,7 @@ class Bank(nn.Module):
         wide = rotation.to(self.base.dtype)
         check_frame(rotation, wide.dtype, self.spec.name)
         self.base.copy_(reflector_base(wide))
-        self.free.zero_()
+        write(self.free, torch.zeros_like(self.base))
         self.loaded = None
 
     @torch.no_grad()
@@ -360,9 +360,9 @@ class Bank(nn.Module):
             return
         assert self.free is not None and self.base is not None
         for name in sorted(extra):
-            if tensors[name].shape != self.free.shape:
+            if tensors[name].shape != self.base.shape:
                 raise ValueError(
-                    f"{name} must have shape {tuple(self.free.shape)}, "
+                    f"{name} must have shape {tuple(self.base.shape)}, "
                     f"got {tuple(tensors[name].shape)}"
                 )
         self.assign(**{name: tensors[name] for name in sorted(needed - {"rotation"})})

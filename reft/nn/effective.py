@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class Effective:
+class Effective(NamedTuple):
     """What the kernels need, layer by layer: the edit is act(A h + b)·R − σ·R h, with A, b, R
-    given.
+    given. A named tuple, because engines that shard parameters look for tensors in what a module
+    returns, and in tuples, to know when backward comes to it.
 
     Attributes:
         encode: A or W of each layer, (g, r, D), or None.
@@ -70,4 +70,4 @@ def scaled(form: Effective, factor: float) -> Effective:
             f"adapter_scales must be 1 for an adapter with activation {form.activation!r} while "
             f"it is trained or compiled, got {factor}"
         )
-    return replace(form, decode=tuple(part * factor for part in form.decode))
+    return form._replace(decode=tuple(part * factor for part in form.decode))

@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from reft.model.reft_model import ReftModel
 from reft.nn.bank import Bank
-from reft.train import fsdp2
+from reft.train import deepspeed, fsdp2
 from reft.train.lora import load_lora, save_lora
 
 
@@ -56,9 +56,9 @@ class AdapterTrainer(Trainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's. Of a model sharded by FSDP2, what is trained is gathered and no more."""
+        """As Trainer's. Of a sharded model what is trained is gathered and no more."""
         model = self._reft_model()
-        if not fsdp2.is_sharded(model):
+        if not (fsdp2.is_sharded(model) or self.is_deepspeed_enabled):
             super().save_model(output_dir, _internal_call)
             return
         self._save(output_dir, state_dict=fsdp2.gather_trained(model))
@@ -68,10 +68,26 @@ class AdapterTrainer(Trainer):
     def save_adapter(self, folder: str | os.PathLike[str]) -> None:
         """Write the adapter as it is published, and nothing else; to be called by every rank."""
         model = self._reft_model()
-        state = fsdp2.gather_trained(model) if fsdp2.is_sharded(model) else None
+        sharded = fsdp2.is_sharded(model) or self.is_deepspeed_enabled
+        state = fsdp2.gather_trained(model) if sharded else None
         if self.args.should_save:
             model.save_pretrained(folder, state_dict=state)
         self.accelerator.wait_for_everyone()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's.
+
+        Raises:
+            ValueError: an engine under which a rank has some of the tokens of a prompt.
+        """
+        super().create_accelerator_and_postprocess()
+        deepspeed.refuse_parts(self.accelerator)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. It is made between engine and checkpoint: there DeepSpeed is told what
+        checkpoints hold."""
+        deepspeed.leave_out_base(self.accelerator)
+        return super().create_scheduler(*args, **kwargs)
 
     # Under FSDP2 Trainer's own would write the whole base into every checkpoint. The adapter's
     # states are small: they are gathered into the files that one process writes, so that any number

@@ -4,37 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from reft.model.ranks import broadcast_adapters
 from reft.model.reft_model import ReftModel
 from reft.nn.bank import Bank
-from reft.nn.shards import part_of, whole
+from reft.nn.shards import in_parts, part_of, whole
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from transformers import Trainer
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 holds parameters of this model in parts."""
-    return any(isinstance(one, DTensor) for one in model.parameters())
+    """Whether FSDP2 or ZeRO-3 holds parameters of this model in parts."""
+    return any(map(in_parts, model.parameters()))
 
 
-def before_training(model: ReftModel, accelerator: Accelerator) -> None:
+#: What a Trainer is that can train a base which transformers sharded while it loaded it.
+_TRAINS_SHARDED = "is_distributed_loading_by_transformers"
+
+
+def before_training(model: ReftModel, trainer: Trainer) -> None:
     """One adapter on all ranks, in units of its own where the base computes in less precision.
 
     Raises:
-        ValueError: accelerate is told to use FSDP1.
+        ValueError: accelerate is told to use FSDP1; or the base is sharded already, and this
+            transformers' Trainer would put DDP around it.
     """
     banks = [one for one in model.modules() if isinstance(one, Bank)]
     if any(map(is_sharded, banks)):
         return  # trained before
+    if is_sharded(model) and not hasattr(trainer, _TRAINS_SHARDED):
+        raise ValueError(
+            "model must not be sharded by from_pretrained(distributed_config=…) for the Trainer of "
+            f"transformers {version('transformers')}; a later one can train it, and accelerate's "
+            "FSDP2, fsdp_version=2, shards a base that was loaded whole"
+        )
     broadcast_adapters(model)
+    accelerator = trainer.accelerator
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return
@@ -56,7 +68,8 @@ def gather_trained(model: nn.Module) -> dict[str, Tensor]:
     """name -> whole tensor of what is trained, and of buffers; to be called by every rank."""
     every = model.named_parameters(remove_duplicate=False)  # tied weights under all their names
     frozen = {name for name, one in every if not one.requires_grad}
-    return {name: whole(one) for name, one in model.state_dict().items() if name not in frozen}
+    state = model.state_dict(keep_vars=True)
+    return {name: whole(one) for name, one in state.items() if name not in frozen}
 
 
 def gather_optimizer(optimizer: Any) -> dict[str, Any]:

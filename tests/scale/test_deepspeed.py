@@ -1,0 +1,107 @@
+"""Two ranks under DeepSpeed, ZeRO 0 to 3, are one process, through the Trainer."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import torchrun
+from safetensors.torch import load_file
+from three_steps import CASES, Case, largest_difference, make_base, make_trainer, trained
+
+from reft import ReftModel
+
+if importlib.util.find_spec("deepspeed") is None:
+    pytest.skip("not run: needs deepspeed", allow_module_level=True)
+
+from deepspeed_worker import LONG, MORE, PUBLISHED, STAGES, outputs
+
+BOTH = [(stage, name) for stage, names in STAGES.items() for name in names]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What two ranks have left."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    make_base().save_pretrained(folder / "base")
+    torchrun(Path(__file__).with_name("deepspeed_worker.py"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """name of a case, more arguments -> what one process makes of it."""
+    made: dict[Any, dict[str, Any]] = {}
+
+    def of(name: str, **arguments: Any) -> dict[str, Any]:
+        key = (name, *arguments)
+        if key not in made:
+            case = (CASES | MORE)[name]
+            case = Case({**case.arguments, **arguments}, case.config, case.lora)
+            trainer = make_trainer(case, tmp_path_factory.mktemp("alone"))
+            made[key] = {**trained(trainer), "model": trainer.model}
+        return made[key]
+
+    return of
+
+
+def kept(folder: Path, stage: int, scene: str) -> dict[str, Any]:
+    return torch.load(folder / f"{stage}-{scene}.pt")
+
+
+@pytest.mark.parametrize(("stage", "name"), BOTH)
+def test_three_steps_equal_one_process(stage, name, folder, alone):
+    found, expected = kept(folder, stage, name), alone(name)
+    assert found["engine"] == "DeepSpeedEngine"
+    assert bool(found["shards"]) == (stage == 3)
+    assert largest_difference(found["weights"], expected["weights"]) <= 1e-7
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", PUBLISHED)
+def test_generation_equals_one_process(stage, folder, alone):
+    found, model = kept(folder, stage, "published"), alone("plain")["model"]
+    texts, logits = outputs(model)
+    assert all(map(torch.equal, found["texts"], texts))
+    torch.testing.assert_close(found["logits"], logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["model", "adapter"])
+@pytest.mark.parametrize("stage", PUBLISHED)
+def test_what_is_saved_is_the_adapter_and_whole(stage, what, folder, alone):
+    saved = folder / f"{stage}-{what}"
+    assert not [*saved.glob("global_step*")]
+    model = ReftModel.from_pretrained(make_base(), saved)
+    own = kept(folder, stage, "published")["weights"]
+    values = load_file(saved / "adapter_model.safetensors")
+    for name in ("weight", "bias"):
+        assert torch.equal(values[name], own[f"reft.adapters.default.{name}"])
+    texts, _ = outputs(model)
+    assert all(map(torch.equal, texts, kept(folder, stage, "published")["texts"]))
+
+
+@pytest.mark.parametrize(("stage", "name"), [(2, "plain"), (3, "lora")])
+def test_a_resumed_run_ends_in_the_same_bits(stage, name, folder, alone):
+    whole, again = (kept(folder, stage, f"{name}-{run}")["weights"] for run in ("long", "again"))
+    assert largest_difference(whole, again) == 0
+    assert largest_difference(whole, alone(name, **LONG)["weights"]) <= 1e-7
+
+
+@pytest.mark.parametrize(("stage", "name"), [(2, "plain"), (3, "lora")])
+def test_checkpoints_do_not_hold_the_base(stage, name, folder):
+    checkpoint = folder / "runs" / f"{stage}-{name}-long" / "checkpoint-2"
+    states = [*checkpoint.glob("global_step*/*model_states.pt")]
+    assert states
+    for file in states:
+        module = torch.load(file, weights_only=False)["module"]
+        assert module
+        assert all(".adapters." in key or ".lora_" in key for key in module), [*module]
+
+
+def test_a_base_that_was_loaded_in_parts(folder, alone):
+    """Its head, which the adapter trains a copy of, too."""
+    found = kept(folder, 3, "head-loaded")["weights"]
+    assert largest_difference(found, alone("head")["weights"]) <= 1e-7
