@@ -14,7 +14,7 @@ from reft.model.attachment import SUBMODULE, Attachment
 from reft.model.chosen import sites_of
 from reft.model.heads import copy_heads
 from reft.model.hooks import EditOutput
-from reft.model.parallel import refuse_sharded_heads
+from reft.model.parallel import refuse_absent_heads
 from reft.model.sites import site_device
 from reft.nn.bank import Bank
 from reft.nn.spread import SpreadBank
@@ -50,7 +50,7 @@ def build(
             if not any(f"{path}.".startswith(f"{other}.") for other in others)
         )
         paths = config.resolve_modules_to_save(outside)
-        refuse_sharded_heads(base, paths)
+        refuse_absent_heads(base, paths)
         heads = copy_heads(base, paths)
     finally:
         attached.heads.show(base, shown)

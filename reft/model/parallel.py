@@ -141,23 +141,29 @@ def refuse_context_parallel() -> None:
         )
 
 
-def refuse_sharded_heads(base: nn.Module, paths: Iterable[str]) -> None:
-    """Refuse modules to save of which a process holds a part, so that it cannot copy them.
+def refuse_absent_heads(base: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse modules to save that a process has not got whole, so that it cannot copy them.
 
     Raises:
-        ValueError: FSDP2 or tensor parallelism has split their parameters.
+        ValueError: FSDP2 or tensor parallelism has split their parameters, or accelerate keeps
+            them elsewhere.
     """
     for path in paths:
         module = base.get_submodule(path)
-        sharded = [name for name, one in module.named_parameters() if isinstance(one, DTensor)]
-        if sharded:
-            engine = "FSDP2" if _is_fsdp(base) else "tensor parallelism"
-            raise ValueError(
-                f"ReftConfig.modules_to_save must not name {path!r} here: {engine} has split its "
-                f"{sharded[0]} between processes, and an adapter trains whole copies. Load the "
-                "base unsharded and let accelerate's FSDP2 or DeepSpeed shard it after "
-                "get_reft_model, or train no modules in full"
-            )
+        where = f"ReftConfig.modules_to_save must not name {path!r} here: "
+        for name, one in module.named_parameters():
+            if isinstance(one, DTensor):
+                engine = "FSDP2" if _is_fsdp(base) else "tensor parallelism"
+                raise ValueError(
+                    f"{where}{engine} has split its {name} between processes, and an adapter "
+                    "trains whole copies. Load the base unsharded and let accelerate's FSDP2 or "
+                    "DeepSpeed shard it after get_reft_model, or train no modules in full"
+                )
+            if one.is_meta and any(hasattr(part, "_hf_hook") for part in module.modules()):
+                raise ValueError(
+                    f"{where}its {name} is offloaded, and an adapter trains a copy that is on a "
+                    "device. Give it one in device_map"
+                )
 
 
 def _obstacle(path: str, styles: Mapping[str, str]) -> str | None:

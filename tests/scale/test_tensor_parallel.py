@@ -10,7 +10,7 @@ import torch
 import tp_worker
 from launch import torchrun
 from three_steps import collate, features, largest_difference
-from tp_worker import CASES, SLICES, adapted, load, steps, texts
+from tp_worker import CASES, QUANTIZED, SLICES, adapted, load, quantized, steps, texts
 
 from reft import ReftConfig, ReftModel, get_reft_model
 from reft.model.parallel import Split
@@ -114,6 +114,17 @@ def test_a_base_that_torch_has_split(folder):
 def test_what_cannot_be_right_is_refused(name, said, folder):
     for found in kept(folder, "refusals"):
         assert found[name].startswith(said)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_base_in_4_bits_under_ddp(name, folder):
+    alone = quantized(folder, name)
+    assert min(float(one.abs().max()) for one in alone["gradients"][0].values()) > 1e-4
+    for found in kept(folder, f"quantized-{name}"):
+        assert found["kind"] == "DistributedDataParallel"
+        for got, want in zip(found["gradients"], alone["gradients"], strict=True):
+            assert largest_difference(got, want) <= 1e-6
+        assert largest_difference(found["weights"], alone["weights"]) <= 1e-7
 
 
 def test_plans_of_experts():

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from three_steps import collate, features
+from three_steps import CASES as TRAINER_CASES
+from three_steps import collate, features, make_trainer, trained
 from tiny_models import LAYERS, llama
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -23,7 +24,12 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    LlamaConfig,
+)
 from transformers.distributed import DistributedConfig
 
 from reft import ReftConfig, ReftModel, get_reft_model
@@ -53,6 +59,10 @@ SLICES = (
     "module:mlp.up_proj",
     "module:mlp.act_fn",
 )
+
+
+#: Of three_steps, on a base in 4 bits.
+QUANTIZED = ("plain", "checkpointing")
 
 
 def adapted(base: nn.Module, case: dict[str, Any], rank: int = 0) -> ReftModel:
@@ -104,9 +114,25 @@ def texts(model: ReftModel) -> list[Tensor]:
 def bases(folder: Path) -> None:
     """Write the base, as a language model and as a classifier."""
     llama().save_pretrained(folder / "language")
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(folder / "wide")
     torch.manual_seed(0)
     classes = LlamaConfig.from_pretrained(folder / "language", num_labels=3)
     AutoModelForSequenceClassification.from_config(classes).save_pretrained(folder / "classes")
+
+
+def quantized(folder: Path, name: str, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
+    """Three steps of the Trainer on a base in 4 bits: data parallel, while nothing else is."""
+    base = AutoModelForCausalLM.from_pretrained(
+        folder / "wide",
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        ),
+        dtype=torch.float32,
+        device_map={"": "cpu"},
+    )
+    run = folder / "runs" / f"{name}-{ranks}"
+    trainer = make_trainer(TRAINER_CASES[name], run, rank=rank, ranks=ranks, base=base)
+    return {**trained(trainer), "kind": type(trainer.model_wrapped).__name__}
 
 
 def load(folder: Path, case: dict[str, Any], **how: Any) -> nn.Module:
@@ -200,6 +226,8 @@ def main(folder: Path) -> None:
     foreign = split_by_torch(load(folder, {}), init_device_mesh("cpu", (2,)))
     keep("foreign", **steps(adapted(foreign, CASES["mlp"]), CASES["mlp"]))
     keep("refusals", **refusals(folder))
+    for name in QUANTIZED:
+        keep(f"quantized-{name}", **quantized(folder, name, rank, ranks=2))
     dist.barrier()
     dist.destroy_process_group()
 
