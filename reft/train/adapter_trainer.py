@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from reft.model.reft_model import ReftModel
 from reft.nn.bank import Bank
+from reft.nn.shards import whole
 from reft.train import deepspeed, fsdp2
 from reft.train.lora import load_lora, save_lora
 
@@ -49,7 +50,7 @@ class AdapterTrainer(Trainer):
             if isinstance(path, str):
                 self._reft_model().restore(path)
                 load_lora(self._reft_model(), path)
-        fsdp2.before_training(self._reft_model(), self.accelerator)
+        fsdp2.before_training(self._reft_model(), self)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _is_sharded(self) -> bool:
@@ -61,7 +62,7 @@ class AdapterTrainer(Trainer):
         if not (fsdp2.is_sharded(model) or self.is_deepspeed_enabled):
             super().save_model(output_dir, _internal_call)
             return
-        self._save(output_dir, state_dict=fsdp2.gather_trained(model))
+        self._save(output_dir, state_dict=self._gathered(model))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -69,10 +70,14 @@ class AdapterTrainer(Trainer):
         """Write the adapter as it is published, and nothing else; to be called by every rank."""
         model = self._reft_model()
         sharded = fsdp2.is_sharded(model) or self.is_deepspeed_enabled
-        state = fsdp2.gather_trained(model) if sharded else None
+        state = self._gathered(model) if sharded else None
         if self.args.should_save:
             model.save_pretrained(folder, state_dict=state)
         self.accelerator.wait_for_everyone()
+
+    def _gathered(self, model: ReftModel) -> dict[str, Tensor]:
+        read = deepspeed.precise if self.is_deepspeed_enabled else whole
+        return fsdp2.gather_trained(model, read)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As Trainer's.
@@ -89,12 +94,12 @@ class AdapterTrainer(Trainer):
         deepspeed.leave_out_base(self.accelerator)
         return super().create_scheduler(*args, **kwargs)
 
-    # Under FSDP2 Trainer's own would write the whole base into every checkpoint. The adapter's
-    # states are small: they are gathered into the files that one process writes, so that any number
-    # of ranks may go on from them, sharded or not.
+    # Trainer's own would write the whole base into every checkpoint of FSDP2. The adapter's states
+    # are small: of every engine that leaves it to us they are gathered into the files that one
+    # process writes, so that any number of ranks may go on from them, sharded or not.
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
         assert self.lr_scheduler is not None
@@ -104,14 +109,14 @@ class AdapterTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_fsdp_enabled or checkpoint is None:
+        if self.is_deepspeed_enabled or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        assert self.lr_scheduler is not None
         optimizer, scheduler = (
             torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
             for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
         )
-        assert self.lr_scheduler is not None
         fsdp2.scatter_optimizer(self.optimizer, optimizer)
         self.lr_scheduler.load_state_dict(scheduler)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+from reft.nn.shards import whole
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor
 
 
 def refuse_parts(accelerator: Accelerator) -> None:
@@ -38,6 +41,16 @@ def refuse_parts(accelerator: Accelerator) -> None:
             "of the base after the adapter was put on them; load the base with transformers' "
             "distributed_config=DistributedConfig(tp_size=…) instead"
         )
+
+
+def precise(value: Tensor) -> Tensor:
+    """All of a parameter, as precise as the optimizer keeps it: where DeepSpeed computes in
+    bfloat16, what it trains is not what modules hold; by every rank."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    trained = value.is_leaf and value.requires_grad
+    full = safe_get_full_fp32_param(value) if trained else None
+    return whole(value) if full is None else full.detach().clone()
 
 
 def leave_out_base(accelerator: Accelerator) -> None:

@@ -64,12 +64,13 @@ def before_training(model: ReftModel, trainer: Trainer) -> None:
             fully_shard(bank, mp_policy=MixedPrecisionPolicy(), **own)
 
 
-def gather_trained(model: nn.Module) -> dict[str, Tensor]:
-    """name -> whole tensor of what is trained, and of buffers; to be called by every rank."""
+def gather_trained(model: nn.Module, read: Callable[[Tensor], Tensor] = whole) -> dict[str, Tensor]:
+    """name -> whole tensor of what is trained, and of buffers, as ``read`` finds it; to be called
+    by every rank."""
     every = model.named_parameters(remove_duplicate=False)  # tied weights under all their names
     frozen = {name for name, one in every if not one.requires_grad}
     state = model.state_dict(keep_vars=True)
-    return {name: whole(one) for name, one in state.items() if name not in frozen}
+    return {name: read(one) for name, one in state.items() if name not in frozen}
 
 
 def gather_optimizer(optimizer: Any) -> dict[str, Any]:

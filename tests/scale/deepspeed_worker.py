@@ -15,6 +15,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed.ops
 import torch
+import transformers.training_args
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from three_steps import CASES, Case, InOrder, batch, make_trainer, short
@@ -43,9 +44,11 @@ LONG = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
 
 def on_cpu() -> None:
-    """accelerate knows no DeepSpeed on a CPU, and DeepSpeed compiles a collective for a minute."""
+    """accelerate knows no DeepSpeed on a CPU, DeepSpeed compiles a collective for a minute, and
+    transformers asks for a GPU before it lets DeepSpeed compute in bfloat16."""
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 def engine(stage: int) -> dict[str, Any]:
@@ -106,6 +109,14 @@ class Rank:
         again.train(resume_from_checkpoint=str(middle))
         self.keep(stage, f"{name}-again", again)
 
+    def half(self, stage: int) -> None:
+        """DeepSpeed casts all modules to bfloat16; the optimizer has what is trained in float32."""
+        config = {**engine(stage), "bf16": {"enabled": "auto"}}
+        trainer = self.trainer(stage, "half", CASES["plain"], bf16=True, deepspeed=config)
+        trainer.train()
+        self.keep(stage, "half", trainer)
+        trainer.save_adapter(self.folder / f"{stage}-half-adapter")
+
     def sharded_while_loaded(self, name: str) -> None:
         """A base that from_pretrained leaves in parts, since a configuration of ZeRO-3 is there."""
         zero = engine(3)["zero_optimization"]
@@ -142,6 +153,8 @@ def main(folder: Path) -> None:
         rank.cases(stage)
     rank.resumed(2, "plain")
     rank.resumed(3, "lora")
+    rank.half(2)
+    rank.half(3)
     rank.sharded_while_loaded("head")
 
 

@@ -101,6 +101,22 @@ def test_checkpoints_do_not_hold_the_base(stage, name, folder):
         assert all(".adapters." in key or ".lora_" in key for key in module), [*module]
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bfloat16_is_not_what_is_saved(stage, folder, alone):
+    """What the optimizer has is, in float32; the modules hold it rounded."""
+    saved = load_file(folder / f"{stage}-half-adapter" / "adapter_model.safetensors")
+    held = kept(folder, stage, "half")["weights"]
+    expected = alone("plain")["weights"]
+    for name in ("weight", "bias"):
+        key = f"reft.adapters.default.{name}"
+        assert (saved[name].dtype, held[key].dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(saved[name].bfloat16(), held[key])
+        assert not torch.equal(saved[name], held[key].float())
+        torch.testing.assert_close(saved[name], expected[key], rtol=0.02, atol=5e-3)
+    model = ReftModel.from_pretrained(make_base(), folder / f"{stage}-half-adapter")
+    assert model.orthonormality_error() < 1e-5
+
+
 def test_a_base_that_was_loaded_in_parts(folder, alone):
     """Its head, which the adapter trains a copy of, too."""
     found = kept(folder, 3, "head-loaded")["weights"]
