@@ -39,7 +39,14 @@ def before_training(model: ReftModel, trainer: Trainer) -> None:
     banks = [one for one in model.modules() if isinstance(one, Bank)]
     if any(map(is_sharded, banks)):
         return  # trained before
-    if is_sharded(model) and not hasattr(trainer, _TRAINS_SHARDED):
+    native = getattr(trainer, _TRAINS_SHARDED, None)
+    if is_sharded(model) and not (native or trainer.is_deepspeed_enabled):
+        if native is not None:
+            raise ValueError(
+                "model must not be sharded before a Trainer has it, unless by from_pretrained("
+                "distributed_config=…): this one would give its ranks different data; leave it to "
+                "accelerate's FSDP2 or DeepSpeed, or write the training loop"
+            )
         raise ValueError(
             "model must not be sharded by from_pretrained(distributed_config=…) for the Trainer of "
             f"transformers {version('transformers')}; a later one can train it, and accelerate's "

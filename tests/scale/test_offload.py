@@ -44,7 +44,7 @@ def test_hooks_are_seen(tmp_path):
     assert hooks(base) and next(base.model.layers[1].parameters()).is_meta
 
 
-@pytest.mark.parametrize("name", ["plain", "checkpointing", "reentrant"])
+@pytest.mark.parametrize("name", ["plain", "checkpointing"])
 @pytest.mark.parametrize("places", DISK)
 def test_a_trainer_with_a_device_map(places, name, tmp_path):
     base = mapped(tmp_path, DISK[places])

@@ -10,10 +10,26 @@ import torch
 import tp_worker
 from launch import torchrun
 from three_steps import collate, features, largest_difference
-from tp_worker import CASES, QUANTIZED, SLICES, adapted, load, quantized, steps, texts
+from tp_worker import (
+    CASES,
+    KNOWS_SPLIT,
+    QUANTIZED,
+    SLICES,
+    TRAINER,
+    adapted,
+    load,
+    quantized,
+    steps,
+    texts,
+    with_trainer,
+)
 
 from reft import ReftConfig, ReftModel, get_reft_model
 from reft.model.parallel import Split
+
+NEEDS_TRAINER = pytest.mark.skipif(
+    not KNOWS_SPLIT, reason="this Trainer does not know what from_pretrained has split"
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +60,15 @@ def test_three_steps_equal_one_process(name, folder):
     torch.testing.assert_close(first["losses"], alone["losses"], rtol=0, atol=close)
     for what in ("gradients", "weights"):
         assert largest_difference(first[what], alone[what]) <= close, what
+
+
+@NEEDS_TRAINER
+@pytest.mark.parametrize("name", TRAINER)
+def test_the_trainer_equals_one_process(name, folder):
+    alone = with_trainer(folder, name)
+    for found in kept(folder, f"trainer-{name}"):
+        assert largest_difference(found["weights"], alone["weights"]) <= 1e-7
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-6)
 
 
 def test_generation_equals_one_process(folder):
@@ -125,6 +150,12 @@ def test_a_base_in_4_bits_under_ddp(name, folder):
         for got, want in zip(found["gradients"], alone["gradients"], strict=True):
             assert largest_difference(got, want) <= 1e-6
         assert largest_difference(found["weights"], alone["weights"]) <= 1e-7
+
+
+@NEEDS_TRAINER
+def test_a_trainer_refuses_what_it_does_not_know_to_be_split(folder):
+    for found in kept(folder, "refusals"):
+        assert found["foreign trainer"].startswith("model must not be sharded before a Trainer")
 
 
 def test_plans_of_experts():

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.parallelism_config import ParallelismConfig
 from three_steps import CASES as TRAINER_CASES
 from three_steps import collate, features, make_trainer, trained
 from tiny_models import LAYERS, llama
@@ -29,12 +30,16 @@ from transformers import (
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     LlamaConfig,
+    PreTrainedModel,
 )
 from transformers.distributed import DistributedConfig
 
 from reft import ReftConfig, ReftModel, get_reft_model
 
 STEPS = 3
+
+#: Whether transformers' Trainer knows what from_pretrained has split.
+KNOWS_SPLIT = hasattr(PreTrainedModel, "is_distributed_loading_by_transformers")
 
 #: name -> configuration of the adapter, and how it is trained; in float64 unless it says otherwise,
 #: where sums in another order are no excuse.
@@ -61,8 +66,9 @@ SLICES = (
 )
 
 
-#: Of three_steps, on a base in 4 bits.
+#: Of three_steps: on a base in 4 bits, and with the Trainer under tensor parallelism.
 QUANTIZED = ("plain", "checkpointing")
+TRAINER = ("plain", "accumulation")
 
 
 def adapted(base: nn.Module, case: dict[str, Any], rank: int = 0) -> ReftModel:
@@ -135,6 +141,13 @@ def quantized(folder: Path, name: str, rank: int = 0, ranks: int = 1) -> dict[st
     return {**trained(trainer), "kind": type(trainer.model_wrapped).__name__}
 
 
+def with_trainer(folder: Path, name: str, rank: int = 0, **split: Any) -> dict[str, Any]:
+    """Three steps of the Trainer; under tensor parallelism every rank gets the whole batch."""
+    base = load(folder, {"dtype": "float32"}, **split)
+    run = folder / "runs" / f"{name}-trainer"
+    return trained(make_trainer(TRAINER_CASES[name], run, rank=rank, base=base))
+
+
 def load(folder: Path, case: dict[str, Any], **how: Any) -> nn.Module:
     how["dtype"] = getattr(torch, case.get("dtype", "float64"))
     if "modules_to_save" in case.get("config", {}):
@@ -184,6 +197,9 @@ def refusals(folder: Path) -> Refusals:
     mesh = init_device_mesh("cpu", (2,))
     foreign = split_by_torch(load(folder, {}), mesh)
     refused("foreign", lambda: wrap(foreign, component="module:mlp.up_proj"), foreign)
+    if KNOWS_SPLIT:
+        trainer = make_trainer(TRAINER_CASES["plain"], folder / "runs" / "foreign", base=foreign)
+        refused("foreign trainer", trainer.train, foreign)
     model = get_reft_model(llama(), plain)
     ids = torch.full((2, 8), 5)
     with context_parallel(mesh, buffers=[ids], buffer_seq_dims=[1]):
@@ -226,6 +242,11 @@ def main(folder: Path) -> None:
     foreign = split_by_torch(load(folder, {}), init_device_mesh("cpu", (2,)))
     keep("foreign", **steps(adapted(foreign, CASES["mlp"]), CASES["mlp"]))
     keep("refusals", **refusals(folder))
+    if KNOWS_SPLIT:
+        # accelerate says that this is for GPUs.
+        ParallelismConfig._validate_accelerator = lambda *_: None
+        for name in TRAINER:
+            keep(f"trainer-{name}", **with_trainer(folder, name, rank, **split))
     for name in QUANTIZED:
         keep(f"quantized-{name}", **quantized(folder, name, rank, ranks=2))
     dist.barrier()
