@@ -25,7 +25,6 @@ from tp_worker import (
 )
 
 from reft import ReftConfig, ReftModel, get_reft_model
-from reft.model.parallel import Split
 
 NEEDS_TRAINER = pytest.mark.skipif(
     not KNOWS_SPLIT, reason="this Trainer does not know what from_pretrained has split"
@@ -156,20 +155,3 @@ def test_a_base_in_4_bits_under_ddp(name, folder):
 def test_a_trainer_refuses_what_it_does_not_know_to_be_split(folder):
     for found in kept(folder, "refusals"):
         assert found["foreign trainer"].startswith("model must not be sharded before a Trainer")
-
-
-def test_plans_of_experts():
-    """What adds up the parts of a sum is whole, what is inside it is not."""
-    plan = {
-        "model.layers.*.self_attn.o_proj": "rowwise",
-        "model.layers.*.self_attn.q_proj": "colwise",
-        "model.layers.*.self_attn": "local_params",
-        "model.layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-        "model.layers.*.mlp.experts.down_proj": "rowwise",
-        "model.layers.*.mlp.experts": "moe_tp_experts",
-        "model.layers.*.mlp.shared.up_proj": "colwise",
-        "model.norm": "sequence_parallel",
-    }
-    whole = ["self_attn", "self_attn.o_proj", "mlp", "mlp.experts", "input_layernorm"]
-    parts = ["self_attn.q_norm", "mlp.experts.down_proj", "mlp.shared", "mlp.router"]
-    assert Split(2, plan).whole("model.layers", [*whole, *parts]) == whole
