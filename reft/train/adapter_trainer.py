@@ -42,12 +42,18 @@ class AdapterTrainer(Trainer):
     ) -> Any:
         """As Trainer's. Under an engine that shards parameters the adapter is restored before it
         does: the base point of R is no parameter, so that no engine's own checkpoint has it. And
-        every rank begins with the adapter of rank 0."""
-        if resume_from_checkpoint and self._is_sharded():
-            path = resume_from_checkpoint
-            if path is True:
-                path = get_last_checkpoint(str(self.args.output_dir))
-            if isinstance(path, str):
+        every rank begins with the adapter of rank 0.
+
+        Raises:
+            ValueError: a checkpoint of DeepSpeed's without it, or another one under it. Nothing was
+                changed.
+        """
+        path = resume_from_checkpoint
+        if path is True:
+            path = get_last_checkpoint(str(self.args.output_dir))
+        if path and isinstance(path, str):
+            deepspeed.check_checkpoint(path, self.is_deepspeed_enabled)
+            if self._is_sharded():
                 self._reft_model().restore(path)
                 load_lora(self._reft_model(), path)
         fsdp2.before_training(self._reft_model(), self)

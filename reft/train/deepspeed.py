@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reft.nn.shards import whole
@@ -51,6 +52,25 @@ def precise(value: Tensor) -> Tensor:
     trained = value.is_leaf and value.requires_grad
     full = safe_get_full_fp32_param(value) if trained else None
     return whole(value) if full is None else full.detach().clone()
+
+
+def check_checkpoint(folder: str, under_deepspeed: bool) -> None:
+    """Refuse to resume from states that are kept in another way than this run's.
+
+    Raises:
+        ValueError: DeepSpeed wrote them and this run is without it, or the other way round.
+    """
+    if not Path(folder).is_dir():
+        return  # said by whoever looks for it
+    written = any(Path(folder).glob("global_step*"))
+    if written != under_deepspeed:
+        with_it, without = "with DeepSpeed, on as many ranks", "without DeepSpeed"
+        raise ValueError(
+            f"resume_from_checkpoint must be a run's that was started as this one; {folder} was "
+            f"written {'with' if written else 'without'} DeepSpeed: resume it "
+            f"{with_it if written else without}, or begin anew from its adapter, "
+            "ReftModel.from_pretrained(base_model, checkpoint, is_trainable=True)"
+        )
 
 
 def leave_out_base(accelerator: Accelerator) -> None:

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from three_steps import CASES, Case, largest_difference, make_base, make_trainer, trained
 
 from reft import ReftModel
+from reft.train.deepspeed import check_checkpoint
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("not run: needs deepspeed", allow_module_level=True)
 
-from deepspeed_worker import LONG, MORE, PUBLISHED, STAGES, outputs
+from deepspeed_worker import LONG, MORE, PUBLISHED, STAGES, outputs, weights
 
 BOTH = [(stage, name) for stage, names in STAGES.items() for name in names]
 
@@ -99,6 +100,19 @@ def test_checkpoints_do_not_hold_the_base(stage, name, folder):
         module = torch.load(file, weights_only=False)["module"]
         assert module
         assert all(".adapters." in key or ".lora_" in key for key in module), [*module]
+
+
+def test_a_checkpoint_is_not_resumed_without_deepspeed(folder, tmp_path):
+    """Its adapter is read anywhere."""
+    checkpoint = folder / "runs" / "2-plain-long" / "checkpoint-2"
+    trainer = make_trainer(Case(LONG), tmp_path)
+    before = weights(trainer.model)
+    with pytest.raises(ValueError, match="written with DeepSpeed: resume it with DeepSpeed, on as"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert largest_difference(weights(trainer.model), before) == 0
+    ReftModel.from_pretrained(make_base(), checkpoint, is_trainable=True)
+    with pytest.raises(ValueError, match="written without DeepSpeed: resume it without"):
+        check_checkpoint(str(tmp_path), under_deepspeed=True)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
