@@ -48,10 +48,9 @@ def calibrate() -> None:
         source = torch.ones(2, 2, device="cpu", requires_grad=True)
         if type(source.data) is not Tensor:  # a mode that replaces tensors: another time
             return
-        # Two uses, so that the engine adds up two gradients into one of its own.
-        middle = _Probe.apply(source * 1.0)
         seen: list[_Facts | None] = []
-        _Probe.seen = seen
+        # Two uses, so that the engine adds up two gradients into one of its own.
+        middle = _Probe.apply(source * 1.0, seen)
         torch.autograd.backward((middle * 2.0 + middle * 3.0).sum())
     _alone[:] = seen[:1] or [None]
 
@@ -59,22 +58,21 @@ def calibrate() -> None:
 class _Probe(torch.autograd.Function):
     """The identity; its backward is reached as that of the edit is."""
 
-    seen: list[_Facts | None]
-
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, seen: list[_Facts | None]) -> Tensor:
+        ctx.seen = seen  # of this calibration: another thread may be at its own
         return x.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        _look(grad)
-        return grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _look(grad, ctx.seen)
+        return grad, None
 
 
-def _look(grad: Tensor) -> None:
+def _look(grad: Tensor, seen: list[_Facts | None]) -> None:
     """As deep below its backward as :func:`exclusive` is."""
-    _Probe.seen.append(_facts(grad))
+    seen.append(_facts(grad))
 
 
 def _facts(grad: Tensor) -> _Facts | None:

@@ -127,7 +127,7 @@ class RowPlan:
                 made = torch.arange(0, self.num_rows + 1, size, device=self.device)
             else:
                 made = torch.tensor(self.offsets, dtype=torch.int64, device=self.device)
-            self._device_offsets.append(made)
+            self._device_offsets[:] = [made]  # at once: threads may share a plan
         return self._device_offsets[0]
 
     @property
@@ -135,7 +135,7 @@ class RowPlan:
         """One :class:`Place` a group."""
         if not self._places:
             bounds = zip(self.offsets, self.offsets[1:], strict=False)
-            self._places.extend(Place(self.rows[a:b], self.complete) for a, b in bounds)
+            self._places[:] = [Place(self.rows[a:b], self.complete) for a, b in bounds]
         return self._places
 
     @property
@@ -161,11 +161,13 @@ class RowPlan:
         """One :class:`Place` for each of :attr:`runs`; rows of groups without an entry are −1."""
         assert self.slots is not None
         if not self._places:
+            found = []
             for first, last in self.runs:
                 a, b = self.offsets[first], self.offsets[last]
                 rows = self.rows[a:b].view(last - first, -1)
                 rows = torch.where(self.slots[first:last].unsqueeze(1) < 0, -1, rows)
-                self._places.append(Place(rows.reshape(-1), False))
+                found.append(Place(rows.reshape(-1), False))
+            self._places[:] = found
         return self._places
 
     def to(self, device: torch.device | str) -> RowPlan:

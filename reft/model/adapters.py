@@ -41,7 +41,7 @@ def build(
         config = replace(config, base_model_name_or_path=origin or None)
     layers = config.resolve_layers(len(sites.blocks))
     shown = attached.heads.shown
-    attached.heads.show(base, None)
+    attached.show_heads(base, None)
     try:
         others = (SUBMODULE, *peft_base.trained_modules(base))
         outside = (
@@ -53,7 +53,7 @@ def build(
         refuse_absent_heads(base, paths)
         heads = copy_heads(base, paths)
     finally:
-        attached.heads.show(base, shown)
+        attached.show_heads(base, shown)
     devices = [site_device(sites.blocks[layer]) for layer in layers]
     bank: Bank | SpreadBank
     if len(set(devices)) == 1:
@@ -71,19 +71,24 @@ def attach(
     heads: Mapping[str, nn.Module],
 ) -> None:
     """Put an adapter on the model, frozen and not active."""
-    attached.adapters[name] = bank
-    attached.heads.add(name, heads)
     for module in (bank, *heads.values()):
         module.requires_grad_(False).train(base.training)
-    place_hooks(attached)
+    with attached.lock:
+        attached.check_new_name(name)
+        attached.adapters[name] = bank
+        attached.heads.add(name, heads)
+        place_hooks(attached)
 
 
 def detach(attached: Attachment, base: nn.Module, name: str) -> None:
     """Take an adapter off the model, with the hooks that no other needs."""
-    attached.heads.remove(base, name)
-    del attached.adapters[name]
-    attached.pool.forget_bank(name)
-    place_hooks(attached)
+    with attached.lock:
+        if attached.heads.shown == name:
+            attached.show_heads(base, None)
+        attached.heads.remove(base, name)
+        del attached.adapters[name]
+        attached.pool.forget_bank(name)
+        place_hooks(attached)
 
 
 def check_config(attached: Attachment, config: ReftConfig) -> None:
@@ -109,21 +114,24 @@ def check_config(attached: Attachment, config: ReftConfig) -> None:
 
 
 def place_hooks(attached: Attachment) -> None:
-    """A hook where some adapter or some request edits, and nowhere else."""
-    wanted = {
-        site
-        for source in (*map(attached.bank, attached.adapters), *attached.pool.adapters.values())
-        for site in sites_of(source)
-    }
-    for engine in attached.engines():
-        for request in engine.requests():
-            wanted.update(() if request.resident is None else request.resident.sites)
-    for site in attached.handles.keys() - wanted:
-        attached.handles.pop(site).remove()
-    for site in wanted - attached.handles.keys():
-        attached.handles[site] = attached.sites.module(*site).register_forward_hook(
-            EditOutput(attached, site), with_kwargs=True
-        )
+    """A hook where some adapter, request or generation edits, and nowhere else."""
+    with attached.lock:
+        sources = [*map(attached.bank, attached.adapters), *attached.pool.adapters.values()]
+        for generation in attached.running.generations.copy():
+            sources.extend((generation.sources or {}).values())
+        wanted = {site for source in sources for site in sites_of(source)}
+        for engine in attached.engines():
+            for request in engine.requests():
+                wanted.update(() if request.resident is None else request.resident.sites)
+        # A forward of another thread may have passed some of its blocks and not the others: what it
+        # needs stays until the next change.
+        unneeded = attached.handles.keys() - wanted
+        for site in () if attached.running.elsewhere() else unneeded:
+            attached.handles.pop(site).remove()
+        for site in wanted - attached.handles.keys():
+            attached.handles[site] = attached.sites.module(*site).register_forward_hook(
+                EditOutput(attached, site), with_kwargs=True
+            )
 
 
 class PoolHost:

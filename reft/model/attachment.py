@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from reft.config import ReftConfig
-from reft.model.chosen import BASE, Chosen, Source, choose, names_of, sources_by_name
-from reft.model.generation import Generation, known_length, past_length, resolve_given
+from reft.model.calls import Call, Calls, Options, Running
+from reft.model.chosen import BASE, Chosen, choose, names_of, sources_by_name
+from reft.model.generation import (
+    Generation,
+    behind_prompts,
+    expanded,
+    known_length,
+    past_length,
+    resolve_given,
+)
 from reft.model.heads import HeadStore
 from reft.model.mixed import make_plan
 from reft.model.plan import ForwardPlan, member_rows
@@ -30,38 +36,13 @@ from reft.model.steps import Engine, plan_step
 from reft.nn.bank import Bank
 from reft.nn.spread import SpreadBank
 from reft.serving.pool import AdapterPool
-from reft.serving.tables import Site
+from reft.serving.tables import Lock, Site
 
 #: Name of the attachment among the base model's submodules.
 SUBMODULE = "reft"
 
-#: This library's own arguments of a forward.
-OPTIONS = ("prompt_lengths", "adapter_names", "adapter_scales", "edit_positions", "subspaces")
-
 #: Arguments that say that a cache of pages is used, as continuous batching does.
 PAGED = ("write_index", "read_index", "block_table")
-
-
-@dataclass(frozen=True, eq=False)
-class Options:
-    """What a forward of the model was given that its blocks' stack does not see.
-
-    Attributes:
-        prompt_lengths: int (B,).
-        adapter_names: one a sequence.
-        adapter_scales: one number for all or one a sequence.
-        edit_positions: see :func:`reft.model.prompt.given_columns`; or a function of
-            (input_ids, attention_mask) that returns such.
-        subspaces: see :mod:`reft.subspaces`; one name, or one entry a sequence.
-        labels: those of the base's own arguments.
-    """
-
-    prompt_lengths: Tensor | Sequence[int] | None = None
-    adapter_names: Sequence[str] | None = None
-    adapter_scales: Any = None
-    edit_positions: Any = None
-    subspaces: Any = None
-    labels: Tensor | None = None
 
 
 class Attachment(nn.Module):
@@ -78,9 +59,10 @@ class Attachment(nn.Module):
         active: the adapter that forwards use, or None.
         in_place: write edits into the blocks' outputs. False where something that saved a block's
             output for backward says that it was modified.
-        options: of the forward in progress.
-        current: its plan.
-        restored: ``current`` is that of an earlier forward, a part of which is run again.
+        disabled: how often all threads together have switched adapters off.
+        calls: the forward that each thread is in.
+        running: the threads that are in one.
+        lock: held while adapters come, go or change places.
         engine_refs: managers of continuous batching, as long as somebody holds them.
     """
 
@@ -95,11 +77,13 @@ class Attachment(nn.Module):
         self.active: str | None = None
         self.in_place = True
         self.disabled = 0
-        self.options: Options | None = None
-        self.current: ForwardPlan | None = None
-        self.restored = False
-        self.generation: Generation | None = None
+        self.calls, self.running, self.lock = Calls(), Running(), Lock()
         self.engine_refs: list[weakref.ref[Engine]] = []
+
+    @property
+    def call(self) -> Call:
+        """The forward that this thread is in."""
+        return self.calls.mine
 
     def bank(self, name: str) -> Bank | SpreadBank:
         """The bank of an adapter.
@@ -138,8 +122,13 @@ class Attachment(nn.Module):
             raise ValueError(f"adapter_name must be {allowed}, got {name!r}, which is in the pool")
 
     def __getstate__(self) -> dict[str, Any]:
-        forgotten = dict.fromkeys(("options", "current", "generation"))
-        return {**self.__dict__, **forgotten, "engine_refs": []}
+        return {**self.__dict__, "engine_refs": [], "disabled": 0}
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise RuntimeError(
+            "nn.DataParallel cannot copy a model with adapters: its hooks edit with the parameters "
+            "of the first device; start one process a device (torchrun, accelerate launch)"
+        )
 
     def engines(self) -> list[Engine]:
         """The managers of continuous batching that there are."""
@@ -151,39 +140,76 @@ class Attachment(nn.Module):
     @contextmanager
     def running_again(self, plan: ForwardPlan | None) -> Iterator[None]:
         """Inside, a part of the forward of ``plan`` is run once more."""
-        before = self.current, self.restored
-        self.current, self.restored = plan, True
+        call = self.call
+        before = call.current, call.restored
+        call.current, call.restored = plan, True
         try:
             yield
         finally:
-            self.current, self.restored = before
+            call.current, call.restored = before
 
     # ---------------------------------------------------------------- generation
 
     @contextmanager
     def generating(self, generation: Generation) -> Iterator[None]:
-        """Remember a prompt while its continuation is generated.
-
-        Raises:
-            RuntimeError: another thread generates with this model.
-        """
-        before = self.generation
-        if before is not None and before.thread != generation.thread:
-            raise RuntimeError(
-                "this model is generating in another thread; give each thread its own copy, or one "
-                "batch with adapter_names"
-            )
-        self.generation = generation
+        """Remember a prompt while this thread generates its continuation."""
+        call = self.call
+        before, call.generation = call.generation, generation
+        self.running.generations.append(generation)
         try:
             yield
         finally:
-            self.generation = before
+            call.generation = before
+            self.running.generations.remove(generation)
 
-    def _generation(self) -> Generation | None:
-        now = self.generation
-        if now is None or torch.compiler.is_compiling():
-            return now
-        return now if now.thread == threading.get_ident() else None
+    # ---------------------------------------------------------------- several threads
+
+    def enter(self) -> None:
+        """This thread begins a forward.
+
+        Raises:
+            RuntimeError: modules that the active adapter trains are out of the model.
+        """
+        with self.lock:
+            name, heads = self.active, self.heads
+            away = name is not None and heads.shown != name and heads.paths.get(name)
+            if away and not self.call.disabled:
+                raise RuntimeError(
+                    f"adapter {name!r} trains whole modules, which disable_adapter() in another "
+                    "thread has taken out of the model; wait until it is left, or give each "
+                    "thread a model of its own (in a copy made inside it: set_adapter)"
+                )
+            self.running.threads.add(threading.get_ident())
+
+    def show_heads(self, base: nn.Module, name: str | None) -> None:
+        """:meth:`HeadStore.show`.
+
+        Raises:
+            RuntimeError: it would change the model under a forward of another thread.
+        """
+        heads = self.heads
+        with self.lock:
+            exchanged = set() if name == heads.shown else {name or "", heads.shown or ""}
+            if any(heads.paths.get(one) for one in exchanged):
+                self.running.check("exchanging the modules that an adapter trains")
+            heads.show(base, name)
+
+    @contextmanager
+    def disabling(self, base: nn.Module) -> Iterator[None]:
+        """Inside, forwards of this thread are the base's."""
+        mine = self.call  # it may be left in another thread, as of a generator
+        with self.lock:
+            self.show_heads(base, None)
+            self.disabled += 1
+            mine.disabled += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.disabled -= 1
+                mine.disabled -= 1
+                if not self.disabled:
+                    self.show_heads(base, self.active)
 
     # ---------------------------------------------------------------- the plan of a forward
 
@@ -201,12 +227,12 @@ class Attachment(nn.Module):
                 "a continuous batching manager runs this model in another thread; add a request to "
                 "it, stop it, or call the model inside its pause()"
             )
-        options = self.options or Options()
-        generation = self._generation()
+        options = self.call.options or Options()
+        generation = self.call.generation
         if generation is not None and options.prompt_lengths is not None:
             generation = None
         names = options.adapter_names
-        if self.disabled:
+        if self.call.disabled:
             return None
         ids = call.get("input_ids")
         tokens = call.get("inputs_embeds") if ids is None else ids
@@ -218,7 +244,10 @@ class Attachment(nn.Module):
             if scales is None:
                 scales = generation.adapter_scales
             scales = generation.repeated(scales, batch)
-        if self.active is None and names is None:
+        active = self.active
+        if generation is not None and generation.active is not None:
+            active = generation.active
+        if active is None and names is None:
             return None
         if not isinstance(tokens, Tensor) or tokens.ndim < 2:
             raise ValueError(
@@ -231,11 +260,14 @@ class Attachment(nn.Module):
             past = past_length(call)
             starts = packed_starts(call, shape) if isinstance(past, int) and not past else None
         sequences = batch if starts is None else starts.shape[0]
+        if names is None:
+            assert active is not None
+            names = [active] * sequences  # whatever becomes active meanwhile
         settled = generation if options.adapter_names is None else None
         sources = None if settled is None else settled.sources
         if sources is None:
             sources = sources_by_name(self, names_of(self, names, sequences))
-        if starts is None and _behind_prompts(call, options, generation, sources.values()):
+        if starts is None and behind_prompts(call, options, generation, sources.values()):
             return None
         chosen = choose(self, names, scales, parts, sequences, sources)
         start: int | Tensor = 0
@@ -244,7 +276,7 @@ class Attachment(nn.Module):
         if not chosen:
             return None
         if generation is not None:
-            prompt, given = generation.prompt.expand(batch), _expanded(generation.given, batch)
+            prompt, given = generation.prompt.expand(batch), expanded(generation.given, batch)
             images = generation.ids
         else:
             prompt = self._find_prompt(call, tokens, starts, start, options)
@@ -256,7 +288,7 @@ class Attachment(nn.Module):
         def rows_of(config: ReftConfig, mine: Tensor | None) -> tuple[Tensor, ...]:
             columns = given
             if config.positions == "image":
-                columns = _expanded(self._images(images), batch)
+                columns = expanded(self._images(images), batch)
             if config.positions == "given" and given is None:
                 raise ValueError(
                     'edit_positions must be given: the adapter has positions "given", which every '
@@ -357,30 +389,3 @@ class Attachment(nn.Module):
             raise ValueError('positions "image" are told by input_ids, got inputs_embeds alone')
         assert self.image_token is not None  # checked when the adapter was added
         return ids == self.image_token
-
-
-def _behind_prompts(
-    call: dict[str, Any],
-    options: Options,
-    generation: Generation | None,
-    sources: Iterable[Source],
-) -> bool:
-    """Whether a forward surely edits nothing, told as cheaply as can be: a step of decoding."""
-    past = past_length(call)
-    if not isinstance(past, int) or not past:
-        return False
-    spec = [one.config.parsed_positions for one in sources]
-    if any(one.kind == "all" for one in spec):
-        return False
-    latest = max((one.generated for one in spec), default=0)
-    if generation is not None:
-        return past - generation.width >= latest
-    said = (options.prompt_lengths, options.edit_positions, options.labels)
-    return not latest and all(one is None for one in said)
-
-
-def _expanded(columns: Tensor | None, batch: int) -> Tensor | None:
-    """Columns of the sequences of a generate(), repeated as its beams are."""
-    if columns is None or columns.shape[0] in (0, batch):
-        return columns
-    return columns.repeat_interleave(batch // columns.shape[0], dim=0)

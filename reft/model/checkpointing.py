@@ -32,7 +32,7 @@ class KeepPlan:
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.checkpoint(run, *args, **kwargs)
-        plan = self.attachment.current
+        plan = self.attachment.call.current
 
         def planned(*inputs: Any, **named: Any) -> Any:
             if torch._C._current_graph_task_id() == -1:

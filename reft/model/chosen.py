@@ -93,11 +93,12 @@ def sources_by_name(attached: Attachment, names: Sequence[str]) -> dict[str, Sou
         ValueError: there is no adapter of a name.
     """
     pool = attached.pool.adapters
-    return {
-        name: pool[name] if name in pool else attached.bank(name)
-        for name in dict.fromkeys(names)
-        if name != BASE
-    }
+    found: dict[str, Source] = {}
+    for name in dict.fromkeys(names):
+        if name != BASE:
+            stored = pool.get(name)  # one look: another thread may remove it
+            found[name] = attached.bank(name) if stored is None else stored
+    return found
 
 
 def sites_of(source: Source) -> tuple[Site, ...]:

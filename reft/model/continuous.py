@@ -184,7 +184,7 @@ class EngineHost:
         sources = sources_by_name(attached, listed)
         if names is not None:
             attached.heads.check_mixed(set(listed), attached.active)
-        if attached.disabled:
+        if attached.call.disabled:
             return [UNEDITED] * len(lengths)
         residents: dict[str, Resident] = {}
         for name, source in sources.items():

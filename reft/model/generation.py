@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from reft.model.chosen import names_of, scales_of, sources_by_name
+from reft.model.chosen import Source, names_of, scales_of, sources_by_name
 from reft.model.prompt import Prompt, find_prompt, given_columns
 
 if TYPE_CHECKING:
     from reft.model.attachment import Attachment
+    from reft.model.calls import Options
 
 
 @dataclass(eq=False)
@@ -27,12 +28,13 @@ class Generation:
         width: columns of the padded prompt.
         adapter_names: one a sequence, or None for the active adapter.
         adapter_scales: one a sequence or one for all, or None for 1.
-        sources: what the names stand for, whatever becomes of them meanwhile; None for the active
-            adapter.
+        sources: what the names, or the active adapter's, stand for, whatever becomes of them
+            meanwhile.
         subspaces: one a sequence or one for all, or None for the whole edit.
         thread: whose forwards these are.
         ids: int64 (B, width), the prompt's tokens, None where it came as embeddings.
         given: the columns that ``edit_positions`` says, None where it says nothing.
+        active: the adapter that was active when it began, where none are named.
         seen: columns that went through, as far as the host counts them.
     """
 
@@ -45,6 +47,7 @@ class Generation:
     subspaces: Any = None
     adapter_scales: Any = None
     sources: Mapping[str, Any] | None = None
+    active: str | None = None
     seen: int = 0
 
     def settle(self, attached: Attachment, adapter_scales: Any) -> None:
@@ -59,6 +62,9 @@ class Generation:
         if self.adapter_names is not None:
             names = names_of(attached, self.adapter_names, batch)
             self.sources = sources_by_name(attached, names)
+        elif attached.active is not None:
+            self.active = attached.active
+            self.sources = sources_by_name(attached, [self.active])
 
     def repeated(self, values: Any, batch: int) -> Any:
         """A list of one value a sequence for ``batch`` sequences, repeated as the prompts are."""
@@ -118,6 +124,33 @@ def known_length(past: int | Tensor | None, window: int) -> int | Tensor | None:
         "state-space model), so a forward of several columns may be the prompt or not; use "
         "ReftModel.generate"
     )
+
+
+def behind_prompts(
+    call: dict[str, Any],
+    options: Options,
+    generation: Generation | None,
+    sources: Iterable[Source],
+) -> bool:
+    """Whether a forward surely edits nothing, told as cheaply as can be: a step of decoding."""
+    past = past_length(call)
+    if not isinstance(past, int) or not past:
+        return False
+    spec = [one.config.parsed_positions for one in sources]
+    if any(one.kind == "all" for one in spec):
+        return False
+    latest = max((one.generated for one in spec), default=0)
+    if generation is not None:
+        return past - generation.width >= latest
+    said = (options.prompt_lengths, options.edit_positions, options.labels)
+    return not latest and all(one is None for one in said)
+
+
+def expanded(columns: Tensor | None, batch: int) -> Tensor | None:
+    """Columns of the sequences of a generate(), repeated as its beams are."""
+    if columns is None or columns.shape[0] in (0, batch):
+        return columns
+    return columns.repeat_interleave(batch // columns.shape[0], dim=0)
 
 
 def capture(

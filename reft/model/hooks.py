@@ -7,12 +7,13 @@ They are objects, not closures, so that a copied or pickled model has hooks on i
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from reft.model.attachment import OPTIONS, Options
+from reft.model.calls import OPTIONS, Options
 from reft.model.checkpointing import keep_plans
 from reft.model.parallel import refuse_context_parallel
 from reft.model.plan import Edit, ForwardPlan, Site
@@ -46,15 +47,27 @@ class _Call:
 
 
 class TakeOptions(_Call):
-    """Forward pre-hook of the model: takes out this library's arguments."""
+    """Forward pre-hook of the model: takes out this library's arguments.
+
+    Args:
+        outermost: whether nothing around the module has taken any: PEFT's wrapper calls the model.
+    """
+
+    def __init__(self, attachment: Attachment, module: nn.Module, outermost: bool) -> None:
+        super().__init__(attachment, module)
+        self.outermost = outermost
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> _Arguments:
         kwargs = dict(kwargs)
-        outer = self.attachment.options or Options()  # of PEFT's wrapper, which calls this model
+        call = self.attachment.call
+        if not torch.compiler.is_compiling():
+            self.attachment.enter()
+        # What an interrupted call has left, since no hook is run behind it, is not taken.
+        outer = Options() if self.outermost else call.options or Options()
         taken = {name: kwargs.pop(name, getattr(outer, name)) for name in OPTIONS}
-        self.attachment.options = Options(**taken, labels=self._named(args, kwargs).get("labels"))
+        call.options = Options(**taken, labels=self._named(args, kwargs).get("labels"))
         return args, kwargs
 
 
@@ -66,10 +79,12 @@ class MakePlan(_Call):
     ) -> _Arguments:
         if KEYWORD in kwargs:  # made by the module of PEFT's that calls this one
             return args, kwargs
+        if not torch.compiler.is_compiling():
+            self.attachment.enter()
         plan = self.attachment.plan_forward(stack, self._named(args, kwargs))
         if plan is not None and not torch.compiler.is_compiling():
             refuse_context_parallel()
-        self.attachment.current = plan
+        self.attachment.call.current = plan
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             keep_plans(self.attachment)
         # None is sent too while gradients are recorded: a block run again in backward must be able
@@ -80,13 +95,16 @@ class MakePlan(_Call):
 
 
 class Forget:
-    """Forward hook, run even if the forward fails: clears one attribute of the attachment."""
+    """Forward hook, run even if the forward fails: clears one attribute of the call."""
 
     def __init__(self, attachment: Attachment, name: str) -> None:
         self.attachment, self.name = attachment, name
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        setattr(self.attachment, self.name, None)
+        call = self.attachment.call
+        setattr(call, self.name, None)
+        if call.options is None and not torch.compiler.is_compiling():
+            self.attachment.running.threads.discard(threading.get_ident())
 
 
 class EditOutput:
@@ -123,11 +141,11 @@ class EditOutput:
 
     def _plan(self, module: nn.Module, kwargs: dict[str, Any]) -> ForwardPlan | None:
         sent = KEYWORD in kwargs
-        plan: ForwardPlan | None = kwargs[KEYWORD] if sent else self.attachment.current
+        plan: ForwardPlan | None = kwargs[KEYWORD] if sent else self.attachment.call.current
         if torch.compiler.is_compiling():
             return plan
         in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and not sent and not self.attachment.restored:
+        if in_backward and not sent and not self.attachment.call.restored:
             raise RuntimeError(
                 f"block {self.site[0]} ({type(module).__name__}) is run again in backward and its "
                 "plan was not sent to it. Switch activation checkpointing on with "

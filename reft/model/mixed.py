@@ -173,7 +173,7 @@ def table_edits(
     Raises:
         ValueError: more adapters than the tables take. Nothing was changed.
     """
-    entries = tables.admit(residents)
+    entries, lease = tables.lease(residents)
     kinds: dict[Kind, list[int]] = {}
     for index, resident in enumerate(residents):
         kinds.setdefault(resident.kind, []).append(index)
@@ -203,7 +203,7 @@ def table_edits(
                 plans[key] = there.to(table.decode.device)
             weights = (table.encode, table.bias, table.decode)
             how = (kind.subtract, kind.activation)
-            edits.setdefault(site, []).append(Edit(plans[key], *weights, *how, 0.0, "delta"))
+            edits.setdefault(site, []).append(Edit(plans[key], *weights, *how, 0.0, "delta", lease))
     return edits
 
 

@@ -23,13 +23,14 @@ from reft.nn.bank import Bank
 from reft.nn.effective import Effective, kept_only, scaled
 from reft.nn.spread import SpreadBank
 from reft.positions import covered, padded_positions
-from reft.serving.tables import Site
+from reft.serving.tables import Lease, Site
 from reft_kernels import RowPlan
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """One call of the operator: rows, weights (g, r, D), bias (g, r), and how."""
+    """One call of the operator: rows, weights (g, r, D), bias (g, r), how, and what keeps the
+    weights as they are meanwhile, where they are entries of tables."""
 
     rows: RowPlan
     encode: Tensor | None
@@ -39,6 +40,7 @@ class Edit:
     activation: str | None
     dropout: float
     dropout_on: str
+    lease: Lease | None = None
 
 
 @dataclass(frozen=True, eq=False)

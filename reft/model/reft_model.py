@@ -102,7 +102,7 @@ class ReftModel(ContinuousBatching, nn.Module):
         self._handles = [
             *peft_base.register(
                 peft_base.outer(base_model),
-                lambda module: TakeOptions(attachment, module),
+                lambda module: TakeOptions(attachment, module, module is base_model),
                 Forget(attachment, "options"),
             ),
             *peft_base.register(
@@ -241,9 +241,9 @@ class ReftModel(ContinuousBatching, nn.Module):
         """
         attached = self._attached
         attached.bank(adapter_name)
-        attached.active = adapter_name
         if not attached.disabled:
-            attached.heads.show(self.get_base_model(), adapter_name)
+            attached.show_heads(self.get_base_model(), adapter_name)
+        attached.active = adapter_name
         for name in attached.adapters:
             trained = name == adapter_name and not inference_mode
             attached.bank(name).requires_grad_(trained)
@@ -268,21 +268,16 @@ class ReftModel(ContinuousBatching, nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside, the model is its base, bit for bit, heads included. May be nested."""
-        attached = self._attached
-        attached.disabled += 1
-        try:
-            attached.heads.show(self.get_base_model(), None)
+        """Inside, the model is its base, bit for bit, heads included. May be nested. As with
+        ``torch.no_grad``, it is so for the thread that enters it."""
+        with self._attached.disabling(self.get_base_model()):
             yield
-        finally:
-            attached.disabled -= 1
-            if not attached.disabled:
-                attached.heads.show(self.get_base_model(), attached.active)
 
     def unload(self) -> nn.Module:
         """Detach everything and return the base model as it was before, its ``requires_grad``
         too."""
         attached, inner = self._attached, self.get_base_model()
+        attached.running.check("unload()")
         attached.heads.show(inner, None)
         for handle in (*self._handles, *attached.handles.values()):
             handle.remove()

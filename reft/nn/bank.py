@@ -164,12 +164,13 @@ class Bank(nn.Module):
 
     def _still_loaded(self) -> Tensor | None:
         """The R that was loaded, if nothing has changed it since."""
-        if self.loaded is None or torch.compiler.is_compiling():
+        loaded = self.loaded
+        if loaded is None or torch.compiler.is_compiling():
             return None
         assert self.base is not None
-        if self._loaded_of != self._frame_of() or self.loaded.dtype != self.base.dtype:
-            self.loaded = None
-        return self.loaded
+        if self._loaded_of != self._frame_of() or loaded.dtype != self.base.dtype:
+            self.loaded = loaded = None
+        return loaded
 
     def _frame_of(self) -> tuple[Any, ...]:
         assert self.free is not None and self.base is not None
@@ -189,9 +190,10 @@ class Bank(nn.Module):
             self._cached = None
             return self._compute()
         key = tuple(_version(tensor) for tensor in (*self.parameters(), *self.buffers()))
-        if self._cached is None or self._cached[0] != key:
-            self._cached = (key, self._compute())
-        return self._cached[1]
+        cached = self._cached  # one look: threads may share a bank
+        if cached is None or cached[0] != key:
+            self._cached = cached = (key, self._compute())
+        return cached[1]
 
     def _compute(self) -> Effective:
         rotation = self.rotation()

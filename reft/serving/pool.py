@@ -11,7 +11,7 @@ import torch
 from reft.config import ReftConfig
 from reft.nn.effective import Effective
 from reft.serving.stored import Stored, read_stored
-from reft.serving.tables import Resident, Site, Tables
+from reft.serving.tables import Lock, Resident, Site, Tables
 
 #: Adapters on the device at once, unless said otherwise.
 CAPACITY = 64
@@ -53,6 +53,7 @@ class AdapterPool:
         self._stored: dict[str, Stored] = {}
         self._banks: dict[str, Resident] = {}
         self._versions = 0
+        self._lock = Lock()
         self.tables = Tables(CAPACITY, host.device_of)
 
     # ---------------------------------------------------------------- names
@@ -79,10 +80,13 @@ class AdapterPool:
             self._host.check_config(one.config)
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from None
-        old = self._stored.get(name)
-        self._stored[name] = one
-        self._forget(old)
-        self._host.pool_changed()
+        with self._lock:
+            old = self._stored.get(name)
+            if old is None:
+                self._host.check_new_name(name)
+            self._stored[name] = one
+            self._forget(old)
+            self._host.pool_changed()
 
     def remove(self, name: str) -> None:
         """Forget an adapter.
@@ -90,10 +94,13 @@ class AdapterPool:
         Raises:
             ValueError: there is none of this name in the pool.
         """
-        if name not in self._stored:
-            raise ValueError(f"name must be one of the pool's {len(self)} adapters, got {name!r}")
-        self._forget(self._stored.pop(name))
-        self._host.pool_changed()
+        with self._lock:
+            if name not in self._stored:
+                raise ValueError(
+                    f"name must be one of the pool's {len(self)} adapters, got {name!r}"
+                )
+            self._forget(self._stored.pop(name))
+            self._host.pool_changed()
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -144,13 +151,14 @@ class AdapterPool:
     def of_bank(self, name: str, effective: Effective, sites: tuple[Site, ...]) -> Resident:
         """What is asked for an adapter of the model itself, whose values may change: as long as
         ``effective`` is the same object, they did not."""
-        known = self._banks.get(name)
-        if known is None or known.effective is not effective:
-            self.forget_bank(name)
-            self._versions += 1  # never the same key for other values
-            known = Resident((f"bank {name}", self._versions), effective, sites)
-            self._banks[name] = known
-        return known
+        with self._lock:
+            known = self._banks.get(name)
+            if known is None or known.effective is not effective:
+                self.forget_bank(name)
+                self._versions += 1  # never the same key for other values
+                known = Resident((f"bank {name}", self._versions), effective, sites)
+                self._banks[name] = known
+            return known
 
     def forget_bank(self, name: str) -> None:
         """Free the entries of an adapter of the model itself."""
@@ -160,7 +168,9 @@ class AdapterPool:
 
     def _forget(self, one: Stored | None) -> None:
         """Free the entries of an adapter that has no name any more."""
-        if one is None or any(other.content == one.content for other in self._stored.values()):
+        if one is None or any(
+            other.content == one.content for other in list(self._stored.values())
+        ):
             return
         for key in self.tables.resident:
             if key[0] == one.content:

@@ -9,6 +9,7 @@ adapters that were used longest ago go.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ class Table:
             target.index_copy_(0, entries, F.pad(value.to(target.device), pad))
 
 
-class _Lock:
+class Lock:
     """A lock that a copied or pickled model gets anew."""
 
     def __init__(self) -> None:
@@ -104,12 +105,27 @@ class _Lock:
     def __exit__(self, *error: object) -> None:
         self._lock.release()
 
-    def __reduce__(self) -> tuple[type[_Lock], tuple[()]]:
-        return _Lock, ()
+    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
+        return Lock, ()
+
+
+class Leases(weakref.WeakSet["Lease"]):
+    """Those that live; a copied or pickled model has none."""
+
+    def __reduce__(self) -> tuple[type[Leases], tuple[()]]:
+        return Leases, ()
+
+
+class Lease:
+    """As long as it lives, its entries are given to nobody else."""
+
+    def __init__(self, entries: Iterable[tuple[int, ...]]) -> None:
+        self.entries = frozenset(number for group in entries for number in group)
 
 
 class Tables:
-    """The adapters on the device. One thread may use them while another changes the pool.
+    """The adapters on the device. Several threads may use them while others change the pool: what
+    forwards in progress together need beyond the capacity takes more entries for that time.
 
     Args:
         capacity: adapters that may be there at once, at least 1.
@@ -121,11 +137,13 @@ class Tables:
 
     def __init__(self, capacity: int, device_of: Callable[[Site], torch.device]) -> None:
         self.capacity = capacity
-        self._lock = _Lock()
+        self._lock = Lock()
         self._device_of = device_of
         self._tables: dict[tuple[Site, Kind], Table] = {}
         self._used: OrderedDict[Key, tuple[tuple[int, ...], Resident]] = OrderedDict()
         self._free: list[int] = []
+        self._leases = Leases()
+        self._leased: list[int] = []  # given up, and still read by somebody
         self._entries, self._ranks = 0, dict[Kind, int]()
 
     @property
@@ -180,7 +198,17 @@ class Tables:
         with self._lock:
             return self._admit(wanted, keys)
 
+    def lease(self, wanted: Sequence[Resident]) -> tuple[list[tuple[int, ...]], Lease]:
+        """:meth:`admit`, and what keeps the entries from being written until it is forgotten."""
+        with self._lock:
+            entries = self.admit(wanted)
+            lease = Lease(entries)
+            self._leases.add(lease)
+            return entries, lease
+
     def _admit(self, wanted: Sequence[Resident], keys: set[Key]) -> list[tuple[int, ...]]:
+        if self._leased:
+            self._reclaim()
         missing = {one.key: one for one in wanted if one.key not in self._used}
         for key in keys & self._used.keys():
             self._used.move_to_end(key)
@@ -195,7 +223,14 @@ class Tables:
         """Give up the entries of an adapter; nothing happens if it is not there."""
         with self._lock:
             entries, _ = self._used.pop(key, ((), None))
-            self._free.extend(entries)
+            self._leased.extend(entries)
+            self._reclaim()
+
+    def _reclaim(self) -> None:
+        """Entries that were given up and that nobody reads any more are free."""
+        read = {number for lease in list(self._leases) for number in lease.entries}
+        self._free.extend(number for number in self._leased if number not in read)
+        self._leased = [number for number in self._leased if number in read]
 
     def aside(self, capacity: int) -> Tables:
         """Empty tables on the same devices, for one batch that needs more than fit here."""
