@@ -79,8 +79,7 @@ class Bank(nn.Module):
         self._cached: tuple[tuple[Any, ...], Effective] | None = None
         self._loaded_of: tuple[Any, ...] | None = None  # what free and base were then
         dtype = config.torch_dtype
-        stacked, groups, rank, _ = self.shape
-        transposed = (stacked, groups, dim, rank)
+        transposed = (*self.shape[:2], dim, config.rank)
         spec = self.spec
 
         def parameter(shape: tuple[int, ...]) -> nn.Parameter:
@@ -104,8 +103,7 @@ class Bank(nn.Module):
         return self.bias.is_meta
 
     def extra_repr(self) -> str:
-        layers, groups, rank, dim = self.shape
-        return f"{self.spec.name}, layers={layers}, groups={groups}, rank={rank}, dim={dim}"
+        return "{}, layers={}, groups={}, rank={}, dim={}".format(self.spec.name, *self.shape)
 
     # ---------------------------------------------------------------- first values
 
@@ -221,7 +219,11 @@ class Bank(nn.Module):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+        return {**self.__dict__, "_cached": None, "_loaded_of": self._still_loaded() is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._loaded_of = self._frame_of() if self._loaded_of else None
 
     # ``free`` means R only together with ``base``, which is not a key of state_dict(). It travels
     # with the state's metadata, so that a state dict is whole in another bank too.
@@ -318,10 +320,9 @@ class Bank(nn.Module):
         elif state is None and (loaded := self._still_loaded()) is not None:
             published["rotation"] = loaded.clone()
         else:
-            assert self.base is not None
-            wide = self.base.dtype
-            base = self.base.to(own["free"].device)
-            published["rotation"] = orthonormalize(own["free"].to(wide), base)
+            free, base = own["free"], self.base
+            assert base is not None
+            published["rotation"] = orthonormalize(free.to(base.dtype), base.to(free.device))
         return published
 
     @torch.no_grad()
@@ -374,9 +375,8 @@ class Bank(nn.Module):
     def _gathered(self, state: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
         """The parameters by name, whole where an engine holds shards (then every rank has to
         call)."""
-        if state is not None:
-            return state
-        return {name: whole(value) for name, value in self.named_parameters()}
+        own = self.named_parameters()
+        return {name: whole(value) for name, value in own} if state is None else state
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

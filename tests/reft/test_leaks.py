@@ -1,0 +1,180 @@
+"""A thousand times: hooks, objects and tensors stay where they were, and a base is let go."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+from tiny_models import llama, tokens
+
+from reft import ReftConfig, get_reft_model
+
+TIMES = 1000
+CONFIG = ReftConfig(rank=1, positions="l1", layers=[0])
+IDS = tokens(1, 3)
+
+_HOOKS = [name for name in torch.nn.Module().__dict__ if "hooks" in name]
+
+
+def facts(base):
+    """Everything that hangs on the modules of a model."""
+    found = Counter()
+    for path, module in base.named_modules():
+        for name in _HOOKS:
+            found[name] += len(getattr(module, name) or ())
+        found.update(f"{path}.{name}" for name in vars(module))
+        found.update(f"{path}.{name}" for name in module._modules)
+    return found
+
+
+def objects():
+    gc.collect()
+    return Counter(type(one).__name__ for one in gc.get_objects())
+
+
+def assert_flat(action, times=TIMES):
+    """Objects by type do not grow with ``times``, nor do tensors' bytes."""
+    for _ in range(20):  # caches fill
+        action()
+    before, held = objects(), tensor_bytes()
+    for _ in range(times):
+        action()
+    more = objects() - before
+    assert sum(more.values()) < times / 10, more.most_common(5)
+    assert tensor_bytes() <= held
+
+
+def tensor_bytes():
+    """Of every tensor that Python can reach."""
+    found = {}
+    for one in gc.get_objects():
+        if issubclass(type(one), torch.Tensor):
+            storage = one.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def tiny():
+    return llama(
+        num_hidden_layers=1, hidden_size=8, intermediate_size=8, num_attention_heads=1,
+        num_key_value_heads=1,
+    )  # fmt: skip
+
+
+def test_wrapping_and_unloading():
+    base = tiny()
+    before, weights = facts(base), {id(one) for one in base.parameters()}
+
+    def action():
+        get_reft_model(base, CONFIG).unload()
+
+    assert_flat(action)
+    assert facts(base) == before
+    assert {id(one) for one in base.parameters()} == weights
+    assert all(one.requires_grad for one in base.parameters())
+
+
+def test_adapters_that_come_and_go():
+    model = get_reft_model(tiny(), CONFIG)
+    before = facts(model.base_model)
+
+    def action():
+        model.add_adapter("more", CONFIG)
+        model.delete_adapter("more")
+
+    assert_flat(action)
+    assert facts(model.base_model) == before
+
+
+def test_adapters_of_the_pool(tmp_path):
+    model = get_reft_model(tiny(), CONFIG).eval()
+    model.save_pretrained(tmp_path)
+    model.delete_adapter("default")
+    before = facts(model.base_model)
+    sizes = set()
+
+    @torch.no_grad()
+    def action():
+        model.pool.add("one", tmp_path)
+        model(IDS, adapter_names=["one"])
+        sizes.add(model.pool.resident_nbytes)
+        model.pool.remove("one")
+
+    assert_flat(action, times=TIMES // 4)
+    assert facts(model.base_model) == before
+    assert len(sizes) == 1
+
+
+def test_calls():
+    """Forwards with and without gradients, generations, and calls that fail."""
+    model = get_reft_model(tiny(), CONFIG)
+    before = facts(model.base_model)
+
+    def action():
+        model(IDS, labels=IDS).loss.backward()
+        model.zero_grad()
+        with pytest.raises(ValueError, match="prompt_lengths"):
+            model(IDS, prompt_lengths=[9, 9])
+        with model.disable_adapter(), torch.no_grad():
+            model(IDS)
+
+    assert_flat(action, times=TIMES // 4)
+
+    def generate():
+        model.generate(IDS, max_new_tokens=1, do_sample=False)
+
+    assert_flat(generate, times=TIMES // 4)
+    assert facts(model.base_model) == before
+    assert not model.reft.running.threads
+    assert not model.reft.running.generations
+
+
+@pytest.mark.parametrize("how", ["unloaded", "wrapped"])
+def test_a_base_is_let_go(how):
+    base = tiny()
+    model = get_reft_model(base, CONFIG)
+    model(IDS, labels=IDS).loss.backward()
+    model.generate(IDS, max_new_tokens=2, do_sample=False)
+    seen = weakref.ref(base), weakref.ref(model.reft)
+    if how == "unloaded":
+        model.unload()
+    del base, model
+    gc.collect()
+    assert [one() for one in seen] == [None, None]
+
+
+def test_an_unloaded_base_does_not_hold_its_wrapper():
+    base = tiny()
+    model = get_reft_model(base, CONFIG)
+    model(IDS, labels=IDS).loss.backward()
+    seen = weakref.ref(model), weakref.ref(model.reft)
+    model.unload()
+    del model
+    gc.collect()
+    assert [one() for one in seen] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt_lengths": [9, 9]},
+        {"adapter_names": ["nobody"] * 2},
+        {"adapter_scales": [1.0, float("nan")]},
+        {"input_ids": tokens(2, 5) + 1000},
+        {"labels": tokens(2, 7)},
+    ],
+)
+def test_a_call_that_fails_leaves_nothing(wrong):
+    model = get_reft_model(llama(), ReftConfig(rank=2, positions="f2+l2"))
+    ids = tokens(2, 5)
+    with torch.no_grad():
+        expected = model(ids).logits
+        with pytest.raises((ValueError, IndexError, RuntimeError)):
+            model(**{"input_ids": ids, **wrong})
+        call = model.reft.call
+        assert (call.options, call.current, call.generation) == (None, None, None)
+        assert not model.reft.running.threads
+        assert torch.equal(model(ids).logits, expected)
