@@ -1,0 +1,261 @@
+"""Numbers at the edges: what is not finite stays in its row, what overflows does so where it must,
+the smallest ranks and widths, the largest tensors, ten thousand steps, the same bits twice."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from reft_kernels import RowPlan, lowrank_edit, lowrank_edit_, orthonormalize, reflector_base
+from reft_kernels.testing import Case, make_edit, run_edit, same_bits
+
+BACKENDS = ["torch", "triton", "reference"]
+NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
+backends = pytest.mark.parametrize("backend", BACKENDS)
+CASES = [
+    Case(65, 3, (4, 5), missing="some"),
+    Case(64, 16, (9,), missing="some", activation="gelu"),
+    Case(64, 2, (0, 9), missing="some", member="consreft", dtype=torch.bfloat16),
+    Case(33, 1, (3, 2), missing="all", member="direft", dtype=torch.float16),
+]
+
+
+def rest_of(count: int, row: int) -> torch.Tensor:
+    return torch.tensor([at for at in range(count) if at != row])
+
+
+@backends
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize("function", [lowrank_edit, lowrank_edit_])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_row_that_nobody_edits_reaches_nothing(case, function, value, backend, device):
+    """Row 0 above all: a −1 must not read it, 0 · NaN is NaN."""
+    edit = make_edit(case, device)
+    row = 0 if 0 in edit.unnamed else int(edit.unnamed[0])
+    if row != 0:  # what was row 0 goes elsewhere
+        swapped = torch.where(edit.plan.rows == 0, row, edit.plan.rows)
+        plan = RowPlan(swapped, edit.plan.offsets, max_row=None)
+        edit, row = replace(edit, plan=plan), 0
+    hidden, upstream = edit.hidden.clone(), edit.upstream.clone()
+    hidden[row], upstream[row] = value, value
+    expected = run_edit(function, edit, backend=backend)
+    found = run_edit(function, replace(edit, hidden=hidden, upstream=upstream), backend=backend)
+    rest = rest_of(hidden.shape[0], row).to(device)
+    assert same_bits(found.out[rest], expected.out[rest])
+    assert same_bits(found.out[row], hidden[row])
+    for name, grad in expected.grads.items():
+        theirs = found.grads[name]
+        if grad is None:
+            continue
+        if name == "hidden":
+            grad, theirs = grad[rest], theirs[rest]
+        assert same_bits(theirs, grad), name
+
+
+@backends
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_an_edited_row_stays_in_its_row(case, value, backend, device):
+    edit = make_edit(case, device)
+    row = int(edit.live[1])
+    hidden = edit.hidden.clone()
+    hidden[row, 3] = value
+    expected = run_edit(lowrank_edit, edit, backend=backend)
+    found = run_edit(lowrank_edit, replace(edit, hidden=hidden), backend=backend)
+    rest = rest_of(hidden.shape[0], row).to(device)
+    assert same_bits(found.out[rest], expected.out[rest])
+    assert not found.out[row].isfinite().all()
+    assert same_bits(found.grads["hidden"][rest], expected.grads["hidden"][rest])
+
+
+@backends
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_entries_of_tables(value, backend, device):
+    """A group without an entry, and one times 0, beside rows and entries that are not finite."""
+    edit = make_edit(Case(64, 3, (3, 3, 3)), device)
+    rows = torch.tensor([2, 3, 4, 5, -1, 6, 7, 8, -1], device=device)
+    scales = torch.tensor([0.0, 2.0, 1.0], device=device)
+    plan = RowPlan(rows, (0, 3, 6, 9)).using(torch.tensor([1, 0, -1], device=device), scales)
+    hidden, decode = edit.hidden.clone(), edit.decode.clone()
+    args = (edit.encode, edit.bias)
+    expected = lowrank_edit(hidden, plan, *args, decode, **edit.options, backend=backend)
+    hidden[0], hidden[7], decode[2] = value, value, value
+    found = lowrank_edit(hidden, plan, *args, decode, **edit.options, backend=backend)
+    rest = torch.tensor([at for at in range(hidden.shape[0]) if at not in (0, 7)], device=device)
+    assert same_bits(found[rest], expected[rest])
+    assert same_bits(found[[0, 7]], hidden[[0, 7]])
+    assert torch.equal(found[2:5], hidden[2:5])  # times 0
+
+
+@backends
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+def test_float16_overflows_where_the_result_is_too_large(backend, device):
+    """Codes may leave float16's range. (bfloat16 has the range of the float32 sums themselves.)"""
+    dtype = torch.float16
+    edit = make_edit(Case(64, 4, (6,), dtype=dtype), device)
+    largest = torch.finfo(dtype).max
+    scale = largest / edit.hidden.abs().max().double()
+    for share in (0.2, 0.999):
+        hidden = (edit.hidden.double() * scale * share).to(dtype)
+        args = (edit.encode, edit.bias, edit.decode)
+        wide = (one.double() for one in args)
+        exact = lowrank_edit(hidden.double(), edit.plan, *wide, **edit.options, backend="reference")
+        out = lowrank_edit(hidden, edit.plan, *args, **edit.options, backend=backend)
+        over = exact.to(dtype).isinf()
+        # Within an error of float32 sums of the limit either is right.
+        near = (exact.abs() / largest - 1).abs() < 1e-3
+        assert torch.equal(out.isinf() | near, over | near)
+        assert not out.isnan().any()
+        fine = ~(over | near)
+        bound = largest * 2e-3
+        torch.testing.assert_close(out[fine].double(), exact[fine], rtol=2e-3, atol=bound)
+    assert over.any()
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_smallest_numbers_are_kept(dtype, backend, device):
+    """Denormal entries of rows, edited by nothing (R = 0) or not at all, stay as they are."""
+    tiny = torch.finfo(dtype).smallest_normal
+    edit = make_edit(Case(64, 3, (5,), missing="some", dtype=dtype), device)
+    hidden = (edit.hidden.double() * tiny / 8).to(dtype)
+    assert ((hidden != 0) & (hidden.abs() < tiny)).any()
+    zero = torch.zeros_like(edit.decode)
+    out = lowrank_edit(hidden, edit.plan, zero, edit.bias, zero, backend=backend)
+    if backend == "triton" and dtype is torch.bfloat16 and device.type == "cpu":
+        # The interpreter's own conversion to bfloat16 flushes them to a neighbour or 0.
+        assert float((out.double() - hidden.double()).abs().max()) <= tiny
+        out[edit.live] = hidden[edit.live]
+    assert torch.equal(out, hidden)
+
+
+# -------------------------------------------------------------------- the smallest shapes
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 5), (7, 1), (16, 16)], ids=str)
+@pytest.mark.parametrize("based", [False, True])
+def test_orthonormal_rows_of_every_shape(shape, based, device):
+    dim, rank = shape
+    v = torch.randn(2, dim, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    v = v.to(device)
+    base = None
+    if based:
+        frame = torch.linalg.qr(v.flip(1))[0].mT
+        base = reflector_base(frame)
+        assert torch.allclose(orthonormalize(torch.zeros_like(base), base), frame)
+    for dtype, close in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        own = None if base is None else base.to(dtype)
+        rotation = orthonormalize(v.to(dtype), own)
+        eye = torch.eye(rank, dtype=dtype, device=device)
+        assert float((rotation @ rotation.mT - eye).abs().max()) < close
+    leaf = v.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: orthonormalize(x, base), leaf)
+
+
+# -------------------------------------------------------------------- more than 2³¹ elements
+
+
+BEYOND = 2**31
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_rows_beyond_two_to_the_31_elements(backend, tmp_path):
+    """In a file with holes, of which only the edited rows are ever there."""
+    dim, count = 4096, BEYOND // 4096 + 4
+    file = tmp_path / "hidden"
+    with file.open("wb") as stream:
+        stream.truncate(count * dim * 2)
+    hidden = torch.from_file(str(file), shared=True, size=count * dim, dtype=torch.float16)
+    hidden = hidden.view(count, dim)
+    rows = [3, count - 1, count - 3]
+    edit = make_edit(Case(dim, 2, (3,), dtype=torch.float16, extra=0))
+    hidden[rows] = edit.hidden
+    args = (edit.encode, edit.bias, edit.decode)
+    with torch.no_grad():
+        lowrank_edit_(hidden, RowPlan.from_rows(rows), *args, **edit.options, backend=backend)
+        expected = edit.hidden.clone()
+        plan = RowPlan.from_rows([0, 1, 2])
+        lowrank_edit_(expected, plan, *args, **edit.options, backend=backend)
+    assert same_bits(hidden[rows], expected)
+    # A row number that overflows 32 bits would have landed here.
+    assert not hidden[:3].any()
+    assert not hidden[count - 2].any()
+    assert file.stat().st_blocks * 512 < 2**20
+
+
+def test_shapes_beyond_two_to_the_31_elements():
+    meta = {"device": "meta", "dtype": torch.float32}
+    v = torch.empty(80, 2, 16384, 1024, **meta)
+    assert v.numel() > BEYOND
+    rotation = orthonormalize(v, torch.empty_like(v))
+    assert rotation.shape == (80, 2, 1024, 16384)
+    hidden = torch.empty(BEYOND // 4096 + 8, 4096, device="meta", dtype=torch.bfloat16)
+    plan = RowPlan(torch.empty(5, dtype=torch.int64, device="meta"), (0, 5))
+    parts = [torch.empty(shape, **meta) for shape in ((8, 4096), (8,), (8, 4096))]
+    out = lowrank_edit(hidden, plan, *parts, backend="torch")
+    assert out.shape == hidden.shape
+
+
+def test_addresses_of_rows_are_computed_in_64_bits():
+    """Of every kernel's source: row numbers and places are loaded or made as int64."""
+    from pathlib import Path
+
+    from reft_kernels import rows
+
+    folder = Path(rows.__file__).parent / "_triton"
+    for name in ("forward", "backward"):
+        text = (folder / f"{name}.py").read_text(encoding="utf-8")
+        for number in re.findall(r"= tl\.program_id\((?:1|2)\)(\S*)", text):
+            assert number == ".to(tl.int64)"
+    plan = RowPlan.from_rows([1, 2])
+    assert plan.rows.dtype == plan.device_offsets.dtype == torch.int64
+
+
+# -------------------------------------------------------------------- ten thousand steps
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_ten_thousand_steps_keep_the_rows_orthonormal(kind):
+    random = torch.Generator().manual_seed(0)
+    start = torch.linalg.qr(torch.randn(1, 64, 8, generator=random))[0].mT.contiguous()
+    base = reflector_base(start)
+    free = torch.zeros_like(base).requires_grad_()
+    if kind == "adamw":
+        optimizer = torch.optim.AdamW([free], lr=0.1, weight_decay=0.1)
+    else:
+        optimizer = torch.optim.SGD([free], lr=10.0, momentum=0.9)
+    eye, worst = torch.eye(8), 0.0
+    target = torch.randn(1, 8, 64, generator=random)
+    for step in range(10_000):
+        rotation = orthonormalize(free, base)
+        if step % 50 == 0:
+            worst = max(worst, float((rotation @ rotation.mT - eye).detach().abs().max()))
+            target = torch.randn(1, 8, 64, generator=random) * (1 + step % 7)
+        rotation.backward(target)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert worst < 1e-5
+    assert free.isfinite().all()
+    assert float((orthonormalize(free, base) - start).detach().abs().max()) > 0.1
+
+
+# -------------------------------------------------------------------- the same bits twice
+
+
+@backends
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_deterministic_algorithms(case, backend, device):
+    edit = make_edit(case, device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (run_edit(lowrank_edit_, edit, backend=backend) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same_bits(first.out, second.out)
+    for name, grad in first.grads.items():
+        assert grad is None or same_bits(grad, second.grads[name])
