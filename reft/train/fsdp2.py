@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers.utils import is_accelerate_available
 
 from reft.model.ranks import broadcast_adapters
 from reft.model.reft_model import ReftModel
@@ -28,12 +29,16 @@ def is_sharded(model: nn.Module) -> bool:
 #: What a Trainer is that can train a base which transformers sharded while it loaded it.
 _TRAINS_SHARDED = "is_distributed_loading_by_transformers"
 
+#: The version of accelerate that is known to leave units alone which it finds.
+_KEEPS_UNITS = "1.15.0"
+
 
 def before_training(model: ReftModel, trainer: Trainer) -> None:
     """One adapter on all ranks, in units of its own where the base computes in less precision.
 
     Raises:
-        ValueError: accelerate is told to use FSDP1; or the base is sharded already, and this
+        ValueError: accelerate is told to use FSDP1, or less precision of a version that would
+            round the adapter too; or the base is sharded already, and this
             transformers' Trainer would put DDP around it.
     """
     banks = [one for one in model.modules() if isinstance(one, Bank)]
@@ -64,6 +69,12 @@ def before_training(model: ReftModel, trainer: Trainer) -> None:
         )
     policy = plugin.mixed_precision_policy
     if policy is not None and policy.param_dtype not in (None, torch.float32):
+        if not is_accelerate_available(_KEEPS_UNITS):
+            raise ValueError(
+                "mixed_precision under FSDP2 would round the adapter, which the accelerate that is "
+                f"installed cannot leave out, as {_KEEPS_UNITS} can; load the base in bfloat16 and "
+                "leave mixed_precision off"
+            )
         # One policy is all that accelerate has. A unit that exists is left as it is.
         mesh = accelerator.torch_device_mesh
         own = {} if mesh is None else {"mesh": mesh}

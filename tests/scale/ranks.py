@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from sharding import forget, native_trainer, shard, units, units_of_bare_base
 from three_steps import CASES, Case, Gradients, InOrder, batch, make_trainer, trained
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from wire import Wire
 
 from reft.nn.bank import Bank
+
+#: Cases of a base that is sharded while it is loaded.
+NATIVE = ("plain", "checkpointing", "clipping")
 
 #: Runs of six steps with a checkpoint in their middle.
 _SIX = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "seed": 5}
@@ -93,9 +97,22 @@ class Rank:
             found.append(wire.bytes)
         self.keep(engine, "wire", bytes=found[1] - found[0])
 
+    def trains_sharded(self) -> bool:
+        """Whether this transformers' Trainer takes a sharded base; if not, what it says."""
+        trainer = self.trainer("native", "refused", CASES["plain"])
+        if hasattr(trainer, "is_distributed_loading_by_transformers"):
+            return True
+        try:
+            trainer.train()
+        except ValueError as error:
+            for scene in (*NATIVE, "published"):
+                self.keep("native", scene, lacking=str(error))
+        return False
+
     def mixed(self) -> None:
         """A base in bfloat16 under a policy of bfloat16: what a forward has of the adapter."""
-        trainer = self.trainer("fsdp2", "mixed", CASES["plain"], mixed_precision_policy="bf16")
+        policy = MixedPrecisionPolicy(*[torch.bfloat16] * 3)
+        trainer = self.trainer("fsdp2", "mixed", CASES["plain"], mixed_precision_policy=policy)
         [bank] = [one for one in trainer.model.modules() if isinstance(one, Bank)]
         first = {name: one.clone() for name, one in bank.training_state().items()}
         seen: list[Any] = []
@@ -125,18 +142,26 @@ def main(folder: Path) -> None:
     rank.resumed("ddp", "long")
     rank.published("ddp")
     rank.wire("ddp")
-    rank.cases("native", ["plain", "checkpointing", "clipping"])
-    rank.published("native")
+    if rank.trains_sharded():
+        rank.cases("native", NATIVE)
+        rank.published("native")
     rank.cases("fsdp2", CASES)
     rank.resumed("fsdp2", "long")
-    rank.resumed("fsdp2", "long lora")
+    try:
+        rank.resumed("fsdp2", "long lora")
+    except ImportError as error:  # of what PEFT expects of transformers, before it loads anything
+        for scene in ("", " again", " from one"):
+            rank.keep("fsdp2", f"long lora{scene}", lacking=str(error))
     rank.published("fsdp2")
     rank.wire("fsdp2")
 
     saving = rank.trainer("fsdp2", "memory", CASES["plain"], cpu_ram_efficient_loading=True)
     rank.keep("fsdp2", "memory", **trained(saving))
 
-    rank.mixed()
+    try:
+        rank.mixed()
+    except ValueError as error:
+        rank.keep("fsdp2", "mixed", lacking=str(error))
     rank.best()
     counted = rank.trainer("fsdp2", "units", CASES["plain"])
     rank.keep("fsdp2", "units", bare=units_of_bare_base(counted))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import LONG
+from ranks import LONG, NATIVE
 from safetensors.torch import load_file
 from three_steps import CASES, STEPS, batch, largest_difference, make_base, make_trainer, trained
 
@@ -19,16 +20,21 @@ ROUNDING = 1e-7
 
 ENGINES = [
     *(("ddp", scene) for scene in CASES),
-    *(("native", scene) for scene in ("plain", "checkpointing", "clipping")),
+    *(("native", scene) for scene in NATIVE),
     *(("fsdp2", scene) for scene in CASES),
 ]
 
 
 def kept(folder: Path, engine: str, scene: str) -> list[dict[str, Any]]:
     """What each rank has written."""
-    return [
+    found = [
         torch.load(folder / f"{engine}.{scene}.{rank}.pt", weights_only=False) for rank in (0, 1)
     ]
+    for one in found:
+        if "lacking" in one:  # on the oldest versions; said by name, by us or by PEFT
+            assert re.search("a later one can|as 1.15.0 can|cannot import name", one["lacking"])
+            pytest.skip(one["lacking"])
+    return found
 
 
 def alone(folder: Path, scene: str) -> dict[str, Any]:
@@ -109,6 +115,7 @@ def test_two_ranks_go_on_from_one(ranks_folder, engine, run):
 
 @pytest.mark.parametrize(("engine", "run"), RESUMED)
 def test_one_goes_on_from_two_ranks(ranks_folder, engine, run, tmp_path):
+    kept(ranks_folder, engine, run)
     trainer = make_trainer(LONG[run], tmp_path)
     checkpoint = ranks_folder / "runs" / engine / run / "checkpoint-3"
     found = trained(trainer, resume_from_checkpoint=str(checkpoint))
@@ -141,7 +148,7 @@ def test_the_best_checkpoint_is_loaded_into_shards(ranks_folder):
 
 @pytest.mark.parametrize("engine", ["ddp", "native", "fsdp2"])
 def test_what_is_written_and_generated_is_that_of_one_process(ranks_folder, engine):
-    wanted = alone(ranks_folder, "plain")["weights"]
+    wanted, ranks = alone(ranks_folder, "plain")["weights"], kept(ranks_folder, engine, "published")
     adapter = ranks_folder / f"{engine}-adapter"
     model = ReftModel.from_pretrained(make_base(), adapter)
     stored = load_file(adapter / "adapter_model.safetensors")
@@ -156,7 +163,7 @@ def test_what_is_written_and_generated_is_that_of_one_process(ranks_folder, engi
     complete = load_file(ranks_folder / f"{engine}-model" / "adapter_model.safetensors")
     assert complete.keys() == stored.keys()
     assert all(torch.equal(complete[name], stored[name]) for name in stored)
-    for found in kept(ranks_folder, engine, "published"):
+    for found in ranks:
         for beams, text in zip((1, 2), found["texts"], strict=True):
             expected = model.generate(
                 **batch(3), max_new_tokens=6, num_beams=beams, do_sample=False
