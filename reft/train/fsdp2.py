@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_accelerate_available
 
 from reft.model.ranks import broadcast_adapters
@@ -18,7 +19,7 @@ from reft.nn.bank import Bank
 from reft.nn.shards import in_parts, part_of, whole
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -37,9 +38,9 @@ def before_training(model: ReftModel, trainer: Trainer) -> None:
     """One adapter on all ranks, in units of its own where the base computes in less precision.
 
     Raises:
-        ValueError: accelerate is told to use FSDP1, or less precision of a version that would
-            round the adapter too; or the base is sharded already, and this
-            transformers' Trainer would put DDP around it.
+        ValueError: FSDP1, or less precision by a version of accelerate that would round the adapter
+            too; reentrant checkpointing that would be wrong; a base that is sharded already, which
+            this transformers' Trainer would put DDP around.
     """
     banks = [one for one in model.modules() if isinstance(one, Bank)]
     if any(map(is_sharded, banks)):
@@ -61,6 +62,7 @@ def before_training(model: ReftModel, trainer: Trainer) -> None:
     accelerator = trainer.accelerator
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
+        _refuse_reentrant(trainer.args)
         return
     if plugin.fsdp_version != 2:
         raise ValueError(
@@ -80,6 +82,20 @@ def before_training(model: ReftModel, trainer: Trainer) -> None:
         own = {} if mesh is None else {"mesh": mesh}
         for bank in banks:
             fully_shard(bank, mp_policy=MixedPrecisionPolicy(), **own)
+
+
+def _refuse_reentrant(args: TrainingArguments) -> None:
+    """Refuse what is silently wrong under DDP: a backward in the backward for each block whose
+    edit runs again, of which DDP takes the first for the whole."""
+    told = args.gradient_checkpointing_kwargs
+    reentrant = isinstance(told, dict) and told.get("use_reentrant")
+    runs_edits_again = "__call__" in vars(GradientCheckpointingLayer)
+    if args.world_size > 1 and args.gradient_checkpointing and reentrant and runs_edits_again:
+        raise ValueError(
+            "gradient_checkpointing_kwargs must say use_reentrant=False in several processes with "
+            f"transformers {version('transformers')}, whose checkpointing runs edits again: DDP "
+            "would average gradients before they are whole"
+        )
 
 
 def gather_trained(model: nn.Module, read: Callable[[Tensor], Tensor] = whole) -> dict[str, Tensor]:

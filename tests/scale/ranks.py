@@ -55,7 +55,11 @@ class Rank:
         """Three steps of every case."""
         for name in names:
             trainer = self.trainer(engine, name, CASES[name])
-            found = trained(trainer)
+            try:
+                found = trained(trainer)
+            except ValueError as error:
+                self.keep(engine, name, lacking=str(error))
+                continue
             self.keep(
                 engine, name, units=units(trainer.model), kind=type(trainer.model_wrapped).__name__,
                 **found,
