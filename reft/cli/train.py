@@ -182,6 +182,7 @@ def train(
     from transformers.trainer_utils import SchedulerType
 
     from reft.model.reft_model import get_reft_model
+    from reft.train.checkpoints import remove_checkpoints
     from reft.train.collate import ReftDataCollator
     from reft.train.evaluate import context_length
     from reft.train.progress import ProgressCallback
@@ -247,6 +248,8 @@ def train(
         callbacks=[ProgressCallback(console)],
     )
     trainer.remove_callback(PrinterCallback)
+    if overwrite and is_first():
+        remove_checkpoints(output)  # before one of a run that is over could be taken for this one's
     result = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = {"train loss": result.training_loss}
     if eval_examples is not None:
@@ -269,17 +272,25 @@ def _checkpointing(arguments: type, wanted: bool) -> dict[str, Any]:
 
 
 def _checkpoint(output: Path, *, resume: bool, overwrite: bool) -> str | None:
-    """The checkpoint to go on from, if asked; refuses to replace an adapter unless told to."""
+    """The checkpoint to go on from, if asked; refuses to replace an adapter, or to begin an
+    unfinished run anew, unless told to."""
     from reft.model.checkpoint import WEIGHTS_FILE
     from reft.train.checkpoints import last_checkpoint
 
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    found = last_checkpoint(output)
     if resume:
-        found = last_checkpoint(output)
         if found is None:
-            raise UserError(f"--resume: there is no checkpoint in {output}")
+            raise UserError(f"--resume: there is no checkpoint to go on from in {output}")
         return str(found)
     if (output / WEIGHTS_FILE).exists() and not overwrite:
         raise UserError(f"{output} holds an adapter already; --overwrite replaces it")
+    if found is not None and not overwrite:
+        raise UserError(
+            f"{output} holds an unfinished run, as far as {found.name}; --resume goes on, "
+            "--overwrite begins anew"
+        )
     return None
 
 

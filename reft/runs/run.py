@@ -36,8 +36,9 @@ from reft.runs.result import (
     settings_of,
     write_json,
 )
-from reft.runs.training import Metrics, make_trainer, remove_checkpoints, train
+from reft.runs.training import Metrics, make_trainer, train
 from reft.tasks import ClassificationTask, Task, get_task, metrics
+from reft.train.checkpoints import last_checkpoint, remove_checkpoints
 from reft.train.evaluate import context_length
 from reft.train.trainer import ReftTrainer
 
@@ -113,6 +114,7 @@ def run(
     """
     task, folder = get_task(preset.task), output / f"seed-{seed}"
     found = read_data(preset, data, seed)
+    begun = (folder / RUN_FILE).exists() and not overwrite
     identity = {
         "format_version": FORMAT_VERSION,
         "preset": preset.to_dict(),
@@ -145,6 +147,8 @@ def run(
         + (f" and a head of {parameters['head']:,}" if parameters["head"] else "")
         + f" on {base.device}"
     )
+    if begun and not trained and last_checkpoint(folder) is None:
+        say("the run was ended before its first checkpoint: it begins anew")
     silent = without_label(features)
     if silent:
         say(f"{silent} of them are prompts of max_length {max_length} or more: nothing to learn")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -196,12 +195,6 @@ def train(trainer: ReftTrainer, folder: Path) -> Training:
         curve=curve,
         selection=_selection(trainer),
     )
-
-
-def remove_checkpoints(folder: Path) -> None:
-    """Remove what only an unfinished run needs."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
 
 
 def _selection(trainer: ReftTrainer) -> dict[str, Any]:

@@ -10,19 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer import (
+    OPTIMIZER_NAME,
+    SCHEDULER_NAME,
+    TRAINER_STATE_NAME,
+    TRAINING_ARGS_NAME,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from reft.model.reft_model import ReftModel
 from reft.nn.bank import Bank
 from reft.nn.shards import whole
-from reft.train import deepspeed, fsdp2
+from reft.train import checkpoints, deepspeed, fsdp2
 from reft.train.lora import load_lora, save_lora
 
 
 class AdapterTrainer(Trainer):
     """A Trainer that decays, saves and restores adapters. Made for subclasses, which say by
     :meth:`_reft_model` whose they are, and for TRL's trainers beside it among their bases."""
+
+    _stage: Path | None = None
 
     def _reft_model(self) -> ReftModel:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -45,19 +52,24 @@ class AdapterTrainer(Trainer):
         every rank begins with the adapter of rank 0.
 
         Raises:
-            ValueError: a checkpoint of DeepSpeed's without it, or another one under it. Nothing was
-                changed.
+            ValueError: no whole checkpoint to resume from, where that is asked for; one of
+                DeepSpeed's without it, or another one under it. Nothing was changed.
         """
         path = resume_from_checkpoint
         if path is True:
-            path = get_last_checkpoint(str(self.args.output_dir))
+            found = checkpoints.last_checkpoint(str(self.args.output_dir))
+            if found is None:
+                raise ValueError(
+                    f"there is no whole checkpoint to resume from in {self.args.output_dir}"
+                )
+            path = str(found)
         if path and isinstance(path, str):
             deepspeed.check_checkpoint(path, self.is_deepspeed_enabled)
             if self._is_sharded():
                 self._reft_model().restore(path)
                 load_lora(self._reft_model(), path)
         fsdp2.before_training(self._reft_model(), self)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(path, *args, **kwargs)
 
     def _is_sharded(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -99,6 +111,44 @@ class AdapterTrainer(Trainer):
         checkpoints hold."""
         deepspeed.leave_out_base(self.accelerator)
         return super().create_scheduler(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer's; the checkpoint is there whole or not at all.
+
+        Raises:
+            OSError: it cannot be written; earlier ones are as they were.
+        """
+        run = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        writes, wait = self.args.should_save, self.accelerator.wait_for_everyone
+        with checkpoints.written_whole(run, name, writes=writes, wait=wait) as stage:
+            self._stage = stage
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._stage = None
+            if self.state.best_model_checkpoint == str(stage / name):
+                self.state.best_model_checkpoint = str(run / name)
+                if writes:
+                    self.state.save_to_json(str(stage / name / TRAINER_STATE_NAME))
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run / name))
+        if writes:
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Of a checkpoint that is being written, the folder where it is."""
+        return super()._get_output_dir(trial) if self._stage is None else str(self._stage)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As Trainer's, of a checkpoint that has its name."""
+        if self._stage is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     # Trainer's own would write the whole base into every checkpoint of FSDP2. The adapter's states
     # are small: of every engine that leaves it to us they are gathered into the files that one

@@ -1,28 +1,140 @@
-"""Finding the checkpoint to go on from."""
+"""Checkpoints that are there whole or not at all, and finding the one to go on from.
+
+Trainer writes a checkpoint file by file. Here it does so in a folder that nobody takes for a
+checkpoint; when every rank is done the files are flushed to the disk and the folder gets its name,
+in one step. Whatever moment a kill, a power cut or a full disk picks, ``checkpoint-N`` is whole.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+#: Where a checkpoint is written, beside the others.
+UNFINISHED = ".unfinished"
+
+_REPLACED = "replaced-"
+
+#: What torch says where its file could not be written, in a RuntimeError without a number.
+_NOT_WRITTEN = ("PytorchStreamWriter", "inline_container", "unexpected pos")
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """The newest whole checkpoint in a folder, None if there is none.
 
-    Trainer writes ``trainer_state.json`` last: a checkpoint without it, or with half of it, is what
-    a kill left, and is passed over.
+    Of other libraries' checkpoints, and of those of earlier versions, one without
+    ``trainer_state.json``, which Trainer writes last, or with half of it, is passed over.
     """
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    _put_back(Path(folder))
     found = [
         (int(path.name.removeprefix(prefix)), path)
         for path in Path(folder).glob(f"{prefix}*")
         if path.name.removeprefix(prefix).isdigit() and _is_whole(path)
     ]
     return max(found)[1] if found else None
+
+
+def remove_checkpoints(folder: str | os.PathLike[str]) -> None:
+    """Remove every checkpoint in a folder, and what is left of unfinished ones."""
+    for checkpoint in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        shutil.rmtree(checkpoint)
+    shutil.rmtree(Path(folder) / UNFINISHED, ignore_errors=True)
+
+
+@contextmanager
+def written_whole(
+    run: Path, name: str, *, writes: bool, wait: Callable[[], None]
+) -> Iterator[Path]:
+    """Inside, ``<the folder that is given>/<name>`` is written, by all ranks; behind, it is
+    ``run/name``.
+
+    Args:
+        run: the folder of the checkpoints.
+        name: of this one; another of that name is replaced.
+        writes: whether this process names the folder; of those that share one, one does.
+        wait: for all of them.
+
+    Raises:
+        OSError: it could not be written. Nothing of it is left, and the checkpoints that there
+            were are as they were.
+    """
+    stage = run / UNFINISHED
+    try:
+        if writes:
+            _put_back(run)
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir(parents=True)
+        wait()
+        yield stage
+        wait()
+        if writes:
+            _flush(stage / name)
+            _rename(stage, run, name)
+        wait()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_of_the_disk(error):
+            raise
+        if writes:
+            shutil.rmtree(stage, ignore_errors=True)
+        number = error.errno if isinstance(error, OSError) else None
+        reason = os.strerror(number) if number else str(error)
+        raise OSError(
+            number or errno.EIO,
+            f"{name} could not be written ({reason}); the checkpoints that were there are whole, "
+            "and training can be resumed from the last of them",
+            str(run),
+        ) from error
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in _NOT_WRITTEN)
+    return True
+
+
+def _rename(stage: Path, run: Path, name: str) -> None:
+    old = stage / f"{_REPLACED}{name}"
+    if (run / name).exists():
+        os.rename(run / name, old)  # noqa: PTH104
+    os.rename(stage / name, run / name)  # noqa: PTH104
+    _flush_folder(run)
+    shutil.rmtree(stage, ignore_errors=True)
+
+
+def _put_back(run: Path) -> None:
+    """Undo the first of the two renames that replace a checkpoint, if a kill came between."""
+    for old in (run / UNFINISHED).glob(f"{_REPLACED}*"):
+        if not (run / old.name.removeprefix(_REPLACED)).exists():
+            os.rename(old, run / old.name.removeprefix(_REPLACED))  # noqa: PTH104
+
+
+def _flush(folder: Path) -> None:
+    """Let files and folders reach the disk before the name does."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            _flush_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _is_whole(checkpoint: Path) -> bool:

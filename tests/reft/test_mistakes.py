@@ -78,8 +78,9 @@ def state_of(model: nn.Module) -> dict:
     flags = {name: one.requires_grad for name, one in model.named_parameters()}
     values = {name: one.clone() for name, one in model.state_dict().items()}
     attached = getattr(model, "reft", None)
-    names = ("active", "disabled", "options", "current", "generation", "restored")
-    own = {name: getattr(attached, name) for name in names if attached is not None}
+    own = {}
+    if attached is not None:
+        own = {"active": attached.active, "off": attached.disabled, **vars(attached.call)}
     return {"hooks": hooks, "modules": modules, "flags": flags, "values": values, "own": own}
 
 

@@ -159,8 +159,9 @@ def main(folder: Path) -> None:
     rank.published("fsdp2")
     rank.wire("fsdp2")
 
-    saving = rank.trainer("fsdp2", "memory", CASES["plain"], cpu_ram_efficient_loading=True)
-    rank.keep("fsdp2", "memory", **trained(saving))
+    for setting in ("cpu_ram_efficient_loading", "activation_checkpointing"):
+        trainer = rank.trainer("fsdp2", setting, CASES["plain"], **{setting: True})
+        rank.keep("fsdp2", setting, **trained(trainer))
 
     try:
         rank.mixed()

@@ -73,8 +73,9 @@ def test_units_are_those_of_the_bare_base(ranks_folder):
     assert found["units"] == counted["bare"] > blocks
 
 
-def test_a_base_loaded_by_one_rank_alone(ranks_folder):
-    for found in kept(ranks_folder, "fsdp2", "memory"):
+@pytest.mark.parametrize("setting", ["cpu_ram_efficient_loading", "activation_checkpointing"])
+def test_settings_of_accelerate_change_no_number(ranks_folder, setting):
+    for found in kept(ranks_folder, "fsdp2", setting):
         assert_equal(found, alone(ranks_folder, "plain"))
 
 
