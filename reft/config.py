@@ -14,6 +14,7 @@ import torch
 
 from reft.positions import PROMPT_ENDS, SHORT_PROMPTS, UNTIED_BY, Positions, parse_positions
 from reft.subspaces import Subspaces, check_subspaces
+from reft.untrusted import is_text, parse_json, shown
 from reft_kernels.activations import ACTIVATIONS, ALIASES
 from reft_kernels.spec import FAMILY, EditSpec
 
@@ -132,7 +133,8 @@ class ReftConfig:
     @property
     def torch_dtype(self) -> torch.dtype:
         """``dtype`` as PyTorch's object."""
-        return getattr(torch, str(self.dtype))
+        dtype: torch.dtype = getattr(torch, str(self.dtype))
+        return dtype
 
     def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
         """The edited layers of a model with ``num_layers`` blocks: ascending, none negative.
@@ -181,7 +183,7 @@ class ReftConfig:
                 leaves = {path.rpartition(".")[2] for path in present} - {""}
                 raise ValueError(
                     "ReftConfig.modules_to_save must name modules of the base model, got "
-                    f"{name!r}{_did_you_mean(name, leaves)}"
+                    f"{shown(name)}{_did_you_mean(name, leaves)}"
                 )
         wanted += HEAD_MODULES.get(self.task_type or "", ())
         found = [path for path in present if any(_ends_in(path, name) for name in wanted)]
@@ -219,7 +221,7 @@ class ReftConfig:
         for name in values:
             if name not in known:
                 raise ValueError(
-                    f"ReftConfig has no field {name!r}{_did_you_mean(str(name), known)}; "
+                    f"ReftConfig has no field {shown(name)}{_did_you_mean(str(name), known)}; "
                     f"its fields are {', '.join(known)}"
                 )
         return cls(**values)
@@ -236,8 +238,8 @@ class ReftConfig:
             ValueError: not JSON, or as :meth:`from_dict`.
         """
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"not a ReftConfig in JSON: {error}") from None
         return cls.from_dict(values)
 
@@ -246,7 +248,7 @@ class ReftConfig:
 
 
 def _bad(name: str, value: object, allowed: str) -> ValueError:
-    return ValueError(f"ReftConfig.{name} must be {allowed}, got {value!r}")
+    return ValueError(f"ReftConfig.{name} must be {allowed}, got {shown(value)}")
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -276,7 +278,7 @@ def _one_of(*allowed: str) -> Callable[[str, Any], str]:
 def _check_rank(name: str, value: Any) -> int:
     if not _is_int(value) or value < 1:
         raise _bad(name, value, "an integer of at least 1")
-    return value
+    return int(value)
 
 
 def _check_layers(name: str, value: Any) -> str | tuple[int, ...]:
@@ -344,7 +346,7 @@ def _check_modules(name: str, value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
     names = isinstance(value, Sequence) and not isinstance(value, str)
-    if not names or not all(isinstance(one, str) and one for one in value):
+    if not names or not all(is_text(one) and one for one in value):
         raise _bad(name, value, 'None or a list of module names such as ["classifier"]')
     return tuple(value)
 
@@ -354,7 +356,7 @@ def _check_task(name: str, value: Any) -> str | None:
 
 
 def _check_text(name: str, value: Any) -> str | None:
-    if value is not None and not isinstance(value, str):
+    if value is not None and not is_text(value):
         raise _bad(name, value, "None or a string")
     return value
 
@@ -366,7 +368,7 @@ def _check_version(name: str, value: Any) -> int:
             value,
             f"1 … {FORMAT_VERSION} in this version (a newer one may have written it)",
         )
-    return value
+    return int(value)
 
 
 #: field -> its check, which returns the value as it is kept.

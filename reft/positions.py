@@ -25,18 +25,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from reft.untrusted import shown
+
 SHORT_PROMPTS = ("pyreft", "paper")
 PROMPT_ENDS = ("last", "second_to_last")
 UNTIED_BY = ("side", "position")
 
 #: What :func:`parse_positions` accepts, in words, for every message about it.
 ALLOWED = (
-    '"f<n>+l<n>", "f<n>" or "l<n>" with n at least 1 ("f7+l7", "f3", "l1"), "prompt", '
+    '"f<n>+l<n>", "f<n>" or "l<n>" with n from 1 to 999999 ("f7+l7", "f3", "l1"), "prompt", '
     '"prompt+g<n>" (and n generated tokens), "all", "image" or "given"'
 )
 
-_ENDS = re.compile(r"(?:f([1-9]\d*))?(\+)?(?:l([1-9]\d*))?", re.ASCII)
-_GENERATED = re.compile(r"prompt\+g([1-9]\d*)", re.ASCII)
+# A forward makes one column a token that is named: a longer number is no number of tokens.
+_ENDS = re.compile(r"(?:f([1-9]\d{0,5}))?(\+)?(?:l([1-9]\d{0,5}))?", re.ASCII)
+_GENERATED = re.compile(r"prompt\+g([1-9]\d{0,5})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ def parse_positions(text: str) -> Positions:
         ValueError: anything but the grammar of this module, with what is allowed.
     """
     if not isinstance(text, str):
-        raise ValueError(f"positions must be {ALLOWED}, got {text!r}")
+        raise ValueError(f"positions must be {ALLOWED}, got {shown(text)}")
     if text in ("prompt", "all", "image", "given"):
         return Positions(text)  # type: ignore[arg-type]
     if generated := _GENERATED.fullmatch(text):
@@ -102,7 +105,7 @@ def parse_positions(text: str) -> Positions:
     match = _ENDS.fullmatch(text)
     first, plus, last = match.groups() if match else (None, None, None)
     if not (first or last) or bool(plus) != bool(first and last):
-        raise ValueError(f"positions must be {ALLOWED}, got {text!r}")
+        raise ValueError(f"positions must be {ALLOWED}, got {shown(text)}")
     return Positions("ends", int(first or 0), int(last or 0))
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from reft.untrusted import is_text, shown
+
 #: Parts of the rank by name, as a configuration keeps them: pairs, so that it can be hashed.
 Subspaces = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -31,18 +33,20 @@ def check_subspaces(value: Any, rank: int) -> Subspaces | None:
     except (TypeError, ValueError):
         parts = {}
     if not parts:
-        raise ValueError(f"ReftConfig.subspaces must be {allowed}, got {value!r}")
+        raise ValueError(f"ReftConfig.subspaces must be {allowed}, got {shown(value)}")
     found = {}
     for name, part in parts.items():
         listed = isinstance(part, Sequence) and not isinstance(part, str) and len(part) > 0
         if (
-            not isinstance(name, str)
+            not is_text(name)
             or not name
             or not listed
             or not all(type(one) is int and 0 <= one < rank for one in part)
             or len(set(part)) != len(part)
         ):
-            raise ValueError(f"ReftConfig.subspaces must be {allowed}, got {name!r}: {part!r}")
+            raise ValueError(
+                f"ReftConfig.subspaces must be {allowed}, got {shown(name)}: {shown(part)}"
+            )
         found[name] = tuple(sorted(part))
     return tuple(found.items())
 
@@ -85,12 +89,14 @@ def one_a_sequence(value: Any, batch: int) -> Sequence[Any]:
     """
     if isinstance(value, str):
         return [value] * batch
-    entries = isinstance(value, Sequence) and all(
-        one is None or isinstance(one, Sequence) for one in value
-    )
-    if not entries or len(value) != batch:
+    entries: Sequence[Any] | None = value if isinstance(value, Sequence) else None
+    if (
+        entries is None
+        or len(entries) != batch
+        or not all(one is None or isinstance(one, Sequence) for one in entries)
+    ):
         raise ValueError(
             "subspaces must be one name for all sequences, or a list with a name, several names or "
             f"None for each of the {batch}; got {value!r}"
         )
-    return value
+    return entries

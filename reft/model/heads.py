@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from reft.nn.published import FLOATS, check_numbers
 from reft.nn.shards import gathered, write
 
 
@@ -95,7 +96,8 @@ def check_heads(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor])
     """Check that ``<path>.<parameter>`` tensors are the state of these heads.
 
     Raises:
-        ValueError: a missing or unknown name or a wrong shape.
+        ValueError: a missing or unknown name, a wrong shape or dtype, a number that is not finite
+            where the model's own are.
     """
     wanted = dict(head_state(modules))
     missing, unknown = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
@@ -109,6 +111,13 @@ def check_heads(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor])
             raise ValueError(
                 f"stored head {name} must have shape {tuple(target.shape)}, "
                 f"got {tuple(tensors[name].shape)}"
+            )
+        if target.dtype in FLOATS:
+            if target.isfinite().all():  # a buffer may be a mask of −inf
+                check_numbers(f"stored head {name}", tensors[name], target.dtype)
+        elif tensors[name].dtype != target.dtype:
+            raise ValueError(
+                f"stored head {name} must be of {target.dtype}, got {tensors[name].dtype}"
             )
 
 

@@ -15,6 +15,7 @@ from reft.model.card import write_card
 from reft.model.checkpoint import read_adapter, write_adapter
 from reft.model.heads import check_heads, head_state, load_heads
 from reft.model.hub import local_folder
+from reft.nn.published import FLOATS, bank_shape, check_stored
 from reft.nn.shards import whole
 
 if TYPE_CHECKING:
@@ -108,6 +109,9 @@ def put(
     """
     attached, base = model._attached, model.get_base_model()
     try:
+        # Before room is made for what the configuration says.
+        layers = config.resolve_layers(len(attached.sites.blocks))
+        check_stored(config, bank_shape(config, len(layers), attached.sites.dim), tensors)
         # Whatever the configuration starts from, it is overwritten.
         bank, heads = build(attached, base, name, replace(config, init="pyreft"))
         bank.config = replace(bank.config, init=config.init)
@@ -134,7 +138,7 @@ def restore(model: ReftModel, path: _Path, adapter_name: str | None) -> None:
         check_heads(heads, head_tensors)
         bank.load(edit, training_state=True)
     except ValueError as error:
-        raise ValueError(f"{os.fspath(path)}: {error}") from None
+        raise ValueError(f"{os.fspath(path)}: {error}{_why(tensors)}") from None
     load_heads(heads, head_tensors)
 
 
@@ -164,6 +168,12 @@ def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
         key.removeprefix(_HEADS): value for key, value in tensors.items() if key.startswith(_HEADS)
     }
     return {key: value for key, value in tensors.items() if not key.startswith(_HEADS)}, heads
+
+
+def _why(tensors: Mapping[str, Tensor]) -> str:
+    if all(one.isfinite().all() for one in tensors.values() if one.dtype in FLOATS):
+        return ""
+    return "; the run had diverged when this was saved, go on from an earlier checkpoint"
 
 
 def _check_same(path: _Path, stored: ReftConfig, present: ReftConfig) -> None:

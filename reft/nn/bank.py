@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from reft.config import ReftConfig
 from reft.nn import init
 from reft.nn.effective import Effective
-from reft.nn.frames import EXACT, check_frame, frame_error
+from reft.nn.frames import EXACT, check_coordinates, check_frame, frame_error
+from reft.nn.published import bank_shape, check_shapes, check_stored
 from reft.nn.shards import whole, write
 from reft_kernels import fold, orthonormalize, reflector_base
 from reft_kernels.activations import ALIASES, activate
@@ -68,14 +69,10 @@ class Bank(nn.Module):
         start: init.Start | None = None,
     ) -> None:
         super().__init__()
-        if config.rank > dim:
-            raise ValueError(
-                f"ReftConfig.rank must be at most D = {dim}, the model's width; got {config.rank}"
-            )
+        self.shape = bank_shape(config, len(layers), dim)
         self.config, self.layers, self.spec = config, layers, config.spec
         name = config.activation
         self.activation = None if name is None else ALIASES.get(name, name)
-        self.shape = (len(layers), config.num_groups, config.rank, dim)
         self._cached: tuple[tuple[Any, ...], Effective] | None = None
         self._loaded_of: tuple[Any, ...] | None = None  # what free and base were then
         dtype = config.torch_dtype
@@ -222,7 +219,7 @@ class Bank(nn.Module):
         return {**self.__dict__, "_cached": None, "_loaded_of": self._still_loaded() is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._loaded_of = self._frame_of() if self._loaded_of else None
 
     # ``free`` means R only together with ``base``, which is not a key of state_dict(). It travels
@@ -274,15 +271,7 @@ class Bank(nn.Module):
         """
         given = {"rotation": rotation, "weight": weight, "bias": bias}
         new = {name: value for name, value in given.items() if value is not None}
-        for name, value in new.items():
-            shape = self.shape[:3] if name == "bias" else self.shape
-            if name == "weight" and self.weight is None:
-                raise ValueError(f"weight must be None, {self.spec.name} has no W")
-            if tuple(value.shape) != shape:
-                raise ValueError(
-                    f"{name} must have shape {shape}: layers, groups, rank, and for R and W the "
-                    f"width; got {tuple(value.shape)}"
-                )
+        check_shapes(self.config, self.shape, new)
         self._cached = None
         if rotation is not None:
             self._assign_rotation(rotation.to(self.bias.device))
@@ -345,30 +334,18 @@ class Bank(nn.Module):
             training_state: take ``rotation.free`` and ``rotation.base``, bit for bit.
 
         Raises:
-            ValueError: a missing or unknown name, or as :meth:`assign`. Nothing was changed.
+            ValueError: a missing or unknown name, numbers that are not finite, or as
+                :meth:`assign`. Nothing was changed.
         """
-        extra = {"rotation.free", "rotation.base"} if self.spec.orthonormal else set()
-        needed = {"rotation", "bias"} | ({"weight"} if self.spec.has_encode else set())
-        known = needed | extra
-        missing = sorted((known if training_state else needed) - tensors.keys())
-        unknown = sorted(tensors.keys() - known)
-        if missing or unknown:
-            raise ValueError(
-                f"an adapter of {self.spec.name} has {', '.join(sorted(known))}; "
-                f"missing: {', '.join(missing) or 'none'}, unknown: {', '.join(unknown) or 'none'}"
-            )
-        if not (training_state and extra):
-            self.assign(**{name: tensors[name] for name in sorted(needed)})
+        check_stored(self.config, self.shape, tensors, training_state=training_state)
+        needed = [name for name in ("rotation", "weight", "bias") if name in tensors]
+        if not training_state or not self.spec.orthonormal:
+            self.assign(**{name: tensors[name] for name in needed})
             self._keep(tensors["rotation"])
             return
         assert self.free is not None and self.base is not None
-        for name in sorted(extra):
-            if tensors[name].shape != self.base.shape:
-                raise ValueError(
-                    f"{name} must have shape {tuple(self.base.shape)}, "
-                    f"got {tuple(tensors[name].shape)}"
-                )
-        self.assign(**{name: tensors[name] for name in sorted(needed - {"rotation"})})
+        check_coordinates(tensors, self.base.dtype, self.spec.name)
+        self.assign(**{name: tensors[name] for name in needed if name != "rotation"})
         self.base.copy_(tensors["rotation.base"])
         write(self.free, tensors["rotation.free"])
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from reft_kernels import orthonormalize
 
 #: Largest |R Rᵀ − I| of a matrix that is taken for a frame, for what was stored in each dtype.
 _WITHIN = {torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -31,4 +35,21 @@ def check_frame(rotation: Tensor, wide: torch.dtype, name: str) -> None:
         raise ValueError(
             f"rotation must have orthonormal rows for {name} (max |R Rᵀ − I| at most "
             f"{within:g}), got {error:.3g}"
+        )
+
+
+def check_coordinates(tensors: Mapping[str, Tensor], wide: torch.dtype, name: str) -> None:
+    """Refuse ``rotation.free`` and ``rotation.base`` of which ``rotation`` did not come.
+
+    Raises:
+        ValueError: they stand for rows that are not orthonormal, or for another R.
+    """
+    free, base = (tensors[f"rotation.{part}"].to(wide) for part in ("free", "base"))
+    found, stored = orthonormalize(free, base), tensors["rotation"].to(wide)
+    apart = float((found - stored).abs().max())
+    within = _WITHIN.get(tensors["rotation"].dtype, _OTHERWISE)
+    if not (frame_error(found) <= within and apart <= within):
+        raise ValueError(
+            f"rotation.free and rotation.base must stand for the rotation of this {name} (to "
+            f"{within:g}), they differ by {apart:.3g}"
         )

@@ -13,6 +13,7 @@ from reft.config import ReftConfig
 from reft.nn import init
 from reft.nn.bank import Bank
 from reft.nn.effective import Effective
+from reft.nn.published import bank_shape, check_stored
 
 
 class SpreadBank(nn.Module):
@@ -44,7 +45,7 @@ class SpreadBank(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.layers, self.spec = config, layers, config.spec
-        self.shape = (len(layers), config.num_groups, config.rank, dim)
+        self.shape = bank_shape(config, len(layers), dim)
         rows: dict[torch.device, list[int]] = {}
         for row, device in enumerate(devices):
             rows.setdefault(device, []).append(row)
@@ -104,7 +105,8 @@ class SpreadBank(nn.Module):
 
     def effective(self) -> Effective:
         """As :meth:`forward`."""
-        return self()
+        forms: Effective = self()
+        return forms
 
     def rotation(self) -> Tensor:
         """R, (L, g, r, D), with a graph, on the device of the first part."""
@@ -167,6 +169,7 @@ class SpreadBank(nn.Module):
         Raises:
             ValueError: as a bank. Nothing was changed.
         """
+        check_stored(self.config, self.shape, tensors, training_state=training_state)
         self._set(tensors, lambda part, own: part.load(own, training_state=training_state))
 
     def _set(

@@ -14,12 +14,13 @@ from reft.config import ReftConfig
 from reft.model.checkpoint import read_adapter
 from reft.nn.bank import Bank
 from reft.nn.effective import Effective
+from reft.nn.published import bank_shape, check_stored
 
 #: Fields of a configuration that change nothing about what is computed once an adapter is trained.
 _IDLE = frozenset({"base_model_name_or_path", "init", "dropout", "dropout_on", "block_path"})
 
 #: Prefix of the tensors of heads.
-HEADS = "modules_to_save."
+HEADS = "heads."
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +71,7 @@ def stored(
             f"modules_to_save = {config.modules_to_save!r}: load it with load_adapter"
         )
     layers = config.resolve_layers(num_layers)
-    for name, value in tensors.items():
-        if not value.isfinite().all():
-            raise ValueError(f"{name} must be finite, it holds NaN or infinity")
+    check_stored(config, bank_shape(config, len(layers), dim), tensors)
     bank = Bank(config, layers, dim, device="meta")
     bank = bank.to_empty(device="cpu").requires_grad_(False).eval()
     published = {k: v for k, v in tensors.items() if not k.startswith("rotation.")}

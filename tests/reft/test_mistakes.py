@@ -295,7 +295,7 @@ TABLE = {
     ),
     "R of NaN": (
         load(lambda env: env.with_tensors("a", rotation=bad() + torch.nan)),
-        "orthonormal rows",
+        "rotation must be finite",
     ),
     "a fresh model from nowhere": (fresh("nowhere"), "nowhere"),
     "restore without its state": (

@@ -215,7 +215,7 @@ class TestMistakes:
         refused("no part of block", {"component": "module:mlp.x"})
         refused("image_token_id", {"positions": "image"})
         heads = {"modules_to_save": ["lm_head"]}
-        refused("load it with load_adapter", heads, {"modules_to_save.lm_head.weight": nan})
+        refused("load it with load_adapter", heads, {"heads.lm_head.weight": nan})
         other = random_adapter(tmp_path / "other", 0, dim=DIM + 1)
         with pytest.raises(ValueError, match=f"{DIM}"):
             model.pool.add("bad", other)

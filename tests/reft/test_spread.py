@@ -197,7 +197,7 @@ def test_what_is_refused_changes_no_part(method, spread, tmp_path):
     give = bank.load if method == "load" else lambda tensors: bank.assign(**tensors)
     with pytest.raises(ValueError, match="orthonormal rows"):
         give(broken)
-    with pytest.raises(ValueError, match=r"bias must have shape \(3, …\)"):
+    with pytest.raises(ValueError, match=r"bias must have shape \(3, "):
         give({**values, "bias": values["bias"][:2]})
     after = bank.training_state()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
