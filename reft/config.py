@@ -356,9 +356,9 @@ def _check_task(name: str, value: Any) -> str | None:
 
 
 def _check_text(name: str, value: Any) -> str | None:
-    if value is not None and not is_text(value):
-        raise _bad(name, value, "None or a string")
-    return value
+    if value is None or is_text(value):
+        return value
+    raise _bad(name, value, "None or a string")
 
 
 def _check_version(name: str, value: Any) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 _SHOWN = 200
 
@@ -51,7 +51,7 @@ def parse_json(text: str) -> Any:
         raise ValueError("not JSON that can be read: nested too deep") from None
 
 
-def is_text(value: object) -> bool:
+def is_text(value: object) -> TypeGuard[str]:
     """Whether a value is text that can be written as UTF-8: JSON may hold half a character."""
     try:
         return isinstance(value, str) and bool(value.encode()) is bool(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,10 @@ from reft.interop.from_pyreft import find_pyreft, read_pyreft
 from reft.interop.to_pyreft import write_pyreft
 from reft.interop.units import Converted
 from reft.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
+from reft.untrusted import parse_json, read_text
 
 _HEADS = "heads."
-_EDIT = ("rotation", "weight", "bias")
+_TRAINING = ("rotation.free", "rotation.base")
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
@@ -52,7 +52,7 @@ def kind_of(path: str | os.PathLike[str]) -> str:
 
 def _is_peft(folder: Path) -> bool:
     try:
-        stored = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        stored = parse_json(read_text(folder / CONFIG_FILE))
     except (OSError, ValueError):
         return False
     return isinstance(stored, dict) and "peft_type" in stored
@@ -61,12 +61,16 @@ def _is_peft(folder: Path) -> bool:
 def read_reft(path: str | os.PathLike[str]) -> Converted:
     """Read an adapter of this library without a model; what a training run needs is left out."""
     config, tensors = read_adapter(path)
-    heads = {
-        name.removeprefix(_HEADS): value
-        for name, value in tensors.items()
-        if name.startswith(_HEADS)
-    }
-    return Converted(config, {name: tensors[name] for name in _EDIT if name in tensors}, heads)
+    heads, edit = {}, {}
+    for name, value in tensors.items():
+        if name.startswith(_HEADS):
+            heads[name.removeprefix(_HEADS)] = value
+        elif name not in _TRAINING:
+            edit[name] = value
+    try:
+        return Converted(config, edit, heads)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from None
 
 
 def write_reft(path: str | os.PathLike[str], converted: Converted) -> None:

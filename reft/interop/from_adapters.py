@@ -11,7 +11,6 @@ if one of them edits nothing. Whether R h is subtracted is not stored.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -21,8 +20,9 @@ from typing import Any
 from torch import Tensor
 
 from reft.config import ReftConfig
-from reft.interop.tensor_files import read_tensors
+from reft.interop.tensor_files import check_floats, read_tensors
 from reft.interop.units import Converted, Unit, convert, orthogonal
+from reft.untrusted import parse_json, read_text, shown
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILES = ("pytorch_adapter.bin", "adapter.safetensors")
@@ -51,7 +51,7 @@ _ACTIVATIONS = {"leakyrelu": "leaky_relu"}
 def stored_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """What adapters stored about the adapter in a folder; None if it did not write the folder."""
     try:
-        stored = json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
+        stored = parse_json(read_text(Path(path) / CONFIG_FILE))
         inner = stored["config"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -91,7 +91,7 @@ def read_adapters(
     try:
         if inner["architecture"] != "reft":
             raise ValueError(
-                f"the adapter must have the architecture 'reft', got {inner['architecture']!r}"
+                f"the adapter must have the architecture 'reft', got {shown(inner['architecture'])}"
             )
         ours = {**_settings(inner), **settings}
         ReftConfig(**ours)
@@ -117,6 +117,9 @@ def _settings(inner: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of :class:`ReftConfig` from those of adapters."""
     try:
         sides = (("f", inner["prefix_positions"]), ("l", inner["suffix_positions"]))
+        for _, count in sides:
+            if type(count) is not int or count < 0:
+                raise ValueError(f"positions must be whole numbers, got {shown(count)}")
         positions = "+".join(f"{side}{count}" for side, count in sides if count)
         activation = inner.get("non_linearity")
         if activation is not None:
@@ -161,6 +164,7 @@ def _unit(layer: int, number: int, found: Mapping[str, Tensor]) -> Unit:
     candidates = _CANDIDATES.get(frozenset(found))
     if candidates is None:
         raise ValueError(f"{source} must hold W, b and a projection, it holds {', '.join(found)}")
+    check_floats(source, found)
     if _ORIGINAL in found:
         original, base = found[_ORIGINAL], found[_BASE]
         if original.ndim != 2 or base.shape != (max(original.shape), max(original.shape)):

@@ -12,7 +12,6 @@ into ``checkpoint-N/intervenable_model``. Positions, activation and dropout are 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -23,8 +22,9 @@ from typing import Any
 from torch import Tensor
 
 from reft.config import COMPONENTS, ReftConfig
-from reft.interop.tensor_files import read_tensors
+from reft.interop.tensor_files import check_floats, read_tensors
 from reft.interop.units import Converted, Unit, convert, orthogonal
+from reft.untrusted import parse_json, read_text, shown
 from reft_kernels import FAMILY
 
 #: Where pyreft's trainer puts its files.
@@ -167,20 +167,22 @@ def _from_names(folder: Path) -> list[_Place]:
 
 def _from_config(folder: Path) -> tuple[list[_Place], dict[str, str]] | None:
     """The places that config.json lists and the class of each file; None if there is no such."""
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         return None
     try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        stored = parse_json(read_text(folder / "config.json"))
         keys, listed = stored["sorted_keys"], stored["representations"]
         types = stored["intervention_types"]
         rows = [dict(zip(FIELDS, row, strict=False)) for row in listed]
         copies = [int(key.rpartition("#")[2]) for key in keys]
-        assert len(keys) == len(rows) == len(types)
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        whole = len(keys) == len(rows) == len(types) > 0 and all(map(_is_row, rows))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
         raise ValueError(
             "config.json is damaged, or not one that pyreft wrote (sorted_keys, representations "
             "and intervention_types, one for each file)"
-        ) from None
+        )
     files = [f"intkey_{key}.bin" for key in keys]
     present = {one.name for one in folder.glob("intkey_*.bin")}
     missing, unknown = sorted(set(files) - present), sorted(present - set(files))
@@ -200,12 +202,19 @@ def _from_config(folder: Path) -> tuple[list[_Place], dict[str, str]] | None:
         if row.get("intervention_link_key") is not None:
             raise ValueError(
                 f"{file} is linked to other layers (intervention_link_key "
-                f"{row['intervention_link_key']!r}); this library has weights for each layer"
+                f"{shown(row['intervention_link_key'])}); this library has weights for each layer"
             )
-        named = "." not in str(row["component"])
-        layer = row["layer"] if named else None
-        places.append(_place(file, layer, str(row["component"]), str(row.get("unit", "pos")), copy))
-    return places, dict(zip(files, map(str, types), strict=True))
+        component = row["component"]
+        layer = None if "." in component else row["layer"]
+        places.append(_place(file, layer, component, str(row.get("unit", "pos")), copy))
+    return places, dict(zip(files, (str(one)[:1000] for one in types), strict=True))
+
+
+def _is_row(row: Mapping[str, Any]) -> bool:
+    """Whether a representation says a component, and a layer if that is no path."""
+    component, layer = row.get("component"), row.get("layer")
+    named = isinstance(component, str) and len(component) < 1000
+    return named and ("." in str(component) or (type(layer) is int and layer >= 0))
 
 
 def _place(file: str, layer: int | None, component: str, unit: str, copy: int) -> _Place:
@@ -254,6 +263,7 @@ def _unit(file: str, tensors: Mapping[str, Tensor]) -> Unit:
             f"({', '.join(spec.pyreft for spec in FAMILY.values())}), it holds "
             f"{', '.join(found) or 'nothing'}"
         )
+    check_floats(file, found)
     if "rotate_layer" in found:
         rotation = found["rotate_layer"].mT
     elif _ORIGINAL in found:
@@ -281,7 +291,7 @@ def _unit(file: str, tensors: Mapping[str, Tensor]) -> Unit:
 
 def _heads(file: Path) -> dict[str, Tensor]:
     """The trained parameters of the base model; of a PEFT adapter in it they are PEFT's."""
-    found = read_tensors(file) if file.is_file() else {}
+    found = read_tensors(file) if file.exists() else {}
     lora = [name for name in found if any(part.startswith("lora_") for part in name.split("."))]
     if lora:
         raise ValueError(

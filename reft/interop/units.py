@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from reft.config import ReftConfig
+from reft.nn.published import FLOATS, bank_shape, check_numbers, check_stored
 from reft_kernels import FAMILY
 from reft_kernels.activations import ALIASES
 
@@ -57,6 +58,23 @@ class Converted:
     tensors: dict[str, Tensor]
     heads: dict[str, Tensor]
 
+    def __post_init__(self) -> None:
+        """Refuse tensors that are not those of the configuration, or not finite.
+
+        Raises:
+            ValueError: with the tensor's name.
+        """
+        rotation, layers = self.tensors.get("rotation"), self.config.layers
+        if rotation is not None and rotation.ndim != 4:
+            raise ValueError(f"rotation must be (L, g, r, D), got {tuple(rotation.shape)}")
+        # Of "all" layers, and of an R that is not there, any number does: no model says how many.
+        count, _, _, dim = (1, 1, 1, self.config.rank) if rotation is None else rotation.shape
+        shape = bank_shape(self.config, count if layers == "all" else len(layers), dim)
+        check_stored(self.config, shape, self.tensors)
+        for name, value in self.heads.items():
+            if value.dtype in FLOATS:
+                check_numbers(name, value)
+
     @property
     def dim(self) -> int:
         """D, the width that it edits."""
@@ -78,7 +96,7 @@ def orthogonal(original: Tensor, base: Tensor) -> Tensor:
     vectors = tall.tril(-1)
     tau = 2 / (1 + vectors.square().sum(0))
     frame = torch.linalg.householder_product(vectors, tau) * tall.diagonal().int()
-    weight = base.to(wide) @ frame
+    weight: Tensor = base.to(wide) @ frame
     return weight if weight.shape == original.shape else weight.mT
 
 
@@ -204,6 +222,7 @@ def _same_shape(units: Mapping[tuple[int, int], Unit]) -> tuple[int, int]:
         shape, bias = tuple(unit.rotation.shape), tuple(unit.bias.shape)
         weight = unit.rotation if unit.weight is None else unit.weight
         fitting = len(shape) == 2 and tuple(weight.shape) == shape and bias == shape[:1]
+        fitting &= unit.projection_bias is None or unit.projection_bias.shape == unit.bias.shape
         if not fitting or not 0 < shape[0] <= shape[1]:
             raise ValueError(
                 f"{unit.source} must hold R and W of (r, D), r at most D, and b of (r,), got "
