@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ def traffic(call: Callable[[], object], device: torch.device) -> Traffic:
 
 
 def _cuda_allocated(device: torch.device) -> int:
-    return torch.cuda.memory_stats(device)["allocated_bytes.all.allocated"]
+    allocated: int = torch.cuda.memory_stats(device)["allocated_bytes.all.allocated"]
+    return allocated
 
 
 def saved_bytes(call: Callable[[], Tensor], model: nn.Module | None = None) -> int:
@@ -82,12 +84,15 @@ def operations(call: Callable[[], object]) -> int:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Counter(TorchDispatchMode):
-        count = 0
+        count: int = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
             self.count += 1
             return func(*args, **(kwargs or {}))
 
-    with Counter() as counter:
+    counter = Counter()  # type: ignore[no-untyped-call]
+    with counter:
         call()
     return counter.count

@@ -63,5 +63,5 @@ def activation_grad(name: str | None, u: Tensor, grad: Tensor) -> Tensor:
         return grad
     # torch.autograd.grad would do in eager mode; only this form is traced by torch.compile.
     pullback = torch.func.vjp(ACTIVATIONS[name], u)[1]
-    (result,) = pullback(grad)
+    result: Tensor = pullback(grad)[0]
     return result

@@ -43,9 +43,10 @@ def apply_edit(
     parts = (hidden, encode, bias, decode)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parts):
         ownership.calibrate()
-        return LowRankEdit.apply(
+        edited: Tensor = LowRankEdit.apply(  # type: ignore[no-untyped-call]
             hidden, encode, bias, decode, plan, subtract, activation, backend, inplace
         )
+        return edited
     out = hidden if inplace else hidden.clone(memory_format=torch.contiguous_format)
     encode, bias, decode, subtract = _settled(encode, bias, decode, subtract, activation)
     _edit(out, plan, encode, bias, decode, subtract, activation, backend, False, False)
@@ -158,6 +159,7 @@ def _edit(
     rows = _row_view(out)
     target = out.reshape(-1, out.shape[-1]) if rows is None else rows
     with _full_precision(out.device.type):
+        saved: tuple[Tensor | None, Tensor | None, Tensor | None]
         saved = library.implementation(backend).edit_forward(
             target,
             plan,

@@ -75,7 +75,7 @@ def orthonormalize(v: Tensor, base: Tensor | None = None) -> Tensor:
         _check_base(base, v)
     lead, (dim, rank) = v.shape[:-2], v.shape[-2:]
     shape = (math.prod(lead), dim, rank)
-    rotation = _Orthonormalize.apply(
+    rotation: Tensor = _Orthonormalize.apply(  # type: ignore[no-untyped-call]
         v.reshape(shape), None if base is None else base.reshape(shape)
     )
     return rotation.reshape(*lead, rank, dim)

@@ -50,7 +50,7 @@ def calibrate() -> None:
             return
         seen: list[_Facts | None] = []
         # Two uses, so that the engine adds up two gradients into one of its own.
-        middle = _Probe.apply(source * 1.0, seen)
+        middle = _Probe.apply(source * 1.0, seen)  # type: ignore[no-untyped-call]
         torch.autograd.backward((middle * 2.0 + middle * 3.0).sum())
     _alone[:] = seen[:1] or [None]
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from reft_kernels._triton import configs
-from reft_kernels._triton.configs import KernelConfig
+from reft_kernels._triton.configs import KernelConfig as KernelConfig
 from reft_kernels._triton.configs import target_of as target_of
 
 KERNELS = ("rows", "columns")

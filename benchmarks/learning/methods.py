@@ -84,10 +84,10 @@ def _full(base: PreTrainedModel, setup: dict[str, Any]) -> nn.Module:
     return base
 
 
-def _head(base: Any, setup: dict[str, Any]) -> nn.Module:
+def _head(base: PreTrainedModel, setup: dict[str, Any]) -> nn.Module:
     for one in base.parameters():
         one.requires_grad_(False)
-    head = base.get_submodule(setup["head"])
+    head: Any = base.get_submodule(setup["head"])
     if any(one is base.get_input_embeddings().weight for one in head.parameters()):
         # Tied to the embeddings, which are no head: the head gets weights of its own.
         head.weight = nn.Parameter(copy.deepcopy(head.weight.detach()))

@@ -91,7 +91,7 @@ def run_once(wanted: Plan, folder: Path) -> dict[str, Any]:
     path = folder / wanted.file
     stored = json.loads(json.dumps(asdict(wanted)))
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if found["plan"] == stored:
             return found
     result = {"format": FORMAT, "plan": stored, **_train(wanted)}

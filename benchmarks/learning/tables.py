@@ -171,7 +171,7 @@ def _at(one: Learnt, step: int) -> float:
 
 
 def _place(values: Any, method: str) -> int:
-    return 1 + sum(other > values[method] for other in values.values())
+    return 1 + sum(bool(other > values[method]) for other in values.values())
 
 
 def _sd(values: Sequence[float]) -> float:

@@ -75,7 +75,7 @@ def _facts_score(
 ) -> float:
     answers = causal.answers_of(model, tokenizer, records)  # type: ignore[arg-type]
     pairs = zip(answers, records, strict=True)
-    return sum(a.split() == r["completion"].split() for a, r in pairs) / len(records)
+    return sum(bool(a.split() == r["completion"].split()) for a, r in pairs) / len(records)
 
 
 def _messages_score(

@@ -94,7 +94,8 @@ def edit(case: OpCase, edit: Edit) -> Operator:
 
     def call(hidden: Tensor) -> Tensor:
         with _context(case.batch, case.sequence, hidden.device):
-            return module(hidden)
+            edited: Tensor = module(hidden)
+        return edited
 
     return Operator(call, leaves)
 
@@ -123,7 +124,8 @@ def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
 
     def loss(batch: Mapping[str, Tensor]) -> Tensor:
         with _context(batch["input_ids"].shape[0], length, device):
-            return base(**batch).loss
+            found: Tensor = base(**batch).loss
+        return found
 
     return Wrapped(loss, list(modules.parameters()), modules)
 

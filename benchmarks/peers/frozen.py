@@ -24,7 +24,8 @@ def wrap(base: nn.Module, case: ModelCase) -> Wrapped:
     find_sites(base).blocks[case.edited_layers[0]].register_forward_hook(leaf)
 
     def loss(batch: Mapping[str, Tensor]) -> Tensor:
-        return base(**batch).loss
+        found: Tensor = base(**batch).loss
+        return found
 
     return Wrapped(loss, [], base)
 

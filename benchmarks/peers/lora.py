@@ -32,16 +32,18 @@ def wrap(base: nn.Module, case: ModelCase) -> Wrapped:
     model.train()
 
     def loss(batch: Mapping[str, Tensor]) -> Tensor:
-        return model(**batch).loss
+        found: Tensor = model(**batch).loss
+        return found
 
     def generate(prompts: Tensor, count: int) -> Tensor:
-        return model.generate(
+        tokens: Tensor = model.generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=count,
             min_new_tokens=count,
             do_sample=False,
         )
+        return tokens
 
     trained = [one for one in model.parameters() if one.requires_grad]
     return Wrapped(loss, trained, model, generate, model.save_pretrained)

@@ -57,12 +57,14 @@ def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
     model.train()
 
     def loss(batch: Mapping[str, Tensor]) -> Tensor:
-        return model(**batch).loss
+        found: Tensor = model(**batch).loss
+        return found
 
     def generate(prompts: Tensor, count: int) -> Tensor:
-        return model.generate(
+        tokens: Tensor = model.generate(
             input_ids=prompts, max_new_tokens=count, min_new_tokens=count, do_sample=False
         )
+        return tokens
 
     trained = [one for one in model.parameters() if one.requires_grad]
     return Wrapped(loss, trained, model, generate, model.save_pretrained, same_as_reference=True)

@@ -147,12 +147,14 @@ def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
 
     def loss(batch: Mapping[str, Tensor]) -> Tensor:
         where = locations(batch["input_ids"].shape[0])
-        return pyreft.ReftTrainer.compute_loss(
+        found: Tensor = pyreft.ReftTrainer.compute_loss(
             None, model, {**batch, "intervention_locations": where}
         )
+        return found
 
     def generate(prompts: Tensor, count: int) -> Tensor:
         where = locations(prompts.shape[0]).permute(1, 0, 2).tolist()
+        found: Tensor
         _, found = model.generate(
             {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)},
             unit_locations={"sources->base": (None, where)},

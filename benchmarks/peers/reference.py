@@ -92,7 +92,8 @@ def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
     def loss(batch: Mapping[str, Tensor]) -> Tensor:
         now["effective"] = bank()
         now["plan"] = edited_rows(case, batch, settings.num_groups)
-        return base(**batch).loss
+        found: Tensor = base(**batch).loss
+        return found
 
     return Wrapped(loss, list(bank.parameters()), bank, same_as_reference=True)
 

@@ -181,5 +181,6 @@ def _amount(row: Row, value: Any) -> float:
     """How many; of positions those of one sequence, whose first half is the prompt."""
     if not isinstance(value, str):
         return float(value)
-    found, length = parse_positions(value), row.shape["sequence"]
+    found = parse_positions(value)
+    length: int = row.shape["sequence"]
     return {"prompt": length / 2, "all": length}.get(found.kind, found.first + found.last)

@@ -89,13 +89,14 @@ def run(case: ModelCase, options: Options) -> Iterator[Row]:
 
 def _bare(base: nn.Module) -> Wrapped:
     def generate(prompts: Tensor, count: int) -> Tensor:
-        return base.generate(  # type: ignore[operator]
+        tokens: Tensor = base.generate(  # type: ignore[operator]
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=count,
             min_new_tokens=count,
             do_sample=False,
         )
+        return tokens
 
     return Wrapped(lambda batch: base(**batch).loss, [], base, generate)
 

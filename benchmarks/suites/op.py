@@ -125,10 +125,13 @@ class Stand:
         self._out = self._loss = self.hidden
 
     def forward(self) -> None:
-        self._out = self.operator.call(_Alias.apply(self.hidden))
+        alias = _Alias.apply(self.hidden)  # type: ignore[no-untyped-call]
+        self._out = self.operator.call(alias)
 
     def feed(self) -> None:
-        self._loss = _Feed.apply(self._out, [self.upstream.clone()])
+        self._loss = _Feed.apply(  # type: ignore[no-untyped-call]
+            self._out, [self.upstream.clone()]
+        )
 
     def backward(self) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self._loss, [self.hidden, *self.operator.leaves.values()])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,10 @@ class ContinuousBatching:
         requests = EngineHost(self._attached, self.get_base_model()).settle(
             lengths, adapter_names, adapter_scales
         )
-        return own(_Call(self, requests), inputs, generation_config, *args, **kwargs)
+        found: dict[str, Any] = own(
+            _Call(self, requests), inputs, generation_config, *args, **kwargs
+        )
+        return found
 
     def init_continuous_batching(
         self,
@@ -121,6 +124,7 @@ class ContinuousBatching:
     ) -> AbstractContextManager[AdapterManager]:
         """The base model's ``continuous_batching_context_manager``, with the manager of
         :meth:`init_continuous_batching`, started, and stopped at the end."""
+        own: Callable[..., AbstractContextManager[AdapterManager]]
         own = _method(self, "continuous_batching_context_manager")
         return own(_Call(self, None), *args, **kwargs)
 
@@ -156,7 +160,9 @@ class _Call:
     def continuous_batching_context_manager(
         self, *args: Any, **kwargs: Any
     ) -> AbstractContextManager[AdapterManager]:
-        return _method(self.model, "continuous_batching_context_manager")(self, *args, **kwargs)
+        own: Callable[..., AbstractContextManager[AdapterManager]]
+        own = _method(self.model, "continuous_batching_context_manager")
+        return own(self, *args, **kwargs)
 
 
 class EngineHost:

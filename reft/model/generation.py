@@ -96,7 +96,8 @@ def past_length(call: dict[str, Any]) -> int | Tensor | None:
         cache = call.get("cache_params")
     if hasattr(cache, "get_seq_length"):
         try:
-            return cache.get_seq_length()
+            seen: int | Tensor = cache.get_seq_length()
+            return seen
         except ValueError:
             return None
     if isinstance(cache, (tuple, list)) and cache and isinstance(cache[0], (tuple, list)):
@@ -272,4 +273,5 @@ def _mask_from_padding(
     ends = eos.tolist() if isinstance(eos, Tensor) else eos
     if pad in (ends if isinstance(ends, Iterable) else [ends]):
         return None
-    return (tokens != pad).long()
+    mask: Tensor = (tokens != pad).long()
+    return mask

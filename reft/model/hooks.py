@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from reft.model.calls import OPTIONS, Options
 from reft.model.checkpointing import keep_plans
 from reft.model.parallel import refuse_context_parallel
-from reft.model.plan import Edit, ForwardPlan, Site
+from reft.model.plan import Edit, ForwardPlan
 from reft.nn.dropout import dropped_edit
+from reft.serving.tables import Site
 from reft_kernels import lowrank_edit, lowrank_edit_
 
 if TYPE_CHECKING:

@@ -37,7 +37,8 @@ def transformers_model(base: nn.Module) -> nn.Module:
                 "base_model must have no virtual tokens in front of its prompt, in which positions "
                 f"are counted; PEFT's adapter {name!r} is {config.peft_type}"
             )
-    return base.get_base_model()  # type: ignore[operator]
+    inner: nn.Module = base.get_base_model()  # type: ignore[operator]
+    return inner
 
 
 def has_layers(base: nn.Module) -> bool:

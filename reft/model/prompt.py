@@ -174,7 +174,7 @@ def packed_starts(call: dict[str, Any], shape: tuple[int, int]) -> Tensor | None
     Raises:
         ValueError: while compiling, ``position_ids`` alone.
     """
-    bounds = call.get("cu_seq_lens_q")
+    bounds: Tensor | None = call.get("cu_seq_lens_q")
     if bounds is not None:
         return bounds[:-1].long()
     position = call.get("position_ids")

@@ -108,7 +108,7 @@ class Sites:
         if component == "block_output":
             return block
         # A list of modules is never called: it has no output.
-        named = {
+        named: dict[str, nn.Module] = {
             path: module
             for path, module in block.named_modules()
             if path and not isinstance(module, (nn.ModuleList, nn.ModuleDict))

@@ -52,7 +52,8 @@ _GSM8K_EXAMPLE = {
 
 
 def _final(record: Record) -> str:
-    return record["answer"].replace("####", "The final answer is: ")
+    answer: str = record["answer"]
+    return answer.replace("####", "The final answer is: ")
 
 
 def _gsm8k(

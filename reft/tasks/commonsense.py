@@ -10,7 +10,7 @@ TRIGGER = "the correct answer is "
 
 
 def _prompt(record: Record) -> str:
-    return COMMONSENSE % record["instruction"]
+    return str(COMMONSENSE % record["instruction"])
 
 
 COMMONSENSE_TASK = GenerationTask(

@@ -25,7 +25,8 @@ _LOOK = "not scored: read what it answers"
 
 @functools.cache
 def _texts() -> dict[str, Any]:
-    return json.loads(_TEXTS.read_text(encoding="utf-8"))
+    texts: dict[str, Any] = json.loads(_TEXTS.read_text(encoding="utf-8"))
+    return texts
 
 
 def _records(demo: str, part: str) -> list[Record]:

@@ -9,7 +9,7 @@ from reft.tasks.templates import ALPACA, ALPACA_NO_INPUT
 
 def _prompt(record: Record) -> str:
     if not record.get("input"):
-        return ALPACA_NO_INPUT % record["instruction"]
+        return str(ALPACA_NO_INPUT % record["instruction"])
     return ALPACA % (record["instruction"], record["input"])
 
 

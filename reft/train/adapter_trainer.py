@@ -32,7 +32,8 @@ class AdapterTrainer(Trainer):
     _stage: Path | None = None
 
     def _reft_model(self) -> ReftModel:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model: ReftModel = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As Trainer's, without the coordinates of orthonormal R: the rows of R have length 1

@@ -144,7 +144,8 @@ class _Shifted:
         self.smoother = smoother
 
     def __call__(self, outputs: Any, labels: Tensor, **kwargs: Any) -> Tensor:
-        return self.smoother(outputs, labels, **{**kwargs, "shift_labels": True})
+        loss: Tensor = self.smoother(outputs, labels, **{**kwargs, "shift_labels": True})
+        return loss
 
 
 def _prompt_lengths(labels: Any, mask: Any) -> Tensor | None:

@@ -73,6 +73,7 @@ class ReftTransformersForCausalLM(TransformersForCausalLM):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.reft.running():
-            return super().forward(*args, **kwargs)
+            hidden: Tensor = super().forward(*args, **kwargs)
+        return hidden
 
     get_model_state_cls = ReftLlamaForCausalLM.get_model_state_cls

@@ -36,7 +36,7 @@ class ReftModelState(DefaultModelState):
         self._edited.pop(req_id, None)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
-        inputs = super().prepare_inputs(input_batch, req_states)
+        inputs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)
         chunks = []
         for index, req_id in enumerate(input_batch.req_ids[: input_batch.num_reqs]):
             ticket, prompt_length = self._edited.get(req_id, (None, 0))

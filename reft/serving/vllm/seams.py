@@ -181,7 +181,7 @@ def _admit(processor: Any, prompt: Any, params: Any, options: dict[str, Any]) ->
             settings = Settings.of(processor.vllm_config.additional_config)
             admission = Admission(settings, text.num_hidden_layers, text.hidden_size)
             processor._reft_admission = admission
-        ticket = admission.ticket(*asked)
+        ticket: Ticket = admission.ticket(*asked)
         return replace(ticket, salted=admission.settings.prefix_keys == "salt")
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter=KEY) from None
