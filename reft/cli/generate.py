@@ -39,6 +39,7 @@ def generate(
 
     from rich.console import Console
 
+    from reft.atomic import write_whole
     from reft.cli.loading import check_model_name, load_model
     from reft.train.evaluate import generate_completions
     from reft.train.records import read_records
@@ -78,5 +79,5 @@ def generate(
         for asked, answer in zip(prompts, completions, strict=True)
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(lines), encoding="utf-8")
+    write_whole(output, "".join(lines))
     typer.echo(f"wrote {len(lines)} completions to {output}", err=True)

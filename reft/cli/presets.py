@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -127,6 +126,7 @@ def copy(
     ] = False,
 ) -> None:
     """Write a preset as a TOML file that inherits nothing, to edit and run with --preset FILE."""
+    from reft.atomic import write_whole
     from reft.presets import load, to_toml
 
     if file.suffix != ".toml":
@@ -136,12 +136,7 @@ def copy(
         raise UserError(f"{file} exists already; --overwrite replaces it")
     text = to_toml(load(name))
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(file, text)
     typer.echo(f"{name} written to {file}")
 
 

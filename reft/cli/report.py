@@ -22,9 +22,9 @@ def report(
     A number of the paper is shown beside a run's own, with whatever was not as published. What was
     not run is not shown.
     """
+    from reft.atomic import write_whole
     from reft.runs.collect import collect
     from reft.runs.report import markdown, plot_path, summary
-    from reft.runs.report import write as write_text
 
     groups, unfinished = collect(folder)
     check_folder(folder)
@@ -36,5 +36,5 @@ def report(
     for group in groups:
         plot_group(group, folder / plot_path(group))
     text = markdown(groups, unfinished, folder)
-    write_text(folder / "report.md", text)
+    write_whole(folder / "report.md", text)
     typer.echo(text, nl=False)

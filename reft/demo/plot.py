@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from reft.atomic import write_whole
 
 
 def loss_curve(
@@ -47,6 +50,6 @@ def loss_curve(
     axes.grid(True, which="major", alpha=0.4)
     axes.grid(True, which="minor", axis="y", alpha=0.15)
     target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    canvas.print_png(beside)
-    beside.replace(target)
+    picture = io.BytesIO()
+    canvas.print_png(picture)
+    write_whole(target, picture.getvalue())

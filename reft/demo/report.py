@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from reft.atomic import write_whole
 from reft.demo.measure import StepTimes
 
 
@@ -82,11 +83,7 @@ class DemoReport:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the figures as JSON, replacing the file in one step."""
-        target = Path(path)
-        beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
-        beside.write_text(text + "\n", encoding="utf-8")
-        beside.replace(target)
+        write_whole(path, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     def show(self, console: Console) -> None:
         """Print the samples and the figures."""

@@ -20,6 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
+from reft.atomic import write_whole
 from reft.config import ReftConfig
 from reft.model.report import count_parameters
 
@@ -52,10 +53,7 @@ def write_card(folder: str | os.PathLike[str], model: ReftModel, name: str, sour
     target = Path(folder) / CARD_FILE
     if target.exists() and not is_ours(target):
         return
-    text = _signed(_card(model, name, source))
-    beside = target.with_name(f".{CARD_FILE}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8", newline="\n")
-    beside.replace(target)
+    write_whole(target, _signed(_card(model, name, source)))
 
 
 def is_ours(path: Path) -> bool:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from reft.atomic import write_whole
 from reft.config import ReftConfig
 
 CONFIG_FILE = "adapter_config.json"
@@ -62,8 +63,8 @@ def write_adapter(
     }
     weights = save(copies, metadata={"format": "pt", METADATA_KEY: text})
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS_FILE, weights)
-    _replace(folder / CONFIG_FILE, text.encode())
+    write_whole(folder / WEIGHTS_FILE, weights)
+    write_whole(folder / CONFIG_FILE, text)
 
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[ReftConfig, dict[str, Tensor]]:
@@ -134,28 +135,6 @@ def _parse(text: str, source: str) -> ReftConfig:
         return ReftConfig.from_json(text)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-
-
-def _replace(target: Path, content: bytes) -> None:
-    """Put ``content`` under the name ``target`` in one step that survives a power cut."""
-    # One name per process: writers that race replace whole files, and a leftover is overwritten.
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:  # noqa: PTH123
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)  # noqa: PTH105
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        # The rename itself is in the directory, which has to reach the disk too, and in this order.
-        directory = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
 
 
 def _listing(folder: Path) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from reft.model.chosen import Source, names_of, scales_of, sources_by_name
-from reft.model.prompt import Prompt, find_prompt, given_columns
+from reft.model.prompt import Prompt, cache_of, find_prompt, given_columns
 
 if TYPE_CHECKING:
     from reft.model.attachment import Attachment
@@ -91,9 +91,7 @@ class Generation:
 def past_length(call: dict[str, Any]) -> int | Tensor | None:
     """Columns in the cache before this forward: a number, a tensor where the cache keeps it so, or
     None where the cache, that of a state-space model, does not know."""
-    cache: Any = call.get("past_key_values")
-    if cache is None:
-        cache = call.get("cache_params")
+    cache = cache_of(call)
     if hasattr(cache, "get_seq_length"):
         try:
             seen: int | Tensor = cache.get_seq_length()

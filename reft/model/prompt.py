@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -163,6 +163,16 @@ def find_packed_prompt(
     return replace(prompt, length=upto[ends] - upto[starts])
 
 
+#: What a forward calls its cache: transformers from 5.24 on, its other models and its state-space
+#: models before.
+_CACHES = ("cache", "past_key_values", "cache_params")
+
+
+def cache_of(call: Mapping[str, Any]) -> Any:
+    """The cache that a forward was given, or None."""
+    return next((call[name] for name in _CACHES if call.get(name) is not None), None)
+
+
 def packed_starts(call: dict[str, Any], shape: tuple[int, int]) -> Tensor | None:
     """Where the sequences of a packed batch start, int64 (B,) into the flattened batch; None if the
     batch is a padded one.
@@ -180,7 +190,7 @@ def packed_starts(call: dict[str, Any], shape: tuple[int, int]) -> Tensor | None
     position = call.get("position_ids")
     if not isinstance(position, Tensor) or tuple(position.shape) != shape:
         return None
-    if call.get("attention_mask") is not None or call.get("past_key_values") is not None:
+    if call.get("attention_mask") is not None or cache_of(call) is not None:
         return None
     if torch.compiler.is_compiling():
         raise ValueError(

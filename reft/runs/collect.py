@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reft.presets import Preset
-from reft.runs.result import RESULT_FILE, RUN_FILE, read_json, settings_of
+from reft.runs.result import RESULT_FILE, RUN_FILE, read_result, settings_of
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def collect(folder: str | os.PathLike[str]) -> tuple[list[Group], list[Path]]:
     for path in begun:
         if path in unfinished:
             continue
-        result = read_json(path / RESULT_FILE)
+        result = read_result(path / RESULT_FILE)
         key = json.dumps(settings_of(result), sort_keys=True)
         groups.setdefault(key, []).append(result)
     return [_group(key, runs) for key, runs in groups.items()], unfinished

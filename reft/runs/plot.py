@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from reft.atomic import write_whole
 from reft.runs.collect import Group, curves
 
 _OURS, _PAPER = "#1f5fa8", "#d1742b"
@@ -60,6 +62,6 @@ def plot_group(group: Group, path: str | os.PathLike[str]) -> None:
     figure.suptitle(f"{group.preset.name} on {group.model}", fontsize=11)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    canvas.print_png(beside)
-    beside.replace(target)
+    picture = io.BytesIO()
+    canvas.print_png(picture)
+    write_whole(target, picture.getvalue())

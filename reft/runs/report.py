@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import statistics
 from collections.abc import Sequence
@@ -117,13 +116,6 @@ def summary(group: Group) -> dict[str, Any]:
         "published": group.preset.to_dict()["published"],
         "caveats": group.caveats,
     }
-
-
-def write(path: Path, text: str) -> None:
-    """Write text, replacing the file in one step."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def _number(value: float | None) -> str:

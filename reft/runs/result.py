@@ -19,11 +19,36 @@ from typing import Any
 
 import torch
 
+from reft.atomic import write_whole
+from reft.untrusted import parse_json, read_text, shown
+
 RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
 
 #: Of the stored form.
 FORMAT_VERSION = 1
+
+#: What is read of a result, by its path in it -> the types it may have.
+_PARTS: Mapping[str, tuple[type, ...]] = {
+    "preset": (dict,),
+    "preset.name": (str,),
+    "preset.task": (str,),
+    "preset.config": (dict,),
+    "preset.train": (dict,),
+    "preset.eval": (dict,),
+    "model": (str,),
+    "seed": (int,),
+    "dtype": (str,),
+    "data": (dict,),
+    "scores": (dict,),
+    "parameters.percent": (int, float),
+    "training.curve": (list,),
+    "training.steps": (int,),
+    "training.seconds": (int, float),
+    "training.tokens_per_second": (int, float),
+    "training.memory.bytes": (int, float),
+    "training.memory.of": (str,),
+}
 
 _PACKAGES = ("reft", "torch", "triton", "transformers", "accelerate", "datasets", "tokenizers")
 
@@ -32,10 +57,8 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write indented JSON, replacing the file in one step. NaN is written as null."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     text = json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
-    beside.write_text(text + "\n", encoding="utf-8")
-    beside.replace(target)
+    write_whole(target, text + "\n")
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -44,17 +67,54 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: not JSON, not an object, or of a newer format.
     """
+    file = Path(path)
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        value: dict[str, Any] = parse_json(read_text(file))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    except ValueError as error:
+        raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
     found = value.get("format_version") if isinstance(value, dict) else None
-    if not isinstance(found, int) or not 1 <= found <= FORMAT_VERSION:
+    if type(found) is not int or not 1 <= found <= FORMAT_VERSION:
         raise ValueError(
-            f"{path} must be a run of format 1 … {FORMAT_VERSION}, got "
-            f"{found if isinstance(value, dict) else type(value).__name__}"
+            f"{file} must be a run of format 1 … {FORMAT_VERSION}, got "
+            f"{shown(found) if isinstance(value, dict) else type(value).__name__}"
         )
     return value
+
+
+def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a ``result.json`` of which the numbers will be shown.
+
+    Raises:
+        ValueError: as :func:`read_json`, or a part that a run writes is missing or of another type.
+    """
+    value = read_json(path)
+    for name, kinds in _PARTS.items():
+        part: Any = value
+        for key in name.split("."):
+            part = part.get(key) if isinstance(part, Mapping) else None
+        if not isinstance(part, kinds) or isinstance(part, bool):
+            raise ValueError(f"{path} is not the result of a run: {name} is {shown(part)}")
+    curve, scores = value["training"]["curve"], value["scores"]
+    rows = all(
+        isinstance(row, Mapping) and _is_number(row.get("step")) and _is_loss(row.get("loss"))
+        for row in curve
+    )
+    if not rows or not all(_is_loss(one) for one in scores.values()):
+        raise ValueError(f"{path} is not the result of a run: its curve or scores are no numbers")
+    if not all(isinstance(one, Mapping) and "sha256" in one for one in value["data"].values()):
+        raise ValueError(f"{path} is not the result of a run: data has no hashes")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_loss(value: Any) -> bool:
+    """A number, or null for NaN."""
+    return value is None or _is_number(value)
 
 
 def differences(stored: Any, wanted: Any, path: str = "") -> Iterator[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from reft.atomic import write_whole
 from reft.model.reft_model import ReftModel
 from reft.presets import Preset
 from reft.runs.data import TestSet, encode_prompts
@@ -60,7 +61,7 @@ def answer(
     settings = task.decodings[str(preset.eval.decoding)]
     pad = ReftDataCollator(tokenizer).pad_id
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(_line(text) for text in texts), encoding="utf-8")
+    write_whole(path, "".join(_line(text) for text in texts))
     while len(texts) < len(tests.records):
         begin = len(texts)
         records = tests.records[begin : begin + at_a_time]

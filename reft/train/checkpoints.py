@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from reft.atomic import flush_folder
+
 #: Where a checkpoint is written, beside the others.
 UNFINISHED = ".unfinished"
 
@@ -107,7 +109,7 @@ def _rename(stage: Path, run: Path, name: str) -> None:
     if (run / name).exists():
         os.rename(run / name, old)  # noqa: PTH104
     os.rename(stage / name, run / name)  # noqa: PTH104
-    _flush_folder(run)
+    flush_folder(run)
     shutil.rmtree(stage, ignore_errors=True)
 
 
@@ -122,19 +124,10 @@ def _flush(folder: Path) -> None:
     """Let files and folders reach the disk before the name does."""
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
-            _flush_folder(path)
+            flush_folder(path)
         else:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _is_whole(checkpoint: Path) -> bool:

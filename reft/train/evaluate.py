@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from reft.atomic import write_whole
 from reft.train.collate import ReftDataCollator
 
 #: (generated, expected) -> whether the answer counts.
@@ -50,11 +50,8 @@ class Evaluation:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the predictions as JSONL, replacing the file in one step."""
-        target = Path(path)
         lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in self.predictions]
-        beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        beside.write_text("".join(lines), encoding="utf-8")
-        beside.replace(target)
+        write_whole(path, "".join(lines))
 
 
 def exact_match(generated: str, expected: str) -> bool:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from reft.atomic import write_whole
 from reft.model import peft_base
 from reft.model.reft_model import ReftModel
 from reft.nn.shards import part_of
@@ -38,7 +39,7 @@ def save_lora(model: ReftModel, checkpoint: str | os.PathLike[str], state_dict: 
             for key, value in _state(model.base_model, name, state_dict).items()
         }
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+        write_whole(folder / _WEIGHTS, save(tensors, metadata={"format": "pt"}))
         config.save_pretrained(str(folder))
 
 

@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from reft import atomic
 from reft.config import ReftConfig
-from reft.model import checkpoint
 from reft.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
 
 OLD = ReftConfig(rank=2, layers=[0, 3], modules_to_save=["classifier"])
@@ -99,8 +99,8 @@ class Crashing:
     def __init__(self, monkeypatch, at: int | None) -> None:
         self.at, self.calls = at, []
         for name in ("replace", "fsync", "open", "close"):
-            monkeypatch.setattr(checkpoint.os, name, self.wrap(f"os.{name}", getattr(os, name)))
-        monkeypatch.setattr(checkpoint, "open", self.open, raising=False)
+            monkeypatch.setattr(atomic.os, name, self.wrap(f"os.{name}", getattr(os, name)))
+        monkeypatch.setattr(atomic, "open", self.open, raising=False)
         self.unlink = Path.unlink
 
     def step(self, name: str) -> None:
@@ -203,7 +203,7 @@ def test_a_full_disk_keeps_the_old_adapter(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "fsync", full)
+        patch.setattr(atomic.os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             write_adapter(tmp_path, NEW, tensors(2))
     config, read = read_adapter(tmp_path)

@@ -205,7 +205,7 @@ def test_a_copy_is_written_whole_or_not_at_all(reft, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     code, _, err = reft("presets", "copy", RUN, "mine.toml", "--overwrite")
     assert (code, err) == (2, "Error: No space left on device\n")
     assert file.read_text() == "mine"

@@ -32,6 +32,7 @@ def perturb(model: ReftModel) -> ReftModel:
 
 @pytest.fixture
 def wrapped(word_llama) -> ReftModel:
+    torch.manual_seed(0)
     return perturb(get_reft_model(word_llama, ReftConfig(rank=4, positions="f1+l2")))
 
 
