@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from reft.tasks import ClassificationTask, GenerationTask, Task
+from reft.untrusted import is_text, shown
 
 if TYPE_CHECKING:
     from reft.presets.schema import EvalSettings, TrainSettings
+
+_PATH = re.compile(r"[A-Za-z0-9_-][\w.-]*(/[A-Za-z0-9_-][\w.-]*)*", re.ASCII)
 
 #: field -> (whether a value is allowed, what is allowed in words)
 Rule = tuple[Callable[[Any], bool], str]
@@ -46,7 +50,7 @@ def check_known(what: str, values: Mapping[str, Any], names: Iterable[str]) -> N
     for name in values:
         if name not in known:
             raise ValueError(
-                f"{what} has no field {name!r}{nearest(str(name), known)}; its fields are "
+                f"{what} has no field {shown(name)}{nearest(str(name), known)}; its fields are "
                 f"{', '.join(known)}"
             )
 
@@ -56,7 +60,7 @@ def check_fields(values: Any, section: str, rules: Mapping[str, Rule]) -> None:
     for name, (allowed, words) in rules.items():
         value = getattr(values, name)
         if not allowed(value):
-            raise ValueError(f"{section}.{name} must be {words}, got {value!r}")
+            raise ValueError(f"{section}.{name} must be {words}, got {shown(value)}")
 
 
 def check_task(task: Task, train: TrainSettings, evaluation: EvalSettings) -> None:
@@ -88,14 +92,19 @@ def check_task(task: Task, train: TrainSettings, evaluation: EvalSettings) -> No
         if value not in allowed:
             options = " or ".join("none" if one is None else one for one in allowed)
             where = task.name + (chosen if name == "train.select_by" else "")
-            raise ValueError(f"{name} must be {options} for the task {where}, got {value!r}")
+            raise ValueError(f"{name} must be {options} for the task {where}, got {shown(value)}")
 
 
 # -------------------------------------------------------------------- rules
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def number(low: float, *, strict: bool = False, below: float = math.inf) -> Rule:
@@ -112,7 +121,7 @@ def integer(low: int) -> Rule:
     """A whole number of at least ``low``."""
 
     def allowed(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= low
+        return isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**63
 
     return allowed, f"a whole number of at least {low}"
 
@@ -141,15 +150,20 @@ def several(one: Rule, words: str) -> Rule:
     return allowed, words
 
 
-TEXT: Rule = (lambda value: isinstance(value, str)), "text"
-NAME: Rule = (lambda value: isinstance(value, str) and bool(value)), "a name"
+TEXT: Rule = is_text, "text"
+NAME: Rule = (lambda value: is_text(value) and bool(value)), "a name"
+#: A run's folder is named so.
+PATH: Rule = (
+    lambda value: isinstance(value, str) and _PATH.fullmatch(value) is not None,
+    "words of letters, digits and -_. with / between, such as glue/roberta-base/cola/loreft",
+)
 SCORES: Rule = (
     lambda value: isinstance(value, Mapping) and all(map(_is_number, value.values())),
     "a table of numbers",
 )
 
 PRESET: Mapping[str, Rule] = MappingProxyType(
-    dict.fromkeys(("name", "title", "task", "method", "model", "hub_id"), NAME)
+    {**dict.fromkeys(("name", "title", "task", "method", "model", "hub_id"), NAME), "name": PATH}
 )
 
 TRAIN: Mapping[str, Rule] = MappingProxyType(

@@ -13,6 +13,7 @@ from typing import Any
 from reft.presets.change import mark_changes
 from reft.presets.checks import nearest
 from reft.presets.schema import Preset
+from reft.untrusted import read_text
 
 _FOLDER = Path(__file__).parent
 
@@ -56,11 +57,11 @@ def read(path: Path) -> Preset:
         FileNotFoundError: it is not there.
         ValueError: not TOML, or not one preset.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no such preset file: {path}")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = tomllib.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
     original = str(values.pop("copy_of", values.get("name")))
     try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from reft.presets import checks
 from reft.tasks import get_task
+from reft.untrusted import shown
 
 if TYPE_CHECKING:
     from reft.config import ReftConfig
@@ -46,7 +47,7 @@ class Provenance:
         if not colon or status not in STATUSES or not source.strip():
             raise ValueError(
                 f"provenance of {name} must be '<status>: <source>' with a status of "
-                f"{', '.join(STATUSES)}; got {text!r}"
+                f"{', '.join(STATUSES)}; got {shown(text)}"
             )
         return cls(status, source.strip())
 
@@ -225,7 +226,7 @@ class Preset:
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"a preset must be a table, got {type(values).__name__}")
-        where = f"preset {values.get('name', '?')}"
+        where = f"preset {str(values.get('name', '?'))[:200]}"
         names = [one.name for one in fields(cls)]
         try:
             checks.check_known("it", values, names)
@@ -249,7 +250,7 @@ class Preset:
 
 def _table(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be a table, got {value!r}")
+        raise ValueError(f"{name} must be a table, got {shown(value)}")
     return dict(value)
 
 

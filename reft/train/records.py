@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from reft.untrusted import is_text, parse_json, read_text, shown
 
 #: What a record may hold: field -> the types of its value.
 FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
@@ -58,12 +61,8 @@ def read_records(
         )
     if not source.exists():
         raise FileNotFoundError(errno.ENOENT, "no such data file", str(source))
-    try:
-        # utf-8-sig: editors on Windows put a byte order mark in front, and json refuses it.
-        text = source.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8 text: {error}") from None
-    records = _parse(source, text)
+    # utf-8-sig: editors on Windows put a byte order mark in front, and json refuses it.
+    records = _parse(source, read_text(source, "utf-8-sig"))
     if not records:
         raise ValueError(f"{source} holds no records; each is an object with {_names(required)}")
     for place, record in records:
@@ -75,9 +74,11 @@ def _parse(source: Path, text: str) -> list[tuple[str, Any]]:
     """(where it stands, value) of each record."""
     if text.lstrip().startswith("["):
         try:
-            values = json.loads(text)
+            values = parse_json(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{source}, line {error.lineno}: not JSON: {error.msg}") from None
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
         return [(f"record {number}", value) for number, value in enumerate(values, start=1)]
     records = []
     # Not splitlines: JSON text may hold U+2028, which is a line break to Python and none to JSON.
@@ -85,11 +86,13 @@ def _parse(source: Path, text: str) -> list[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            records.append((f"line {number}", json.loads(line)))
+            records.append((f"line {number}", parse_json(line)))
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{source}, line {number}: not JSON: {error.msg} (column {error.colno})"
             ) from None
+        except ValueError as error:
+            raise ValueError(f"{source}, line {number}: {error}") from None
     return records
 
 
@@ -100,18 +103,26 @@ def _check(place: str, record: Any, required: Sequence[str], optional: Sequence[
         )
     missing = [name for name in required if name not in record]
     if missing:
-        has = ", ".join(map(repr, record)) or "no field"
+        has = ", ".join(map(shown, list(record)[:10])) or "no field"
         raise ValueError(f"{place}: field {_names(missing)} is missing, the record has {has}")
     allowed = (*required, *optional)
     unknown = [name for name in record if name not in allowed]
     if unknown:
-        raise ValueError(f"{place}: unknown field {_names(unknown)}, allowed are {_names(allowed)}")
+        raise ValueError(
+            f"{place}: unknown field {_names(unknown[:10])}, allowed are {_names(allowed)}"
+        )
     for name, value in record.items():
         types = FIELDS[name]
         if not isinstance(value, types) or isinstance(value, bool):
             wanted = " or ".join(one.__name__ for one in types)
-            raise ValueError(f"{place}: field {name!r} must be of type {wanted}, got {value!r}")
+            raise ValueError(
+                f"{place}: field {name!r} must be of type {wanted}, got {shown(value)}"
+            )
+        if isinstance(value, str) and not is_text(value):
+            raise ValueError(f"{place}: field {name!r} must be text, it holds half a character")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{place}: field {name!r} must be finite, got {value!r}")
 
 
 def _names(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names))
+    return ", ".join(map(shown, names))
