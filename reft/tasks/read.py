@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from typing import Any
 from reft.online import hub_reachable
 from reft.tasks import demos
 from reft.tasks.task import ClassificationTask, Record, Task
+from reft.untrusted import is_text, parse_json, read_text, shown
 
 _LLM_ADAPTERS = "https://github.com/AGI-Edgerunners/LLM-Adapters"
 
@@ -169,27 +171,28 @@ def _is_saved(folder: Path) -> bool:
 def _rows_of_saved(folder: Path, split: str) -> list[Record]:
     from datasets import DatasetDict, load_from_disk
 
-    found = load_from_disk(str(folder))
+    with _said(folder):
+        found = load_from_disk(str(folder))
     if isinstance(found, DatasetDict):
         if split not in found:
             raise FileNotFoundError(f"{folder} holds {', '.join(found)}, no split {split!r}")
         found = found[split]
-    return [dict(row) for row in found]
+    with _said(folder):
+        # As Arrow: a column of pictures or sounds is never opened, wherever its paths point.
+        return _rows(found.with_format("arrow")[:])
 
 
 def _rows_of_file(path: Path) -> list[Record]:
     if path.suffix == ".parquet":
-        from datasets import Dataset
+        from pyarrow import parquet
 
-        return [dict(row) for row in Dataset.from_parquet(str(path))]
+        with _said(path):
+            return _rows(parquet.ParquetFile(path).read())
     if path.suffix == ".csv":
         # Not datasets: it would make true and false of the answers "true" and "false".
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with _said(path), path.open(encoding="utf-8-sig", newline="") as file:
             return [_labelled(dict(row)) for row in csv.DictReader(file)]
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    text = read_text(path, "utf-8-sig")
     if text.startswith("version https://git-lfs.github.com/spec"):
         raise ValueError(
             f"{path} is a Git LFS pointer, not the data: install git-lfs and run `git lfs pull` in "
@@ -197,14 +200,28 @@ def _rows_of_file(path: Path) -> list[Record]:
         )
     try:
         if text.lstrip().startswith("["):
-            rows = json.loads(text)
+            rows: list[Record] = parse_json(text)
         else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
+            rows = [parse_json(line) for line in text.split("\n") if line.strip()]
+    except ValueError as error:
         raise ValueError(
             f"{path} must be a JSON list of records, or one record a line: {error}"
         ) from None
     return rows
+
+
+def _rows(table: Any) -> list[Record]:
+    rows: list[Record] = table.to_pylist()
+    return rows
+
+
+@contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """What a reader of another library says of a damaged file, as a ValueError with the path."""
+    try:
+        yield
+    except Exception as error:  # nobody has listed them
+        raise ValueError(f"{path} cannot be read: {shown(str(error))}") from None
 
 
 def _labelled(row: Record) -> Record:
@@ -256,8 +273,8 @@ def _checked(task: Task, name: str, source: str, rows: list[Any]) -> Iterator[Re
         if prepare is not None:
             try:
                 row = prepare(row)
-            except (KeyError, TypeError, ValueError, IndexError) as error:
-                raise ValueError(f"{place} is not of the form of {name}: {error!r}") from None
+            except (LookupError, TypeError, ValueError) as error:
+                raise ValueError(f"{place} is not of the form of {name}: {shown(error)}") from None
         _check(task, place, row)
         yield row
 
@@ -267,19 +284,25 @@ def _check(task: Task, place: str, row: Any) -> None:
         raise ValueError(f"{place}: a record must be an object, got {type(row).__name__}")
     for field in task.fields:
         if field not in row:
-            has = ", ".join(map(repr, row)) or "no field"
+            has = ", ".join(map(shown, list(row)[:10])) or "no field"
             raise ValueError(f"{place}: field {field!r} is missing, the record has {has}")
-        if not isinstance(row[field], str):
-            raise ValueError(f"{place}: field {field!r} must be text, got {row[field]!r}")
+        if not is_text(row[field]):
+            raise ValueError(f"{place}: field {field!r} must be text, got {shown(row[field])}")
     if isinstance(task, ClassificationTask):
         _check_label(task, place, row)
+    try:
+        _canonical(row)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: must be what JSON can hold, {shown(str(error))}") from None
 
 
 def _check_label(task: ClassificationTask, place: str, row: Record) -> None:
     label = row.get("label")
     if not task.labels:
-        if not isinstance(label, (int, float)) or isinstance(label, bool):
-            raise ValueError(f"{place}: field 'label' must be a number, got {label!r}")
+        # Nor an integer beyond every float.
+        number = label if isinstance(label, (int, float)) and not isinstance(label, bool) else None
+        if number is None or not abs(number) < 1e30:
+            raise ValueError(f"{place}: field 'label' must be a number, got {shown(label)}")
         return
     if (
         not isinstance(label, int)
@@ -288,12 +311,16 @@ def _check_label(task: ClassificationTask, place: str, row: Record) -> None:
     ):
         hint = "; the test set of GLUE has no labels" if label == -1 else ""
         names = ", ".join(f"{at} ({one})" for at, one in enumerate(task.labels))
-        raise ValueError(f"{place}: field 'label' must be one of {names}; got {label!r}{hint}")
+        raise ValueError(f"{place}: field 'label' must be one of {names}; got {shown(label)}{hint}")
+
+
+def _canonical(row: Record) -> bytes:
+    return json.dumps(row, sort_keys=True, ensure_ascii=False).encode()
 
 
 def _hash(rows: list[Record]) -> str:
     total = hashlib.sha256()
     for row in rows:
-        total.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
+        total.update(_canonical(row))
         total.update(b"\n")
     return total.hexdigest()
