@@ -163,14 +163,20 @@ def find_packed_prompt(
     return replace(prompt, length=upto[ends] - upto[starts])
 
 
-#: What a forward calls its cache: transformers from 5.24 on, its other models and its state-space
-#: models before.
-_CACHES = ("cache", "past_key_values", "cache_params")
+#: What a forward calls a cache of another kind than transformers' own.
+_CACHES = ("past_key_values", "cache_params")
 
 
 def cache_of(call: Mapping[str, Any]) -> Any:
-    """The cache that a forward was given, or None."""
-    return next((call[name] for name in _CACHES if call.get(name) is not None), None)
+    """The cache that a forward was given, or None. It is known by what it can do, whatever it is
+    called: transformers 5.24 changed the name."""
+    for value in call.values():
+        if hasattr(value, "get_seq_length"):
+            return value
+    for name in _CACHES:
+        if call.get(name) is not None:
+            return call[name]
+    return None
 
 
 def packed_starts(call: dict[str, Any], shape: tuple[int, int]) -> Tensor | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import PAD, VOCAB, gpt2, llama, padded, tokens
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
 from reft import ReftConfig, get_reft_model
 from reft.model import hooks
+from reft.model.generation import past_length
 
 
 def config(**changes) -> ReftConfig:
@@ -178,6 +179,14 @@ def test_a_conversation_goes_on_from_its_cache():
         resumed = model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
         whole = model.generate(ids, max_new_tokens=4, do_sample=False)
     assert resumed.tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "what_it_will_be_called"])
+def test_a_cache_is_known_whatever_its_name(name):
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), 0)
+    assert past_length({"input_ids": tokens(1, 1), name: cache}) == 5
+    assert past_length({"input_ids": tokens(1, 1), name: None}) == 0
 
 
 def test_a_forward_with_a_cache_is_taken_for_decoding(edits):

@@ -42,7 +42,12 @@ def with_lora(order: str, base: str = "llama", model=None, seed: int = 7, **chan
         settings["fan_in_fan_out"] = True
     torch.manual_seed(seed)
     if order == "transformers":
-        model.add_adapter(peft.LoraConfig(**settings))
+        try:
+            model.add_adapter(peft.LoraConfig(**settings))
+        except ValueError as error:  # transformers may ask for a PEFT that is not out yet
+            if "version of PEFT" not in str(error):
+                raise
+            pytest.skip(str(error))
         return model
     if order == "task":
         settings["task_type"] = task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,20 @@ from filelock import FileLock
 
 
 @pytest.fixture(scope="session")
-def ranks_folder(tmp_path_factory, worker_id) -> Path:
+def shared(tmp_path_factory) -> Path:
+    """A folder that all workers of this test run have."""
+    root: Path = tmp_path_factory.getbasetemp()
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+
+@pytest.fixture(scope="session")
+def ranks_folder(shared) -> Path:
     """What ranks.py writes, and the same of one process, which it begins with."""
     from launch import torchrun
     from ranks import LONG
     from three_steps import CASES, make_base, make_trainer, trained
 
-    root = tmp_path_factory.getbasetemp()
-    folder = (root if worker_id == "master" else root.parent) / "ranks"
+    folder = shared / "ranks"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             making = folder.with_name("making-ranks")

@@ -49,10 +49,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, worker_id) -> Path:
+def place(shared) -> Path:
     """A model, data, and in ``two`` and ``printed`` what two processes made of them."""
-    root = tmp_path_factory.getbasetemp()
-    folder = (root if worker_id == "master" else root.parent) / "command"
+    folder = shared / "command"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             making = folder.with_name("making-command")
