@@ -20,8 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from reft.config import ReftConfig
-from reft.interop.tensor_files import check_floats, read_tensors
 from reft.interop.units import Converted, Unit, convert, orthogonal
+from reft.nn.tensor_files import check_floats, read_tensors
 from reft.untrusted import parse_json, read_text, shown
 
 CONFIG_FILE = "adapter_config.json"

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from reft.atomic import write_whole
 from reft.config import ReftConfig
+from reft.nn.tensor_files import check_header
+from reft.untrusted import read_text, require_plain, shown
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -77,7 +79,7 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[ReftConfig, dict[str, Te
     Raises:
         FileNotFoundError: no such directory, or no weights in it, or no configuration anywhere.
         NotADirectoryError: ``path`` is a file.
-        ValueError: a truncated or damaged file, a configuration of a newer format or a bad field.
+        ValueError: a truncated or damaged file, a pipe in the place of one, a configuration of a newer format or a bad field.
     """
     folder = Path(path)
     if not folder.exists():
@@ -87,12 +89,14 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[ReftConfig, dict[str, Te
             errno.ENOTDIR, "an adapter is a directory, but this is a file", str(folder)
         )
     weights = folder / WEIGHTS_FILE
-    if not weights.is_file():
+    require_plain(weights)
+    if not weights.exists():
         raise FileNotFoundError(
             errno.ENOENT,
             f"not an adapter directory, it has no {WEIGHTS_FILE} (it has: {_listing(folder)})",
             str(folder),
         )
+    check_header(weights)
     try:
         with safe_open(weights, framework="pt", device="cpu") as stored:
             header = stored.metadata() or {}
@@ -106,19 +110,19 @@ def _config(folder: Path, embedded: str | None) -> ReftConfig:
     """The configuration in the header, else that of the JSON file; a disagreement is a warning."""
     beside = folder / CONFIG_FILE
     inner = None if embedded is None else _parse(embedded, f"the header of {folder / WEIGHTS_FILE}")
-    if not beside.is_file():
+    if not beside.exists():
         if inner is None:
             raise FileNotFoundError(
                 errno.ENOENT, f"not an adapter directory, it has no {CONFIG_FILE}", str(folder)
             )
         return inner
-    outer = _parse(beside.read_text(encoding="utf-8", errors="replace"), str(beside))
+    outer = _parse(read_text(beside), str(beside))
     if inner is None:
         return outer
     if inner != outer:
         ours, theirs = inner.to_dict(), outer.to_dict()
         differing = ", ".join(
-            f"{name} = {ours[name]!r} and {theirs[name]!r}"
+            f"{name} = {shown(ours[name])} and {shown(theirs[name])}"
             for name in ours
             if ours[name] != theirs[name]
         )

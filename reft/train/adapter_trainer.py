@@ -22,7 +22,7 @@ from reft.model.reft_model import ReftModel
 from reft.nn.bank import Bank
 from reft.nn.shards import whole
 from reft.train import checkpoints, deepspeed, fsdp2
-from reft.train.lora import load_lora, save_lora
+from reft.train.lora import read_lora, save_lora, set_lora
 
 
 class AdapterTrainer(Trainer):
@@ -50,11 +50,14 @@ class AdapterTrainer(Trainer):
     ) -> Any:
         """As Trainer's. Under an engine that shards parameters the adapter is restored before it
         does: the base point of R is no parameter, so that no engine's own checkpoint has it. And
-        every rank begins with the adapter of rank 0.
+        every rank begins with the adapter of rank 0. A run that is begun anew in a folder with
+        checkpoints warns of them.
 
         Raises:
             ValueError: no whole checkpoint to resume from, where that is asked for; one of
-                DeepSpeed's without it, or another one under it. Nothing was changed.
+                DeepSpeed's without it, or another one under it; a file in it that is damaged, holds
+                code, which is never run, or NaN. Nothing was changed.
+            OSError: checkpoints could not be written.
         """
         path = resume_from_checkpoint
         if path is True:
@@ -66,9 +69,11 @@ class AdapterTrainer(Trainer):
             path = str(found)
         if path and isinstance(path, str):
             deepspeed.check_checkpoint(path, self.is_deepspeed_enabled)
+            checkpoints.check_states(path)
             if self._is_sharded():
-                self._reft_model().restore(path)
-                load_lora(self._reft_model(), path)
+                self._restore(path)
+        if self.args.should_save and self.args.save_strategy != "no":
+            checkpoints.prepare(Path(str(self.args.output_dir)), anew=not path)
         fsdp2.before_training(self._reft_model(), self)
         return super().train(path, *args, **kwargs)
 
@@ -171,7 +176,7 @@ class AdapterTrainer(Trainer):
             return
         assert self.lr_scheduler is not None
         optimizer, scheduler = (
-            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            checkpoints.read_state(Path(checkpoint) / name)
             for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
         )
         fsdp2.scatter_optimizer(self.optimizer, optimizer)
@@ -197,15 +202,20 @@ class AdapterTrainer(Trainer):
         self, resume_from_checkpoint: str | os.PathLike[str], model: nn.Module | None = None
     ) -> None:
         if not self._is_sharded():
-            self._reft_model().restore(resume_from_checkpoint)
-            load_lora(self._reft_model(), resume_from_checkpoint)
+            self._restore(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled:  # the base point is still that of this run
             super()._load_best_model()
         else:
-            self._reft_model().restore(str(self.state.best_model_checkpoint))
-            load_lora(self._reft_model(), str(self.state.best_model_checkpoint))
+            self._restore(str(self.state.best_model_checkpoint))
+
+    def _restore(self, checkpoint: str | os.PathLike[str]) -> None:
+        """Of a checkpoint the adapter and PEFT's, both or neither."""
+        model = self._reft_model()
+        lora = read_lora(model, checkpoint)
+        model.restore(checkpoint)
+        set_lora(model, lora)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the card that was saved with the adapter stays, where Trainer's draft, of a

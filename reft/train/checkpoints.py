@@ -8,21 +8,29 @@ in one step. Whatever moment a kill, a power cut or a full disk picks, ``checkpo
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from reft.atomic import flush_folder
+from reft.nn.published import FLOATS
+from reft.untrusted import parse_json, read_text, require_plain, shown
 
 #: Where a checkpoint is written, beside the others.
 UNFINISHED = ".unfinished"
+
+#: Files of Trainer's that are read when training goes on.
+_STATES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 
 _REPLACED = "replaced-"
 
@@ -44,6 +52,84 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
         if path.name.removeprefix(prefix).isdigit() and _is_whole(path)
     ]
     return max(found)[1] if found else None
+
+
+def check_states(checkpoint: str | os.PathLike[str]) -> None:
+    """Refuse a checkpoint of which Trainer could not read a file, before anything is restored.
+
+    No pickle is executed: what holds code is refused. ``training_args.bin`` is not read.
+
+    Raises:
+        ValueError: a file of optimizer, scheduler, scaler or random numbers that is damaged, holds
+            code or numbers that are not finite, or a damaged ``trainer_state.json``.
+    """
+    folder = Path(checkpoint)
+    state = folder / TRAINER_STATE_NAME
+    if state.exists() and not isinstance(parse_json(read_text(state)), dict):
+        raise ValueError(f"{state} must hold an object in JSON")
+    for name in _STATES:
+        for file in sorted(folder.glob(name)):
+            _check_finite(file, read_state(file))
+
+
+def read_state(file: Path) -> Any:
+    """What a file of ``torch.save`` holds, on the CPU; no code in it is run.
+
+    Raises:
+        OSError: it is not there or cannot be read.
+        ValueError: it is damaged or holds code.
+    """
+    require_plain(file)
+    try:
+        with safe_globals():  # numpy's, of the state of its random numbers
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # what a damaged pickle raises, nobody has listed
+        raise ValueError(
+            f"{file} is damaged or holds code, which is not run ({shown(str(error))})"
+        ) from None
+
+
+def _check_finite(file: Path, value: Any, name: str = "") -> None:
+    if isinstance(value, dict):
+        for key, one in value.items():
+            _check_finite(file, one, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, torch.Tensor) and value.dtype in FLOATS and not value.isfinite().all():
+        raise ValueError(
+            f"{file} must be finite, {name} holds NaN or infinity: the run had diverged when this "
+            "was saved, go on from an earlier checkpoint"
+        )
+
+
+def prepare(run: Path, *, anew: bool) -> None:
+    """Find out before training whether checkpoints can be written.
+
+    Args:
+        run: the folder of the checkpoints.
+        anew: whether training does not go on from one. Then those that are there are warned of.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    _put_back(run)
+    stage = run / UNFINISHED
+    try:
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir(parents=True)
+        stage.rmdir()
+    except OSError as error:
+        raise OSError(
+            error.errno, f"checkpoints cannot be written ({error.strerror})", str(run)
+        ) from error
+    found = last_checkpoint(run) if anew else None
+    if found is not None:
+        warnings.warn(
+            f"{run} holds checkpoints of an earlier run, the last of them {found.name}, and "
+            "training begins anew: resume_from_checkpoint=True goes on from it instead; remove "
+            "them, or a later resumption may take one of theirs for one of this run's",
+            stacklevel=3,
+        )
 
 
 def remove_checkpoints(folder: str | os.PathLike[str]) -> None:
@@ -132,7 +218,7 @@ def _flush(folder: Path) -> None:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        parse_json(read_text(checkpoint / TRAINER_STATE_NAME))
     except (OSError, ValueError):
         return False
     return True

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from reft.atomic import write_whole
 from reft.model import peft_base
 from reft.model.reft_model import ReftModel
+from reft.nn.published import check_numbers
 from reft.nn.shards import part_of
+from reft.nn.tensor_files import read_tensors
 
 #: The folder in a checkpoint. The adapter "default" lies in it, as PEFT has it, others in folders
 #: of their names: ``peft.PeftModel.from_pretrained(base, "checkpoint-10/lora")`` reads it.
@@ -43,12 +45,13 @@ def save_lora(model: ReftModel, checkpoint: str | os.PathLike[str], state_dict: 
         config.save_pretrained(str(folder))
 
 
-def load_lora(model: ReftModel, checkpoint: str | os.PathLike[str]) -> None:
-    """Set every adapter that PEFT has put into the base to what :func:`save_lora` wrote.
+def read_lora(model: ReftModel, checkpoint: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
+    """name -> what :func:`save_lora` wrote, of every adapter that PEFT has put into the base.
 
     Raises:
         FileNotFoundError: an adapter is not in the checkpoint.
-        ValueError: its tensors are not those of the model's. Nothing was changed.
+        ValueError: a file that is damaged, or tensors that are not those of the model's, or not
+            finite.
     """
     base, found = model.base_model, {}
     for name in _adapters(model):
@@ -57,7 +60,7 @@ def load_lora(model: ReftModel, checkpoint: str | os.PathLike[str]) -> None:
             raise FileNotFoundError(
                 f"the base model has PEFT's adapter {name!r}, the checkpoint has no {file}"
             )
-        present, tensors = _state(base, name, None), load_file(file)
+        present, tensors = _state(base, name, None), read_tensors(file)
         wanted = {key: value.shape for key, value in present.items()}
         stored = {key: value.shape for key, value in tensors.items()}
         differing = sorted(dict(wanted.items() ^ stored.items()))
@@ -66,15 +69,28 @@ def load_lora(model: ReftModel, checkpoint: str | os.PathLike[str]) -> None:
                 f"{file} must hold the tensors of PEFT's adapter {name!r} as this model has it; "
                 f"{len(differing)} of them differ, {differing[0]} for one"
             )
+        for key, value in tensors.items():
+            check_numbers(f"{file}: {key}", value)
         found[name] = {key: part_of(value, present[key]) for key, value in tensors.items()}
+    return found
+
+
+def set_lora(model: ReftModel, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Set PEFT's adapters to what :func:`read_lora` read."""
     if not found:
         return
     from peft import set_peft_model_state_dict
 
+    base = model.base_model
     for name, tensors in found.items():
         if not peft_base.is_wrapper(base):
             tensors = {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
         set_peft_model_state_dict(base, tensors, adapter_name=name)
+
+
+def load_lora(model: ReftModel, checkpoint: str | os.PathLike[str]) -> None:
+    """:func:`read_lora`, then :func:`set_lora`; if the first raises, nothing was changed."""
+    set_lora(model, read_lora(model, checkpoint))
 
 
 def _adapters(model: ReftModel) -> dict[str, Any]:

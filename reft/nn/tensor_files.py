@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from reft.nn.published import FLOATS
-from reft.untrusted import require_plain, shown
+from reft.untrusted import parse_json, require_plain, shown
+
+#: Bytes: the names of a hundred thousand tensors.
+_LARGEST_HEADER = 2**24
 
 #: No parameter has a longer name; patterns that look for parts of names are slow on long ones.
 _LONGEST = 1000
@@ -26,14 +30,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             which is not run.
     """
     require_plain(file)
-    try:
-        if file.suffix == ".safetensors":
+    if file.suffix == ".safetensors":
+        check_header(file)
+        try:
             return load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a safetensors file: {error}") from None
+    try:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a safetensors file: {error}") from None
     except Exception as error:  # what a damaged pickle raises, nobody has listed
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
@@ -54,6 +60,30 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             raise ValueError(f"{file}: {name} must be a plain tensor that the file holds whole")
     # A saved nn.Parameter comes back as one.
     return {name: value.detach() for name, value in found.items()}
+
+
+def check_header(file: Path) -> None:
+    """Refuse a safetensors file by its header, before that is read by others: an unreasonable
+    length, or a name twice, of which readers take the first or the last.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: as above. Other damage is left to the reader to find.
+    """
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = stream.read(size) if size <= _LARGEST_HEADER else b""
+    if size > _LARGEST_HEADER:
+        raise ValueError(
+            f"{file} is truncated or not a safetensors file: its header would have {size} bytes, "
+            f"allowed are {_LARGEST_HEADER}"
+        )
+    try:
+        parse_json(header.decode())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return
+    except ValueError as error:
+        raise ValueError(f"the header of {file}: {error}") from None
 
 
 def check_floats(source: str, tensors: Mapping[str, Tensor]) -> None:
