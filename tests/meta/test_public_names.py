@@ -1,44 +1,96 @@
-"""The public names are these, and each says what it is."""
+"""What users may rely on is written down in ``public_api.txt``, and each name says what it is."""
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import operator
+import re
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
 
 import reft
 import reft_kernels
 
+sys.path.insert(0, str(Path(__file__).parent))
 
-def test_names_of_the_kernels() -> None:
-    assert sorted(reft_kernels.__all__) == [
-        "EditSpec",
-        "FAMILY",
-        "RowPlan",
-        "explain",
-        "fold",
-        "loreft",
-        "loreft_",
-        "lowrank_edit",
-        "lowrank_edit_",
-        "orthonormalize",
-        "reference",
-        "reflector_base",
-    ]
+import public_api
+
+PINNED = public_api.FILE.read_text(encoding="utf-8")
 
 
-def test_names_of_reft() -> None:
-    assert sorted(reft.__all__) == [
-        "ReftConfig",
-        "ReftDPOTrainer",
-        "ReftDataCollator",
-        "ReftModel",
-        "ReftSFTTrainer",
-        "ReftTrainer",
-        "__version__",
-        "get_reft_model",
-        "load_adapters_reft",
-        "load_pyreft",
-        "save_pyreft",
-    ]
+def test_the_public_interface_is_the_one_written_down() -> None:
+    found = public_api.text()
+    lines = difflib.unified_diff(
+        PINNED.splitlines(), found.splitlines(), "public_api.txt", "the code", lineterm="", n=2
+    )
+    assert found == PINNED, (
+        "the public interface changed. If that is meant: run `python tests/meta/public_api.py` and "
+        "say it in CHANGELOG.md (what goes, or means something else, is deprecated first, see "
+        "docs/versions.md). If not, undo it:\n" + "\n".join(lines)
+    )
+
+
+EDIT = "hidden, plan, encode, bias, decode, *, subtract=False, activation=None, backend='auto'"
+LOREFT = "hidden, plan, rotation, weight, bias, *, backend='auto'"
+PROMISED = {
+    "RowPlan.from_rows": "rows, groups=None, num_groups=1",
+    "RowPlan.from_padded": "positions, seq_len, groups=None, num_groups=1",
+    "lowrank_edit": EDIT,
+    "lowrank_edit_": EDIT,
+    "explain": EDIT,
+    "loreft": LOREFT,
+    "loreft_": LOREFT,
+    "orthonormalize": "v, base=None",
+    "get_reft_model": "base_model, config, adapter_name='default'",
+    "load_pyreft": "path, base_model",
+    "save_pyreft": "model, path",
+    "load_adapters_reft": "path, base_model",
+    "ReftConfig": "intervention='loreft', rank=8, layers='all', positions='f7+l7', tied=True, "
+    "activation=None, dropout=0.0, dropout_on='delta', component='block_output', init='pyreft', "
+    "dtype='float32'",
+    "ReftModel.from_pretrained": "base_model, path, adapter_name='default'",
+    "ReftModel.save_pretrained": "self, save_directory",
+    "ReftModel.generate": "self, *args",
+    "ReftModel.forward": "self, *args, **kwargs",
+    "ReftModel.load_adapter": "self, path, adapter_name",
+    "ReftModel.add_adapter": "self, adapter_name, config",
+    "ReftModel.set_adapter": "self, adapter_name",
+    "ReftModel.delete_adapter": "self, adapter_name",
+    "ReftModel.disable_adapter": "self",
+    "ReftModel.unload": "self",
+    "ReftModel.merge_and_unload": "self",
+    "ReftModel.get_nb_trainable_parameters": "self",
+    "ReftModel.print_trainable_parameters": "self",
+}
+#: Asked of the caller beside what is promised: what a folder of pyreft does not say.
+ASKED = {"load_pyreft": {"positions"}}
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_what_was_promised_is_in_it(name: str) -> None:
+    """More may have been added, all of it optional."""
+    package = reft if hasattr(reft, name.partition(".")[0]) else reft_kernels
+    signature = inspect.signature(operator.attrgetter(name)(package))
+    bare = [one.replace(annotation=one.empty) for one in signature.parameters.values()]
+    words = re.findall(r"[^\s(),]+", str(inspect.Signature(bare)))
+    promised = PROMISED[name].split(", ")
+    assert words[: len(promised)] == promised
+    more = bare[len([one for one in promised if one != "*"]) :]
+    needed = {
+        one.name
+        for one in more
+        if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    }
+    assert needed == ASKED.get(name, set())
+
+
+@pytest.mark.parametrize("name", ["demo", "train", "evaluate", "generate", "presets", "convert"])
+def test_commands_that_were_promised(name: str) -> None:
+    assert f"\nreft {name}\n" in PINNED
 
 
 def test_every_name_resolves_and_is_documented() -> None:
@@ -53,3 +105,12 @@ def test_public_methods_of_the_model_are_documented() -> None:
     for name, value in vars(reft.ReftModel).items():
         if not name.startswith("_") and callable(value):
             assert inspect.getdoc(value), f"ReftModel.{name} has no docstring"
+
+
+def test_the_version_is_said_in_one_place() -> None:
+    """The build reads ``reft.__version__``; the command shows what was installed."""
+    root = Path(__file__).resolve().parents[2]
+    assert version("reft") == reft.__version__
+    project = (root / "pyproject.toml").read_text(encoding="utf-8")
+    assert reft.__version__ not in re.findall(r'^version = "(.*)"', project, re.MULTILINE)
+    assert 'version = { attr = "reft.__version__" }' in project
