@@ -16,7 +16,7 @@ from transformers.trainer import (
     TRAINER_STATE_NAME,
     TRAINING_ARGS_NAME,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from reft.model.reft_model import ReftModel
 from reft.nn.bank import Bank
@@ -118,6 +118,14 @@ class AdapterTrainer(Trainer):
         deepspeed.leave_out_base(self.accelerator)
         return super().create_scheduler(*args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; but a run that was killed behind its last step has none left, where
+        Trainer's looks at the number of steps after it has taken one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer's; the checkpoint is there whole or not at all.
 
@@ -140,12 +148,7 @@ class AdapterTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run / name))
         if writes:
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            checkpoints.rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         """Of a checkpoint that is being written, the folder where it is."""

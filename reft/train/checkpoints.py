@@ -44,13 +44,8 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     Of other libraries' checkpoints, and of those of earlier versions, one without
     ``trainer_state.json``, which Trainer writes last, or with half of it, is passed over.
     """
-    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
     _put_back(Path(folder))
-    found = [
-        (int(path.name.removeprefix(prefix)), path)
-        for path in Path(folder).glob(f"{prefix}*")
-        if path.name.removeprefix(prefix).isdigit() and _is_whole(path)
-    ]
+    found = [one for one in _numbered(Path(folder)) if _is_whole(one[1])]
     return max(found)[1] if found else None
 
 
@@ -134,9 +129,44 @@ def prepare(run: Path, *, anew: bool) -> None:
 
 def remove_checkpoints(folder: str | os.PathLike[str]) -> None:
     """Remove every checkpoint in a folder, and what is left of unfinished ones."""
-    for checkpoint in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        shutil.rmtree(checkpoint)
+    for _, checkpoint in _numbered(Path(folder)):
+        _remove(checkpoint)
     shutil.rmtree(Path(folder) / UNFINISHED, ignore_errors=True)
+
+
+def rotate(run: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints, as Trainer does, each in one step.
+
+    Args:
+        run: their folder.
+        limit: how many may stay; None or 0 for all of them.
+        best: one that stays, as the newest does.
+    """
+    if not limit or limit < 0:
+        return
+    found = sorted(_numbered(run), key=lambda one: (one[1].stat().st_mtime, one[0]))
+    names = [checkpoint.name for _, checkpoint in found]
+    kept = {*names[-1:], *([Path(best).name] if best else [])} & {*names}
+    surplus = max(0, len(names) - max(limit, len(kept)))
+    for name in [one for one in names if one not in kept][:surplus]:
+        _remove(run / name)
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    return [
+        (int(path.name.removeprefix(prefix)), path)
+        for path in folder.glob(f"{prefix}*")
+        if path.name.removeprefix(prefix).isdecimal() and path.is_dir()
+    ]
+
+
+def _remove(checkpoint: Path) -> None:
+    """Take the name first: a kill in the middle leaves no half checkpoint under it."""
+    stage = checkpoint.parent / UNFINISHED
+    stage.mkdir(exist_ok=True)
+    os.rename(checkpoint, stage / f"removed-{checkpoint.name}")  # noqa: PTH104
+    shutil.rmtree(stage, ignore_errors=True)
 
 
 @contextmanager
