@@ -7,7 +7,6 @@ in one step. Whatever moment a kill, a power cut or a full disk picks, ``checkpo
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import warnings
@@ -34,8 +33,8 @@ _STATES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 
 _REPLACED = "replaced-"
 
-#: What torch says where its file could not be written, in a RuntimeError without a number.
-_NOT_WRITTEN = ("PytorchStreamWriter", "inline_container", "unexpected pos")
+#: Bytes that a disk has room for unless it is full.
+_ROOM = 1 << 20
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
@@ -200,24 +199,29 @@ def written_whole(
             _rename(stage, run, name)
         wait()
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not _is_of_the_disk(error):
+        reason = error if isinstance(error, OSError) else _fault_of_the_disk(stage)
+        if reason is None:
             raise
         if writes:
             shutil.rmtree(stage, ignore_errors=True)
-        number = error.errno if isinstance(error, OSError) else None
-        reason = os.strerror(number) if number else str(error)
         raise OSError(
-            number or errno.EIO,
-            f"{name} could not be written ({reason}); the checkpoints that were there are whole, "
-            "and training can be resumed from the last of them",
+            reason.errno,
+            f"{name} could not be written ({reason.strerror}); the checkpoints that were there are "
+            "whole, and training can be resumed from the last of them",
             str(run),
         ) from error
 
 
-def _is_of_the_disk(error: BaseException) -> bool:
-    if isinstance(error, RuntimeError):
-        return any(words in str(error) for words in _NOT_WRITTEN)
-    return True
+def _fault_of_the_disk(folder: Path) -> OSError | None:
+    """What torch and safetensors do not say: why a file could not be written."""
+    try:
+        with (folder / "probe").open("wb") as file:
+            file.write(bytes(_ROOM))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as fault:
+        return fault
+    return None
 
 
 def _rename(stage: Path, run: Path, name: str) -> None:
