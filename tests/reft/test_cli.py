@@ -213,6 +213,8 @@ def wreck(place):
     (place / "long.jsonl").write_text(json.dumps({"prompt": "a " * 40, "completion": "b"}))
     (place / "answer.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b " * 40}))
     (place / "bare").mkdir()
+    (place / "begun" / "checkpoint-5").mkdir(parents=True)
+    (place / "begun" / "checkpoint-5" / "trainer_state.json").write_text("{}")
     (place / "nothing").mkdir()
     (place / "nothing" / "config.json").write_text('{"model_type": "llama"}')
     (place / "mute").mkdir()
@@ -287,6 +289,11 @@ MISTAKES = {
     "output-is-a-file": (using(**{"-o": "data.jsonl"}), ["cannot write", "data.jsonl"]),
     "output-below-a-file": (using(**{"-o": "data.jsonl/out"}), ["cannot write", "data.jsonl"]),
     "output-taken": (using(**{"-o": "narrow"}), ["narrow holds an adapter", "--overwrite"]),
+    "run-unfinished": (
+        using(**{"-o": "begun"}),
+        ["begun holds an unfinished run", "checkpoint-5", "--resume"],
+    ),
+    "resume-and-overwrite": ((*QUICK, "--resume", "--overwrite"), ["exclude each other"]),
     "nothing-to-resume": ((*QUICK, "--resume"), ["--resume", "no checkpoint", "out"]),
     "adapter-missing": ((*EVALUATE, "-a", "nowhere"), ["no such adapter", "nowhere"]),
     "adapter-file": ((*EVALUATE, "-a", "data.jsonl"), ["data.jsonl", "file"]),
@@ -328,6 +335,12 @@ def test_a_folder_without_permission_is_refused(place, reft):
     (place / "locked").mkdir(mode=0o500)
     code, _, err = reft(*using(**{"-o": "locked/out"}))
     assert (code, err) == (2, "Error: cannot write to locked/out: Permission denied\n")
+
+
+def test_overwriting_removes_the_checkpoints_of_another_run(place, reft):
+    wreck(place)
+    assert reft(*using(**{"-o": "begun"}), "--save-steps", "2", "--overwrite")[0] == 0
+    assert [path.name for path in (place / "begun").glob("check*")] == ["checkpoint-2"]
 
 
 def test_traceback_on_request(place, reft):
