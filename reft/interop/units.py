@@ -118,6 +118,8 @@ def convert(
     Raises:
         ValueError: units that one configuration cannot hold; with the layers that differ.
     """
+    if not units:
+        raise ValueError("at least one layer must be edited, got none that edits a token")
     layers = sorted({layer for layer, _ in units})
     groups = _groups(units, layers, ReftConfig(**settings))
     name = _member(units, intervention)

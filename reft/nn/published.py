@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from reft.config import ReftConfig
+from reft.untrusted import shown
 
 #: What numbers of an adapter may be stored as.
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -27,7 +28,8 @@ def bank_shape(config: ReftConfig, layers: int, dim: int) -> Shape:
     """
     if config.rank > dim:
         raise ValueError(
-            f"ReftConfig.rank must be at most D = {dim}, the model's width; got {config.rank}"
+            f"ReftConfig.rank must be at most D = {dim}, the model's width; got "
+            f"{shown(config.rank)}"
         )
     return layers, config.num_groups, config.rank, dim
 
