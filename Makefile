@@ -29,7 +29,7 @@ test-vllm: .venv-vllm/.stamps/ready
 	.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
 	mkdir -p .venv-vllm/.stamps && touch $@
 
-suite: $(STAMPS)/dev $(STAMPS)/pure-peers
+suite: $(STAMPS)/dev $(STAMPS)/pure-peers $(STAMPS)/deepspeed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmarks/test_speed.py -q -p no:xdist --benchmark-only
 
@@ -45,6 +45,11 @@ lint: $(STAMPS)/dev
 # Peers whose own pins exclude current transformers: their modules run, their wrappers may not.
 $(STAMPS)/pure-peers: benchmarks/peers.txt $(STAMPS)/dev
 	$(BIN)/python -m pip install --quiet --no-deps -r benchmarks/peers.txt
+	touch $@
+
+# Its build looks at the torch that is here; a build of its own would fetch another.
+$(STAMPS)/deepspeed: $(STAMPS)/dev
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c $(CONSTRAINTS) 'deepspeed>=0.19.8,<0.20'
 	touch $@
 
 # torch first and pinned: any looser request resolves to gigabytes of CUDA packages.

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from launch import torchrun
 from safetensors.torch import load_file
 from tiny_models import llama
@@ -49,29 +48,26 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def place(shared) -> Path:
+def place(made_once) -> Path:
     """A model, data, and in ``two`` and ``printed`` what two processes made of them."""
-    folder = shared / "command"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            making = folder.with_name("making-command")
-            making.mkdir()
-            words = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
-            tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-            tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-            PreTrainedTokenizerFast(
-                tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-            ).save_pretrained(making / "model")
-            llama(initializer_range=0.1).save_pretrained(making / "model")
-            records = [
-                {"prompt": " ".join(WORDS[i : i + 2 + i % 3]), "completion": WORDS[-1 - i % 2]}
-                for i in range(16)
-            ]
-            (making / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
-            printed = torchrun("-m", "reft", *arguments(making, "two", 2))
-            (making / "printed").write_text(printed)
-            making.rename(folder)
-    return folder
+
+    def fill(folder: Path) -> None:
+        words = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+        ).save_pretrained(folder / "model")
+        llama(initializer_range=0.1).save_pretrained(folder / "model")
+        records = [
+            {"prompt": " ".join(WORDS[i : i + 2 + i % 3]), "completion": WORDS[-1 - i % 2]}
+            for i in range(16)
+        ]
+        (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+        printed = torchrun("-m", "reft", *arguments(folder, "two", 2))
+        (folder / "printed").write_text(printed)
+
+    return made_once("command", fill)
 
 
 def test_two_processes_train_what_one_does(place, tmp_path):

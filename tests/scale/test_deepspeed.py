@@ -24,12 +24,14 @@ BOTH = [(stage, name) for stage, names in STAGES.items() for name in names]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(made_once) -> Path:
     """What two ranks have left."""
-    folder = tmp_path_factory.mktemp("deepspeed")
-    make_base().save_pretrained(folder / "base")
-    torchrun(Path(__file__).with_name("deepspeed_worker.py"), folder)
-    return folder
+
+    def fill(folder: Path) -> None:
+        make_base().save_pretrained(folder / "base")
+        torchrun(Path(__file__).with_name("deepspeed_worker.py"), folder)
+
+    return made_once("deepspeed", fill)
 
 
 @pytest.fixture(scope="module")

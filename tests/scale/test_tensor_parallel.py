@@ -32,14 +32,16 @@ NEEDS_TRAINER = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(made_once) -> Path:
     """What two processes have left."""
-    folder = tmp_path_factory.mktemp("tensor-parallel")
-    tp_worker.bases(folder)
-    sliced = get_reft_model(load(folder, {}), ReftConfig(rank=2, component=SLICES[0]))
-    sliced.save_pretrained(folder / "sliced")
-    torchrun(tp_worker.__file__, folder)
-    return folder
+
+    def fill(folder: Path) -> None:
+        tp_worker.bases(folder)
+        sliced = get_reft_model(load(folder, {}), ReftConfig(rank=2, component=SLICES[0]))
+        sliced.save_pretrained(folder / "sliced")
+        torchrun(tp_worker.__file__, folder)
+
+    return made_once("tensor-parallel", fill)
 
 
 def kept(folder: Path, scene: str) -> list[dict[str, Any]]:
