@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launch import torchrun
+from launch import ROOT, torchrun
 from safetensors.torch import load_file
 from tiny_models import llama
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -91,6 +94,22 @@ def test_one_process_resumes_what_two_began(place, tmp_path):
     assert run(*arguments(place, str(tmp_path / "two"), 4), "--resume") == 0
     for name, value in weights(place / "two").items():
         assert float((value - weights(tmp_path / "two")[name]).abs().max()) <= 1e-7, name
+
+
+def test_accelerate_launch_is_the_same_command(place, tmp_path):
+    """It starts one process on a CPU, however many are asked for."""
+    launch = (*(sys.executable, "-m", "accelerate.commands.launch"), "--cpu", "-m", "reft")
+    subprocess.run(
+        [*launch, *arguments(place, str(tmp_path / "launched"), 4)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    assert run(*arguments(place, str(tmp_path / "one"), 4)) == 0
+    launched, one = weights(tmp_path / "launched"), weights(tmp_path / "one")
+    assert launched.keys() == one.keys()
+    assert all(torch.equal(value, launched[name]) for name, value in one.items())
 
 
 @pytest.mark.parametrize("command", [("evaluate",), ("generate",), ("demo",), ("presets", "list")])
