@@ -59,8 +59,14 @@ def check_states(checkpoint: str | os.PathLike[str]) -> None:
     """
     folder = Path(checkpoint)
     state = folder / TRAINER_STATE_NAME
-    if state.exists() and not isinstance(parse_json(read_text(state)), dict):
-        raise ValueError(f"{state} must hold an object in JSON")
+    if state.exists():
+        text = read_text(state)
+        try:
+            whole = isinstance(parse_json(text), dict)
+        except ValueError as error:
+            raise ValueError(f"{state}: {error}") from None
+        if not whole:
+            raise ValueError(f"{state} must hold an object in JSON")
     for name in _STATES:
         for file in sorted(folder.glob(name)):
             _check_finite(file, read_state(file))
