@@ -6,7 +6,7 @@ STAMPS := $(VENV)/.stamps
 # Exact versions of what has to be one version; constraints-floor.txt holds the oldest of everything.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-floor test-vllm suite lint bench clean
+.PHONY: demo test test-floor test-vllm fuzz suite lint bench clean
 demo: $(STAMPS)/train
 	$(BIN)/reft demo
 
@@ -28,6 +28,16 @@ test-vllm: .venv-vllm/.stamps/ready
 	.venv-vllm/bin/python -m pip install --quiet --no-deps --require-hashes -r tests/vllm/engine.txt
 	.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
 	mkdir -p .venv-vllm/.stamps && touch $@
+
+# What outsiders' files may do, by fuzzing: each target for SECONDS, from its seeds and what earlier
+# runs left in CORPUS. A finding is a file beside it, and becomes a case of tests/hostile/test_fuzz.py.
+SECONDS ?= 60
+CORPUS  ?= build/fuzz
+TARGETS ?= config positions adapter pyreft adapters preset records result
+fuzz: $(STAMPS)/dev
+	set -e; for target in $(TARGETS); do mkdir -p $(CORPUS)/$$target; OMP_NUM_THREADS=1 \
+	$(BIN)/python tests/hostile/fuzz.py $$target -max_total_time=$(SECONDS) -max_len=8192 -timeout=30 \
+	-artifact_prefix=$(CORPUS)/$$target- $(CORPUS)/$$target; done
 
 suite: $(STAMPS)/dev $(STAMPS)/pure-peers $(STAMPS)/deepspeed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal

@@ -181,6 +181,14 @@ class Preset:
     def __post_init__(self) -> None:
         checks.check_fields(self, "preset", checks.PRESET)
         checks.check_task(get_task(self.task), self.train, self.eval)
+        for section in SECTIONS:
+            held = getattr(self, section)
+            values = held if isinstance(held, Mapping) else asdict(held)
+            for name in values:
+                if not {section, f"{section}.{name}"} & self.provenance.keys():
+                    raise ValueError(
+                        f"provenance must say where {section}.{name} is from, or all of {section}"
+                    )
 
     def reft_config(self, **changes: Any) -> ReftConfig:
         """The adapter's configuration.
