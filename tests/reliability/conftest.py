@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import EACH, STEPS, Run, Wishes
+from small_run import EACH, STEPS, Run, Wishes, keep_all
 
 from reft.model.checkpoint import read_adapter
-
-
-def keep_all(folder: Path, step: int) -> None:
-    """Hard links to every checkpoint, which survive that the run removes it."""
-    source = folder / f"checkpoint-{step}"
-    target = folder.parent / "all" / source.name
-    target.mkdir(parents=True)
-    for file in source.iterdir():
-        (target / file.name).hardlink_to(file)
 
 
 @pytest.fixture(scope="session")
