@@ -119,8 +119,9 @@ def parse(line: str) -> Row:
     """
     given = json.loads(line)
     known = {one.name for one in dataclasses.fields(Row)}
-    if not isinstance(given, dict) or given.get("format") != FORMAT or given.keys() - known:
-        raise ValueError(f"not a result of format {FORMAT}: {line[:120]}")
+    found = given.get("format") if isinstance(given, dict) else None
+    if found != FORMAT or given.keys() - known:
+        raise ValueError(f"not a result of format {FORMAT}, got {found!r}: {line[:120]}")
     if given.get("gate") is not None:
         given["gate"] = Gate(**given["gate"])
     return Row(**given)

@@ -18,8 +18,8 @@ from reft.untrusted import is_text, parse_json, shown
 from reft_kernels.activations import ACTIVATIONS, ALIASES
 from reft_kernels.spec import FAMILY, EditSpec
 
-#: Version of the stored form that this library writes; older ones are read, newer ones refused.
-FORMAT_VERSION = 1
+#: The stored form that is written; 1 had no ``untied_by`` and ``subspaces``. docs/versions.md.
+FORMAT_VERSION = 2
 
 #: PEFT's task names, and the head modules that PEFT trains and stores beside an adapter for each.
 HEAD_MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -73,7 +73,7 @@ class ReftConfig:
         block_path: name of the ``ModuleList`` that holds the model's blocks, where the model's
             structure does not tell it; None to find it.
         base_model_name_or_path: where the base model came from; for the reader of the file.
-        format_version: version of the stored form.
+        format_version: of the stored form; an older one that was read becomes the present one.
 
     Raises:
         ValueError: a bad value, naming the field, the value and what is allowed.
@@ -151,7 +151,7 @@ class ReftConfig:
             if not 0 <= index < num_layers:
                 raise ValueError(
                     f"ReftConfig.layers must lie in 0 … {num_layers - 1} (or −{num_layers} … −1) "
-                    f"for a model of {num_layers} blocks, got {layer}"
+                    f"for a model of {num_layers} blocks, got {shown(layer)}"
                 )
             if index in named:
                 raise ValueError(
@@ -363,12 +363,10 @@ def _check_text(name: str, value: Any) -> str | None:
 
 def _check_version(name: str, value: Any) -> int:
     if not _is_int(value) or not 1 <= value <= FORMAT_VERSION:
-        raise _bad(
-            name,
-            value,
-            f"1 … {FORMAT_VERSION} in this version (a newer one may have written it)",
-        )
-    return int(value)
+        newer = "; a newer version of reft wrote it, upgrade reft to read it"
+        hint = newer if _is_int(value) and value > FORMAT_VERSION else ""
+        raise ValueError(f"{_bad(name, value, f'a format from 1 to {FORMAT_VERSION}')}{hint}")
+    return FORMAT_VERSION  # what an older form does not say is the default
 
 
 #: field -> its check, which returns the value as it is kept.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.learning.methods import FAMILY, METHODS
-from benchmarks.learning.run import FIRST_SEED, best_rate
+from benchmarks.learning.run import FIRST_SEED, FORMAT, best_rate
 from benchmarks.learning.tasks import TASKS
 
 
@@ -55,8 +55,13 @@ def read(folder: Path, task: str) -> list[Learnt]:
 
     Raises:
         FileNotFoundError: no result of the task.
+        ValueError: a result of another format.
     """
-    found = [json.loads(path.read_text("utf-8")) for path in sorted((folder / task).glob("*.json"))]
+    found = []
+    for path in sorted((folder / task).glob("*.json")):
+        found.append(json.loads(path.read_text("utf-8")))
+        if found[-1].get("format") != FORMAT:
+            raise ValueError(f"{path}: format must be {FORMAT}, got {found[-1].get('format')!r}")
     if not found:
         raise FileNotFoundError(f"no results in {folder / task}: python -m benchmarks learn")
     learnt = []

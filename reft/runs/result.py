@@ -76,9 +76,11 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
     found = value.get("format_version") if isinstance(value, dict) else None
     if type(found) is not int or not 1 <= found <= FORMAT_VERSION:
+        newer = type(found) is int and found > FORMAT_VERSION
         raise ValueError(
-            f"{file} must be a run of format 1 … {FORMAT_VERSION}, got "
+            f"{file}: format_version of a run must be a number from 1 to {FORMAT_VERSION}, got "
             f"{shown(found) if isinstance(value, dict) else type(value).__name__}"
+            + ("; a newer version of reft wrote it, upgrade reft to read it" if newer else "")
         )
     return value
 

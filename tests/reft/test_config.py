@@ -35,7 +35,7 @@ OTHER = {
     "untied_by": "position",
     "subspaces": (("polite", (0, 2)), ("german", (1,))),
     "base_model_name_or_path": "some/model",
-    "format_version": FORMAT_VERSION,  # the only one there is
+    "format_version": FORMAT_VERSION,  # whatever was read
 }
 
 #: What else must be set for such a value to be allowed.
@@ -208,8 +208,16 @@ BAD = [
     ("subspaces", {"": [0]}, ["'': [0]"]),
     ("subspaces", {"a": [True]}, ["[True]"]),
     ("base_model_name_or_path", 3, ["3", "string"]),
-    ("format_version", 0, ["0"]),
-    ("format_version", FORMAT_VERSION + 1, [str(FORMAT_VERSION + 1), "newer"]),
+    ("format_version", 0, [f"from 1 to {FORMAT_VERSION}, got 0"]),
+    ("format_version", "2", [f"from 1 to {FORMAT_VERSION}, got '2'"]),
+    ("format_version", True, [f"from 1 to {FORMAT_VERSION}, got True"]),
+    ("format_version", 1.0, [f"from 1 to {FORMAT_VERSION}, got 1.0"]),
+    ("format_version", None, [f"from 1 to {FORMAT_VERSION}, got None"]),
+    (
+        "format_version",
+        FORMAT_VERSION + 1,
+        [f"from 1 to {FORMAT_VERSION}, got {FORMAT_VERSION + 1}; a newer version of reft wrote it"],
+    ),
 ]
 
 
