@@ -79,7 +79,8 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[ReftConfig, dict[str, Te
     Raises:
         FileNotFoundError: no such directory, or no weights in it, or no configuration anywhere.
         NotADirectoryError: ``path`` is a file.
-        ValueError: a truncated or damaged file, a pipe in the place of one, a configuration of a newer format or a bad field.
+        ValueError: a truncated or damaged file, a pipe in the place of one, a configuration of a
+            newer format or a bad field.
     """
     folder = Path(path)
     if not folder.exists():
