@@ -1,0 +1,84 @@
+"""What a type checker sees of the installed package: types, not Any, and mistakes in calls."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SCRIPT = """\
+from torch import Tensor, nn
+
+import reft
+from reft import ReftConfig, ReftModel, get_reft_model
+from reft_kernels import RowPlan, lowrank_edit
+
+
+def edited(hidden: Tensor, plan: RowPlan, encode: Tensor) -> Tensor:
+    return lowrank_edit(hidden, plan, encode, None, encode)
+
+
+base = nn.Linear(2, 2)
+model = get_reft_model(base, ReftConfig(rank=2, layers=[0], positions="f1"))
+reveal_type(model)  # A
+reveal_type(get_reft_model)  # B
+reveal_type(ReftModel.from_pretrained(base, "folder"))  # C
+reveal_type(lowrank_edit)  # D
+reveal_type(RowPlan.from_rows([1, 2]))  # E
+reveal_type(model.configs)  # F
+reveal_type(reft.load_pyreft)  # G
+get_reft_model(base, 3)  # H
+model.save_pretrained("folder", training_sate=True)  # I
+"""
+#: mark -> what is said of that line.
+SAYS = {
+    "A": r'Revealed type is "reft\.model\.reft_model\.ReftModel"',
+    "B": r"base_model: torch\.nn\..*Module, config: reft\.config\.ReftConfig,.*-> reft.*ReftModel",
+    "C": r'Revealed type is "reft\.model\.reft_model\.ReftModel"',
+    "D": r"hidden: torch\..*Tensor, plan: reft_kernels\.rows\.RowPlan, .*-> torch\..*Tensor",
+    "E": r'Revealed type is "reft_kernels\.rows\.RowPlan"',
+    "F": r"dict\[(builtins\.)?str, reft\.config\.ReftConfig\]",
+    "G": r"positions: (builtins\.)?str, .*-> reft\.model\.reft_model\.ReftModel",
+    "H": r'error: Argument 2 to "get_reft_model" has incompatible type "int".*\[arg-type\]',
+    "I": r'error: Unexpected keyword argument "training_sate".*\[call-arg\]',
+}
+
+
+def test_a_users_script_under_strict(wheel, tmp_path) -> None:
+    # An environment with the wheel in it, and the packages that it needs from this one.
+    home = tmp_path / "environment"
+    command = [sys.executable, "-m", "venv", "--without-pip", str(home)]
+    subprocess.run(command, check=True)
+    own = Path(sysconfig.get_path("purelib"))
+    site = home / own.relative_to(sys.prefix)
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(site)
+    (site / "others.pth").write_text(f"{own}\n")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    # The types of torch and transformers take 20 seconds to read, the first time.
+    cache = ROOT / ".mypy_cache" / "of_a_user"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "mypy", "--strict", "--config-file", ""),
+            *("--python-executable", str(home / "bin" / "python"), "--cache-dir", str(cache)),
+            "script.py",
+        ],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    lines: dict[int, str] = {}
+    for number, said in re.findall(r"^script\.py:(\d+): (.*)$", done.stdout, re.MULTILINE):
+        lines[int(number)] = lines.get(int(number), "") + said + "\n"
+    marks = {
+        number: line.rpartition("  # ")[2]
+        for number, line in enumerate(SCRIPT.splitlines(), 1)
+        if "  # " in line
+    }
+    assert set(lines) == set(marks), done.stdout + done.stderr
+    for number, mark in marks.items():
+        assert re.search(SAYS[mark], lines[number]), (mark, lines[number])
