@@ -20,10 +20,12 @@ def write_whole(path: str | os.PathLike[str], content: bytes | str) -> None:
         OSError: it cannot be written; what was there is as it was.
     """
     target = Path(path)
-    # One name per process: writers that race replace whole files, and a leftover is overwritten.
+    # One name per process: writers that race replace whole files. A leftover goes, and so does a
+    # link that somebody else has put there: nothing is written through it.
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    beside.unlink(missing_ok=True)
     try:
-        with open(beside, "wb") as file:  # noqa: PTH123
+        with open(beside, "xb") as file:  # noqa: PTH123
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -51,6 +51,7 @@ def build(
         )
         paths = config.resolve_modules_to_save(outside)
         refuse_absent_heads(base, paths)
+        _refuse_edited_heads(attached, base, [(layer, config.component) for layer in layers], paths)
         heads = copy_heads(base, paths)
     finally:
         attached.show_heads(base, shown)
@@ -61,6 +62,25 @@ def build(
     else:
         bank = SpreadBank(config, layers, sites.dim, devices=devices, generator=generator)
     return bank, heads
+
+
+def _refuse_edited_heads(
+    attached: Attachment, base: nn.Module, edited: Sequence[Site], paths: Sequence[str]
+) -> None:
+    """A copy that stood for what is edited would not be: hooks are on the original.
+
+    Raises:
+        ValueError: modules that are trained in full contain what is edited.
+    """
+    inside = {attached.sites.module(*site): site for site in edited}
+    for path in paths:
+        for module in base.get_submodule(path).modules():
+            if module in inside:
+                layer, component = inside[module]
+                raise ValueError(
+                    f"ReftConfig.modules_to_save must not contain what is edited; {path} contains "
+                    f"the {component} of block {layer}"
+                )
 
 
 def attach(

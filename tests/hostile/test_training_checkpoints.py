@@ -13,8 +13,9 @@ import pytest
 import torch
 from payloads import Harmful
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import llama, tokens
+from torch import nn
 from transformers import TrainingArguments
 from witnesses import assert_same, state_of
 
@@ -23,11 +24,11 @@ from reft import ReftConfig, ReftTrainer, get_reft_model
 NAN = float("nan")
 
 
-def trainer_of(folder: Path, steps: int) -> ReftTrainer:
+def trainer_of(folder: Path, steps: int, make: Callable[[], nn.Module] = llama) -> ReftTrainer:
     torch.manual_seed(1)
     records = [{"input_ids": row, "labels": row} for row in tokens(4, 6).tolist()]
     return ReftTrainer(
-        get_reft_model(llama(), ReftConfig(rank=2, positions="f2+l2")),
+        get_reft_model(make(), ReftConfig(rank=2, positions="f2+l2")),
         TrainingArguments(
             output_dir=str(folder), max_steps=steps, save_steps=2, save_strategy="steps",
             per_device_train_batch_size=2, report_to="none", disable_tqdm=True, use_cpu=True,
@@ -153,3 +154,31 @@ def test_restore_alone(run, marker, tmp_path):
     assert not marker.exists()
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     assert state["global_step"] == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "nan", "missing"])
+def test_a_damaged_file_of_peft_changes_nothing(damage, tmp_path):
+    """Neither of its adapter nor of ours, which is read before it."""
+    peft = pytest.importorskip("peft")
+
+    def with_lora() -> nn.Module:
+        return peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+    trainer_of(tmp_path, 2, with_lora).train()
+    checkpoint = tmp_path / "checkpoint-2"
+    file = checkpoint / "lora" / "adapter_model.safetensors"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-3])
+    elif damage == "nan":
+        found = load_file(file)
+        found[next(iter(found))][0, 0] = NAN
+        save_file(found, file)
+    else:
+        file.unlink()
+    again = trainer_of(tmp_path, 4, with_lora)
+    before = state_of(again.model)["values"]
+    with pytest.raises((ValueError, FileNotFoundError), match="lora"):
+        again.train(resume_from_checkpoint=str(checkpoint))
+    after = state_of(again.model)["values"]
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())

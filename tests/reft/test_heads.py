@@ -166,3 +166,41 @@ def test_a_causal_head_can_be_trained():
     model(input_ids=IDS, labels=labels).loss.backward()
     assert model.base_model.lm_head.weight.grad.abs().max() > 0
     assert model.base_model.model.norm.weight.grad is None
+
+
+def test_a_part_of_an_edited_block_may_be_trained_in_full():
+    """What is edited is the block's output, whatever computes it."""
+    model = get_reft_model(llama(), ReftConfig(rank=2, modules_to_save=["layers.1.mlp"])).train()
+    ids = tokens(1, 6)
+    model(ids, labels=ids, prompt_lengths=[4]).loss.backward()
+    model.eval()
+    with torch.no_grad():
+        edited = model(ids).logits
+        with model.disable_adapter():
+            assert not torch.equal(model(ids).logits, edited)
+    for name, one in model.named_parameters():
+        if one.requires_grad:
+            assert one.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"modules_to_save": ["model"]}, "model contains the block_output of block 0"),
+        (
+            {"layers": [1], "modules_to_save": ["model.layers.1"]},
+            "model.layers.1 contains the block_output of block 1",
+        ),
+        (
+            {"layers": [2], "component": "mlp_output", "modules_to_save": ["layers.2.mlp"]},
+            "layers.2.mlp contains the mlp_output of block 2",
+        ),
+    ],
+)
+def test_what_is_edited_cannot_be_trained_in_full(changes, said):
+    """The copy that is trained would not be edited."""
+    base = llama()
+    before = dict(base.named_modules())
+    with pytest.raises(ValueError, match=said):
+        get_reft_model(base, ReftConfig(rank=2, **changes))
+    assert dict(base.named_modules()) == before
