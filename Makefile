@@ -6,11 +6,16 @@ STAMPS := $(VENV)/.stamps
 # Exact versions of what has to be one version; constraints-floor.txt holds the oldest of everything.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-floor test-vllm fuzz suite lint bench clean
+.PHONY: demo test test-wheel test-floor test-vllm fuzz suite lint bench clean
 demo: $(STAMPS)/train
 	$(BIN)/reft demo
 
-test: lint suite
+test: lint suite test-wheel
+
+# The wheel, installed into an empty environment of PYTHON, and `reft demo` from it; a minute and a
+# half. torch has CPU builds of some versions of Python only, of the others this takes 5 GB.
+test-wheel:
+	scripts/test_wheel.sh $(PYTHON)
 
 # The suite on the oldest versions that pyproject.toml allows, in an environment of its own.
 test-floor:
