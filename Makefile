@@ -40,7 +40,8 @@ SECONDS ?= 60
 CORPUS  ?= build/fuzz
 TARGETS ?= config positions adapter pyreft adapters preset records result
 fuzz: $(STAMPS)/dev
-	set -e; for target in $(TARGETS); do mkdir -p $(CORPUS)/$$target; OMP_NUM_THREADS=1 \
+	set -e; for target in $(TARGETS); do mkdir -p $(CORPUS)/$$target $(CORPUS)/scratch; \
+	OMP_NUM_THREADS=1 TMPDIR=$(CORPUS)/scratch \
 	$(BIN)/python tests/hostile/fuzz.py $$target -max_total_time=$(SECONDS) -max_len=8192 -timeout=30 \
 	-artifact_prefix=$(CORPUS)/$$target- $(CORPUS)/$$target; done
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def test_seeds_are_read(target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_fuzz_for_a_moment(target, tmp_path):
+def test_fuzz_for_a_moment(target, tmp_path, tmp_path_factory):
     """The same inputs in every run of one version of atheris."""
     pytest.importorskip("atheris", reason="no wheel of atheris for this Python or platform")
     command = [sys.executable, str(Path(__file__).with_name("fuzz.py")), target]
@@ -62,6 +63,7 @@ def test_fuzz_for_a_moment(target, tmp_path):
     done = subprocess.run(
         [*command, *options, f"-artifact_prefix={tmp_path}/"],
         capture_output=True, text=True, errors="replace", cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(tmp_path_factory.mktemp("scratch"))},  # it never tidies up
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "INFO: Instrumenting reft" in done.stderr
