@@ -86,15 +86,23 @@ def plan(
     )
 
 
+def stored(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan as JSON has it, without the number of the form in which a configuration was written:
+    that changes nothing of what is computed."""
+    setup = {name: value for name, value in plan["setup"].items() if name != "format_version"}
+    found: dict[str, Any] = json.loads(json.dumps({**plan, "setup": setup}))
+    return found
+
+
 def run_once(wanted: Plan, folder: Path) -> dict[str, Any]:
     """The result of a plan: read, where it lies in the folder already, else made and written."""
     path = folder / wanted.file
-    stored = json.loads(json.dumps(asdict(wanted)))
+    own = stored(asdict(wanted))
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if found["plan"] == stored:
+        if stored(found["plan"]) == own:
             return found
-    result = {"format": FORMAT, "plan": stored, **_train(wanted)}
+    result = {"format": FORMAT, "plan": own, **_train(wanted)}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ from benchmarks.learning import report, tables
 from benchmarks.learning.command import FOLDER
 from benchmarks.learning.methods import METHODS, trained_parameters
 from benchmarks.learning.plot import plot
-from benchmarks.learning.run import best_rate, plan, run_once
+from benchmarks.learning.run import best_rate, plan, run_once, stored
 from benchmarks.learning.tasks import TASKS
 
 TASK_NAMES = list(TASKS)
@@ -144,7 +144,7 @@ def test_the_committed_runs_are_of_these_plans():
         found = result["plan"]
         names = ("method", "rate", "seed")
         wanted = plan(TASKS[found["task"]], *(found[name] for name in names), None, None)
-        assert json.loads(json.dumps(asdict(wanted))) == found, path.name
+        assert stored(asdict(wanted)) == stored(found), path.name
         assert path == FOLDER / wanted.file
         assert len(result["heldout"]) == len(wanted.points)
         commit = result["machine"]["commit"]
@@ -160,8 +160,9 @@ def test_the_plot_and_the_tables_of_a_few_runs(tmp_path):
             curve = [end * point / one.steps for point in one.points]
             curve[-1] += 0.01 * seed
             machine = dict.fromkeys(("device", "torch", "transformers", "peft", "commit"), "x")
-            result = {"plan": asdict(one), "development": curve, "heldout": curve, "before": 0.125}
+            result = {"format": 1, "plan": asdict(one), "development": curve, "heldout": curve}
             result |= {"counts": [7, 2, 3], "machine": machine, "trained": 25, "base": 1000}
+            result["before"] = 0.125
             path = tmp_path / one.file
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(result), encoding="utf-8")

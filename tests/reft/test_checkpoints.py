@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 from reft.train.checkpoints import (
     UNFINISHED,
@@ -115,3 +116,17 @@ def test_true_asks_for_a_whole_checkpoint(tmp_path, make_trainer):
     with pytest.raises(ValueError, match="no whole checkpoint to resume from in"):
         trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 0
+
+
+def test_a_run_that_is_over_takes_no_step(tmp_path, make_trainer):
+    """In the middle of a pass, where transformers' Trainer looks behind the next step only."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    trainer = make_trainer("run", **settings)
+    trainer.train()
+    end = {name: one.clone() for name, one in trainer.model.state_dict().items()}
+    trainer.model.unload()
+    again = make_trainer("run", **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+    found = again.model.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in end.items())
