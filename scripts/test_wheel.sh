@@ -37,3 +37,4 @@ END
 "$bin/reft" --version
 "$bin/reft" demo --output "$folder/demo"
 test -s "$folder/demo/adapter/adapter_model.safetensors"
+echo "test-wheel passed: $("$bin/python" --version), $(basename "$folder"/reft-*.whl)"

@@ -32,8 +32,9 @@ reveal_type(lowrank_edit)  # D
 reveal_type(RowPlan.from_rows([1, 2]))  # E
 reveal_type(model.configs)  # F
 reveal_type(reft.load_pyreft)  # G
-get_reft_model(base, 3)  # H
-model.save_pretrained("folder", training_sate=True)  # I
+reveal_type(ReftConfig().rank)  # H
+get_reft_model(base, 3)  # I
+model.save_pretrained("folder", training_sate=True)  # J
 """
 #: mark -> what is said of that line.
 SAYS = {
@@ -44,8 +45,9 @@ SAYS = {
     "E": r'Revealed type is "reft_kernels\.rows\.RowPlan"',
     "F": r"dict\[(builtins\.)?str, reft\.config\.ReftConfig\]",
     "G": r"positions: (builtins\.)?str, .*-> reft\.model\.reft_model\.ReftModel",
-    "H": r'error: Argument 2 to "get_reft_model" has incompatible type "int".*\[arg-type\]',
-    "I": r'error: Unexpected keyword argument "training_sate".*\[call-arg\]',
+    "H": r'Revealed type is "(builtins\.)?int"',
+    "I": r'error: Argument 2 to "get_reft_model" has incompatible type "int".*\[arg-type\]',
+    "J": r'error: Unexpected keyword argument "training_sate".*\[call-arg\]',
 }
 
 

@@ -64,6 +64,17 @@ def test_the_two_packages_whole_and_nothing_else(wheel, sources) -> None:
     assert wanted >= DATA
 
 
+def test_what_git_tracks_is_what_is_packed(wheel) -> None:
+    """A file that was never added works here, and is missing from every other checkout's wheel."""
+    command = ["git", "ls-files", "-z", "--", "reft", "reft_kernels"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as reason:
+        pytest.skip(f"these sources are no git checkout: {reason}")
+    tracked = set(done.stdout.split("\0")) - {""}
+    assert {name for name in _names(wheel) if not name.startswith(INFO)} == tracked
+
+
 def test_files_are_those_of_the_checkout(wheel) -> None:
     with zipfile.ZipFile(wheel) as file:
         for name in sorted(DATA):
