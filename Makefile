@@ -15,7 +15,7 @@ test: lint suite test-wheel
 # The wheel, installed into an empty environment of PYTHON, and `reft demo` from it; a minute and a
 # half. torch has CPU builds of some versions of Python only, of the others this takes 5 GB.
 test-wheel:
-	scripts/test_wheel.sh $(PYTHON)
+	OMP_NUM_THREADS=1 scripts/test_wheel.sh $(PYTHON)
 
 # The suite on the oldest versions that pyproject.toml allows, in an environment of its own.
 test-floor:
