@@ -88,11 +88,6 @@ def set_lora(model: ReftModel, found: Mapping[str, Mapping[str, Tensor]]) -> Non
         set_peft_model_state_dict(base, tensors, adapter_name=name)
 
 
-def load_lora(model: ReftModel, checkpoint: str | os.PathLike[str]) -> None:
-    """:func:`read_lora`, then :func:`set_lora`; if the first raises, nothing was changed."""
-    set_lora(model, read_lora(model, checkpoint))
-
-
 def _adapters(model: ReftModel) -> dict[str, Any]:
     """name -> PEFT's configuration, of each adapter in the base."""
     base = model.base_model

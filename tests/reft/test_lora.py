@@ -293,23 +293,23 @@ def test_the_best_of_both_comes_back_at_the_end(make_trainer, word_llama, color_
 
 
 def test_lora_of_another_shape_is_refused(make_trainer, word_llama, tmp_path):
-    from reft.train.lora import load_lora, save_lora
+    from reft.train.lora import read_lora, save_lora, set_lora
 
     model = get_reft_model(with_lora("task"), config())
     save_lora(model, tmp_path)
     other = get_reft_model(with_lora("task", r=3), config())
     before = {name: one.detach().clone() for name, one in trained(other).items()}
     with pytest.raises(ValueError, match=r"must hold the tensors of PEFT's adapter 'default'"):
-        load_lora(other, tmp_path)
+        set_lora(other, read_lora(other, tmp_path))
     assert all(torch.equal(one, before[name]) for name, one in trained(other).items())
     with pytest.raises(FileNotFoundError, match=r"PEFT's adapter 'default'"):
-        load_lora(other, tmp_path / "nowhere")
+        read_lora(other, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("order", ["task", "transformers"])
 def test_several_adapters_of_peft_are_all_stored(order, gathered, tmp_path):
-    from reft.train.lora import load_lora, save_lora
+    from reft.train.lora import read_lora, save_lora, set_lora
 
     def two(seed):
         base = with_lora(order, seed=seed)
@@ -329,7 +329,7 @@ def test_several_adapters_of_peft_are_all_stored(order, gathered, tmp_path):
         for one in model.parameters():
             one.data.zero_()
     save_lora(model, tmp_path, state if gathered else None)
-    load_lora(other, tmp_path)
+    set_lora(other, read_lora(other, tmp_path))
     assert len(stored) == 2 * 3 * 3
     for name, one in other.named_parameters():
         if "lora_" in name:
