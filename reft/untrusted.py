@@ -53,10 +53,13 @@ def parse_json(text: str) -> Any:
 
 def is_text(value: object) -> TypeGuard[str]:
     """Whether a value is text that can be written as UTF-8: JSON may hold half a character."""
+    if not isinstance(value, str):
+        return False
     try:
-        return isinstance(value, str) and bool(value.encode()) is bool(value)
+        value.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def shown(value: object) -> str:

@@ -16,10 +16,8 @@ from reft.interop.from_pyreft import find_pyreft, read_pyreft
 from reft.interop.to_pyreft import write_pyreft
 from reft.interop.units import Converted
 from reft.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
+from reft.nn.published import HEADS, TRAINING
 from reft.untrusted import parse_json, read_text
-
-_HEADS = "heads."
-_TRAINING = ("rotation.free", "rotation.base")
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
@@ -63,9 +61,9 @@ def read_reft(path: str | os.PathLike[str]) -> Converted:
     config, tensors = read_adapter(path)
     heads, edit = {}, {}
     for name, value in tensors.items():
-        if name.startswith(_HEADS):
-            heads[name.removeprefix(_HEADS)] = value
-        elif name not in _TRAINING:
+        if name.startswith(HEADS):
+            heads[name.removeprefix(HEADS)] = value
+        elif name not in TRAINING:
             edit[name] = value
     try:
         return Converted(config, edit, heads)
@@ -75,7 +73,7 @@ def read_reft(path: str | os.PathLike[str]) -> Converted:
 
 def write_reft(path: str | os.PathLike[str], converted: Converted) -> None:
     """Write an adapter of this library without a model."""
-    heads = {_HEADS + name: value for name, value in converted.heads.items()}
+    heads = {HEADS + name: value for name, value in converted.heads.items()}
     write_adapter(path, converted.config, {**converted.tensors, **heads})
 
 

@@ -15,14 +15,13 @@ from reft.model.card import write_card
 from reft.model.checkpoint import read_adapter, write_adapter
 from reft.model.heads import check_heads, head_state, load_heads
 from reft.model.hub import local_folder
-from reft.nn.published import FLOATS, bank_shape, check_stored
+from reft.nn.published import FLOATS, HEADS, bank_shape, check_layout
 from reft.nn.shards import whole
 
 if TYPE_CHECKING:
     from reft.model.reft_model import ReftModel
 
 _Path = str | os.PathLike[str]
-_HEADS = "heads."
 
 
 def save(
@@ -48,7 +47,7 @@ def save(
         }
     tensors = bank.training_state(own) if training_state else bank.published_state(own)
     tensors |= {
-        _HEADS + key: whole(value) for key, value in (stored_heads or head_state(heads)).items()
+        HEADS + key: whole(value) for key, value in (stored_heads or head_state(heads)).items()
     }
     write_adapter(path, bank.config, tensors)
     if not training_state:
@@ -111,7 +110,7 @@ def put(
     try:
         # Before room is made for what the configuration says.
         layers = config.resolve_layers(len(attached.sites.blocks))
-        check_stored(config, bank_shape(config, len(layers), attached.sites.dim), tensors)
+        check_layout(config, bank_shape(config, len(layers), attached.sites.dim), tensors)
         # Whatever the configuration starts from, it is overwritten.
         bank, heads = build(attached, base, name, replace(config, init="pyreft"))
         bank.config = replace(bank.config, init=config.init)
@@ -165,9 +164,9 @@ def _part(state: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
 def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The edit's tensors, and those of heads without their prefix."""
     heads = {
-        key.removeprefix(_HEADS): value for key, value in tensors.items() if key.startswith(_HEADS)
+        key.removeprefix(HEADS): value for key, value in tensors.items() if key.startswith(HEADS)
     }
-    return {key: value for key, value in tensors.items() if not key.startswith(_HEADS)}, heads
+    return {key: value for key, value in tensors.items() if not key.startswith(HEADS)}, heads
 
 
 def _why(tensors: Mapping[str, Tensor]) -> str:

@@ -16,8 +16,11 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: (layers, groups, rank, width)
 Shape = tuple[int, int, int, int]
 
+#: Prefix of the tensors of heads, modules that are trained in full.
+HEADS = "heads."
+
 #: What a training run needs beside what is published, of an R that is kept orthonormal.
-_TRAINING = ("rotation.base", "rotation.free")
+TRAINING = ("rotation.base", "rotation.free")
 
 
 def bank_shape(config: ReftConfig, layers: int, dim: int) -> Shape:
@@ -49,7 +52,7 @@ def check_shapes(config: ReftConfig, shape: Shape, tensors: Mapping[str, Tensor]
     for name, value in tensors.items():
         if name == "weight" and not config.spec.has_encode:
             raise ValueError(f"weight must be None, {config.spec.name} has no W")
-        if name in _TRAINING:
+        if name in TRAINING:
             wanted: tuple[int, ...] = (layers, groups, dim, rank)
         else:
             wanted = shape[:3] if name == "bias" else shape
@@ -60,10 +63,10 @@ def check_shapes(config: ReftConfig, shape: Shape, tensors: Mapping[str, Tensor]
             )
 
 
-def check_stored(
+def check_layout(
     config: ReftConfig, shape: Shape, tensors: Mapping[str, Tensor], *, training_state: bool = False
 ) -> None:
-    """Refuse tensors that are not those of an adapter.
+    """Refuse names and shapes that are not those of an adapter; no number is looked at.
 
     Args:
         config: of the adapter.
@@ -72,10 +75,9 @@ def check_stored(
         training_state: whether what a training run needs must be there too; it may be.
 
     Raises:
-        ValueError: a missing or unknown name, a wrong shape, numbers that are no floating-point
-            numbers, or that are not finite in the adapter's dtype.
+        ValueError: a missing or unknown name, a wrong shape.
     """
-    extra = set(_TRAINING) if config.spec.orthonormal else set()
+    extra = set(TRAINING) if config.spec.orthonormal else set()
     needed = {"rotation", "bias"} | ({"weight"} if config.spec.has_encode else set())
     known = needed | extra
     missing = sorted((known if training_state else needed) - tensors.keys())
@@ -86,6 +88,18 @@ def check_stored(
             f"missing: {', '.join(missing) or 'none'}, unknown: {_listed(unknown)}"
         )
     check_shapes(config, shape, tensors)
+
+
+def check_stored(
+    config: ReftConfig, shape: Shape, tensors: Mapping[str, Tensor], *, training_state: bool = False
+) -> None:
+    """Refuse tensors that are not those of an adapter.
+
+    Raises:
+        ValueError: as :func:`check_layout`, or numbers that are no floating-point numbers, or that
+            are not finite in the adapter's dtype.
+    """
+    check_layout(config, shape, tensors, training_state=training_state)
     for name, value in sorted(tensors.items()):
         # R and its base are kept in float32 or wider where they are orthonormal.
         kept = name in ("weight", "bias") or not config.spec.orthonormal

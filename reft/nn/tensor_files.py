@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -37,15 +38,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{file} is not a safetensors file: {error}") from None
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # what a damaged pickle raises, nobody has listed
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{file} must hold tensors and nothing else; it is damaged or holds code, "
-            f"which is not run ({first})"
-        ) from None
+        found = load_plain(file)
+    except ValueError as error:
+        raise ValueError(f"{file} must hold tensors and nothing else; it {error}") from None
     named = isinstance(found, dict) and all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
     )
@@ -60,6 +55,22 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             raise ValueError(f"{file}: {name} must be a plain tensor that the file holds whole")
     # A saved nn.Parameter comes back as one.
     return {name: value.detach() for name, value in found.items()}
+
+
+def load_plain(file: Path) -> Any:
+    """What a file of ``torch.save`` holds, on the CPU; no code in it is run.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged or holds code; words to come behind what was read.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # what a damaged pickle raises, nobody has listed
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"is damaged or holds code, which is not run ({shown(first)})") from None
 
 
 def check_header(file: Path) -> None:

@@ -14,13 +14,10 @@ from reft.config import ReftConfig
 from reft.model.checkpoint import read_adapter
 from reft.nn.bank import Bank
 from reft.nn.effective import Effective
-from reft.nn.published import bank_shape, check_stored
+from reft.nn.published import HEADS, bank_shape, check_stored
 
 #: Fields of a configuration that change nothing about what is computed once an adapter is trained.
 _IDLE = frozenset({"base_model_name_or_path", "init", "dropout", "dropout_on", "block_path"})
-
-#: Prefix of the tensors of heads.
-HEADS = "heads."
 
 
 @dataclass(frozen=True, eq=False)

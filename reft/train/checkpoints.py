@@ -11,7 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from reft.atomic import flush_folder
+from reft.atomic import flush_folder, write_whole
 from reft.nn.published import FLOATS
-from reft.untrusted import parse_json, read_text, require_plain, shown
+from reft.nn.tensor_files import load_plain
+from reft.untrusted import parse_json, read_text, require_plain
 
 #: Where a checkpoint is written, beside the others.
 UNFINISHED = ".unfinished"
@@ -82,13 +83,9 @@ def read_state(file: Path) -> Any:
     require_plain(file)
     try:
         with safe_globals():  # numpy's, of the state of its random numbers
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # what a damaged pickle raises, nobody has listed
-        raise ValueError(
-            f"{file} is damaged or holds code, which is not run ({shown(str(error))})"
-        ) from None
+            return load_plain(file)
+    except ValueError as error:
+        raise ValueError(f"{file} {error}") from None
 
 
 def _check_finite(file: Path, value: Any, name: str = "") -> None:
@@ -219,14 +216,15 @@ def written_whole(
 
 
 def _fault_of_the_disk(folder: Path) -> OSError | None:
-    """What torch and safetensors do not say: why a file could not be written."""
+    """What torch and safetensors do not say: why a file could not be written; None if it was not
+    the disk, or there is no such folder, as on another machine than the one that writes."""
+    if not folder.is_dir():
+        return None
     try:
-        with (folder / "probe").open("wb") as file:
-            file.write(bytes(_ROOM))
-            file.flush()
-            os.fsync(file.fileno())
+        write_whole(folder / "probe", bytes(_ROOM))
     except OSError as fault:
         return fault
+    (folder / "probe").unlink()
     return None
 
 
@@ -243,7 +241,8 @@ def _put_back(run: Path) -> None:
     """Undo the first of the two renames that replace a checkpoint, if a kill came between."""
     for old in (run / UNFINISHED).glob(f"{_REPLACED}*"):
         if not (run / old.name.removeprefix(_REPLACED)).exists():
-            os.rename(old, run / old.name.removeprefix(_REPLACED))  # noqa: PTH104
+            with suppress(FileNotFoundError):  # another rank was faster
+                os.rename(old, run / old.name.removeprefix(_REPLACED))  # noqa: PTH104
 
 
 def _flush(folder: Path) -> None:
