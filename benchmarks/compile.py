@@ -1,7 +1,8 @@
 """``python -m benchmarks compile``: registers, shared memory and spills of every kernel build.
 
 No GPU is needed. Registers that do not fit are spilled to memory, so a spill anywhere in the matrix
-is an error: exit status 1, and a line naming the builds.
+is an error, and so is a wgmma with an operand in registers (``reft_kernels/_triton/configs.py`` says
+why): exit status 1, and a line naming the builds.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from benchmarks.run import stop
 from reft_kernels import offline
 
 DIMS = (768, 2048, 4096, 8192)
-RANKS = (1, 4, 8, 16, 32, 64)
+RANKS = (1, 4, 8, 16, 32, 64, 128, 200, 256)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BUILD = ("target", "kernel", "variant", "D", "r", "dtype", "rows")
-_RESOURCES = ("registers", "shared", "stack", "spills", "scalar_spills")
+_RESOURCES = ("registers", "shared", "stack", "spills", "scalar_spills", "register_wgmma")
 
 
 def _joined(values: Sequence[Any] | dict[str, Any]) -> str:
@@ -71,7 +72,7 @@ def compile_kernels(
     bad = []
     found = _compiled(todo, min(jobs, len(todo)))
     for row in track(found, "compiling", total=len(todo), console=progress, transient=True):
-        if row["error"] or row["spills"]:
+        if row["error"] or row["spills"] or row["register_wgmma"]:
             bad.append(row)
         if as_json:
             typer.echo(json.dumps(row))
@@ -163,4 +164,8 @@ def _compile(job: _Job) -> dict[str, Any]:
 
 def _complaint(row: dict[str, Any]) -> str:
     name = "{target} {kernel} {variant} D={D} r={r} {dtype} n={rows}".format(**row)
-    return f"{name}: {row['error'] or '{spills} bytes spilled'.format(**row)}"
+    if row["error"]:
+        return f"{name}: {row['error']}"
+    if row["spills"]:
+        return f"{name}: {row['spills']} bytes spilled"
+    return f"{name}: {row['register_wgmma']} wgmma with an operand in registers"

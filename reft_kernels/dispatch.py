@@ -19,6 +19,8 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 
 #: Largest rank the kernels hold on chip.
 MAX_TRITON_RANK = 256
+#: Most groups of a plan: the second dimension of a CUDA grid.
+MAX_TRITON_GROUPS = 65535
 
 
 class Choice(NamedTuple):
@@ -28,7 +30,9 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(backend: str, hidden: Tensor, decode: Tensor, activation: str | None) -> Choice:
+def choose(
+    backend: str, hidden: Tensor, decode: Tensor, activation: str | None, num_groups: int
+) -> Choice:
     """The backend an edit of ``hidden`` runs on.
 
     Raises:
@@ -38,7 +42,7 @@ def choose(backend: str, hidden: Tensor, decode: Tensor, activation: str | None)
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend in ("torch", "reference"):
         return Choice(backend, "named by the caller")
-    obstacle = triton_obstacle(hidden, decode, activation)
+    obstacle = triton_obstacle(hidden, decode, activation, num_groups)
     if backend == "triton":
         if obstacle is not None:
             raise ValueError(f"backend 'triton' cannot do this edit: {obstacle}")
@@ -50,13 +54,17 @@ def choose(backend: str, hidden: Tensor, decode: Tensor, activation: str | None)
     return Choice("triton", f"hidden is on {hidden.device}")
 
 
-def triton_obstacle(hidden: Tensor, decode: Tensor, activation: str | None) -> str | None:
+def triton_obstacle(
+    hidden: Tensor, decode: Tensor, activation: str | None, num_groups: int
+) -> str | None:
     """Why the Triton kernels cannot do this edit, or None."""
     if activation is not None and activation not in TRITON_ACTIVATIONS:
         known = ", ".join(sorted(TRITON_ACTIVATIONS))
         return f"activation {activation!r} has no Triton branch (there are {known})"
     if decode.shape[-2] > MAX_TRITON_RANK:
         return f"rank {decode.shape[-2]} is above {MAX_TRITON_RANK}"
+    if num_groups > MAX_TRITON_GROUPS:
+        return f"the plan has {num_groups} groups, more than {MAX_TRITON_GROUPS}"
     if hidden.is_cuda and torch.float64 in (hidden.dtype, decode.dtype):
         return "float64 is computed by PyTorch on a GPU"
     return _triton.missing(hidden.device.type)

@@ -123,7 +123,7 @@ def explain(
         TypeError, ValueError: as :func:`lowrank_edit` would.
     """
     _check(hidden, plan, encode, bias, decode, subtract, activation)
-    return choose(backend, hidden, decode, activation)
+    return choose(backend, hidden, decode, activation, plan.num_groups)
 
 
 def _run(
@@ -141,7 +141,7 @@ def _run(
     _check(hidden, plan, encode, bias, decode, subtract, activation)
     if inplace:
         _check_inplace(hidden)
-    choice = choose(backend, hidden, decode, activation).backend
+    choice = choose(backend, hidden, decode, activation, plan.num_groups).backend
     if choice == "reference":
         edited = reference.lowrank_edit(
             hidden, plan, encode, bias, decode, subtract=subtract, activation=activation

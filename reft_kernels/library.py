@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reft_kernels import torch_path
-from reft_kernels.rows import RowPlan
+from reft_kernels.rows import LaunchRows, RowPlan
 
 
 def implementation(backend: str) -> Any:
@@ -31,7 +31,9 @@ def implementation(backend: str) -> Any:
 def _forward_op(
     hidden: Tensor,
     rows: Tensor,
-    offsets: list[int],
+    offsets: Tensor | None,
+    num_groups: int,
+    largest_group: int,
     slots: Tensor | None,
     scales: Tensor | None,
     encode: Tensor | None,
@@ -46,7 +48,7 @@ def _forward_op(
 
     saved = launch.edit_forward(
         hidden,
-        RowPlan(rows, tuple(offsets), slots=slots, scales=scales),
+        LaunchRows(rows, offsets, num_groups, largest_group, slots, scales),
         encode,
         bias,
         decode,
@@ -63,7 +65,9 @@ def _forward_op(
 def _(
     hidden: Tensor,
     rows: Tensor,
-    offsets: list[int],
+    offsets: Tensor | None,
+    num_groups: int,
+    largest_group: int,
     slots: Tensor | None,
     scales: Tensor | None,
     encode: Tensor | None,
@@ -87,7 +91,9 @@ def _(
 def _backward_op(
     grad_out: Tensor,
     rows: Tensor,
-    offsets: list[int],
+    offsets: Tensor | None,
+    num_groups: int,
+    largest_group: int,
     encode: Tensor | None,
     decode: Tensor,
     x: Tensor | None,
@@ -101,7 +107,7 @@ def _backward_op(
 
     grads = launch.edit_backward(
         grad_out,
-        RowPlan(rows, tuple(offsets)),
+        LaunchRows(rows, offsets, num_groups, largest_group),
         encode,
         decode,
         x,
@@ -120,7 +126,9 @@ def _backward_op(
 def _(
     grad_out: Tensor,
     rows: Tensor,
-    offsets: list[int],
+    offsets: Tensor | None,
+    num_groups: int,
+    largest_group: int,
     encode: Tensor | None,
     decode: Tensor,
     x: Tensor | None,
@@ -153,7 +161,9 @@ def _forward(
     saved = torch.ops.reft_kernels.edit_forward(
         hidden,
         plan.rows,
-        list(plan.offsets),
+        plan.device_offsets,
+        plan.num_groups,
+        plan.largest_group,
         plan.slots,
         plan.scales,
         encode,
@@ -186,7 +196,9 @@ def _backward(
     grads = torch.ops.reft_kernels.edit_backward(
         grad_out,
         plan.rows,
-        list(plan.offsets),
+        plan.device_offsets,
+        plan.num_groups,
+        plan.largest_group,
         encode,
         decode,
         x,

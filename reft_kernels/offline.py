@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "cuda:100": ("cuda", 100, 32),
     "hip:gfx942": ("hip", "gfx942", 64),
 }
+#: Arguments of the kernels that are numbers at run time, beside strides of rows.
+_INTEGERS = ("loop_end", "rank_end", "split_stride", "group_size")
 KERNELS = ("edit_rows", "edit_codes_grad", "edit_columns_grad")
 VARIANTS = ("linear", "gelu")
 
@@ -64,6 +66,8 @@ class Resources:
         spills: bytes of registers a thread writes there for want of registers.
         scalar_spills: bytes of AMD's scalar registers a wavefront parks in lanes of vector
             registers, which touches no memory; 0 on NVIDIA.
+        register_wgmma: instructions of Hopper's wgmma whose left operand lies in registers, which
+            triton before 3.7 and ptxas before CUDA 13.3 may overwrite too early.
     """
 
     registers: int
@@ -71,6 +75,7 @@ class Resources:
     stack: int
     spills: int
     scalar_spills: int = 0
+    register_wgmma: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -122,12 +127,13 @@ def compile_build(build: Build, target: str) -> Resources:
     aligned = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in signature.items()
-        if kind != "constexpr"
+        if kind != "constexpr" and name not in ("group_size", "rank_end")  # of any size
     }
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     if backend == "cuda":
-        return _nvidia_resources(compiled.asm["cubin"], compiled.metadata.shared)
+        found = _nvidia_resources(compiled.asm["cubin"], compiled.metadata.shared)
+        return replace(found, register_wgmma=register_wgmma(compiled.asm["ptx"]))
     return _amd_resources(compiled.asm["amdgcn"], compiled.metadata.shared)
 
 
@@ -179,7 +185,7 @@ def _source(
             integers = name in ("rows_ptr", "offsets_ptr", "slots_ptr")
             pointer = _POINTERS[build.dtype] if name in hidden_like else "*fp32"
             signature[name] = "*i64" if integers else pointer
-        elif name.endswith("stride_row") or name in ("loop_end", "split_stride"):
+        elif name.endswith("stride_row") or name in _INTEGERS:
             signature[name] = "i32"
         else:
             signature[name] = "constexpr"
@@ -205,6 +211,12 @@ def stored_bytes(sass: str) -> int:
     here declare no local arrays, so these are spilled registers."""
     widths = re.findall(r"\bSTL(?:\.(?!\d|U\d|S\d)\w+)*(?:\.[US]?(\d+))?", sass)
     return sum(int(width or 32) // 8 for width in widths)
+
+
+def register_wgmma(ptx: str) -> int:
+    """How many wgmma instructions take their left operand from registers: a second list in braces,
+    where one in shared memory is a single descriptor."""
+    return len(re.findall(r"wgmma\.mma_async[^;]*?\},\s*\{[^;]*;", ptx))
 
 
 def _nvidia_tool(name: str, *arguments: str) -> str:

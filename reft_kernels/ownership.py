@@ -13,6 +13,10 @@ it adds gradients up, and adds in place into one that it alone refers to
 How many there are of each when nobody else is there depends on torch and Python, so it is not
 written down but seen, in a backward pass of the same form whose gradient is certainly nobody's.
 What differs from that, whatever the reason, is copied.
+
+It also depends on how Python calls functions. While a hook evaluates frames, as torch.compile's
+does in the code it runs and for good after a compilation that failed, each call keeps one more
+reference to its arguments. So what was seen is kept by what a call adds.
 """
 
 from __future__ import annotations
@@ -25,24 +29,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _Facts = tuple[Any, ...]
-#: What :func:`_facts` says of a gradient that nobody else holds; empty until seen, None inside if
-#: this torch does not tell.
-_alone: list[_Facts | None] = []
+#: :func:`_held_by_a_call` -> what :func:`_facts` says of a gradient that nobody else holds, or None
+#: if this torch does not tell.
+_alone: dict[int, _Facts | None] = {}
 
 
 def exclusive(grad: Tensor) -> bool:
     """Whether ``grad``, an argument of a backward that calls this at once, may be overwritten."""
-    if torch.compiler.is_compiling() or not _alone or _alone[0] is None:
+    if torch.compiler.is_compiling():
         return False
-    return _facts(grad) == _alone[0]
+    alone = _alone.get(_held_by_a_call())
+    return alone is not None and _facts(grad) == alone
 
 
 def calibrate() -> None:
-    """See once what a gradient that nobody else holds looks like; a few microseconds after that.
+    """See what a gradient that nobody else holds looks like, once for each way of calling.
 
     Called in forward: a backward pass inside another would be a stranger one.
     """
-    if _alone or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (state := _held_by_a_call()) in _alone:
         return
     with torch.enable_grad():
         source = torch.ones(2, 2, device="cpu", requires_grad=True)
@@ -52,7 +57,16 @@ def calibrate() -> None:
         # Two uses, so that the engine adds up two gradients into one of its own.
         middle = _Probe.apply(source * 1.0, seen)  # type: ignore[no-untyped-call]
         torch.autograd.backward((middle * 2.0 + middle * 3.0).sum())
-    _alone[:] = seen[:1] or [None]
+    _alone[state] = seen[0] if seen else None
+
+
+def _held_by_a_call() -> int:
+    """References to an argument of a Python function: more while a hook evaluates frames."""
+    return _references(object())
+
+
+def _references(argument: object) -> int:
+    return sys.getrefcount(argument)
 
 
 class _Probe(torch.autograd.Function):

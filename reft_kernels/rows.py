@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,10 +94,17 @@ class RowPlan:
     complete: bool = field(default=False, kw_only=True)
     slots: Tensor | None = field(default=None, kw_only=True)
     scales: Tensor | None = field(default=None, kw_only=True)
-    # Made when first asked for, then shared by every layer. Lists, since Dynamo cannot trace
-    # functools.cached_property.
-    _device_offsets: list[Tensor] = field(default_factory=list, init=False, repr=False)
+    #: Rows of the largest group: what a launch grid has to cover.
+    largest_group: int = field(init=False, repr=False)
+    # Shared by every layer. Lists, since Dynamo cannot trace functools.cached_property.
+    _device_offsets: list[Tensor | None] = field(default_factory=list, init=False, repr=False)
     _places: list[Place] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        sizes = [b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False)]
+        object.__setattr__(self, "largest_group", max(sizes))
+        if self.slots is None:  # `using` hands on those of its plan
+            _ = self.device_offsets  # now, and not first inside a captured or compiled call
 
     @property
     def num_rows(self) -> int:
@@ -113,20 +121,13 @@ class RowPlan:
         return self.rows.device
 
     @property
-    def largest_group(self) -> int:
-        """Rows of the largest group: what a launch grid has to cover."""
-        return max(b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False))
-
-    @property
-    def device_offsets(self) -> Tensor:
-        """``offsets`` as int64 (g + 1,) beside ``rows``. Equal groups are counted out there:
-        only ragged groups cost a copy, once per plan."""
+    def device_offsets(self) -> Tensor | None:
+        """``offsets`` as int64 (g + 1,) beside ``rows``, or None where all groups have
+        ``largest_group`` rows, which a kernel counts out itself."""
         if not self._device_offsets:
             size = self.largest_group
-            if size and all(offset == k * size for k, offset in enumerate(self.offsets)):
-                made = torch.arange(0, self.num_rows + 1, size, device=self.device)
-            else:
-                made = torch.tensor(self.offsets, dtype=torch.int64, device=self.device)
+            equal = all(offset == k * size for k, offset in enumerate(self.offsets))
+            made = None if equal else _tensor_of(self.offsets, self.device)
             self._device_offsets[:] = [made]  # at once: threads may share a plan
         return self._device_offsets[0]
 
@@ -283,6 +284,35 @@ class RowPlan:
                     f"(batch, 1) by sequence; got shape {tuple(groups.shape)}"
                 ) from None
         return cls.from_rows(rows, groups, num_groups)
+
+
+class LaunchRows(NamedTuple):
+    """What the kernels read of a :class:`RowPlan`, under the same names: all that a traced graph
+    hands to the operators of ``library``."""
+
+    rows: Tensor
+    device_offsets: Tensor | None
+    num_groups: int
+    largest_group: int
+    slots: Tensor | None = None
+    scales: Tensor | None = None
+
+
+def _tensor_of(offsets: tuple[int, ...], device: torch.device) -> Tensor:
+    """Host integers as an int64 tensor on ``device``, without waiting for it.
+
+    While a graph is traced or captured the numbers become part of it: a copy from the host would be
+    repeated in every call of a compiled function, and is forbidden in a capture.
+    """
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        if not torch.cuda.is_current_stream_capturing():
+            pinned = torch.tensor(offsets, dtype=torch.int64, pin_memory=True)
+            return pinned.to(device, non_blocking=True)
+    elif not torch.compiler.is_compiling():
+        return torch.tensor(offsets, dtype=torch.int64, device=device)
+    return torch.stack(
+        [torch.full((), offset, dtype=torch.int64, device=device) for offset in offsets]
+    )
 
 
 def _int_vector(name: str, values: IntArray) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 
 from reft_kernels._triton import configs
 from reft_kernels._triton.configs import KernelConfig as KernelConfig
+from reft_kernels._triton.configs import device_name as device_name
 from reft_kernels._triton.configs import target_of as target_of
 
 KERNELS = ("rows", "columns")
@@ -26,7 +27,14 @@ _SHARED = 96 * 1024
 
 
 def candidates(
-    kernel: str, *, dim: int, rank: int, num_rows: int, dtype: torch.dtype, target: str
+    kernel: str,
+    *,
+    dim: int,
+    rank: int,
+    num_rows: int,
+    dtype: torch.dtype,
+    target: str,
+    device: str = "",
 ) -> list[KernelConfig]:
     """Settings worth trying for a shape, those of the table first; arguments as of ``choose``.
 
@@ -34,20 +42,20 @@ def candidates(
     8 and tiles for the matrix units. Whether they compile is for the device to say.
     """
     table = configs.choose(
-        kernel, dim=dim, rank=rank, num_rows=num_rows, dtype=dtype, target=target
+        kernel, dim=dim, rank=rank, num_rows=num_rows, dtype=dtype, target=target, device=device
     )
     widest = max(16, 1 << (dim - 1).bit_length())
     found = [table, *(replace(table, splits=splits) for splits in _other_splits(kernel, table))]
     found += [replace(table, stages=stages) for stages in (1, 2, 4)]
-    for tile in itertools.chain(_fma_tiles(rank), _dot_tiles(rank, dtype)):
+    for tile in itertools.chain(_fma_tiles(kernel, rank), _dot_tiles(kernel, rank, dtype)):
         if tile["chunk"] <= widest:
             found.append(replace(table, **tile))
     return list(dict.fromkeys(found))
 
 
-def _fma_tiles(rank: int) -> Iterator[dict[str, Any]]:
+def _fma_tiles(kernel: str, rank: int) -> Iterator[dict[str, Any]]:
     """A thread owns one or two columns of the chunk, and at most 64 partial sums."""
-    padded = _padded(rank)
+    padded = _padded(kernel, rank)
     if padded > 8:
         return
     for rows, warps, wide in itertools.product((1, 2, 4, 8, 16), (4, 8), (1, 2)):
@@ -58,11 +66,12 @@ def _fma_tiles(rank: int) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def _dot_tiles(rank: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    padded = max(16, _padded(rank))
+def _dot_tiles(kernel: str, rank: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """No tile of 64 rows: see ``configs``."""
+    padded = max(16, _padded(kernel, rank))
     if dtype is torch.float64:
         return
-    for rows, chunk, warps in itertools.product((16, 32, 64), (32, 64, 128), (4, 8)):
+    for rows, chunk, warps in itertools.product((16, 32), (32, 64, 128), (4, 8)):
         # A chunk of rows, and one of the parameter in float32, for each stage.
         stage = chunk * (rows * dtype.itemsize + padded * 4)
         yield {
@@ -109,17 +118,19 @@ def entry(
     num_rows: int,
     dtype: torch.dtype,
     target: str,
+    device: str,
     **measured: Any,
 ) -> dict[str, Any]:
-    """An entry of the table that makes ``config`` the choice for shapes like this one.
+    """An entry of the table that makes ``config`` the choice for shapes like this one on a device.
 
     Args:
-        measured: what a reader wants to know: device, commit, ratio.
+        device: its name, see ``device_name``.
+        measured: what a reader wants to know: case, commit, ratio.
     """
     plain = configs.default(kernel, dim, rank, num_rows, dtype, target)
     fields = asdict(plain)
     changed = {name: value for name, value in asdict(config).items() if value != fields[name]}
-    key = configs.key(kernel, rank, num_rows, dtype, target)
+    key = configs.key(kernel, rank, num_rows, dtype, device)
     return {"key": list(key), "settings": changed, **measured}
 
 
@@ -132,5 +143,7 @@ def updated_table(entries: Sequence[Mapping[str, Any]]) -> str:
     return f"[\n{lines}\n]\n" if kept else "[]\n"
 
 
-def _padded(rank: int) -> int:
-    return 1 << (rank - 1).bit_length()
+def _padded(kernel: str, rank: int) -> int:
+    """BLOCK_R of a kernel for a rank."""
+    padded: int = 1 << (rank - 1).bit_length()
+    return min(padded, configs.MOST_RANKS) if kernel == "columns" else padded

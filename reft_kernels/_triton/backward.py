@@ -9,23 +9,31 @@ Bytes: n·D·e read; flops 2·n·r·D.
 over its rows, so each v is read once, for dR and for dh, which replaces it where it stands, and
 nothing is added atomically: two runs agree bit for bit. Bytes: 2·n·D·e read, n·D·e written,
 2·r·D·4 written (times the number of splits of the row loop; their partial sums lie behind one
-another, and PyTorch adds them in one reduction, in a fixed order); flops 6·n·r·D. Together 4·n·D·e:
-v twice, h once, dh once.
+another, and PyTorch adds them in one reduction, in a fixed order); flops 6·n·r·D, three times that
+on the matrix units. Together 4·n·D·e: v twice, h once, dh once. Ranks above BLOCK_R (32) are taken
+in passes, and each pass reads v and h again.
 """
 
 import triton
 import triton.language as tl
 
-from reft_kernels._triton.primitives import activation_slope, decoded, load_matrix, project
+from reft_kernels._triton.primitives import (
+    activation_slope,
+    decoded,
+    group_bounds,
+    load_matrix,
+    project,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group_size"])
 def edit_codes_grad_kernel(
     grad_ptr,  # (N, D) upstream v
     grad_stride_row,
     grad_stride_dim,
     rows_ptr,  # (n,) int64, −1 for none
-    offsets_ptr,  # (g + 1,) int64
+    offsets_ptr,  # (g + 1,) int64, if HAS_OFFSETS
+    group_size,  # rows of every group, if not
     decode_ptr,  # (g, r, D)
     u_ptr,  # (n, r)
     du_ptr,  # (n, r) out
@@ -33,6 +41,7 @@ def edit_codes_grad_kernel(
     loop_end,  # D, see primitives
     DIM: tl.constexpr,
     RANK: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SAVE_DU: tl.constexpr,
     SAVE_DS: tl.constexpr,
@@ -45,11 +54,12 @@ def edit_codes_grad_kernel(
     ACC: tl.constexpr,
 ):
     group = tl.program_id(1).to(tl.int64)
-    end = tl.load(offsets_ptr + group + 1)
-    places = tl.load(offsets_ptr + group) + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = places < end
-    if tl.max(inside.to(tl.int32), axis=0) == 0:
+    first, end = group_bounds(offsets_ptr, group, group_size, HAS_OFFSETS)
+    first += tl.program_id(0) * BLOCK_N
+    if first >= end:
         return
+    places = first + tl.arange(0, BLOCK_N)
+    inside = places < end
     rows = tl.load(rows_ptr + places, mask=inside, other=-1)
     live = rows >= 0
     bases = tl.where(live, rows, 0) * grad_stride_row
@@ -86,23 +96,25 @@ def _outer_sum(
 
 
 @triton.jit
-def edit_columns_grad_kernel(
-    grad_ptr,  # (N, D) upstream v
+def _columns_pass(
+    grad_ptr,
     grad_stride_row,
     grad_stride_dim,
-    out_ptr,  # (N, D) contiguous, v itself or a copy of it, whose edited rows become dh
-    rows_ptr,  # (n,) int64, −1 for none
-    offsets_ptr,  # (g + 1,) int64
-    encode_ptr,  # (g, r, D)
-    decode_ptr,  # (g, r, D)
-    x_ptr,  # (n, D) rows before the edit
-    s_ptr,  # (n, r)
-    du_ptr,  # (n, r)
-    ds_ptr,  # (n, r)
-    d_encode_ptr,  # (g, r, D) out, of the first split
-    d_bias_ptr,  # (g, r) out
-    d_decode_ptr,  # (g, r, D) out
-    split_stride,  # elements from the sums of one split to those of the next
+    out_ptr,
+    rows_ptr,
+    encode_ptr,  # (r, D) of this group
+    decode_ptr,  # (r, D) of this group
+    x_ptr,
+    s_ptr,
+    du_ptr,
+    ds_ptr,
+    d_encode_ptr,  # (r, D) out, of this group and split
+    d_bias_ptr,  # (r,) out, of this group and split
+    d_decode_ptr,  # (r, D) out, of this group and split
+    first,  # first place of this split
+    end,  # one past the last place of the group
+    rank_start,  # first of the BLOCK_R ranks of this pass
+    rank_end,  # r as a number that the compiler does not know
     DIM: tl.constexpr,
     RANK: tl.constexpr,
     WRITE_ROWS: tl.constexpr,
@@ -118,19 +130,16 @@ def edit_columns_grad_kernel(
     STAGES: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    group = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2).to(tl.int64)
-    first = tl.load(offsets_ptr + group) + split * BLOCK_N
-    end = tl.load(offsets_ptr + group + 1)
+    """Gradients of BLOCK_R ranks in BLOCK_D columns, from all rows of a split; with WRITE_ROWS also
+    dh, from all ranks."""
     dims = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_dims = (dims < DIM)[None, :]
-    ranks = tl.arange(0, BLOCK_R)
+    ranks = rank_start + tl.arange(0, BLOCK_R)
     m_ranks = (ranks < RANK)[None, :]
-    matrix = group * RANK * DIM
-    if WRITE_ROWS:
-        b_a = load_matrix(encode_ptr + matrix, dims, DIM, RANK, BLOCK_R, ACC)
+    if WRITE_ROWS and RANK <= BLOCK_R:
+        b_a = load_matrix(encode_ptr, ranks, dims, DIM, RANK, ACC)
         if SUBTRACT:
-            b_r = load_matrix(decode_ptr + matrix, dims, DIM, RANK, BLOCK_R, ACC)
+            b_r = load_matrix(decode_ptr, ranks, dims, DIM, RANK, ACC)
 
     b_da = tl.zeros((BLOCK_R, BLOCK_D), ACC)
     b_dr = tl.zeros((BLOCK_R, BLOCK_D), ACC)
@@ -172,20 +181,95 @@ def edit_columns_grad_kernel(
             if SUBTRACT:
                 b_dr = _outer_sum(b_dr, -b_ds, b_x, DOT, PRECISION, ACC)
         if WRITE_ROWS:
-            b_dh = b_v.to(ACC) + decoded(b_du, b_a, BLOCK_R, DOT, PRECISION, ACC)
-            if SUBTRACT:
-                b_dh -= decoded(b_ds, b_r, BLOCK_R, DOT, PRECISION, ACC)
-            # No other program reads these columns of these rows.
+            b_dh = b_v.to(ACC)
+            if RANK <= BLOCK_R:
+                b_dh += decoded(b_du, b_a, BLOCK_R, DOT, PRECISION, ACC)
+                if SUBTRACT:
+                    b_dh -= decoded(b_ds, b_r, BLOCK_R, DOT, PRECISION, ACC)
+            else:
+                for part in tl.range(0, rank_end, BLOCK_R, num_stages=1):
+                    part_ranks = part + tl.arange(0, BLOCK_R)
+                    part_code = places[:, None] * RANK + part_ranks[None, :]
+                    m_part = inside[:, None] & (part_ranks < RANK)[None, :]
+                    b_code = tl.load(du_ptr + part_code, mask=m_part, other=0.0)
+                    b_m = load_matrix(encode_ptr, part_ranks, dims, DIM, RANK, ACC)
+                    b_dh += decoded(b_code, b_m, BLOCK_R, DOT, PRECISION, ACC)
+                    if SUBTRACT:
+                        b_code = tl.load(ds_ptr + part_code, mask=m_part, other=0.0)
+                        b_m = load_matrix(decode_ptr, part_ranks, dims, DIM, RANK, ACC)
+                        b_dh -= decoded(b_code, b_m, BLOCK_R, DOT, PRECISION, ACC)
+            # No other program reads these columns of these rows, and this one no v any more.
             tl.store(
                 out_ptr + safe_rows[:, None] * DIM + dims[None, :], b_dh.to(b_v.dtype), mask=m_row
             )
 
-    sums = split * split_stride
-    element = sums + matrix + ranks.to(tl.int64)[:, None] * DIM + dims[None, :]
+    element = ranks.to(tl.int64)[:, None] * DIM + dims[None, :]
     m_element = (ranks < RANK)[:, None] & m_dims
     if WANT_ENCODE:
         tl.store(d_encode_ptr + element, b_da, mask=m_element)
     if WANT_DECODE:
         tl.store(d_decode_ptr + element, b_dr, mask=m_element)
     if WANT_BIAS and tl.program_id(0) == 0:
-        tl.store(d_bias_ptr + sums + group * RANK + ranks, b_db, mask=ranks < RANK)
+        tl.store(d_bias_ptr + ranks, b_db, mask=ranks < RANK)
+
+
+@triton.jit(do_not_specialize=["group_size", "rank_end"])
+def edit_columns_grad_kernel(
+    grad_ptr,  # (N, D) upstream v
+    grad_stride_row,
+    grad_stride_dim,
+    out_ptr,  # (N, D) contiguous, v itself or a copy of it, whose edited rows become dh
+    rows_ptr,  # (n,) int64, −1 for none
+    offsets_ptr,  # (g + 1,) int64, if HAS_OFFSETS
+    group_size,  # rows of every group, if not
+    encode_ptr,  # (g, r, D)
+    decode_ptr,  # (g, r, D)
+    x_ptr,  # (n, D) rows before the edit
+    s_ptr,  # (n, r)
+    du_ptr,  # (n, r)
+    ds_ptr,  # (n, r)
+    d_encode_ptr,  # (g, r, D) out, of the first split
+    d_bias_ptr,  # (g, r) out
+    d_decode_ptr,  # (g, r, D) out
+    split_stride,  # elements from the sums of one split to those of the next
+    rank_end,  # r, see primitives on loop_end
+    DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+    WRITE_ROWS: tl.constexpr,
+    WANT_ENCODE: tl.constexpr,
+    WANT_BIAS: tl.constexpr,
+    WANT_DECODE: tl.constexpr,
+    SUBTRACT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    group = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2).to(tl.int64)
+    first, end = group_bounds(offsets_ptr, group, group_size, HAS_OFFSETS)
+    first += split * BLOCK_N
+    matrix = group * RANK * DIM
+    sums = split * split_stride
+    # The last pass writes dh: the others need v.
+    last: tl.constexpr = (RANK - 1) // BLOCK_R * BLOCK_R
+    if last > 0:
+        for start in tl.range(0, rank_end - BLOCK_R, BLOCK_R, num_stages=1):
+            _columns_pass(
+                grad_ptr, grad_stride_row, grad_stride_dim, out_ptr, rows_ptr, encode_ptr + matrix,
+                decode_ptr + matrix, x_ptr, s_ptr, du_ptr, ds_ptr, d_encode_ptr + sums + matrix,
+                d_bias_ptr + sums + group * RANK, d_decode_ptr + sums + matrix, first, end, start,
+                rank_end, DIM, RANK, False, WANT_ENCODE, WANT_BIAS, WANT_DECODE, SUBTRACT, BLOCK_N, BLOCK_R,
+                BLOCK_D, DOT, PRECISION, STAGES, ACC,
+            )  # fmt: skip
+    _columns_pass(
+        grad_ptr, grad_stride_row, grad_stride_dim, out_ptr, rows_ptr, encode_ptr + matrix,
+        decode_ptr + matrix, x_ptr, s_ptr, du_ptr, ds_ptr, d_encode_ptr + sums + matrix,
+        d_bias_ptr + sums + group * RANK, d_decode_ptr + sums + matrix, first, end, last, rank_end,
+        DIM, RANK, WRITE_ROWS, WANT_ENCODE, WANT_BIAS, WANT_DECODE, SUBTRACT, BLOCK_N, BLOCK_R,
+        BLOCK_D, DOT, PRECISION, STAGES, ACC,
+    )  # fmt: skip

@@ -4,7 +4,17 @@ Two regimes by rank. Up to 8 the products are summed by fused multiply-adds over
 chunk] tile in registers, exact in float32; above, the matrix units take over (they work on 16 at
 least). Tile sizes are chosen so that no build spills on the targets of ``python -m benchmarks
 compile`` (seen in its table). What ``python -m benchmarks sweep`` finds to be faster on a device
-goes into ``measured.json``, which has the last word; it is empty until a device was measured.
+goes into ``measured.json`` under the name of that device, and has the last word there; the file is
+empty until a device was measured.
+
+Products of the matrix units are those of float32: three tf32 products on NVIDIA ("tf32x3"), float32
+ones on AMD ("ieee"). A single tf32 product would not do, although a bfloat16 or float16 value is
+exact in its 10 bits: Hopper truncates the float32 operand to them instead of rounding it.
+
+No tile has 64 rows of its left operand: that is where Triton takes Hopper's ``wgmma`` with that
+operand in registers, which triton before 3.7 (issue 9433) and ptxas before CUDA 13.3 (triton's pull
+request 11781) may overwrite while it is being read. ``tests/kernels/test_offline.py`` reads the
+machine code.
 """
 
 from __future__ import annotations
@@ -21,6 +31,9 @@ import torch
 TABLE = Path(__file__).with_name("measured.json")
 #: Up to so many rows in the largest group, launches are the cost; beyond, bandwidth.
 FEW_ROWS = 2048
+
+#: Ranks that a program of "columns" holds gradients of; more take several passes over the rows.
+MOST_RANKS = 32
 
 #: All the registers an NVIDIA thread can address. Unless told a limit, ptxas spills a few of 40 to
 #: 130 registers to reach the next step of occupancy (seen on cuda:80 and cuda:100); told one, it
@@ -39,7 +52,7 @@ class KernelConfig:
 
     Attributes:
         rows: BLOCK_N, rows a program holds.
-        rank: BLOCK_R, the rank padded to a power of two.
+        rank: BLOCK_R, the rank padded to a power of two, for "columns" at most ``MOST_RANKS``.
         chunk: BLOCK_D, columns read at a time.
         dot: whether products go to the matrix units.
         precision: of their float32 products, in Triton's words.
@@ -82,6 +95,7 @@ def choose(
     num_rows: int,
     dtype: torch.dtype,
     target: str,
+    device: str = "",
     groups: int = 1,
 ) -> KernelConfig:
     """The settings of "rows" (forward, and codes in backward) or "columns" (all other gradients).
@@ -91,29 +105,38 @@ def choose(
         dtype: of hidden; float64 (the interpreter's) never uses the matrix units.
         target: "cuda:90", "hip:gfx942", …; "cpu" is the interpreter. AMD's matrix units have other
             precisions.
+        device: the name of the device, see :func:`device_name`; what was measured on it is used
+            there and nowhere else. Empty: the settings by rule.
         groups: g.
     """
-    return TRIALS.get(kernel) or _settings(kernel, dim, rank, num_rows, dtype, target, groups)
+    trial = TRIALS.get(kernel)
+    return trial or _settings(kernel, dim, rank, num_rows, dtype, target, device, groups)
 
 
 @functools.lru_cache(maxsize=4096)
 def _settings(
-    kernel: str, dim: int, rank: int, num_rows: int, dtype: torch.dtype, target: str, groups: int
+    kernel: str,
+    dim: int,
+    rank: int,
+    num_rows: int,
+    dtype: torch.dtype,
+    target: str,
+    device: str,
+    groups: int,
 ) -> KernelConfig:
     config = default(kernel, dim, rank, num_rows, dtype, target, groups)
-    found = measured(TABLE).get(key(kernel, rank, num_rows, dtype, target), {})
-    config = replace(config, **found)
+    config = replace(config, **measured(TABLE).get(key(kernel, rank, num_rows, dtype, device), {}))
     # Measured on long rows and many of them: fit for all.
     chunk = min(config.chunk, max(16, _power_of_two(dim)))
     splits = max(1, min(config.splits, num_rows // config.rows))
     return replace(config, chunk=chunk, splits=splits)
 
 
-def key(kernel: str, rank: int, num_rows: int, dtype: torch.dtype, target: str) -> tuple[str, ...]:
-    """What the table distinguishes: target, kernel, bytes of an element, padded rank, few or many
-    rows."""
+def key(kernel: str, rank: int, num_rows: int, dtype: torch.dtype, device: str) -> tuple[str, ...]:
+    """What the table distinguishes: name of the device, kernel, bytes of an element, padded rank,
+    few or many rows."""
     size = "few" if num_rows <= FEW_ROWS else "many"
-    return target, kernel, str(dtype.itemsize), str(_power_of_two(rank)), size
+    return device, kernel, str(dtype.itemsize), str(_power_of_two(rank)), size
 
 
 @functools.cache
@@ -121,7 +144,7 @@ def measured(table: Path) -> Mapping[tuple[str, ...], Mapping[str, int]]:
     """key -> fields of :class:`KernelConfig` that were faster there than :func:`default`'s.
 
     ``table`` is a JSON list of objects: "key" (see :func:`key`), "settings", and for readers
-    "device", "commit" and "ratio" (time with these settings by time without).
+    "case", "commit" and "ratio" (time with these settings by time without).
     """
     entries = json.loads(table.read_text(encoding="utf-8"))
     return {tuple(entry["key"]): entry["settings"] for entry in entries}
@@ -143,6 +166,8 @@ def default(
         block_r > 8 or (num_rows > FEW_ROWS and dtype is not torch.float32)
     )
     block_r = max(block_r, 16) if dot else block_r
+    if kernel == "columns":
+        block_r = min(block_r, MOST_RANKS)
     if dot:
         rows, chunk, warps, stages = _dot_tile(kernel, block_r, num_rows, dtype, hip)
     else:
@@ -158,7 +183,7 @@ def default(
         block_r,
         chunk,
         dot,
-        _precision(dtype, hip),
+        "ieee" if hip else "tf32x3",
         warps,
         stages,
         max_registers=None if hip else _MAX_REGISTERS,
@@ -188,28 +213,18 @@ def _fma_tile(
 def _dot_tile(
     kernel: str, block_r: int, num_rows: int, dtype: torch.dtype, hip: bool
 ) -> tuple[int, int, int, int]:
-    """(rows, chunk, warps, stages) of the matrix units."""
-    single = dtype is torch.float32
-    many = num_rows > FEW_ROWS
-    warps, stages, rows = 4, 2, 16
-    if kernel == "rows" and many and block_r <= 64 and not hip:
-        # Both matrices are read once a program: four times the rows, a quarter of that traffic.
-        return (32, 32, 8, 3) if single else (64, 64, 8 if block_r > 32 else 4, 3)
-    # Three tf32 products hold their operands twice: half the chunk, and from rank 64 on the
-    # accumulators of two gradients need twice the threads. A wavefront is twice a warp already.
-    chunk = 128 if block_r <= 32 and not single else 64 if block_r <= 128 else 32
-    if not hip and (block_r >= 128 or (block_r >= 64 and single)):
-        warps = 8
-    if kernel == "columns" and not hip and block_r >= 32:
+    """(rows, chunk, warps, stages) of the matrix units. Never 64 rows, see above."""
+    if kernel == "columns":
         # Two gradients and two matrices of [rank, chunk] at once.
-        warps = 8
-        if block_r >= 128 or (block_r >= 64 and single):
-            chunk, stages = 32, 1
-            rows = 32 if block_r >= 128 and not single else rows
+        return 16, 64, 4 if hip or block_r < 32 else 8, 2
+    if num_rows > FEW_ROWS and block_r <= 64 and not hip:
+        # Both matrices are read once a program: twice the rows, half of that traffic.
+        return 32, 64 if block_r <= 16 and dtype is not torch.float32 else 32, 4, 3
+    # Three products hold their operands twice. A wavefront is twice a warp already.
+    chunk = 64 if block_r <= 128 else 32
+    warps = 8 if block_r >= 64 and not hip else 4
     # Two chunks of this size outgrow the 64 KiB a block has on AMD, 100 KiB at rank 256.
-    if block_r >= (128 if hip else 256):
-        stages = 1
-    return rows, chunk, warps, stages
+    return 16, chunk, warps, 1 if block_r >= (128 if hip else 256) else 2
 
 
 @functools.cache
@@ -224,13 +239,14 @@ def target_of(device: torch.device) -> str:
     return f"cuda:{major}{minor}"
 
 
-def _precision(dtype: torch.dtype, hip: bool) -> str:
-    """float32 hidden keeps float32 products; a bfloat16 or float16 value is exact in tf32 (10 bits
-    of mantissa), where only the float32 parameter is rounded, four to eight times finer than hidden
-    is."""
-    if dtype is torch.float32:
-        return "ieee" if hip else "tf32x3"
-    return "tf32"
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """The name that its maker gave a device, "NVIDIA H100 80GB HBM3"; "cpu" for the interpreter.
+
+    Launch settings are kept by it: two devices of one compute capability differ in bandwidth and
+    cache.
+    """
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _power_of_two(value: int) -> int:

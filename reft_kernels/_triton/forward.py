@@ -7,24 +7,26 @@ Group k is edited with entry k of the parameters, or with entry ``slots[k]`` of 
 
 Grid: (tiles of the largest group, g); tiles past the end of their group, and groups without an
 entry, leave at once.
-Bytes: n·D·e read twice (the second time from cache) and written once, n·D·e more where the rows are
-saved, and 2·r·D·4 of parameters a tile, from the L2 cache: what bounds the rows of a tile from
-below. Flops: 4·n·r·D, 6·n·r·D with σ beside an activation.
+Bytes: n·D·e read twice (the second time from the L2 cache as long as the tiles that run at once fit
+there, see primitives) and written once, n·D·e more where the rows are saved, and 2·r·D·4 of
+parameters a tile, from the L2 cache: what bounds the rows of a tile from below. Flops: 4·n·r·D,
+6·n·r·D with σ beside an activation; three times that on the matrix units.
 """
 
 import triton
 import triton.language as tl
 
-from reft_kernels._triton.primitives import activate, decoded, load_matrix, project
+from reft_kernels._triton.primitives import activate, decoded, group_bounds, load_matrix, project
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group_size"])
 def edit_rows_kernel(
     hidden_ptr,  # (N, D), edited in place
     stride_row,
     stride_dim,
     rows_ptr,  # (n,) int64, −1 for none
-    offsets_ptr,  # (g + 1,) int64
+    offsets_ptr,  # (g + 1,) int64, if HAS_OFFSETS
+    group_size,  # rows of every group, if not
     slots_ptr,  # (g,) int64, the entry of the parameters each group uses, −1 for none
     scales_ptr,  # (g,)
     encode_ptr,  # (g, r, D), or of as many entries as a table has
@@ -36,6 +38,7 @@ def edit_rows_kernel(
     loop_end,  # D, see primitives
     DIM: tl.constexpr,
     RANK: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
     HAS_ENCODE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
@@ -54,15 +57,16 @@ def edit_rows_kernel(
     ACC: tl.constexpr,
 ):
     group = tl.program_id(1).to(tl.int64)
-    end = tl.load(offsets_ptr + group + 1)
+    first, end = group_bounds(offsets_ptr, group, group_size, HAS_OFFSETS)
+    first += tl.program_id(0) * BLOCK_N
     entry = group
     if HAS_SLOTS:
         entry = tl.load(slots_ptr + group)
         end = tl.where(entry < 0, 0, end)
-    places = tl.load(offsets_ptr + group) + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = places < end
-    if tl.max(inside.to(tl.int32), axis=0) == 0:
+    if first >= end:
         return
+    places = first + tl.arange(0, BLOCK_N)
+    inside = places < end
     rows = tl.load(rows_ptr + places, mask=inside, other=-1)
     live = rows >= 0
     bases = tl.where(live, rows, 0) * stride_row
@@ -100,6 +104,6 @@ def edit_rows_kernel(
         m_row = live[:, None] & (dims < DIM)[None, :]
         target = hidden_ptr + bases[:, None] + dims.to(tl.int64)[None, :] * stride_dim
         b_h = tl.load(target, mask=m_row, other=0.0)
-        b_r = load_matrix(decode_ptr + matrix, dims, DIM, RANK, BLOCK_R, ACC)
+        b_r = load_matrix(decode_ptr + matrix, ranks, dims, DIM, RANK, ACC)
         b_y = b_h.to(ACC) + decoded(b_s, b_r, BLOCK_R, DOT, PRECISION, ACC)
         tl.store(target, b_y.to(b_h.dtype), mask=m_row)

@@ -5,8 +5,9 @@ Same two functions and the same meaning as ``torch_path``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -14,16 +15,36 @@ import triton.language as tl
 from torch import Tensor
 
 from reft_kernels._triton.backward import edit_codes_grad_kernel, edit_columns_grad_kernel
-from reft_kernels._triton.configs import choose, target_of
+from reft_kernels._triton.configs import choose, device_name, target_of
 from reft_kernels._triton.forward import edit_rows_kernel
-from reft_kernels.rows import RowPlan
+from reft_kernels.rows import LaunchRows, RowPlan
 
 _ACCUMULATE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _on_its_device(function: Callable[P, T]) -> Callable[P, T]:
+    """Run ``function`` with the device of its first argument current: Triton launches on the
+    current device and its stream, wherever the tensors are."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        tensor: Any = args[0]
+        if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+            return function(*args, **kwargs)
+        with torch.cuda.device(tensor.device):
+            return function(*args, **kwargs)
+
+    return guarded
+
+
+@_on_its_device
 def edit_forward(
     hidden: Tensor,
-    plan: RowPlan,
+    plan: RowPlan | LaunchRows,
     encode: Tensor | None,
     bias: Tensor | None,
     decode: Tensor,
@@ -35,7 +56,7 @@ def edit_forward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Edit ``hidden`` (N, D) in place; returns x (n, D), s (n, r), u (n, r) as asked."""
     rank, dim = decode.shape[-2:]
-    n = plan.num_rows
+    n, offsets = plan.rows.shape[0], plan.device_offsets
     compute = _compute_dtype(hidden, decode)
     x = hidden.new_empty(n, dim) if save_rows else None
     s = hidden.new_empty(n, rank, dtype=compute) if save_code else None
@@ -48,6 +69,7 @@ def edit_forward(
         num_rows=plan.largest_group,
         dtype=compute if compute is torch.float64 else hidden.dtype,
         target=target_of(hidden.device),
+        device=device_name(hidden.device),
         groups=plan.num_groups,
     )
     decode = decode.contiguous()
@@ -56,7 +78,8 @@ def edit_forward(
         hidden.stride(0),
         hidden.stride(1),
         plan.rows,
-        plan.device_offsets,
+        plan.rows if offsets is None else offsets,
+        plan.largest_group,
         plan.rows if plan.slots is None else plan.slots,
         decode if plan.scales is None else plan.scales,
         decode if encode is None else encode.contiguous(),
@@ -68,6 +91,7 @@ def edit_forward(
         dim,
         DIM=dim,
         RANK=rank,
+        HAS_OFFSETS=offsets is not None,
         HAS_ENCODE=encode is not None,
         HAS_BIAS=bias is not None,
         HAS_SLOTS=plan.slots is not None,
@@ -89,9 +113,10 @@ def edit_forward(
     return x, s, u
 
 
+@_on_its_device
 def edit_backward(
     grad_out: Tensor,
-    plan: RowPlan,
+    plan: RowPlan | LaunchRows,
     encode: Tensor | None,
     decode: Tensor,
     x: Tensor | None,
@@ -106,7 +131,7 @@ def edit_backward(
     """dh (N, D), dA, db and dR, None where not wanted. dh is a new tensor, or with ``overwrite``
     grad_out itself, which is contiguous then, its edited rows rewritten."""
     rank, dim = decode.shape[-2:]
-    n = plan.num_rows
+    n, offsets = plan.rows.shape[0], plan.device_offsets
     compute = _compute_dtype(grad_out, decode)
     shape: dict[str, Any] = {
         "dim": dim,
@@ -114,6 +139,7 @@ def edit_backward(
         "num_rows": plan.largest_group,
         "dtype": compute if compute is torch.float64 else grad_out.dtype,
         "target": target_of(grad_out.device),
+        "device": device_name(grad_out.device),
         "groups": plan.num_groups,
     }
     want_hidden, want_encode, want_bias, want_decode = wants
@@ -137,7 +163,8 @@ def edit_backward(
             grad_out,
             *grad_strides,
             plan.rows,
-            plan.device_offsets,
+            plan.rows if offsets is None else offsets,
+            plan.largest_group,
             decode,
             decode if u is None else u,
             decode if du is None else du,
@@ -145,6 +172,7 @@ def edit_backward(
             dim,
             DIM=dim,
             RANK=rank,
+            HAS_OFFSETS=offsets is not None,
             ACTIVATION=activation or "",
             SAVE_DU=du is not None,
             SAVE_DS=ds is not None,
@@ -173,7 +201,8 @@ def edit_backward(
         *grad_strides,
         grad_out if d_hidden is None else d_hidden,
         plan.rows,
-        plan.device_offsets,
+        plan.rows if offsets is None else offsets,
+        plan.largest_group,
         encode,
         decode,
         grad_out if x is None else x,
@@ -184,8 +213,10 @@ def edit_backward(
         decode if d_bias is None else d_bias,
         decode if d_decode is None else d_decode,
         sums.stride(0),
+        rank,
         DIM=dim,
         RANK=rank,
+        HAS_OFFSETS=offsets is not None,
         WRITE_ROWS=write_rows,
         WANT_ENCODE=want_encode,
         WANT_BIAS=want_bias,

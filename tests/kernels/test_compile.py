@@ -7,8 +7,13 @@ import shutil
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reft_kernels import RowPlan, lowrank_edit, lowrank_edit_
+from reft_kernels._triton import launch
+from reft_kernels.rows import LaunchRows
 from reft_kernels.testing import Case, budget, count_paths, make_edit, run_edit, same_bits
 
 pytestmark = pytest.mark.traced
@@ -122,10 +127,64 @@ def test_a_plan_made_inside_the_graph(device):
     assert same_bits(traced(hidden, positions), forward(hidden, positions))
 
 
+@pytest.mark.parametrize("groups", [(9,), (4, 4), (4, 0, 5)], ids=["one", "equal", "ragged"])
+def test_a_compiled_call_makes_no_plan_and_copies_no_numbers(groups, device, monkeypatch):
+    """Each would be a launch, or a copy that the host waits for, in every layer and direction."""
+    edit = make_edit(Case(65, 3, groups), device)
+    targets = []
+
+    def note(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    traced = torch.compile(lowrank_edit, fullgraph=True, backend=aot_autograd(fw_compiler=note))
+    first = run_edit(traced, edit, backend="triton")
+    assert any("edit_backward" in target for target in targets)
+    made_on_host = ("arange", "lift_fresh", "_to_copy", "device_put", "full", "scalar_tensor")
+    assert not [target for target in targets if any(name in target for name in made_on_host)]
+
+    seen = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    def noted(real):
+        def edit(hidden, rows, *args, **kwargs):
+            assert isinstance(rows, LaunchRows), "a plan was made"
+            with Noted():
+                return real(hidden, rows, *args, **kwargs)
+
+        return edit
+
+    for name in ("edit_forward", "edit_backward"):
+        monkeypatch.setattr(launch, name, noted(getattr(launch, name)))
+    again = run_edit(traced, edit, backend="triton")
+    assert seen and not set(seen) & set(made_on_host), seen
+    assert same_bits(again.out, first.out)
+    assert all(same_bits(again.grads[name], grad) for name, grad in first.grads.items())
+
+
+def test_ragged_groups_of_a_plan_made_inside_the_graph(device):
+    """Offsets are filled in by the graph itself, and are right."""
+    edit = make_edit(Case(65, 3, (2, 4), extra=8), device)
+    hidden = edit.hidden.reshape(2, 7, 65)
+    groups = torch.tensor([0, 1, 1])
+
+    def forward(hidden, positions):
+        plan = RowPlan.from_padded(positions, 7, groups, 2)
+        return lowrank_edit(hidden, plan, edit.encode, edit.bias, edit.decode, backend="triton")
+
+    positions = torch.tensor([[0, 1, 6], [-1, 3, 4]], device=device)
+    traced = torch.compile(forward, backend="aot_eager")
+    assert same_bits(traced(hidden, positions), forward(hidden, positions))
+
+
 def operator_arguments(device, activation, rank):
     edit = make_edit(Case(33, rank, (4, 5), missing="some", activation=activation), device)
     subtract = activation is not None
-    return edit, (edit.plan.rows, list(edit.plan.offsets)), subtract
+    return edit, (edit.plan.rows, edit.plan.device_offsets, 2, 5), subtract
 
 
 @pytest.mark.parametrize("activation", [None, "gelu"], ids=["linear", "gelu"])

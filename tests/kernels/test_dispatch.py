@@ -63,8 +63,9 @@ def test_a_named_backend_runs(backend, device):
             r"activation 'mish' has no Triton branch \(there are gelu, relu, ",
         ),
         ({"case": Case(300, 257, (2,))}, "rank 257 is above 256"),
+        ({"case": Case(4, 1, (1,) * 65536)}, "the plan has 65536 groups, more than 65535"),
     ],
-    ids=["activation", "rank"],
+    ids=["activation", "rank", "groups"],
 )
 def test_what_the_kernels_cannot_do_is_said_not_replaced(changes, reason, device, ran):
     given = arguments(device, **changes)

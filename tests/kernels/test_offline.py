@@ -48,6 +48,14 @@ BUILDS = [
     ("cuda:90", "edit_rows", "linear", 4096, 8, "bfloat16", 8192),
     ("cuda:90", "edit_columns_grad", "gelu", 8192, 4, "float32", 8192),
     ("hip:gfx942", "edit_rows", "gelu", 4096, 8, "bfloat16", 8192),
+    ("cuda:90", "edit_columns_grad", "gelu", 4096, 128, "bfloat16"),
+    ("cuda:90", "edit_columns_grad", "gelu", 768, 200, "float32"),
+    ("cuda:90", "edit_columns_grad", "gelu", 4096, 256, "bfloat16", 8192),
+    ("cuda:90", "edit_rows", "gelu", 4096, 256, "float32"),
+    ("cuda:90", "edit_rows", "gelu", 4096, 32, "bfloat16", 8192),
+    ("cuda:90", "edit_rows", "linear", 2048, 64, "float16", 8192),
+    ("cuda:90", "edit_codes_grad", "linear", 4096, 8, "bfloat16", 8192),
+    ("cuda:90", "edit_codes_grad", "gelu", 4096, 64, "float16", 8192),
 ]
 #: Bytes that a release of Triton spills in a build of which others spill nothing.
 SPILLED = {("3.6", BUILDS[4]): 28}
@@ -56,6 +64,8 @@ STARVED = [
     (("cuda:90", "edit_rows", "gelu", 768, 64, "float32"), {"max_registers": 32}),
     (("hip:gfx942", "edit_rows", "linear", 768, 8, "float32"), {"rows": 32, "chunk": 512}),
 ]
+#: Settings that Triton makes a wgmma of, whose left operand lies in registers.
+WGMMA = (("cuda:90", "edit_rows", "linear", 4096, 8, "bfloat16", 8192), {"rows": 64, "chunk": 64})
 COMPILE = """
 import dataclasses, json, sys
 import torch
@@ -86,8 +96,8 @@ def uninterpreted(*arguments: str, stdin: str = "") -> subprocess.CompletedProce
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, int]]:
-    """The resources of BUILDS, then of STARVED."""
-    asked = [(build, {}) for build in BUILDS] + STARVED
+    """The resources of BUILDS, then of STARVED, then of WGMMA."""
+    asked = [(build, {}) for build in BUILDS] + STARVED + [WGMMA]
     done = uninterpreted("-c", COMPILE, stdin=json.dumps(asked))
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -106,12 +116,32 @@ def test_builds_fit(compiled: list[dict[str, int]]) -> None:
 
 @pytest.mark.slow
 def test_a_spill_is_seen(compiled: list[dict[str, int]]) -> None:
-    nvidia, amd = compiled[len(BUILDS) :]
+    nvidia, amd, _ = compiled[len(BUILDS) :]
     # A store of four bytes at least for every slot of the stack, which is padded to eight.
     assert nvidia["registers"] <= 32
     assert 0 < nvidia["stack"] <= nvidia["spills"] + 4, nvidia
     assert amd["stack"] > 0, amd
     assert amd["spills"] > 0, amd
+
+
+@pytest.mark.slow
+def test_no_wgmma_has_an_operand_in_registers(compiled: list[dict[str, int]]) -> None:
+    """Triton before 3.7 and ptxas before CUDA 13.3 may overwrite it while it is read."""
+    for build, found in zip(BUILDS, compiled[: len(BUILDS)], strict=True):
+        assert found["register_wgmma"] == 0, build
+    assert compiled[-1]["register_wgmma"] > 0, "the pattern is no longer recognised"
+
+
+@pytest.mark.parametrize(
+    ("ptx", "count"),
+    [
+        ("wgmma.mma_async.sync.aligned.m64n16k8.f32.tf32.tf32 {%f1,%f2}, {%r1,%r2}, %rd1, 1;", 1),
+        ("wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%f1,%f2}, %rd2, %rd1, 1;", 0),
+        ("wgmma.wait_group.sync.aligned 0;\nmma.sync.m16n8k8 {%f1}, {%r1}, {%r2}, {%f1};", 0),
+    ],
+)
+def test_operands_of_wgmma_are_read_from_ptx(ptx: str, count: int) -> None:
+    assert offline.register_wgmma(ptx) == count
 
 
 @pytest.mark.slow

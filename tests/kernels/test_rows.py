@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reft_kernels import RowPlan
+from reft_kernels import rows as rows_module
 
 
 def test_rows_are_sorted_by_group_and_stay_in_order_within():
@@ -35,15 +37,55 @@ def test_any_integers_will_do(dtype):
     assert plan.rows.tolist() == [1, 3] and plan.rows.dtype is torch.int64
 
 
-@pytest.mark.parametrize(
-    ("offsets", "equal"), [((0, 3, 6, 9), True), ((0, 3, 3, 9), False), ((0, 0, 0), False)]
-)
-def test_offsets_on_the_device_are_those_of_the_host(offsets, equal):
+@pytest.mark.parametrize("offsets", [(0, 3, 3, 9), (0, 4, 8, 9), (0, 0, 2)], ids=str)
+def test_offsets_on_the_device_are_those_of_the_host(offsets):
     plan = RowPlan(torch.arange(offsets[-1]), offsets)
     assert plan.device_offsets.tolist() == list(offsets)
     assert plan.device_offsets.dtype is torch.int64
     assert plan.device_offsets is plan.device_offsets, "made anew for every layer"
     assert plan.places is plan.places or plan.places[0] is plan.places[0]
+    served = plan.using(torch.zeros(len(offsets) - 1, dtype=torch.int64))
+    assert served.device_offsets is plan.device_offsets, "made anew for every table"
+
+
+@pytest.mark.parametrize("offsets", [(0, 3, 6, 9), (0, 5), (0, 0, 0)], ids=str)
+def test_equal_groups_need_no_offsets_on_the_device(offsets):
+    plan = RowPlan(torch.arange(offsets[-1]), offsets)
+    assert plan.device_offsets is None and plan.largest_group == offsets[1]
+
+
+class OnCuda(torch.Tensor):
+    """Rows that say they are on a GPU."""
+
+    is_cuda = True
+    device = torch.device("cuda:0")
+
+
+def test_offsets_are_made_with_the_plan_and_never_first_in_a_capture(monkeypatch):
+    """Where a graph is captured, numbers may be filled in on the device but not copied there."""
+    made = []
+    monkeypatch.setattr(rows_module, "_tensor_of", lambda *args: made.append(args))
+    RowPlan(torch.arange(6).as_subclass(OnCuda), (0, 3, 6))
+    assert made == []
+    RowPlan(torch.arange(6).as_subclass(OnCuda), (0, 2, 6))
+    assert made == [((0, 2, 6), torch.device("cuda:0"))]
+
+
+def test_offsets_of_a_capture_are_filled_in_on_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    from torch._subclasses import FakeTensorMode
+
+    seen = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Noted():
+        found = rows_module._tensor_of((0, 2, 6), torch.device("cuda:0"))
+    assert found.shape == (3,) and found.dtype is torch.int64
+    assert set(seen) <= {"full", "stack", "cat", "unsqueeze", "empty", "fill_"}, seen
 
 
 @pytest.mark.parametrize(
@@ -117,7 +159,7 @@ def test_a_plan_on_a_device_is_made_without_looking_at_it():
     for groups in (None, [1, 0, 1], [[0], [1], [1], [0]]):
         plan = RowPlan.from_padded(positions, 9, groups, 2)
         assert plan.num_rows == 12 and plan.max_row is None and not plan.complete
-        assert plan.device_offsets.device.type == "meta"
+        assert plan.device_offsets is None or plan.device_offsets.device.type == "meta"
         assert len(plan.places) == 2
 
 
