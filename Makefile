@@ -6,7 +6,7 @@ STAMPS := $(VENV)/.stamps
 # Exact versions of what has to be one version; constraints-floor.txt holds the oldest of everything.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-wheel test-floor test-vllm fuzz suite lint bench clean
+.PHONY: demo test test-wheel test-floor test-vllm gpu-rehearsal fuzz suite lint bench clean
 demo: $(STAMPS)/train
 	$(BIN)/reft demo
 
@@ -20,6 +20,10 @@ test-wheel:
 # The suite on the oldest versions that pyproject.toml allows, in an environment of its own.
 test-floor:
 	$(MAKE) suite VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
+
+# A session on a GPU without one: see benchmarks/README.md. Its environment takes 5 GB, and a minute.
+gpu-rehearsal:
+	scripts/gpu_rehearsal.sh build/gpu-rehearsal
 
 # Adapters on vLLM's CPU build, in an environment of its own: 3.4 GB, about two minutes to install.
 test-vllm: .venv-vllm/.stamps/ready
@@ -78,4 +82,4 @@ $(STAMPS)/%: pyproject.toml $(CONSTRAINTS)
 	mkdir -p $(STAMPS) && touch $@
 
 clean:
-	rm -rf $(VENV) .venv-floor .venv-vllm build *.egg-info
+	rm -rf $(VENV) .venv-floor .venv-vllm .venv-gpu build *.egg-info

@@ -175,7 +175,7 @@ class RowPlan:
         """The same plan with its rows on ``device``."""
         if self.rows.device == torch.device(device):
             return self
-        return RowPlan(
+        plan = RowPlan(
             self.rows.to(device),
             self.offsets,
             max_row=self.max_row,
@@ -183,6 +183,8 @@ class RowPlan:
             slots=None if self.slots is None else self.slots.to(device),
             scales=None if self.scales is None else self.scales.to(device),
         )
+        _ = plan.device_offsets
+        return plan
 
     def using(self, slots: Tensor, scales: Tensor | None = None) -> RowPlan:
         """The same rows, edited with entries of a table.

@@ -39,7 +39,7 @@ MOST_RANKS = 32
 #: 130 registers to reach the next step of occupancy (seen on cuda:80 and cuda:100); told one, it
 #: spills only beyond it. 255 registers leave room for one block of 8 warps.
 _MAX_REGISTERS = 255
-#: Programs that fill a large device, one a multiprocessor (H200: 132); and the most partial sums of
+#: Programs that fill a large device, one a multiprocessor (H100: 132); and the most partial sums of
 #: a parameter's gradient, which are written and read once more.
 _MULTIPROCESSORS, _SPLITS = 132, 16
 #: Partial sums a thread holds in registers.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
+from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.utils.checkpoint import checkpoint
 
 from reft_kernels import RowPlan, lowrank_edit_, ownership, torch_path
@@ -15,23 +18,39 @@ from reft_kernels.testing import same_bits
 DIM, RANK, ROWS = 24, 3, 10
 
 
-@pytest.fixture
-def parameters():
-    random = torch.Generator().manual_seed(0)
-    shapes = ((RANK, DIM), (RANK,), (RANK, DIM))
-    return [torch.randn(shape, generator=random).requires_grad_() for shape in shapes]
+@pytest.fixture(autouse=True, params=["plain", "hooked"])
+def frames(request):
+    """Python as it is, and while a hook evaluates frames, as torch.compile's does for good after a
+    compilation that failed: every call then holds its arguments once more."""
+    if request.param == "plain":
+        yield
+        return
+    before = set_eval_frame(False)
+    yield
+    set_eval_frame(before)
+
+
+def random_leaf(shape, seed, device):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(device).requires_grad_()
 
 
 @pytest.fixture
-def source():
-    return torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(1)).requires_grad_()
+def parameters(device):
+    return [
+        random_leaf(shape, seed, device)
+        for seed, shape in enumerate(((RANK, DIM), (RANK,), (RANK, DIM)))
+    ]
 
 
-PLAN = RowPlan.from_rows([1, 4, 7])
+@pytest.fixture
+def source(device):
+    return random_leaf((ROWS, DIM), 9, device)
 
 
 def edit(hidden, parameters, backend="torch"):
-    return lowrank_edit_(hidden, PLAN, *parameters, backend=backend)
+    plan = RowPlan.from_rows([1, 4, 7]).to(hidden.device)
+    return lowrank_edit_(hidden, plan, *parameters, backend=backend)
 
 
 @pytest.fixture
@@ -72,8 +91,8 @@ def check(build, leaves, never):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_a_residual_stream_is_never_copied(source, parameters, backend, overwritten, never):
-    weight = torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(2))
+def test_a_residual_stream_is_never_copied(source, parameters, backend, overwritten, never, device):
+    weight = random_leaf((DIM, DIM), 2, device).detach()
 
     def build():
         hidden = source * 1.0
@@ -87,7 +106,7 @@ def test_a_residual_stream_is_never_copied(source, parameters, backend, overwrit
 
 
 def test_gradient_given_by_the_caller_is_left_alone(source, parameters, overwritten):
-    given = torch.randn(ROWS, DIM)
+    given = torch.randn(ROWS, DIM, device=source.device)
     before = given.clone()
     out = edit(source * 1.0, parameters)
     torch.autograd.grad(out, [source, *parameters], given)
@@ -189,10 +208,9 @@ def test_checkpointed_blocks(source, parameters, reentrant, never):
     assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True))
 
 
-def test_two_threads(parameters):
+def test_two_threads(parameters, device):
     def gradient(seed):
-        random = torch.Generator().manual_seed(seed)
-        leaf = torch.randn(ROWS, DIM, generator=random).requires_grad_()
+        leaf = random_leaf((ROWS, DIM), seed, device)
         frozen = [one.detach() for one in parameters]
         for _ in range(20):
             out = edit(leaf * 1.0, frozen)
@@ -212,7 +230,7 @@ def test_two_threads(parameters):
 
 
 def test_what_torch_does_not_tell_is_copied(source, parameters, monkeypatch, overwritten):
-    monkeypatch.setattr(ownership, "_alone", [None])
+    monkeypatch.setattr(ownership, "_alone", dict.fromkeys(range(10)))
     assert not ownership.exclusive(torch.ones(2))
     monkeypatch.setattr(ownership, "_facts", lambda grad: None)
     assert not ownership.exclusive(torch.ones(2))
@@ -223,10 +241,49 @@ def test_what_torch_does_not_tell_is_copied(source, parameters, monkeypatch, ove
 def test_calibration_waits_for_plain_tensors(monkeypatch):
     from torch._subclasses import FakeTensorMode
 
-    monkeypatch.setattr(ownership, "_alone", [])
+    monkeypatch.setattr(ownership, "_alone", {})
     with FakeTensorMode():
         ownership.calibrate()
-    assert ownership._alone == []
+    assert ownership._alone == {}
     with torch.no_grad():
         ownership.calibrate()
-    assert ownership._alone[0] is not None
+    (facts,) = ownership._alone.values()
+    assert facts is not None
+
+
+AFTER_A_FAILURE = """
+import torch
+from reft_kernels import RowPlan, lowrank_edit_, torch_path
+
+def refused(x):
+    raise ValueError
+
+try:
+    torch.compile(refused, fullgraph=True)(torch.ones(1))
+except Exception as error:
+    print(type(error).__name__)
+
+real = torch_path.edit_backward
+def noted(*args, **kwargs):
+    print(kwargs["overwrite"])
+    return real(*args, **kwargs)
+torch_path.edit_backward = noted
+
+leaf = torch.ones(4, 8).requires_grad_()
+parameters = [torch.ones(shape).requires_grad_() for shape in ((2, 8), (2,), (2, 8))]
+for keeps in (False, True):
+    out = lowrank_edit_(leaf * 1.0, RowPlan.from_rows([1]), *parameters, backend="torch")
+    seen = []
+    if keeps:
+        out.register_hook(seen.append)
+    (out * 2.0 + out * out).sum().backward()
+"""
+
+
+@pytest.mark.host("a process of its own; gradients of a GPU are handed over by the same code")
+def test_a_compilation_that_failed_changes_nothing():
+    done = subprocess.run(
+        [sys.executable, "-c", AFTER_A_FAILURE], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["Unsupported", "True", "False"]

@@ -67,8 +67,12 @@ def test_offsets_are_made_with_the_plan_and_never_first_in_a_capture(monkeypatch
     monkeypatch.setattr(rows_module, "_tensor_of", lambda *args: made.append(args))
     RowPlan(torch.arange(6).as_subclass(OnCuda), (0, 3, 6))
     assert made == []
-    RowPlan(torch.arange(6).as_subclass(OnCuda), (0, 2, 6))
+    plan = RowPlan(torch.arange(6).as_subclass(OnCuda), (0, 2, 6))
     assert made == [((0, 2, 6), torch.device("cuda:0"))]
+    served = plan.using(torch.zeros(2, dtype=torch.int64).as_subclass(OnCuda))
+    assert len(made) == 1, "the same offsets, made again"
+    served.to("cpu")
+    assert made[1:] == [((0, 2, 6), torch.device("cuda:0"))]  # a subclass stays what it says it is
 
 
 def test_offsets_of_a_capture_are_filled_in_on_the_device(monkeypatch):
