@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import typer
 
+from benchmarks.archive import unpack_results
 from benchmarks.compare import compare_results
 from benchmarks.compile import compile_kernels
-from benchmarks.gpu import visit_gpu
+from benchmarks.gpu import run_session
 from benchmarks.learning.command import learn
+from benchmarks.rehearsal import rehearse_session
 from benchmarks.report import write_report
 from benchmarks.run import list_suites, run_suites
 from benchmarks.sweep import sweep_settings
@@ -25,7 +27,9 @@ app.command("compare")(compare_results)
 app.command("report")(write_report)
 app.command("compile")(compile_kernels)
 app.command("sweep")(sweep_settings)
-app.command("gpu")(visit_gpu)
+app.command("gpu")(run_session)
+app.command("unpack")(unpack_results)
+app.command("rehearse")(rehearse_session)
 app.command("learn")(learn)
 
 

@@ -1,8 +1,8 @@
 """``python -m benchmarks compile``: registers, shared memory and spills of every kernel build.
 
 No GPU is needed. Registers that do not fit are spilled to memory, so a spill anywhere in the matrix
-is an error, and so is a wgmma with an operand in registers (``reft_kernels/_triton/configs.py`` says
-why): exit status 1, and a line naming the builds.
+is an error, and so is a wgmma with an operand in registers (see ``reft_kernels/README.md``): exit
+status 1, and a line naming the builds.
 """
 
 from __future__ import annotations

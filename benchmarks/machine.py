@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.revision import ROOT as ROOT
+from benchmarks.revision import commit
 from benchmarks.timing import Clock, Effort, interleave, quantiles
 
-ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("torch", "triton", "transformers")
 
 
@@ -36,7 +37,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{name: installed(name) for name in _PACKAGES},
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -53,7 +54,7 @@ def device_name(device: torch.device) -> str:
 
 
 def folder_name(device: torch.device) -> str:
-    """The folder of results of this device: "h200", "cpu"."""
+    """The folder of results of this device: "h100-80gb-hbm3", "h200", "cpu"."""
     if device.type != "cuda":
         return device.type
     words = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
@@ -73,13 +74,21 @@ def copy_bandwidth(device: torch.device, megabytes: int | None = None) -> float:
     """Bytes a second, read and written, of the device's own copy of a large tensor."""
     if megabytes is None:
         megabytes = 2048 if device.type == "cuda" else 128
-    source = torch.rand(megabytes * 2**18, device=device)
+    try:
+        return _copied(device, megabytes * 2**20)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # for graphs and other processes
+
+
+def _copied(device: torch.device, size: int) -> float:
+    source = torch.rand(size // 4, device=device)
     target = torch.empty_like(source)
     clock = Clock(device)
     samples = interleave(
         {"copy": lambda: clock(copy=lambda: target.copy_(source))}, Effort(1.0, 10, 50)
     )
-    return 2 * source.numel() * 4 / quantiles(samples["copy"]["copy"]).median
+    return 2 * size / quantiles(samples["copy"]["copy"]).median
 
 
 def _driver() -> str | None:
@@ -94,23 +103,3 @@ def _driver() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.splitlines()[0].strip() if found.stdout.strip() else None
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with ``+`` if a file of the packages differs from it."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=30,
-        )
-        return done.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", "reft", "reft_kernels", "benchmarks/*.py")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

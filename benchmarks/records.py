@@ -152,6 +152,13 @@ def read(path: Path) -> list[Row]:
     return list(latest.values())
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file at once: whoever reads it, or ends this process, finds the old or the new."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
 class Writer:
     """Writes rows as they come; a run replaces what the same suite wrote before."""
 

@@ -144,8 +144,9 @@ def write_report(
         beside.mkdir(parents=True, exist_ok=True)
         from benchmarks.plots import draw
 
-        plots = draw(rows, beside)
         page = beside / "report.md"
+        page.write_text(render(rows), encoding="utf-8")  # to be there if a plot fails
+        plots = draw(rows, beside)
         page.write_text(render(rows, plots), encoding="utf-8")
     except (OSError, ValueError) as error:
         stop(str(error), 2)

@@ -128,6 +128,19 @@ class Clock:
         return {name: 1e-3 * a.elapsed_time(b) for name, (a, b) in spans} | host
 
 
+#: What the first failed capture of this process said.
+_failed_capture: list[str] = []
+
+
+def failed_capture() -> str | None:
+    """Why this process captures nothing more, None while it does.
+
+    A capture that fails leaves PyTorch's allocator with a filter of the graph that is gone, so
+    that a later graph may be given memory that is not its own.
+    """
+    return f"an earlier capture failed: {_failed_capture[0]}" if _failed_capture else None
+
+
 def graph_run(phase: str, calls: Sequence[Callable[[], object]], replays: int = 5) -> Run:
     """A run of CUDA-graph replays: seconds of one of ``calls``, which differ only in their memory.
 
@@ -135,8 +148,12 @@ def graph_run(phase: str, calls: Sequence[Callable[[], object]], replays: int = 
     cold and the gaps between launches are the graph's, not Python's.
 
     Raises:
-        RuntimeError: something in a call cannot be captured.
+        RuntimeError: a call failed, or cannot be captured, or an earlier capture of this process
+            failed; see :func:`failed_capture`.
     """
+    earlier = failed_capture()
+    if earlier is not None:
+        raise RuntimeError(earlier)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -144,10 +161,15 @@ def graph_run(phase: str, calls: Sequence[Callable[[], object]], replays: int = 
             call()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+    except BaseException as error:
+        torch.cuda.set_stream(current)  # that of the capture may still be the current one
+        _failed_capture.append((str(error).strip() or type(error).__name__).splitlines()[0][:300])
+        raise
 
     def run() -> dict[str, float]:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -8,17 +8,14 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.learning.methods import METHODS
-from benchmarks.learning.run import run_method
-from benchmarks.learning.tasks import TASKS
 from benchmarks.records import RESULTS
 
 FOLDER = RESULTS / "learning"
 
 
 def learn(
-    tasks: Annotated[str, typer.Option("--task", help=f"all, or of {', '.join(TASKS)}")] = "all",
-    methods: Annotated[str, typer.Option("--methods", help=", ".join(METHODS))] = ",".join(METHODS),
+    tasks: Annotated[str, typer.Option("--task", help="all, or names with commas")] = "all",
+    methods: Annotated[str, typer.Option("--methods", help="all, or names with commas")] = "all",
     seeds: Annotated[str, typer.Option("--seeds")] = "0,1,2",
     output: Annotated[Path, typer.Option("--output", "-o", help="One JSON file a run.")] = FOLDER,
     tiny: Annotated[bool, typer.Option("--tiny", help="Four steps, one rate: to try it.")] = False,
@@ -30,6 +27,11 @@ def learn(
 
     A run whose file is there, with the same configuration, is not done again.
     """
+    # Here: every other command would wait for the models that these import.
+    from benchmarks.learning.methods import METHODS
+    from benchmarks.learning.run import run_method
+    from benchmarks.learning.tasks import TASKS
+
     if report:
         from benchmarks.learning.report import write_page
 
@@ -37,7 +39,7 @@ def learn(
         return
     if tiny and output.resolve() == FOLDER.resolve():
         raise typer.BadParameter("--tiny needs an --output of its own, not that of whole runs")
-    for name in _chosen(",".join(TASKS) if tasks == "all" else tasks, TASKS, "--task"):
+    for name in _chosen(tasks, TASKS, "--task"):
         for method in _chosen(methods, METHODS, "--methods"):
             short = {"rates": METHODS[method].rates[1:2], "steps": 4, "records": 8} if tiny else {}
             for result in run_method(
@@ -56,7 +58,7 @@ def learn(
 
 
 def _chosen(text: str, known: Collection[str], option: str) -> list[str]:
-    names = text.split(",")
+    names = list(known) if text == "all" else text.split(",")
     for name in names:
         if name not in known:
             raise typer.BadParameter(f"{option} must be of {', '.join(known)}; got {name!r}")

@@ -25,11 +25,13 @@ class Operator:
         call: hidden (B, S, D), no leaf, to the edited hidden.
         leaves: what is trained: "encode", "bias", "decode" (".T" if stored transposed), or others.
         own: judged by the test suite's budget, not by a foreign one.
+        capturable: False where a call waits for the device, which no CUDA graph can hold.
     """
 
     call: Callable[[Tensor], Tensor]
     leaves: Mapping[str, Tensor]
     own: bool = False
+    capturable: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,7 @@ def edit(case: OpCase, edit: Edit) -> Operator:
             edited: Tensor = module(hidden)
         return edited
 
-    return Operator(call, leaves)
+    return Operator(call, leaves, capturable=False)  # a context of new tensors in each call
 
 
 def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:

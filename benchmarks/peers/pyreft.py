@@ -84,11 +84,14 @@ def edit(given: bool, case: OpCase, edit: Edit) -> Operator:
             )  # fmt: skip
         return hidden
 
-    return Operator(call, leaves)
+    return Operator(call, leaves, capturable=False)  # places are copied from a list in each call
 
 
 def rotation(case: RotationCase, device: torch.device) -> Rotation:
     """R of each layer, evaluated three times as its forward accesses it."""
+    _library()
+    if case.dim >= 4096 and case.layers > 4:
+        raise Absent("minutes: it completes each layer's R to D × D, see fewer layers")
     modules = [
         _loreft(case.dim, case.rank, torch.float32).to(device).rotate_layer
         for _ in range(case.layers)

@@ -39,7 +39,8 @@ def edit(compiled: bool, case: OpCase, edit: Edit) -> Operator:
             return function(hidden, edit.plan.rows, edit.plan.offsets, *leaves.values())
         return function(hidden, edit.plan, *leaves.values(), **edit.options)
 
-    return Operator(call, leaves, own=not compiled)
+    # Eager, it asks the device how many rows are there: ``rows[rows >= 0]``.
+    return Operator(call, leaves, own=not compiled, capturable=compiled)
 
 
 def _static_edit(

@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from functools import partial
 
 from benchmarks.allocations import saved_bytes, traffic
-from benchmarks.cases import LLAMA_1B, LLAMA_8B, ModelCase, llama
+from benchmarks.cases import LLAMA_1B, ModelCase, llama
 from benchmarks.peers import Absent, peers
 from benchmarks.records import Row
 from benchmarks.suites import Options, Suite, row
-from benchmarks.suites.models import FLOOR, Twins, check, make_batch, step
+from benchmarks.suites.models import FLOOR, LLAMA_8B_STEP, Twins, check, make_batch, step
 
 
 def cases(size: str) -> list[ModelCase]:
     if size == "ci":
         return [llama("Llama 64x2", 64, 2, 2, 32, vocabulary=64, positions="f3+l3", rank=4)]
     if size == "gpu":
-        return [LLAMA_1B, LLAMA_8B]
+        return [LLAMA_1B, LLAMA_8B_STEP]
     return [
         llama("Llama 1024x4", 1024, 4, 4, 128),
         llama("Llama 2048x2", 2048, 2, 4, 128),

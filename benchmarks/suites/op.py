@@ -22,12 +22,15 @@ from benchmarks.timing import Clock, Run, graph_run, interleave, paired_ratio, q
 from reft_kernels import RowPlan
 from reft_kernels.testing import Edit
 
-#: Bytes that a captured graph walks through, so that the L2 cache never holds what comes next.
-_COLD = 256 * 2**20
+#: Bytes that a captured graph walks through, so that the L2 cache (50 MB on an H100, 60 on an H200)
+#: never holds what comes next.
+_COLD = 128 * 2**20
+_NO_CAPTURE = "a CUDA graph cannot hold it: a call waits for the device"
+_DIFFERENCE = "backward from CUDA graphs is a difference: both phases less forward and its feeding"
 
 
 def cases(size: str) -> list[OpCase]:
-    """Prompt ends of small and large batches, and every row; see the README of the benchmarks."""
+    """Prompt ends of small and large batches, and every row."""
     if size == "ci":
         return [OpCase("f7+l7", 2, 32, 64, 4), OpCase("all", 1, 64, 64, 4, groups=1)]
     if size == "cpu":
@@ -40,22 +43,43 @@ def cases(size: str) -> list[OpCase]:
             OpCase("all", 8, 256, 2048, 8),
             OpCase("all", 8, 256, 2048, 32),
         ]
-    first = [
-        OpCase("f7+l7", 32, 512, 4096, 8, "bf16"),
-        OpCase("all", 16, 512, 4096, 8, "bf16"),
-        OpCase("all", 16, 512, 4096, 32, "bf16"),
-        *(OpCase("f7+l7", batch, 512, 2048, 8, "bf16") for batch in (32, 8, 1)),
+    return _gpu_cases()
+
+
+def _gpu_cases() -> list[OpCase]:
+    """What matters most comes first: a session on a GPU has minutes.
+
+    Prompt ends lie in sequences of 16, of which 14 rows are edited: longer ones are the same work
+    in more memory. No hidden takes more than 128 MiB.
+    """
+
+    def ends(batch: int, dim: int, rank: int, dtype: str = "bf16", groups: int = 1) -> OpCase:
+        return OpCase("f7+l7", batch, 16, dim, rank, dtype, groups)
+
+    def whole(dim: int, rank: int, dtype: str = "bf16") -> OpCase:
+        return OpCase("all", 16, 512, dim, rank, dtype)
+
+    return [
+        ends(32, 4096, 8),
+        whole(4096, 8),
+        whole(4096, 32),
+        *(ends(batch, 2048, 8) for batch in (32, 8, 1)),
+        whole(2048, 8),
+        *(ends(batch, 4096, 8) for batch in (8, 1)),
+        *(ends(32, 4096, rank) for rank in (4, 32, 1)),
+        whole(4096, 4),
+        ends(32, 4096, 8, groups=2),
+        ends(32, 4096, 8, "fp32"),
+        whole(4096, 8, "fp32"),
+        ends(32, 4096, 128),
+        whole(4096, 128),
+        ends(32, 8192, 8),
+        ends(32, 768, 1, "fp32"),
+        whole(768, 1, "fp32"),
+        ends(32, 2048, 8, "fp32"),
+        whole(2048, 8, "fp32"),
+        ends(32, 4096, 32, "fp32"),
     ]
-    rest = [
-        OpCase(positions, batch, 512, dim, rank, dtype)
-        for dtype in ("bf16", "fp32")
-        for dim in (4096, 2048, 8192, 768)
-        for rank in (8, 32, 4, 1, 128)
-        for positions, batches in (("f7+l7", (32, 8, 1)), ("all", (16, 64)))
-        for batch in batches
-    ]
-    # What matters most comes first: a visit to a GPU has minutes.
-    return list(dict.fromkeys(first + rest))
 
 
 def tensors(case: OpCase, device: torch.device) -> Edit:
@@ -136,6 +160,12 @@ class Stand:
     def backward(self) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self._loss, [self.hidden, *self.operator.leaves.values()])
 
+    def whole(self) -> None:
+        """Forward, feed and backward; the gradients are dropped."""
+        self.forward()
+        self.feed()
+        self.backward()
+
     def result(self) -> tuple[Tensor, dict[str, Tensor]]:
         """(output, gradients by name) of one call."""
         self.forward()
@@ -172,11 +202,15 @@ def run(case: OpCase, options: Options) -> Iterator[Row]:
         stand = Stand(operator, edit.hidden, edit.upstream)
         runs[peer.name] = calls_of(clock, stand)
         kept[peer.name] = peer, blank
-        if device.type == "cuda":
-            try:
-                graphs[peer.name] = graphs_of(case, operator, edit)
-            except RuntimeError as error:
-                yield from _without_number(blank, "graph_", absent=first_line(error))
+        if device.type != "cuda":
+            continue
+        if not operator.capturable:
+            yield from _without_number(blank, "graph_", absent=_NO_CAPTURE)
+            continue
+        try:
+            graphs[peer.name] = graphs_of(case, operator, edit)
+        except RuntimeError as error:
+            yield from _without_number(blank, "graph_", absent=first_line(error))
     samples = interleave(runs, options.effort)
     if graphs:
         for name, found in interleave(graphs, options.effort).items():
@@ -186,6 +220,9 @@ def run(case: OpCase, options: Options) -> Iterator[Row]:
             reference = samples.get("ours", {}).get(phase)
             work = phase.split("_")[-1]
             counted = dataclasses.replace(blank, metric=phase, bandwidth=None)
+            if phase == "graph_backward":
+                note = "; ".join(one for one in (blank.note, _DIFFERENCE) if one)
+                counted = dataclasses.replace(counted, note=note)
             if not phase.startswith("host"):
                 counted = dataclasses.replace(
                     counted,
@@ -208,29 +245,33 @@ def calls_of(clock: Clock, stand: Stand) -> Run:
     return run
 
 
+def cold_stands(case: OpCase, operator: Operator, edit: Edit) -> list[Stand]:
+    """Enough copies to leave the L2 cache cold."""
+    return [Stand(operator, edit.hidden, edit.upstream) for _ in range(copies(case))]
+
+
+def copies(case: OpCase) -> int:
+    """How many copies of a case outgrow the L2 cache, at most 64."""
+    touched = case.rows * case.dim * DTYPES[case.dtype].itemsize
+    return max(2, min(_COLD // touched + 1, 64))
+
+
 def graphs_of(case: OpCase, operator: Operator, edit: Edit) -> Run:
-    """Forward alone and both together from CUDA graphs, over enough copies to leave L2 cold."""
-    size = edit.hidden.numel() * edit.hidden.element_size()
-    # Only edited rows are touched, but a copy costs the whole: at most 8 GiB of them.
-    touched = case.rows * case.dim * edit.hidden.element_size()
-    copies = max(2, min(_COLD // touched + 1, 2**33 // (2 * size) + 1, 64))
-    stands = [Stand(operator, edit.hidden, edit.upstream) for _ in range(copies)]
+    """Forward alone and both together from CUDA graphs. Backward has no graph of its own: it is
+    the difference of two, and as noisy as both."""
+    stands = cold_stands(case, operator, edit)
 
     def fed(stand: Stand) -> None:
         stand.forward()
         stand.feed()
 
-    def whole(stand: Stand) -> None:
-        fed(stand)
-        stand.backward()
-
-    alone, before, all_of_it = (
+    alone, before, both = (
         graph_run("seconds", [partial(step, stand) for stand in stands])
-        for step in (Stand.forward, fed, whole)
+        for step in (Stand.forward, fed, Stand.whole)
     )
 
     def run() -> Mapping[str, float]:
-        backward = all_of_it()["seconds"] - before()["seconds"]
+        backward = both()["seconds"] - before()["seconds"]
         return {"graph_forward": alone()["seconds"], "graph_backward": backward}
 
     return run
@@ -254,8 +295,6 @@ def warm(case: OpCase, options: Options) -> None:
             continue
         with suppress(Exception):  # the run itself will report it
             Stand(peer.edit(case, edit), edit.hidden, edit.upstream).result()
-    if options.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 SUITE = Suite(

@@ -22,7 +22,9 @@ def cases(size: str) -> list[RotationCase]:
     """Layers are few at large D: torch completes each R to D × D, seconds a layer."""
     if size == "ci":
         return [RotationCase(64, 4, 2)]
-    return [
+    # On a GPU whole models first: 8B and 1B.
+    whole = [RotationCase(4096, 8, 32), RotationCase(2048, 8, 16)] if size == "gpu" else []
+    return whole + [
         RotationCase(dim, rank, {768: 12, 2048: 4, 4096: 2}[dim])
         for dim in (768, 2048, 4096)
         for rank in (4, 8, 32)

@@ -263,8 +263,8 @@ def edit_columns_grad_kernel(
                 grad_ptr, grad_stride_row, grad_stride_dim, out_ptr, rows_ptr, encode_ptr + matrix,
                 decode_ptr + matrix, x_ptr, s_ptr, du_ptr, ds_ptr, d_encode_ptr + sums + matrix,
                 d_bias_ptr + sums + group * RANK, d_decode_ptr + sums + matrix, first, end, start,
-                rank_end, DIM, RANK, False, WANT_ENCODE, WANT_BIAS, WANT_DECODE, SUBTRACT, BLOCK_N, BLOCK_R,
-                BLOCK_D, DOT, PRECISION, STAGES, ACC,
+                rank_end, DIM, RANK, False, WANT_ENCODE, WANT_BIAS, WANT_DECODE, SUBTRACT, BLOCK_N,
+                BLOCK_R, BLOCK_D, DOT, PRECISION, STAGES, ACC,
             )  # fmt: skip
     _columns_pass(
         grad_ptr, grad_stride_row, grad_stride_dim, out_ptr, rows_ptr, encode_ptr + matrix,

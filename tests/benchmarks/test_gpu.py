@@ -1,91 +1,209 @@
-"""The visit: shares of time, stages that fail or run out of it, a real stage without a GPU."""
+"""A session: a real stage without a GPU, and what is at home however the command ends."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import signal
+import subprocess
 import sys
+import tarfile
+import time
 
 import pytest
+import torch
+from hand_made import MACHINE, row
 from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
-from benchmarks.gpu import Stage, run_stages, stages
-from benchmarks.records import read
-from benchmarks.suites import suites
+from benchmarks.archive import pack, unpack
+from benchmarks.gpu import Session, environment_of
+from benchmarks.machine import ROOT
+from benchmarks.records import parse, read
+from benchmarks.stages import Outcome
+from benchmarks.summary import pytest_summary, render
 
-PASSES = ("-c", "print('fine')")
-FAILS = ("-c", "raise SystemExit('broken')")
-SLEEPS = ("-c", "import time; print('begun', flush=True); time.sleep(60)")
-
-
-def visit(tmp_path, wanted, budget=20.0, words=None):
-    console = Console(file=(tmp_path / "printed").open("w"))
-    return run_stages(wanted, words or {}, budget, tmp_path, os.environ, console)
-
-
-def test_every_suite_is_visited_and_parity_comes_first():
-    names = [stage.name for stage in stages(tiny=False)]
-    assert names[0] == "parity" and names[-1] == "report"
-    assert set(suites()) <= set(names)
-    assert [stage.name for stage in stages(tiny=True)] == names
-    assert sum(stage.share for stage in stages(tiny=False)) <= 540
-
-
-def test_stages_end_as_they_ended(tmp_path):
-    outcomes = visit(tmp_path, [Stage("a", PASSES, 1), Stage("b", FAILS, 1), Stage("c", PASSES, 1)])
-    assert [(one.stage, one.ended) for one in outcomes] == [
-        ("a", "passed"),
-        ("b", "failed"),
-        ("c", "passed"),
-    ]
-    assert [one.last_line for one in outcomes] == ["fine", "broken", "fine"]
-    assert (tmp_path / "b.log").read_text() == "broken\n"
+#: Runs a session of one stage that writes a row and a half, and then sleeps.
+KILLED = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from benchmarks import stages
+from benchmarks.gpu import Session
+stages.LOOK = 0.1
+home, scratch = Path(sys.argv[1]), Path(sys.argv[2])
+session = Session(home, scratch, "h200", {machine}, False, ["op"], Console())
+writes = (
+    "import os, sys, time; from pathlib import Path\\n"
+    "Path(sys.argv[1], 'pid').write_text(str(os.getpid()))\\n"
+    "Path(sys.argv[1], 'op.jsonl').write_text(sys.argv[2] + chr(10) + sys.argv[2][:40])\\n"
+    "time.sleep(60)"
+)
+stage = stages.Stage("op", ("-c", writes, stages.OUTPUT, sys.argv[3]), 60)
+stages.run_stages([stage], 60, scratch, dict(__import__("os").environ), session.report)
+"""
 
 
-def test_nothing_is_measured_after_failed_parity(tmp_path):
-    outcomes = visit(tmp_path, [Stage("parity", FAILS, 1, essential=True), Stage("op", PASSES, 1)])
-    assert [one.stage for one in outcomes] == ["parity"]
+def members(archive):
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        return {one.name: tar.extractfile(one).read() for one in tar.getmembers()}
 
 
-def test_a_stage_that_is_out_of_time_is_stopped_and_the_rest_goes_on(tmp_path):
-    outcomes = visit(tmp_path, [Stage("slow", SLEEPS, 1), Stage("next", PASSES, 3)], budget=8.0)
-    slow, following = outcomes
-    assert (slow.ended, slow.last_line) == ("stopped", "begun") and slow.seconds < 6
-    assert following.ended == "passed"
+def test_rows_are_at_home_when_everything_is_killed(tmp_path):
+    home, scratch = tmp_path / "home", tmp_path / "scratch"
+    home.mkdir()
+    scratch.mkdir()
+    script = KILLED.replace("{machine}", repr(MACHINE))
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(home), str(scratch), row().as_json()], cwd=ROOT
+    ) as session:
+        try:
+            for _ in range(600):
+                time.sleep(0.1)
+                archive = home / "results.tar.gz"
+                if archive.exists() and "h200/op.jsonl" in members(archive.read_bytes()):
+                    break
+        finally:
+            session.kill()
+            if (scratch / "pid").exists():
+                os.kill(int((scratch / "pid").read_text()), signal.SIGKILL)
+    assert session.wait() == -signal.SIGKILL
+    packed = members((home / "results.tar.gz").read_bytes())
+    assert [parse(line) for line in packed["h200/op.jsonl"].decode().splitlines()] == [row()]
+    assert "| op | running |" in (home / "summary.md").read_text()
+    assert json.loads(packed["h200/session.json"])["running"] == "op"
 
 
-def test_time_left_over_goes_to_those_behind(tmp_path):
-    show = ("-c", "import sys; print(sys.argv[1])", "{seconds}")
-    outcomes = visit(tmp_path, [Stage("a", PASSES, 1), Stage("b", show, 1)], budget=100.0)
-    assert 80 <= float(outcomes[1].last_line) <= 90  # 0.9 of nearly everything, not of the half
-
-
-def test_a_tiny_visit_of_one_stage(tmp_path):
+def test_a_tiny_session_of_one_stage(tmp_path):
     done = CliRunner().invoke(
         app,
-        ["gpu", "--tiny", "--stage", "orthonormal", "--output", str(tmp_path), "--budget", "60"],
-    )
+        ["gpu", "--tiny", "--stage", "orthonormal", "--stage", "report",
+         "--output", str(tmp_path / "home"), "--budget", "90", "--commit", "0123456789ab"],
+    )  # fmt: skip
     assert done.exit_code == 0, done.output
-    report = json.loads((tmp_path / "visit.json").read_text())
-    assert [(one["stage"], one["ended"]) for one in report["stages"]] == [("orthonormal", "passed")]
-    assert report["tiny"] and report["machine"]["python"] == sys.version.split()[0]
-    assert {row.suite for row in read(tmp_path)} == {"orthonormal"}
+    assert {one.name for one in (tmp_path / "home").iterdir()} == {"results.tar.gz", "summary.md"}
+    folder = unpack(tmp_path / "home" / "results.tar.gz", tmp_path / "results")
+    assert folder == tmp_path / "results" / "cpu"
+    session = json.loads((folder / "session.json").read_text())
+    assert [(one["stage"], one["ended"]) for one in session["stages"]] == [
+        ("orthonormal", "passed"),
+        ("report", "passed"),
+    ]
+    assert session["tiny"] and session["running"] is None
+    assert {(one.suite, one.machine["commit"]) for one in read(folder)} == {
+        ("orthonormal", "0123456789ab")
+    }
+    page = (tmp_path / "home" / "summary.md").read_text()
+    assert "| orthonormal | passed |" in page and "## Orthonormal R" in page
+
+
+@pytest.fixture(autouse=True)
+def _commit(monkeypatch):
+    """A session's --commit is an environment variable: of this test alone."""
+    from benchmarks.machine import describe
+
+    monkeypatch.setenv("REFT_COMMIT", "")
+    describe.cache_clear()
+    yield
+    describe.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--tiny", "--stage", "nothing"], "--stage must be one of parity, sweep"),
-        (["--tiny"], "--tiny needs --output"),
+        (["--tiny", "--stage", "nothing"], "--stage must be one of parity, op, step, sweep"),
         ([], "no CUDA device; --tiny tries everything"),
     ],
 )
 def test_bad_calls_are_one_line(arguments, says):
-    import torch
-
     if not arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     done = CliRunner().invoke(app, ["gpu", *arguments])
     assert done.exit_code == 2 and says in done.stderr
+
+
+@pytest.mark.parametrize("tiny", [True, False])
+def test_a_stage_has_one_thread_and_only_a_tiny_one_interprets(tiny, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0" if tiny else "1")
+    environment = environment_of(tiny, "0123456789ab")
+    assert environment["OMP_NUM_THREADS"] == environment["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
+    assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert environment.get("TRITON_INTERPRET") == ("1" if tiny else None)
+    assert environment["REFT_COMMIT"] == "0123456789ab"
+
+
+def test_settings_come_home_as_a_file_of_their_own(tmp_path):
+    home, scratch = tmp_path / "home", tmp_path / "scratch"
+    home.mkdir()
+    scratch.mkdir()
+    session = Session(home, scratch, "h200", MACHINE, False, ["sweep"], Console(quiet=True))
+    session.report([], "sweep")
+    assert not (home / "settings.json").exists()
+    (scratch / "settings.json").write_text("[]\n")
+    session.report([Outcome("sweep", "stopped", 60.0, "")], None)
+    assert (home / "settings.json").read_text() == "[]\n"
+    assert {one.name for one in home.iterdir()} == {
+        "results.tar.gz",
+        "summary.md",
+        "settings.json",
+    }
+
+
+def test_a_disk_that_is_full_stops_nothing(tmp_path):
+    said = io.StringIO()
+    absent = tmp_path / "home"
+    session = Session(absent, tmp_path, "h200", MACHINE, False, ["op"], Console(file=said))
+    session.report([], "op")
+    assert "not written this time" in said.getvalue()
+
+
+LOG = """\
+..F.E
+=================================== FAILURES ===================================
+FAILURE in a test | of something
+=========================== short test summary info ============================
+FAILED tests/kernels/test_a.py::test_b[loreft-D64 r1] - AssertionError: out 1.1e-3
+ERROR tests/kernels/test_a.py::test_c
+2 failed, 3 passed, 1 error in 12.34s (0:00:12)
+"""
+FAILED = """\
+- `tests/kernels/test_a.py::test_b[loreft-D64 r1]` AssertionError: out 1.1e-3
+- `tests/kernels/test_a.py::test_c`"""
+
+
+def test_failed_tests_are_named():
+    assert pytest_summary(LOG) == [
+        "2 failed, 3 passed, 1 error in 12.34s (0:00:12)",
+        FAILED,
+    ]
+    assert pytest_summary("...F") == ["pytest has not come to its summary"]
+    assert pytest_summary("===== 3 passed in 0.12s =====") == ["3 passed in 0.12s"]
+
+
+def test_the_summary_tells_how_each_stage_ended(tmp_path):
+    (tmp_path / "parity.log").write_text(LOG)
+    outcomes = [Outcome("parity", "failed", 61.4, "2 failed | 3 passed")]
+    page = render(MACHINE, ["parity", "op", "step"], outcomes, "op", tmp_path, ["It lacks plots."])
+    for line in (
+        "| parity | failed | 61 | 2 failed \\| 3 passed |",
+        "| op | running |  |  |",
+        "| step | not begun |  |  |",
+        "| commit | 0123456789ab |",
+        "It lacks plots.",
+        "test_b[loreft-D64 r1]",
+    ):
+        assert line in page
+
+
+def test_an_archive_that_would_be_too_large_lacks_plots_then_logs(tmp_path):
+    (tmp_path / "op.jsonl").write_text(row().as_json() + "\n")
+    (tmp_path / "plot.png").write_bytes(os.urandom(4000))
+    (tmp_path / "op.log").write_bytes(os.urandom(4000))
+    whole, nothing = pack(tmp_path, "h200")
+    assert nothing == [] and len(members(whole)) == 3
+    smaller, left_out = pack(tmp_path, "h200", limit=len(whole) - 1)
+    assert left_out == ["plots"] and set(members(smaller)) == {"h200/op.jsonl", "h200/op.log"}
+    smallest, left_out = pack(tmp_path, "h200", limit=3000)
+    assert left_out == ["plots", "logs"] and set(members(smallest)) == {"h200/op.jsonl"}

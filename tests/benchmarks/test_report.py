@@ -306,3 +306,14 @@ def test_overheads_are_read_from_counted_steps_where_there_are_some():
     assert "### Whole step" in page and "### Counted" in page
     assert "+8.0 %" in page and "+0.4 %" in page
     assert "+8.0 %" in readme_table(whole) and "Counted" not in readme_table(whole)
+
+
+def test_tables_are_written_even_if_a_plot_fails(tmp_path, monkeypatch):
+    def fails(rows, folder):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("benchmarks.plots.draw", fails)
+    (tmp_path / "op.jsonl").write_text(row().as_json() + "\n")
+    with pytest.raises(RuntimeError, match="no fonts"):
+        write_report(tmp_path)
+    assert (tmp_path / "report" / "report.md").read_text() == render([row()])

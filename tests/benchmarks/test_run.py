@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from benchmarks import run
 from benchmarks.__main__ import app
 from benchmarks.records import read
+from benchmarks.suites import suites
 
 
 def call(*arguments):
@@ -63,6 +65,24 @@ class _Deadly:
 
     def __reduce__(self):
         return os._exit, (3,)
+
+
+def test_a_case_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
+    suite = suites()["op"]
+
+    def breaks(case, options):
+        if case.positions == "f7+l7":
+            raise RuntimeError("an illegal memory access")
+        yield from suite.run(case, options)
+
+    monkeypatch.setattr(run, "suites", lambda: {"op": dataclasses.replace(suite, run=breaks)})
+    done = call(
+        "run", "op", "--size", "ci", "--peer", "ours", "--seconds", 0, "--rounds", 1,
+        "--device", "cpu", "--output", tmp_path,
+    )  # fmt: skip
+    assert done.exit_code == 1
+    assert "RuntimeError: an illegal memory access" in done.stderr
+    assert {row.case[:3] for row in read(tmp_path)} == {"all"}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from benchmarks.peers import Absent, ours, peers, pyreft
 from benchmarks.suites import Options, suites
 from benchmarks.suites import models as models_suite
+from benchmarks.suites.op import tensors
 from benchmarks.timing import Effort
 
 METRICS = {
@@ -89,6 +91,19 @@ def test_an_absent_peer_says_why(monkeypatch):
     assert all("pyreft is not installed" in row.absent and row.value is None for row in rows)
     with pytest.raises(Absent, match=r"benchmarks/README\.md"):
         pyreft.wrap(True, None, None)
+
+
+def test_what_waits_for_the_device_says_so():
+    device = torch.device("cpu")
+    case = suites()["op"].cases("ci")[0]
+    edit = tensors(case, device)
+    found = {}
+    for peer in peers():
+        if peer.edit is not None:
+            with suppress(Absent):
+                found[peer.name] = peer.edit(case, edit).capturable
+    assert found["ours"] and not found["reference"]
+    assert found.get("reference, compiled", True) and not found.get("pyreft", False)
 
 
 def test_a_failed_gate_leaves_no_number(monkeypatch):

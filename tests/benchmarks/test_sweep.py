@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import Executor
 from dataclasses import replace
 
@@ -13,8 +14,11 @@ from typer.testing import CliRunner
 
 from benchmarks import sweep
 from benchmarks.__main__ import app
+from benchmarks.peers import Operator
 from benchmarks.records import read
 from benchmarks.report import render
+from benchmarks.suites.op import Stand, tensors
+from benchmarks.timing import Effort
 from reft_kernels import tuning
 
 CPU = torch.device("cpu")
@@ -22,10 +26,19 @@ CPU = torch.device("cpu")
 
 
 class Here(Executor):
-    """An executor that is this very thread."""
+    """An executor that is this very thread; remembers how many jobs came at once."""
+
+    def __init__(self):
+        self.batches = []
 
     def map(self, function, jobs):
+        self.batches.append(len(jobs))
         return map(function, jobs)
+
+
+def plan(**changes):
+    """How to sweep in this thread."""
+    return replace(sweep.Plan(CPU, Here(), 2, Effort(0, 2, 2, warmup=1)), **changes)
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +62,8 @@ def test_a_sweep_by_worker_processes(tmp_path):
         settings = tuning.KernelConfig(**one.shape["settings"])
         assert one.peer in ("table", tuning.label(settings))
     for entry in json.loads((tmp_path / "settings.json").read_text()):
-        assert entry["key"][0] == "cpu" and entry["ratio"] <= sweep.GAIN and entry["commit"]
+        assert entry["key"][0] == tuning.device_name(CPU)
+        assert entry["ratio"] <= sweep.GAIN and entry["commit"]
     page = render(rows)
     assert "## Launch settings" in page and rows[1].peer in page
 
@@ -59,7 +73,7 @@ def test_settings_that_do_not_compile_have_no_number(monkeypatch, broken):
     plain = tuning.candidates("rows", **sweep._shape(CASE, CPU))[0]
     tried = [plain, replace(plain, **broken)]
     monkeypatch.setattr(tuning, "candidates", lambda *args, **shape: tried)
-    table, other = sweep.sweep_case(CASE, "rows", CPU, Here(), "ci")
+    table, other = sweep.sweep_case(CASE, "rows", plan())
     assert table.value > 0 and table.ratio is not None
     assert other.value is None and "power of 2" in other.absent and not other.gate.passed
     assert sweep.winners(CASE, "rows", [table, other], CPU) == []
@@ -70,7 +84,7 @@ def test_settings_that_are_wrong_have_no_number(monkeypatch):
     plain = tuning.candidates("rows", **sweep._shape(CASE, CPU))[0]
     tried = [plain, replace(plain, rank=2)]
     monkeypatch.setattr(tuning, "candidates", lambda *args, **shape: tried)
-    _, other = sweep.sweep_case(CASE, "rows", CPU, Here(), "ci")
+    _, other = sweep.sweep_case(CASE, "rows", plan())
     assert other.value is None and "against float64" in other.absent
 
 
@@ -85,8 +99,56 @@ def test_the_fastest_wins_if_it_is_faster_beyond_the_noise():
     rows = [candidate(0.9, 1), candidate(0.6, 2), candidate(0.8, 8)]
     (entry,) = sweep.winners(CASE, "rows", rows, CPU)
     assert entry["settings"] == {"warps": 2} and entry["ratio"] == 0.6
-    assert (entry["device"], entry["case"]) == ("Slow CPU", str(CASE))
+    assert (entry["key"][0], entry["case"]) == ("cpu", str(CASE))
     assert sweep.winners(CASE, "rows", [candidate(0.98, 2), candidate(1.4, 8)], CPU) == []
+
+
+def test_candidates_are_judged_in_batches_and_the_time_is_looked_at_before_each():
+    pool = Here()
+    rows = sweep.sweep_case(CASE, "rows", plan(pool=pool, most=3))
+    assert next(rows).peer == "table" and pool.batches == [2]
+    assert len(list(rows)) == 2 and pool.batches == [2, 1]
+    over = plan(pool=Here(), until=time.perf_counter() - 1)
+    assert list(sweep.sweep_case(CASE, "rows", over)) == [] and over.pool.batches == []
+
+
+def test_the_table_is_written_after_every_candidate(tmp_path, monkeypatch):
+    """A sweep that is killed leaves the winners that it has found."""
+    fast, slow = candidate(0.6, 2), candidate(0.7, 4)
+
+    def killed(case, kernel, plan):
+        yield slow
+        yield fast
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "sweep_case", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep_settings("cpu", "ci", "", 0.0, 1, 0, tmp_path)
+    (entry,) = json.loads((tmp_path / "settings.json").read_text())
+    assert entry["ratio"] == 0.6 and entry["settings"] == {"warps": 2}
+    assert [one.peer for one in read(tmp_path)] == [slow.peer, fast.peer]
+
+
+def test_the_two_shapes_that_matter_come_first():
+    first, second = sweep.cases("gpu")[:2]
+    assert (first.positions, first.rows, first.sequence) == ("f7+l7", 448, 16)
+    assert (second.positions, second.rows) == ("all", 8192)
+    for case in (first, second):
+        assert (case.dim, case.rank, case.dtype) == (4096, 8, "bf16")
+
+
+def test_feeding_is_no_work_of_the_kernels():
+    phases = {"both": [5.0, 7.0]}
+    assert sweep._together(phases, 2.0) == [3.0, 5.0]
+    assert sweep._together({"forward": [1.0], "backward": [2.0]}, 0.0) == [3.0]
+
+
+def test_a_stand_with_an_operator_that_does_nothing_only_feeds():
+    edit = tensors(CASE, CPU)
+    stand = Stand(Operator(lambda hidden: hidden, {}), edit.hidden, edit.upstream)
+    stand.whole()
+    out, grads = stand.result()
+    assert torch.equal(out, edit.hidden) and torch.equal(grads["hidden"], edit.upstream)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks import timing
 from benchmarks.timing import Clock, Effort, Quantiles, interleave, paired_ratio, quantiles
 
 
@@ -58,3 +61,64 @@ def test_clock_times_each_step_by_itself():
     times = clock(short=lambda: time.sleep(0.01), long=lambda: time.sleep(0.03))
     assert list(times) == ["short", "long"]
     assert 0.009 < times["short"] < times["long"]
+
+
+class Captures:
+    """As much of ``torch.cuda`` as capturing needs, without a GPU; its streams are numbers."""
+
+    Event = CUDAGraph = staticmethod(lambda **given: None)
+    synchronize = staticmethod(lambda: None)
+
+    def __init__(self):
+        self.now, self.captured = 0, 0
+
+    def Stream(self):
+        return SimpleNamespace(wait_stream=lambda other: None, number=1)
+
+    def current_stream(self):
+        return SimpleNamespace(wait_stream=lambda other: None, number=self.now)
+
+    def set_stream(self, stream):
+        self.now = stream.number
+
+    @contextmanager
+    def stream(self, stream):
+        yield
+
+    @contextmanager
+    def graph(self, graph):
+        self.now, self.captured = 2, self.captured + 1
+        yield  # of a call that fails the stream stays current, as in PyTorch
+        self.now = 0
+
+
+def test_after_a_failed_capture_nothing_more_is_captured(monkeypatch):
+    cuda = Captures()
+    monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(timing, "_failed_capture", [])
+    timing.graph_run("phase", [lambda: None])
+    assert (cuda.now, cuda.captured, timing.failed_capture()) == (0, 1, None)
+    calls = iter(range(10))
+
+    def waits():
+        if next(calls) > 0:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        timing.graph_run("phase", [waits])
+    assert (cuda.now, cuda.captured) == (0, 2)
+    with pytest.raises(RuntimeError, match=r"an earlier capture failed: .* is capturing$"):
+        timing.graph_run("phase", [lambda: None])
+    assert cuda.captured == 2
+
+
+def test_a_call_that_fails_before_it_is_captured_forbids_nothing(monkeypatch):
+    monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=Captures()))
+    monkeypatch.setattr(timing, "_failed_capture", [])
+
+    def fails():
+        raise RuntimeError("out of resources")
+
+    with pytest.raises(RuntimeError, match="out of resources"):
+        timing.graph_run("phase", [fails])
+    assert timing.failed_capture() is None

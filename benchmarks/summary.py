@@ -1,0 +1,71 @@
+"""A session on a GPU as a page: its stages, the tests that failed, the tables of its numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.stages import TESTS, Outcome
+from benchmarks.tables import markdown
+
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+(?:\[.*?\])?)(?: - (.*))?$", re.MULTILINE)
+_SUMMARY = re.compile(r"^=*\s*((?:\d+ \w+,? ?)+in \d.*?)\s*=*$", re.MULTILINE)
+_MACHINE = ("device", "driver", "python", "torch", "triton", "transformers", "cores", "commit")
+
+
+def render(
+    machine: Mapping[str, Any],
+    wanted: Sequence[str],
+    outcomes: Sequence[Outcome],
+    running: str | None,
+    folder: Path,
+    notes: Sequence[str] = (),
+) -> str:
+    """Markdown of a session so far.
+
+    Args:
+        machine: what ``machine.describe`` says.
+        wanted: names of the stages, in order.
+        running: the stage that runs now.
+        folder: of the rows and logs.
+        notes: what else a reader must know, a line each.
+    """
+    parts = ["# A session on a GPU", *notes]
+    parts.append(markdown(["", ""], [[name, str(machine[name])] for name in _MACHINE], left=2))
+    parts += ["## Stages", _stages(wanted, outcomes, running)]
+    for name in TESTS:
+        log = folder / f"{name}.log"
+        if log.exists():
+            text = log.read_text(encoding="utf-8", errors="replace")
+            parts += [f"## Tests of {name}", *pytest_summary(text)]
+    page = folder / "report" / "report.md"
+    if page.exists():
+        lines = page.read_text(encoding="utf-8").splitlines()
+        parts.append("\n".join(line for line in lines if not line.startswith("![")))
+    return "\n\n".join(parts) + "\n"
+
+
+def pytest_summary(log: str) -> list[str]:
+    """The last line of pytest, and the tests that failed with the beginning of their errors."""
+    ends = _SUMMARY.findall(log)
+    failed = [f"- `{name}` {says[:160]}".rstrip() for name, says in _FAILED.findall(log)]
+    says = ends[-1] if ends else "pytest has not come to its summary"
+    return [says, *(["\n".join(failed)] if failed else [])]
+
+
+def _stages(wanted: Sequence[str], outcomes: Sequence[Outcome], running: str | None) -> str:
+    ended = {outcome.stage: outcome for outcome in outcomes}
+    lines = []
+    for name in wanted:
+        if name in ended:
+            one = ended[name]
+            lines.append([name, one.ended, f"{one.seconds:.0f}", _cell(one.last_line)])
+        else:
+            lines.append([name, "running" if name == running else "not begun", "", ""])
+    return markdown(["stage", "ended", "seconds", "last line"], lines, left=2)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,103 @@
+"""A pytest plugin that writes down which kernel builds the tests ask for.
+
+``REFT_LAUNCHES=FILE pytest -p reft_kernels.launch_recorder tests/kernels`` runs the tests in the
+interpreter, and FILE gets one JSON object for each build that a GPU would have to compile: what
+Triton specialises a kernel on, and the test that asked for it first. :func:`replay` launches it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Triton tells numbers that are 1, multiples of 16, and others apart.
+_ONE, _SIXTEEN, _OTHER = 1, 16, 17
+
+
+class _RecordedKernel:
+    """A kernel that notes what each launch specialises it on."""
+
+    def __init__(self, name: str, kernel: Any, seen: dict[str, str]) -> None:
+        self._name, self._kernel, self._seen = name, kernel, seen
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*arguments: Any, **constants: Any) -> Any:
+            test = os.environ.get("PYTEST_CURRENT_TEST", "").removesuffix(" (call)")
+            self._seen.setdefault(json.dumps(described(self._name, arguments, constants)), test)
+            return self._kernel[grid](*arguments, **constants)
+
+        return launch
+
+
+def described(name: str, arguments: tuple[Any, ...], constants: dict[str, Any]) -> dict[str, Any]:
+    """A launch as far as it decides about the build: of tensors dtype and alignment."""
+    return {
+        "kernel": name,
+        "arguments": [
+            [str(value.dtype).removeprefix("torch."), value.data_ptr() % 16 == 0]
+            if isinstance(value, Tensor)
+            else _ONE
+            if value == 1
+            else _OTHER
+            if value % 16
+            else _SIXTEEN
+            for value in arguments
+        ],
+        "constants": {
+            key: value if isinstance(value, (bool, int, str)) else str(value)
+            for key, value in constants.items()
+        },
+    }
+
+
+def replay(launch: dict[str, Any]) -> None:
+    """Launch what :func:`described` wrote, on tensors of a few elements: only for a driver that
+    launches nothing."""
+    import triton.language as tl
+
+    from reft_kernels._triton import launch as launcher
+
+    arguments: list[int | Tensor] = []
+    for given in launch["arguments"]:
+        if isinstance(given, int):
+            arguments.append(given)
+        else:
+            dtype, aligned = given
+            memory = torch.empty(64, dtype=getattr(torch, dtype))
+            arguments.append(memory if aligned else memory[1:])
+    sums = {str(dtype): dtype for dtype in (tl.float32, tl.float64)}
+    constants = launch["constants"] | {"ACC": sums[launch["constants"]["ACC"]]}
+    getattr(launcher, launch["kernel"])[1,](*arguments, **constants)
+
+
+def record() -> dict[str, str]:
+    """Put recorders in the places of the kernels.
+
+    Returns:
+        a launch as JSON -> the test that asked for it first; filled as the kernels are launched.
+    """
+    from reft_kernels._triton import launch
+
+    seen: dict[str, str] = {}
+    for name, kernel in list(vars(launch).items()):
+        if name.endswith("_kernel"):
+            setattr(launch, name, _RecordedKernel(name, kernel, seen))
+    return seen
+
+
+def pytest_configure(config: Any) -> None:
+    """Record from here on."""
+    config.launches = record()
+
+
+def pytest_unconfigure(config: Any) -> None:
+    """Add what this process saw to the file."""
+    if config.launches:
+        with Path(os.environ["REFT_LAUNCHES"]).open("a", encoding="utf-8") as file:
+            for launch, test in config.launches.items():
+                file.write(json.dumps(json.loads(launch) | {"test": test}) + "\n")
