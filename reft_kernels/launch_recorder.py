@@ -3,10 +3,12 @@
 ``REFT_LAUNCHES=FILE pytest -p reft_kernels.launch_recorder tests/kernels`` runs the tests in the
 interpreter, and FILE gets one JSON object for each build that a GPU would have to compile: what
 Triton specialises a kernel on, and the test that asked for it first. :func:`replay` launches it.
+Tests that only a GPU runs are not run; of those with a ``case`` the case is written, and replayed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -14,6 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from reft_kernels.functional import lowrank_edit
+from reft_kernels.testing import Case, make_edit, run_edit
 
 #: Triton tells numbers that are 1, multiples of 16, and others apart.
 _ONE, _SIXTEEN, _OTHER = 1, 16, 17
@@ -56,12 +61,17 @@ def described(name: str, arguments: tuple[Any, ...], constants: dict[str, Any]) 
 
 
 def replay(launch: dict[str, Any]) -> None:
-    """Launch what :func:`described` wrote, on tensors of a few elements: only for a driver that
-    launches nothing."""
+    """Launch what :func:`described` wrote, on tensors of a few elements, or a case: only for a
+    driver that launches nothing."""
     import triton.language as tl
 
     from reft_kernels._triton import launch as launcher
 
+    if "case" in launch:
+        fields = launch["case"] | {"groups": tuple(launch["case"]["groups"])}
+        case = Case(**fields | {"dtype": getattr(torch, fields["dtype"])})
+        run_edit(lowrank_edit, make_edit(case), backend="triton")
+        return
     arguments: list[int | Tensor] = []
     for given in launch["arguments"]:
         if isinstance(given, int):
@@ -93,6 +103,15 @@ def record() -> dict[str, str]:
 def pytest_configure(config: Any) -> None:
     """Record from here on."""
     config.launches = record()
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Note the cases of tests that are not run here."""
+    for item in items:
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        if isinstance(case, Case) and item.get_closest_marker("gpu"):
+            fields = dataclasses.asdict(case) | {"dtype": str(case.dtype).removeprefix("torch.")}
+            config.launches[json.dumps({"case": fields})] = item.nodeid
 
 
 def pytest_unconfigure(config: Any) -> None:

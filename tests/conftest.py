@@ -22,6 +22,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         os.environ["TRITON_INTERPRET"] = "1"
     else:
         os.environ.pop("TRITON_INTERPRET", None)
+        # Without a fixed workspace cuBLAS refuses to be deterministic. Read when CUDA starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,12 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--device") == "cpu":
-        skip = pytest.mark.skip(
-            reason="not run: needs --device cuda, the interpreter cannot judge it"
-        )
         for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(skip)
+            if marker := item.get_closest_marker("gpu"):
+                reason = marker.args[0] if marker.args else "the interpreter cannot judge it"
+                item.add_marker(pytest.mark.skip(reason=f"not run: needs --device cuda, {reason}"))
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reft_kernels._triton import interpreted
 from reft_kernels._triton.backward import edit_codes_grad_kernel, edit_columns_grad_kernel
 from reft_kernels._triton.configs import choose, device_name, target_of
 from reft_kernels._triton.forward import edit_rows_kernel
 from reft_kernels.rows import LaunchRows, RowPlan
+
+if interpreted():
+    from reft_kernels._triton.interpreter import allow_new_numpy
+
+    allow_new_numpy()
 
 _ACCUMULATE = {torch.float32: tl.float32, torch.float64: tl.float64}
 

@@ -1,29 +1,72 @@
-"""Every kernel test runs on poisoned memory; its ``backend`` parameter is proved, not believed."""
+"""Every kernel test says where it runs, and runs on poisoned memory and inexact matrix units; its
+``backend`` parameter is proved, not believed."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from reft_kernels._triton import missing
 from reft_kernels.testing import count_paths, poisoned_memory
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "traced: runs under torch.compile, which sees no patches")
-    config.addinivalue_line("markers", "interpreter: what a GPU cannot do, such as float64 kernels")
+    for line in (
+        "traced: runs under torch.compile, which sees no patches",
+        "host(reason): runs on the CPU whatever --device is (of a module: tests without `device`)",
+        "interpreter(reason): what a GPU cannot do, such as float64 kernels, or need not do again",
+    ):
+        config.addinivalue_line("markers", line)
 
 
+@pytest.hookimpl(tryfirst=True)  # before any is deselected
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    undecided = {item.nodeid.split("[")[0] for item in here if not _says_where_it_runs(item)}
+    if undecided:
+        raise pytest.UsageError(
+            "a kernel test takes the fixture `device` or has a marker gpu, host(reason) or "
+            "interpreter(reason); these do not:\n" + "\n".join(sorted(undecided))
+        )
     if config.getoption("--device") == "cuda":
-        skip = pytest.mark.skip(reason="not run: needs --device cpu")
-        for item in items:
-            if item.get_closest_marker("interpreter"):
-                item.add_marker(skip)
+        for item in here:
+            if marker := _on_the_cpu(item):
+                reason = f"not run with --device cuda: {marker.args[0]}"
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _on_the_cpu(item: pytest.Item) -> pytest.Mark | None:
+    """The marker that keeps a test from a GPU."""
+    host = None if _on_a_gpu(item) else item.get_closest_marker("host")
+    return item.get_closest_marker("interpreter") or host
+
+
+def _says_where_it_runs(item: pytest.Item) -> bool:
+    marker = _on_the_cpu(item)
+    return _on_a_gpu(item) if marker is None else bool(marker.args)
+
+
+def _on_a_gpu(item: pytest.Item) -> bool:
+    """Whether a test asks for what --device names, or for a GPU alone."""
+    return "device" in getattr(item, "fixturenames", ()) or bool(item.get_closest_marker("gpu"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _inexact_products() -> Iterator[None]:
+    """Interpreted matrix products are as inexact as Hopper's."""
+    if missing("cpu") is not None:
+        yield
+        return
+    from matrix_units import hopper_products
+
+    with hopper_products():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -118,6 +118,7 @@ def test_an_edit_and_its_gradient_never_wait(
         run_edit(lowrank_edit_, edit, backend=backend)
 
 
+@pytest.mark.host("tensors of the meta device")
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "transposed", "swapped"])
 @pytest.mark.parametrize("member", FAMILY)
 @pytest.mark.parametrize("backend", ["torch"])
@@ -140,6 +141,7 @@ class Launched:
         return lambda *args, **kwargs: None
 
 
+@pytest.mark.host("tensors of the meta device, in kernels that do nothing")
 @pytest.mark.parametrize("activation", [None, "gelu"], ids=["linear", "gelu"])
 @pytest.mark.parametrize("rank", [3, 16])
 def test_the_launcher_needs_no_value_either(rank, activation, monkeypatch):
@@ -175,43 +177,55 @@ def on_meta(edit):
 # ------------------------------------------------------------------- offsets beyond 32 bits
 
 
+@pytest.fixture
+def vast(device, tmp_path):
+    """Make a flat float16 tensor of zeros that is too large to fill: on the CPU a file of holes."""
+
+    def zeros(size):
+        if device.type == "cuda":
+            if torch.cuda.mem_get_info()[0] < 10 * 2**30:
+                pytest.skip("not run: needs 10 GiB of free memory on the GPU")
+            return torch.zeros(size, dtype=torch.float16, device=device)
+        path = tmp_path / "zeros"
+        path.touch()
+        os.truncate(path, size * 2)
+        return torch.from_file(str(path), shared=True, size=size, dtype=torch.float16)
+
+    yield zeros
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # other processes test on this GPU as well
+
+
 @pytest.mark.parametrize("strides", ["rows", "columns"])
 @backends
-def test_offsets_beyond_32_bits(backend, strides, device, tmp_path):
-    """8 GiB of float16 that nobody writes but the edit: a sparse file. Offsets past 2³¹ elements
-    turn negative in int32, and those past 2³² land on the first rows."""
+def test_offsets_beyond_32_bits(backend, strides, device, vast):
+    """8 GiB of float16 of which only edited rows are ever written, first as hidden, then as the
+    upstream gradient. Offsets past 2³¹ elements turn negative in int32, and those past 2³² land on
+    the first rows."""
     dim, total = 64, 2**32 // 64 + 100
     rows = [3, 2**31 // dim + 5, 2**32 // dim + 7]
+    untouched = [0, 1, 2, 4, 5, 6, 7]
     if strides == "columns":  # (N, D) of strides (1, N): it is the column's offset that grows
         rows = [3, 70, total - 2]
-
-    def large(name):
-        if device.type == "cuda":
-            if torch.cuda.mem_get_info()[0] < 20 * 2**30:
-                pytest.skip("not run: needs 20 GiB of free memory on the GPU")
-            flat = torch.zeros(total * dim, dtype=torch.float16, device=device)
-        else:
-            path = tmp_path / name
-            path.touch()
-            os.truncate(path, total * dim * 2)
-            flat = torch.from_file(str(path), shared=True, size=total * dim, dtype=torch.float16)
-            path.unlink()
-        # Of its own, no view: autograd copies the gradient of the base of a view edited in place.
-        stride = (dim, 1) if strides == "rows" else (1, total)
-        return flat.new_empty(0).set_(flat.untyped_storage(), 0, (total, dim), stride)
-
     small = make_edit(Case(dim, 2, (3,), extra=0, dtype=torch.float16, member="direft"), device)
     small = replace(small, plan=RowPlan.from_rows([0, 1, 2]).to(device))
     expected = run_edit(lowrank_edit_, small, wants=("encode", "bias", "decode"), backend=backend)
-    hidden, upstream = large("hidden"), large("upstream")
+    flat = vast(total * dim)
+    # Of its own, no view: autograd copies the gradient of the base of a view edited in place.
+    stride = (dim, 1) if strides == "rows" else (1, total)
+    hidden = flat.new_empty(0).set_(flat.untyped_storage(), 0, (total, dim), stride)
+    del flat
     for place, row in enumerate(rows):
         hidden[row] = small.hidden[place]
-        upstream[row] = small.upstream[place]
     leaves = [p.clone().requires_grad_() for p in (small.encode, small.bias, small.decode)]
     plan = RowPlan.from_rows(rows).to(device)
     out = lowrank_edit_(hidden, plan, *leaves, **small.options, backend=backend)
-    grads = torch.autograd.grad(out, leaves, upstream)
-    assert torch.equal(out.detach()[rows], expected.out)
-    assert not out.detach()[[0, 1, 2, 4, 5, 6, 7]].any()
+    values = out.detach()
+    assert torch.equal(values[rows], expected.out)
+    assert not values[untouched].any()
+    for place, row in enumerate(rows):
+        values[row] = small.upstream[place]
+    grads = torch.autograd.grad(out, leaves, values)
+    assert not values[untouched].any()
     for name, grad in zip(("encode", "bias", "decode"), grads, strict=True):
         assert torch.equal(grad, expected.grads[name]), name

@@ -30,7 +30,7 @@ def run_python(source: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.interpreter
+@pytest.mark.interpreter("a GPU is not a CPU")
 def test_auto_on_a_cpu_takes_the_torch_path_and_says_why(ran):
     given = arguments("cpu")
     choice = explain(**given)
@@ -101,6 +101,7 @@ def test_explain_computes_nothing(device, ran):
     assert torch.equal(given["hidden"], before) and not ran
 
 
+@pytest.mark.host("a process of its own, on the CPU")
 def test_without_the_interpreter_a_cpu_has_no_kernels():
     source = """
 import torch
@@ -120,6 +121,7 @@ except ValueError as error:
     assert error.endswith("TRITON_INTERPRET=1")
 
 
+@pytest.mark.host("a process of its own, on the CPU")
 def test_without_triton_everything_else_works():
     """Blocked, as on a machine without it: the torch path and the reference need torch alone."""
     source = """
@@ -147,6 +149,7 @@ assert "triton" not in sys.modules
     assert run_python(source) == "backend 'triton' cannot do this edit: triton is not installed"
 
 
+@pytest.mark.host("a process of its own, on the CPU")
 def test_importing_and_editing_with_torch_loads_no_triton():
     source = """
 import sys, torch

@@ -8,6 +8,7 @@ import torch
 from reft_kernels import RowPlan, explain, loreft, lowrank_edit, lowrank_edit_
 from reft_kernels.testing import same_bits
 
+pytestmark = pytest.mark.host("a refusal comes before anything runs, and names the CPU")
 D, R = 8, 2
 
 
@@ -161,17 +162,19 @@ def test_loreft_checks_its_own_arguments():
         loreft(given["hidden"], given["plan"], given["decode"], torch.ones(3, D), given["bias"])
 
 
-def test_what_is_allowed_at_the_edges_works():
+def test_what_is_allowed_at_the_edges_works(device):
     """Rank D, the last row, one column: next to each refusal, what is not refused."""
-    hidden = torch.randn(4, D)
-    plan = RowPlan.from_rows([3])
-    out = lowrank_edit(hidden, plan, None, torch.ones(D), torch.eye(D), subtract=True)
-    torch.testing.assert_close(out[3], torch.ones(D))
-    one = lowrank_edit(torch.ones(4, 1), plan, None, torch.ones(1), torch.ones(1, 1))
-    assert one.flatten().tolist() == [1.0, 1.0, 1.0, 2.0]
+
+    def ones(*shape, dtype=torch.float32):
+        return torch.ones(shape, dtype=dtype, device=device)
+
+    hidden = torch.randn(4, D, device=device)
+    plan = RowPlan.from_rows([3]).to(device)
+    out = lowrank_edit(hidden, plan, None, ones(D), torch.eye(D, device=device), subtract=True)
+    torch.testing.assert_close(out[3], ones(D))
+    narrow = lowrank_edit(ones(4, 1), plan, None, ones(1), ones(1, 1))
+    assert narrow.flatten().tolist() == [1.0, 1.0, 1.0, 2.0]
     low = hidden.to(torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float32):
-        out = lowrank_edit(
-            low, plan, None, torch.ones(1, dtype=dtype), torch.ones(1, D, dtype=dtype)
-        )
+        out = lowrank_edit(low, plan, None, ones(1, dtype=dtype), ones(1, D, dtype=dtype))
         assert out.dtype is torch.bfloat16 and torch.equal(out[3], low[3] + 1)

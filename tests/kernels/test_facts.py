@@ -204,13 +204,13 @@ def test_folding_under_an_activation_would_be_another_edit(activation, backend, 
     assert (right - wrong)[edit.live].abs().amax(-1).min() > 0.1
 
 
-def test_fold_leaves_what_does_not_subtract():
-    encode, decode = torch.ones(2, 5), torch.full((2, 5), 3.0)
+def test_fold_leaves_what_does_not_subtract(device):
+    encode, decode = (torch.full((2, 5), value, device=device) for value in (1.0, 3.0))
     assert fold(encode, decode, False, None) == (encode, False)
     assert fold(None, decode, False, None) == (None, False)
     folded, subtract = fold(None, decode, True, "relu")
     assert torch.equal(folded, -decode) and subtract is False
-    assert torch.equal(fold(encode, decode, True, None)[0], torch.full((2, 5), -2.0))
+    assert torch.equal(fold(encode, decode, True, None)[0], torch.full_like(encode, -2.0))
 
 
 # ------------------------------------------------------------------- 5, 6: groups and ranks
@@ -277,6 +277,8 @@ def test_groups_use_their_own_parameters_and_no_others(backend, device):
     """Each group alone, with its own matrices, gives what all give together."""
     edit = make_edit(Case(65, 3, (4, 0, 1, 6), missing="some"), device)
     together = run_edit(lowrank_edit, edit, backend=backend)
+    # cuBLAS may take another kernel for matrices at other addresses.
+    same = close if backend == "torch" and device.type == "cuda" else same_bits
     for k, (a, b) in enumerate(zip(edit.plan.offsets, edit.plan.offsets[1:], strict=False)):
         if a == b:
             continue
@@ -284,9 +286,9 @@ def test_groups_use_their_own_parameters_and_no_others(backend, device):
         alone = replace(edit, plan=RowPlan(edit.plan.rows[a:b], (0, b - a)), **own)
         result = run_edit(lowrank_edit, alone, backend=backend)
         rows = alone.live
-        assert same_bits(result.out[rows], together.out[rows])
+        assert same(result.out[rows], together.out[rows])
         for name in PARAMETERS:
-            assert same_bits(result.grads[name], together.grads[name][k]), name
+            assert same(result.grads[name], together.grads[name][k]), name
 
 
 # ------------------------------------------------------------------- 7: repetition

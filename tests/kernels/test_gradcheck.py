@@ -16,20 +16,19 @@ CHECKED = [
     ("torch", "direft", "silu"),
     ("torch", "consreft", None),
     ("torch", "lobireft", "tanh"),
-    ("triton", "loreft", None),
-    ("triton", "loreft", "tanh"),
-    ("triton", "direft", "gelu"),
-    ("triton", "loreft", "silu"),
+    *(
+        pytest.param("triton", *case, marks=pytest.mark.interpreter("float64 is PyTorch's there"))
+        for case in (("loreft", None), ("loreft", "tanh"), ("direft", "gelu"), ("loreft", "silu"))
+    ),
 ]
 
 
-@pytest.mark.interpreter
 @pytest.mark.parametrize("inplace", [False, True], ids=["apart", "inplace"])
 @pytest.mark.parametrize(("backend", "member", "activation"), CHECKED)
-def test_gradients_agree_with_finite_differences(backend, member, activation, inplace):
+def test_gradients_agree_with_finite_differences(backend, member, activation, inplace, device):
     """Two groups, one of them with a −1; hidden and every parameter at once."""
     case = Case(5, 2, (2, 2), member=member, activation=activation, dtype=torch.float64, extra=1)
-    edit = make_edit(case)
+    edit = make_edit(case, device)
     edit.plan.rows[1] = -1
     plan = RowPlan(edit.plan.rows, edit.plan.offsets)
     names = [n for n in ("hidden", "encode", "bias", "decode") if getattr(edit, n) is not None]
@@ -81,6 +80,9 @@ def cases(draw):
 
 @pytest.mark.parametrize(("named", "examples"), [("torch", 120), ("triton", 40)])
 def test_any_shape_stays_within_its_budget(named, examples, device, ran):
+    if named == "triton" and device.type == "cuda":
+        examples = 12  # each compiles up to three kernels; the shapes of test_parity are built too
+
     @settings(max_examples=examples, derandomize=True, deadline=None, database=None)
     @given(cases(), st.booleans())
     def check(case, inplace):

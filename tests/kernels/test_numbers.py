@@ -126,8 +126,11 @@ def test_the_smallest_numbers_are_kept(dtype, backend, device):
     assert ((hidden != 0) & (hidden.abs() < tiny)).any()
     zero = torch.zeros_like(edit.decode)
     out = lowrank_edit(hidden, edit.plan, zero, edit.bias, zero, backend=backend)
-    if backend == "triton" and dtype is torch.bfloat16 and device.type == "cpu":
-        # The interpreter's own conversion to bfloat16 flushes them to a neighbour or 0.
+    # The interpreter's own conversion to bfloat16 flushes them to a neighbour or 0, and cuBLAS may
+    # flush what is denormal in float32.
+    interpreted = backend == "triton" and device.type == "cpu" and dtype is torch.bfloat16
+    blas = backend == "torch" and device.type == "cuda" and dtype is not torch.float16
+    if interpreted or blas:
         assert float((out.double() - hidden.double()).abs().max()) <= tiny
         out[edit.live] = hidden[edit.live]
     assert torch.equal(out, hidden)
@@ -175,7 +178,7 @@ def both_ways(kernels, hidden, plan, edit):
     return grads
 
 
-@pytest.mark.interpreter
+@pytest.mark.interpreter("a file with holes; test_costs has offsets beyond 32 bits on a GPU")
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_rows_beyond_two_to_the_31_elements(backend, tmp_path):
     """In a file with holes, of which only the edited rows are ever there."""
@@ -201,6 +204,7 @@ def test_rows_beyond_two_to_the_31_elements(backend, tmp_path):
     assert file.stat().st_blocks * 512 < 2**20
 
 
+@pytest.mark.host("tensors of the meta device")
 def test_shapes_beyond_two_to_the_31_elements():
     meta = {"device": "meta", "dtype": torch.float32}
     v = torch.empty(80, 2, 16384, 1024, **meta)
@@ -217,6 +221,7 @@ def test_shapes_beyond_two_to_the_31_elements():
 # -------------------------------------------------------------------- ten thousand steps
 
 
+@pytest.mark.host("ten thousand steps of forty small launches; the steps are those of the CPU")
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_ten_thousand_steps_keep_the_rows_orthonormal(kind):
     random = torch.Generator().manual_seed(0)

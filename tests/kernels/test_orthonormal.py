@@ -5,8 +5,6 @@ Everything in between is float64 and rounded once, so most budgets are a few flo
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,24 +36,35 @@ def rotation_of(shape: tuple[int, ...], seed: int = 1) -> Tensor:
     return torch.linalg.qr(normal(*shape, seed=seed))[0].mT.contiguous()
 
 
-def problem(shape: tuple[int, ...], with_base: bool, dtype: torch.dtype = torch.float64):
+def problem(
+    shape: tuple[int, ...],
+    with_base: bool,
+    device: torch.device,
+    dtype: torch.dtype = torch.float64,
+):
     """V with rubbish where nothing is read, a base with rubbish above its diagonal, and dR."""
     v, grad = normal(*shape, seed=2), normal(*shape, seed=3).mT.contiguous()
     base = None
     if with_base:
         base = reflector_base(rotation_of(shape))
-        base = (base + 7 * torch.ones_like(base).triu(1)).to(dtype)
-    return v.to(dtype).requires_grad_(), base, grad.to(dtype)
+        base = (base + 7 * torch.ones_like(base).triu(1)).to(device, dtype)
+    return v.to(device, dtype).requires_grad_(), base, grad.to(device, dtype)
+
+
+def computed(v: Tensor, base: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, dL/dV) for dL/dR = grad, looking at nothing: a comparison would wait for the device."""
+    rotation = orthonormalize(v, base)
+    (d_v,) = torch.autograd.grad(rotation, v, grad)
+    return rotation.detach(), d_v
 
 
 def gradient(v: Tensor, base: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor]:
     """(R, dL/dV) for dL/dR = grad; inputs are left alone."""
     given = [t for t in (v, base, grad) if t is not None]
     before = [t.detach().clone() for t in given]
-    rotation = orthonormalize(v, base)
-    (d_v,) = torch.autograd.grad(rotation, v, grad)
+    result = computed(v, base, grad)
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
-    return rotation.detach(), d_v
+    return result
 
 
 def dense(v: Tensor) -> Tensor:
@@ -70,15 +79,15 @@ def dense(v: Tensor) -> Tensor:
 
 def identity_error(rotation: Tensor) -> float:
     rotation = rotation.detach().double()
-    eye = torch.eye(rotation.shape[-2], dtype=torch.float64)
+    eye = torch.eye(rotation.shape[-2], dtype=torch.float64, device=rotation.device)
     return float((rotation @ rotation.mT - eye).abs().max())
 
 
 @bases
 @shapes
-def test_is_the_product_of_reflectors(shape, with_base: bool) -> None:
-    """Against LAPACK's product and PyTorch's gradient of it."""
-    v, base, grad = problem(shape, with_base)
+def test_is_the_product_of_reflectors(shape, with_base: bool, device) -> None:
+    """Against LAPACK's product and PyTorch's gradient of it, on the CPU."""
+    v, base, grad = problem(shape, with_base, torch.device("cpu"))
     below = v.tril(-1)
     expected = torch.linalg.householder_product(below, 2 / (1 + below.square().sum(-2)))
     if base is not None:
@@ -86,20 +95,20 @@ def test_is_the_product_of_reflectors(shape, with_base: bool) -> None:
     # The product leaves the graph where there is no matrix.
     wanted = {"allow_unused": True, "materialize_grads": True}
     (d_expected,) = torch.autograd.grad(expected.mT, v, grad, **wanted)
-    rotation, d_v = gradient(v, base, grad)
-    torch.testing.assert_close(rotation, expected.mT, **EXACT)
-    torch.testing.assert_close(d_v, d_expected, **EXACT)
+    rotation, d_v = gradient(*problem(shape, with_base, device))
+    torch.testing.assert_close(rotation.cpu(), expected.mT, **EXACT)
+    torch.testing.assert_close(d_v.cpu(), d_expected, **EXACT)
 
 
 @bases
 @pytest.mark.parametrize("shape", [(6, 3), (2, 4, 4), (3, 1)], ids=str)
-def test_gradcheck(shape, with_base: bool) -> None:
-    v, base, _ = problem(shape, with_base)
+def test_gradcheck(shape, with_base: bool, device) -> None:
+    v, base, _ = problem(shape, with_base, device)
     torch.autograd.gradcheck(lambda x: orthonormalize(x, base), v, atol=1e-8, rtol=1e-6)
 
 
-def test_second_derivatives_are_refused() -> None:
-    v, base, _ = problem((6, 3), True)
+def test_second_derivatives_are_refused(device) -> None:
+    v, base, _ = problem((6, 3), True, device)
     (d_v,) = torch.autograd.grad(orthonormalize(v, base).pow(3).sum(), v, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         d_v.sum().backward()
@@ -107,8 +116,8 @@ def test_second_derivatives_are_refused() -> None:
 
 @bases
 @shapes
-def test_only_the_strictly_lower_part_counts(shape, with_base: bool) -> None:
-    v, base, grad = problem(shape, with_base)
+def test_only_the_strictly_lower_part_counts(shape, with_base: bool, device) -> None:
+    v, base, grad = problem(shape, with_base, device)
     rotation, d_v = gradient(v, base, grad)
     assert not d_v.triu().any() and (d_v.numel() <= 1 or d_v.any())
     clean, d_clean = gradient(v.detach().tril(-1).requires_grad_(), base, grad)
@@ -140,22 +149,22 @@ def check_round_trip(rotation: Tensor, budget: float) -> None:
 
 
 @shapes
-def test_round_trip(shape) -> None:
+def test_round_trip(shape, device) -> None:
     for seed in range(5):
-        rotation = rotation_of(shape, seed)
+        rotation = rotation_of(shape, seed).to(device)
         check_round_trip(rotation, 1e-14)
         check_round_trip(rotation.mT.contiguous().mT.requires_grad_(), 1e-14)
         check_round_trip(rotation.float(), 2e-7)  # measured 1e-7: R itself is rounded
 
 
 @pytest.mark.parametrize("rotation", SPECIAL.values(), ids=SPECIAL.keys())
-def test_round_trip_of_special_rotations(rotation: Tensor) -> None:
-    check_round_trip(rotation, 2e-7)
-    check_round_trip(torch.linalg.qr(rotation.double().mT)[0].mT, 1e-14)
+def test_round_trip_of_special_rotations(rotation: Tensor, device) -> None:
+    check_round_trip(rotation.to(device), 2e-7)
+    check_round_trip(torch.linalg.qr(rotation.double().mT)[0].mT.to(device), 1e-14)
 
 
-def test_base_of_a_rotation_kept_in_bfloat16_is_orthonormal() -> None:
-    stored = rotation_of((256, 8)).bfloat16().float()
+def test_base_of_a_rotation_kept_in_bfloat16_is_orthonormal(device) -> None:
+    stored = rotation_of((256, 8)).bfloat16().float().to(device)
     assert identity_error(stored) > 1e-4
     base = reflector_base(stored)
     rotation = orthonormalize(torch.zeros_like(base), base)
@@ -166,10 +175,10 @@ def test_base_of_a_rotation_kept_in_bfloat16_is_orthonormal() -> None:
 @bases
 @pytest.mark.parametrize("scale", [0.0, 0.02, 1.0, 100.0, 1e6])
 @pytest.mark.parametrize(("dim", "rank"), [(768, 4), (384, 32), (2048, 8), (32, 32)])
-def test_rows_are_orthonormal_in_float32(dim, rank, scale, with_base: bool) -> None:
+def test_rows_are_orthonormal_in_float32(dim, rank, scale, with_base: bool, device) -> None:
     """Entries that are rounded once move R Rᵀ by at most one rounding unit."""
-    base = reflector_base(rotation_of((dim, rank)).float()) if with_base else None
-    v = scale * normal(dim, rank, seed=4, dtype=torch.float32)
+    base = reflector_base(rotation_of((dim, rank)).float().to(device)) if with_base else None
+    v = scale * normal(dim, rank, seed=4, dtype=torch.float32).to(device)
     assert identity_error(orthonormalize(v, base)) <= torch.finfo(torch.float32).eps
 
 
@@ -184,11 +193,13 @@ def medium_precision():
 @bases
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.usefixtures("medium_precision")
-def test_float32_is_float64_rounded_once_whatever_surrounds_it(autocast, with_base: bool) -> None:
-    v, base, grad = problem((2, 300, 6), with_base, torch.float32)
+def test_float32_is_float64_rounded_once_whatever_surrounds_it(
+    autocast, with_base: bool, device
+) -> None:
+    v, base, grad = problem((2, 300, 6), with_base, device, torch.float32)
     wide = None if base is None else base.double()
     expected, d_expected = gradient(v.detach().double().requires_grad_(), wide, grad.double())
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
         rotation, d_v = gradient(v, base, grad)
         again = reflector_base(rotation)
     assert rotation.dtype == d_v.dtype == torch.float32
@@ -198,24 +209,25 @@ def test_float32_is_float64_rounded_once_whatever_surrounds_it(autocast, with_ba
 
 @pytest.mark.parametrize("shape", [(9, 4), (5, 5), (6, 1)], ids=str)
 @pytest.mark.parametrize("start", [0.0, 0.3], ids=["at-the-base", "away"])
-def test_trains_like_the_parametrization_of_torch(shape, start: float) -> None:
+def test_trains_like_the_parametrization_of_torch(shape, start: float, device) -> None:
     """The same R, gradient and AdamW steps, coordinate by coordinate, up to signs."""
     dim, rank = shape
-    rotation, target = rotation_of(shape), normal(rank, dim, seed=5)
+    rotation, target = rotation_of(shape).to(device), normal(rank, dim, seed=5).to(device)
     base = reflector_base(rotation)
     signs = -base.diagonal()
-    rows = torch.cat((signs, torch.ones(dim - rank, dtype=base.dtype)))
+    rows = torch.cat((signs, signs.new_ones(dim - rank)))
 
     def in_torch(values: Tensor) -> Tensor:
         return rows.unsqueeze(-1) * values * signs
 
-    v = (start * normal(dim, rank, seed=6)).tril(-1).requires_grad_()
-    module = nn.Linear(rank, dim, bias=False, dtype=torch.float64)  # its weight is Rᵀ, (D, r)
+    v = (start * normal(dim, rank, seed=6)).tril(-1).to(device).requires_grad_()
+    # Its weight is Rᵀ, (D, r).
+    module = nn.Linear(rank, dim, bias=False, dtype=torch.float64, device=device)
     orthogonal(module, orthogonal_map="householder")
     theirs = module.parametrizations.weight
     with torch.no_grad():
-        theirs[0].base.copy_(dense(base) * rows)  # the whole D × D matrix
-        theirs.original.copy_(in_torch(v) - torch.eye(dim, rank, dtype=torch.float64))
+        theirs[0].base.copy_(dense(base.cpu()).to(device) * rows)  # the whole D × D matrix
+        theirs.original.copy_(in_torch(v) - torch.eye(dim, rank, dtype=v.dtype, device=device))
     if start == 0:
         torch.testing.assert_close(module.weight.mT, rotation, **EXACT)
 
@@ -233,9 +245,9 @@ def test_trains_like_the_parametrization_of_torch(shape, start: float) -> None:
     assert (orthonormalize(v, base) - rotation).abs().max() > 0.05
 
 
-def test_weight_decay_leaves_r_orthonormal() -> None:
-    rotation = rotation_of((3, 64, 4)).float()
-    base, target = reflector_base(rotation), normal(3, 4, 64, dtype=torch.float32)
+def test_weight_decay_leaves_r_orthonormal(device) -> None:
+    rotation = rotation_of((3, 64, 4)).float().to(device)
+    base, target = reflector_base(rotation), normal(3, 4, 64, dtype=torch.float32).to(device)
     v = torch.zeros_like(base, requires_grad=True)
     optimizer = torch.optim.AdamW([v], lr=0.05, weight_decay=0.1)
     for _ in range(50):
@@ -249,8 +261,8 @@ def test_weight_decay_leaves_r_orthonormal() -> None:
 
 
 @bases
-def test_every_batch_entry_is_its_own_problem_and_repeats(with_base: bool) -> None:
-    v, base, grad = problem((2, 3, 20, 4), with_base)
+def test_every_batch_entry_is_its_own_problem_and_repeats(with_base: bool, device) -> None:
+    v, base, grad = problem((2, 3, 20, 4), with_base, device)
     rotation, d_v = gradient(v, base, grad)
     again, d_again = gradient(v, base, grad)
     assert torch.equal(rotation, again) and torch.equal(d_v, d_again)  # bit for bit
@@ -262,8 +274,8 @@ def test_every_batch_entry_is_its_own_problem_and_repeats(with_base: bool) -> No
 
 
 @bases
-def test_strides_do_not_matter(with_base: bool) -> None:
-    v, base, grad = problem((3, 12, 4), with_base, torch.float32)
+def test_strides_do_not_matter(with_base: bool, device) -> None:
+    v, base, grad = problem((3, 12, 4), with_base, device, torch.float32)
     expected, d_expected = gradient(v, base, grad)
     strided = v.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0).requires_grad_()
     scattered = None if base is None else base.mT.contiguous().mT
@@ -275,6 +287,7 @@ def test_strides_do_not_matter(with_base: bool) -> None:
     assert torch.equal(d_sum, gradient(v, base, torch.ones_like(grad))[1])
 
 
+@pytest.mark.host("tensors of the meta device")
 @shapes
 @bases
 def test_meta_device_gives_shapes_without_reading_values(shape, with_base: bool) -> None:
@@ -291,8 +304,8 @@ def test_meta_device_gives_shapes_without_reading_values(shape, with_base: bool)
 @pytest.mark.traced
 @bases
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_compiles_as_one_graph(with_base: bool, dtype: torch.dtype) -> None:
-    v, base, grad = problem((2, 10, 3), with_base, dtype)
+def test_compiles_as_one_graph(with_base: bool, dtype: torch.dtype, device) -> None:
+    v, base, grad = problem((2, 10, 3), with_base, device, dtype)
     expected, d_expected = gradient(v, base, grad)
     torch.compiler.reset()
     compiled = torch.compile(orthonormalize, fullgraph=True, backend="aot_eager")
@@ -316,17 +329,18 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_nothing_is_square_in_the_width() -> None:
+def test_nothing_is_square_in_the_width(device) -> None:
     dim, rank, layers = 500, 3, 2
+    rotation = rotation_of((layers, dim, rank)).to(device)
     with Largest() as seen:
-        base = reflector_base(rotation_of((layers, dim, rank)))
+        base = reflector_base(rotation)
         v = torch.zeros_like(base, requires_grad=True)
         orthonormalize(v, base).sum().backward()
     assert layers * dim * rank <= seen.numel <= 2 * layers * dim * rank
 
 
-def test_wide_models() -> None:
-    rotation = rotation_of((60_000, 2)).float()
+def test_wide_models(device) -> None:
+    rotation = rotation_of((60_000, 2)).float().to(device)
     base = reflector_base(rotation)
     v = torch.zeros_like(base, requires_grad=True)
     out = orthonormalize(v, base)
@@ -335,61 +349,25 @@ def test_wide_models() -> None:
     assert v.grad is not None and v.grad.abs().max() < 1e-6  # |R| is constant
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_without_waiting_for_it() -> None:
-    v, base, grad = problem((4, 200, 6), True, torch.float32)
-    expected, d_expected = gradient(v, base, grad)
-    there = v.detach().cuda().requires_grad_()
-    base_there, grad_there = base.cuda(), grad.cuda()
-    gradient(there, base_there, grad_there)  # libraries start up
+@bases
+def test_nothing_waits_for_the_device(with_base: bool, no_synchronisation, device) -> None:
+    given = problem((4, 20, 6), with_base, device, torch.float32)
+    with no_synchronisation():
+        rotation, d_v = computed(*given)
+    assert all(torch.equal(*pair) for pair in zip((rotation, d_v), gradient(*given), strict=True))
+
+
+@pytest.mark.gpu("the driver says what waits")
+def test_on_a_gpu_without_waiting_for_it(device) -> None:
+    expected, d_expected = gradient(*problem((4, 200, 6), True, torch.device("cpu"), torch.float32))
+    there = problem((4, 200, 6), True, device, torch.float32)
+    computed(*there)  # libraries start up
     torch.cuda.set_sync_debug_mode("error")
     try:
-        rotation, d_v = gradient(there, base_there, grad_there)
+        rotation, d_v = computed(*there)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(rotation.cpu(), expected, rtol=0, atol=6e-8)
     torch.testing.assert_close(d_v.cpu(), d_expected, rtol=2e-7, atol=1e-9)
     again = reflector_base(rotation).cpu()
     torch.testing.assert_close(again, reflector_base(expected), rtol=0, atol=3e-7)
-
-
-V, ROWS = torch.ones(4, 2), torch.eye(2, 4)
-REFUSED = {
-    "v-no-tensor": (TypeError, r"v must be a tensor .* got list", ([[1.0]],)),
-    "v-vector": (ValueError, r"v must be \(…, D, r\).*got shape \(4,\)", (V[:, 0],)),
-    "v-too-wide": (ValueError, r"1 ≤ r ≤ D, got shape \(2, 4\)", (ROWS,)),
-    "v-no-columns": (ValueError, r"1 ≤ r ≤ D, got shape \(4, 0\)", (V[:, :0],)),
-    "v-integer": (TypeError, "v must be float32 or float64, got torch.int64", (V.long(),)),
-    "v-bfloat16": (TypeError, "v must be float32 .*bfloat16; convert", (V.bfloat16(),)),
-    "base-no-tensor": (TypeError, "base must be a tensor or None, got int", (V, 1)),
-    "base-shape": (ValueError, "base must have the shape of v", (V, V[None])),
-    "base-dtype": (ValueError, "base must have the dtype of v", (V, V.double())),
-    "base-device": (ValueError, "base must have the device of v", (V, V.to("meta"))),
-    "base-gradient": (ValueError, "base must not require", (V, V.clone().requires_grad_())),
-}
-REFUSED_ROTATIONS = {
-    "no-tensor": (TypeError, "rotation must be a tensor", (None,)),
-    "vector": (ValueError, r"rotation must be \(…, r, D\).*got shape \(4,\)", (V[:, 0],)),
-    "too-tall": (ValueError, r"1 ≤ r ≤ D, got shape \(4, 2\)", (V,)),
-    "half": (TypeError, "rotation must be float32 or float64, got torch.float16", (ROWS.half(),)),
-    "integer": (TypeError, "rotation must be float32 or float64", (ROWS.long(),)),
-    "zero": (ValueError, r"max \|R Rᵀ − I\| at most 0.1; got 1$", (0 * ROWS,)),
-    "not-normal": (ValueError, "orthonormal rows.*got 0.21$", (1.1 * ROWS,)),
-    "not-orthogonal": (ValueError, "orthonormal rows.*got 1$", (ROWS[:1].expand(2, 4),)),
-    "one-of-many": (ValueError, "orthonormal rows", (torch.stack([ROWS, 0 * ROWS]),)),
-    "nan": (ValueError, "orthonormal rows.*got nan", (math.nan * ROWS,)),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_orthonormalize_refuses(case: str) -> None:
-    error, message, arguments = REFUSED[case]
-    with pytest.raises(error, match=message):
-        orthonormalize(*arguments)
-
-
-@pytest.mark.parametrize("case", REFUSED_ROTATIONS)
-def test_reflector_base_refuses(case: str) -> None:
-    error, message, arguments = REFUSED_ROTATIONS[case]
-    with pytest.raises(error, match=message):
-        reflector_base(*arguments)

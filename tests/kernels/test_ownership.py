@@ -238,6 +238,7 @@ def test_what_torch_does_not_tell_is_copied(source, parameters, monkeypatch, ove
     assert torch.autograd.grad(loss, source)[0].shape == source.shape
 
 
+@pytest.mark.host("fake tensors of the CPU")
 def test_calibration_waits_for_plain_tensors(monkeypatch):
     from torch._subclasses import FakeTensorMode
 

@@ -39,6 +39,8 @@ SHAPES = [
     Case(64, 1),
     Case(64, 64, (3,)),
     Case(65, 1),
+    Case(65, 2, (4, 4)),
+    Case(65, 40, (20, 20), missing="some", activation="gelu", dtype=BF16),
     Case(257, 8, (3, 2)),
     Case(257, 9, (3, 2)),
     Case(768, 16, (17,)),
@@ -93,6 +95,23 @@ UNBIASED = [
     Case(65, 4, biased=False, activation="gelu"),
     Case(65, 12, member="consreft", biased=False),
 ]
+#: More than 2048 rows, several chunks of columns and several tiles of rows for each program: what
+#: the interpreter does in seconds …
+MANY = [
+    (Case(200, 8, (2100,), dtype=BF16, missing="some"), "inplace"),
+    (Case(136, 32, (2060, 40), dtype=FP16), "apart"),
+    (Case(72, 32, (2100,), missing="some"), "inplace"),
+]
+#: … and at the widths of models, with the minutes that the interpreter takes.
+WIDE = [
+    (1, Case(2048, 8, (2100,), dtype=BF16), "apart"),
+    (1, Case(2048, 32, (2060, 40), dtype=BF16, missing="some"), "inplace"),
+    (2, Case(4096, 32, (2100,), missing="some"), "inplace"),
+    (4, Case(2048, 8, (8192,), dtype=FP16), "inplace"),
+    (5, Case(2048, 32, (8192,), dtype=BF16), "inplace"),
+    (7, Case(4096, 8, (8192,), dtype=BF16, missing="some"), "inplace"),
+    (9, Case(4096, 32, (4096, 4096), dtype=BF16), "apart"),
+]
 PLACES = {"apart": lowrank_edit, "inplace": lowrank_edit_}
 CASES = (*MEMBERS, *DTYPES, *SHAPES, *GROUPS, *MISSING, *LAYOUTS, *ACTIVE, *UNBIASED)
 
@@ -121,6 +140,28 @@ def test_edit(case, backend, place, device):
     if backend == "triton" and FP64 in (case.dtype, case.parameters) and device.type == "cuda":
         pytest.skip("not run: float64 is PyTorch's on a GPU")
     judge = judge_of(case, device)
+    judge.check(run_edit(PLACES[place], judge.edit, backend=backend))
+
+
+@pytest.mark.parametrize(
+    ("case", "place"),
+    [
+        *(pytest.param(*run, id=f"{run[0]}-{run[1]}") for run in MANY),
+        *(
+            pytest.param(
+                case,
+                place,
+                id=f"{case}-{place}",
+                marks=pytest.mark.gpu(f"the interpreter takes about {minutes} min"),
+            )
+            for minutes, case, place in WIDE
+        ),
+    ],
+)
+@pytest.mark.parametrize("backend", ["triton"])
+def test_many_rows(case, place, backend, device):
+    """Not by ``judge_of``, which keeps budgets: these take up to 1 GiB, and 3 in the making."""
+    judge = budget(make_edit(case, device))
     judge.check(run_edit(PLACES[place], judge.edit, backend=backend))
 
 

@@ -22,13 +22,13 @@ HIDDEN = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [-1.0, 0.0, 2.0]])
         (True, "relu", [-2.0, -1.0, 3.0]),  # h + Rᵀ(−3, 0)
     ],
 )
-def test_by_hand(subtract, activation, expected):
-    encode = torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]])
-    bias = torch.tensor([1.0, -1.0])
-    decode = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+def test_by_hand(subtract, activation, expected, device):
+    encode = torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]], device=device)
+    bias = torch.tensor([1.0, -1.0], device=device)
+    decode = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]], device=device)
     out = reference.lowrank_edit(
-        HIDDEN,
-        RowPlan.from_rows([0]),
+        HIDDEN.to(device),
+        RowPlan.from_rows([0]).to(device),
         encode,
         bias,
         decode,
@@ -38,14 +38,15 @@ def test_by_hand(subtract, activation, expected):
     assert out.tolist() == [expected, [4.0, 5.0, 6.0], [-1.0, 0.0, 2.0]]
 
 
-def test_gradients_by_hand():
+def test_gradients_by_hand(device):
     """h' = h + r (w·h + b) with one row, D = 2, upstream v: everything in integers."""
-    hidden = torch.tensor([[1.0, 2.0], [5.0, 7.0]], requires_grad=True)
-    w, b = torch.tensor([[3.0, -1.0]], requires_grad=True), torch.tensor([2.0], requires_grad=True)
-    r = torch.tensor([[2.0, 1.0]], requires_grad=True)
-    out = reference.lowrank_edit(hidden, RowPlan.from_rows([0]), w, b, r)
+    hidden, w, b, r = (
+        torch.tensor(values, device=device, requires_grad=True)
+        for values in ([[1.0, 2.0], [5.0, 7.0]], [[3.0, -1.0]], [2.0], [[2.0, 1.0]])
+    )
+    out = reference.lowrank_edit(hidden, RowPlan.from_rows([0]).to(device), w, b, r)
     assert out.tolist() == [[7.0, 5.0], [5.0, 7.0]]  # s = 3 − 2 + 2
-    out.backward(torch.tensor([[10.0, 1.0], [1.0, 1.0]]))  # ds = 21
+    out.backward(torch.tensor([[10.0, 1.0], [1.0, 1.0]], device=device))  # ds = 21
     assert hidden.grad.tolist() == [[73.0, -20.0], [1.0, 1.0]]
     assert w.grad.tolist() == [[21.0, 42.0]] and b.grad.tolist() == [21.0]
     assert r.grad.tolist() == [[30.0, 3.0]]
@@ -62,8 +63,8 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize("member", FAMILY)
-def test_each_member_is_its_formula(member):
-    edit = make_edit(Case(12, 3, (4, 0, 3), member=member, dtype=torch.float64))
+def test_each_member_is_its_formula(member, device):
+    edit = make_edit(Case(12, 3, (4, 0, 3), member=member, dtype=torch.float64), device)
     out = reference.lowrank_edit(
         edit.hidden, edit.plan, edit.encode, edit.bias, edit.decode, **edit.options
     )
@@ -79,6 +80,7 @@ def test_each_member_is_its_formula(member):
     torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.host("a table of names")
 def test_the_family_table_holds_the_six_and_their_crossed_names():
     switches = {n: (s.has_encode, s.subtract, s.orthonormal) for n, s in FAMILY.items()}
     assert switches == {
@@ -96,8 +98,8 @@ def test_the_family_table_holds_the_six_and_their_crossed_names():
         FAMILY["other"] = FAMILY["loreft"]
 
 
-def test_loreft_orders_its_arguments_as_the_paper_does():
-    edit = make_edit(Case(12, 3, (4,)))
+def test_loreft_orders_its_arguments_as_the_paper_does(device):
+    edit = make_edit(Case(12, 3, (4,)), device)
     args = (edit.hidden, edit.plan)
     out = reference.loreft(*args, edit.decode, edit.encode, edit.bias)
     assert torch.equal(

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reft_kernels import RowPlan
 from reft_kernels import rows as rows_module
 
+pytestmark = pytest.mark.host("plans are made and checked on the CPU")
+
 
 def test_rows_are_sorted_by_group_and_stay_in_order_within():
     plan = RowPlan.from_rows([9, 4, 7, 1, 3], groups=[2, 0, 2, 0, 3], num_groups=5)

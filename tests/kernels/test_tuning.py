@@ -16,6 +16,7 @@ SHAPE = {
     "dim": 4096, "rank": 8, "num_rows": 448, "dtype": torch.bfloat16, "target": "cuda:90",
     "device": "NVIDIA H100 80GB HBM3",
 }  # fmt: skip
+pytestmark = pytest.mark.host("settings are chosen by the host")
 FIELDS = {one.name for one in fields(tuning.KernelConfig)}
 
 
@@ -66,19 +67,17 @@ def test_no_candidate_is_wider_than_the_rows():
     assert all(one.chunk <= 64 for one in tuning.candidates("rows", **SHAPE | {"dim": 50}))
 
 
+@pytest.mark.interpreter("167 builds; `python -m benchmarks sweep` checks each candidate there")
 @pytest.mark.parametrize("kernel", tuning.KERNELS)
 @pytest.mark.parametrize(("rank", "dtype"), [(4, torch.float32), (20, torch.bfloat16)])
 @pytest.mark.parametrize("backend", ["triton"])
-def test_every_candidate_computes_the_edit(backend, rank, dtype, kernel, device):
+def test_every_candidate_computes_the_edit(backend, rank, dtype, kernel):
     case = Case(130, rank, (5, 36), missing="some", dtype=dtype)
-    edit = make_edit(case, device)
+    edit = make_edit(case)
     allowed = budget(edit)
-    found = tuning.candidates(
-        kernel, dim=130, rank=rank, num_rows=36, dtype=dtype, target=tuning.target_of(device)
-    )
-    if device.type == "cpu":  # the interpreter knows neither warps nor stages
-        found = list({replace(one, warps=4, stages=1): one for one in found}.values())
-    for settings in found:
+    found = tuning.candidates(kernel, dim=130, rank=rank, num_rows=36, dtype=dtype, target="cpu")
+    # The interpreter knows neither warps nor stages.
+    for settings in {replace(one, warps=4, stages=1): one for one in found}.values():
         with tuning.trial(kernel, settings):
             allowed.check(run_edit(lowrank_edit_, edit, backend=backend))
 
