@@ -104,13 +104,15 @@ def of_sweep(count: int) -> Iterator[Request]:
 
 
 def build(request: Request) -> Built:
-    """Do what the request says, launching nothing."""
+    """Do what the request says, launching nothing; a build that Hopper may compute wrong fails."""
     failed = None
     with launching_nothing(_TARGET) as journal:
         try:
             _DO[request.kind](request.subject)
         except Exception as error:  # a compiler's or launcher's own
             failed = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    if journal.register_wgmma:
+        failed = f"wgmma with an operand in registers: {', '.join(journal.register_wgmma)}"
     return Built(request, tuple(seconds for _, seconds in journal.builds), failed)
 
 

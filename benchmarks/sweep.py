@@ -299,6 +299,8 @@ def _together(phases: Mapping[str, Sequence[float]], feeding: float) -> list[flo
 
 def _summary(rows: Sequence[Row]) -> str:
     timed = [row for row in rows if row.ratio is not None]
+    if not rows:
+        return "not reached"
     if not timed:
         return f"none of {len(rows)} ran: {rows[0].absent}"
     best = min(timed, key=lambda row: row.ratio or 1.0)

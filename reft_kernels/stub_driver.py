@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 
 from reft_kernels import _triton, dispatch, functional
-from reft_kernels.offline import TARGETS, check_target
+from reft_kernels.offline import TARGETS, check_target, register_wgmma
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +38,12 @@ class Journal:
 
     Attributes:
         builds: name of the kernel and CPU seconds of each build that was not in Triton's cache.
+        register_wgmma: kernels with a wgmma whose left operand is in registers, see ``offline``.
         launches: in their order.
     """
 
     builds: list[tuple[str, float]] = field(default_factory=list)
+    register_wgmma: list[str] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)
 
 
@@ -137,6 +139,8 @@ def launching_nothing(target: str = "cuda:90", device_name: str = "") -> Iterato
         kernel = do_compile(*args, **kwargs)
         if compiled:
             journal.builds.append((compiled[-1], _cpu_seconds() - began))
+        if register_wgmma(kernel.asm["ptx"]):
+            journal.register_wgmma.append(kernel.metadata.name)
         return kernel
 
     with ExitStack() as stack:

@@ -169,3 +169,9 @@ def test_without_triton_on_the_device_nothing_is_swept(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     done = CliRunner().invoke(app, ["sweep", "--device", "cpu", "--size", "ci"])
     assert done.exit_code == 2 and "TRITON_INTERPRET=1" in done.stderr
+
+
+def test_what_became_of_a_kernel_is_one_line():
+    assert sweep._summary([]) == "not reached"
+    assert sweep._summary([row(ratio=None, absent="too much")]) == "none of 1 ran: too much"
+    assert sweep._summary([candidate(0.9, 1), candidate(0.6, 2)]).startswith("2 of 2 ran; best ")
