@@ -282,6 +282,7 @@ for keeps in (False, True):
 
 
 @pytest.mark.host("a process of its own; gradients of a GPU are handed over by the same code")
+@pytest.mark.parametrize("frames", ["plain"], indirect=True)
 def test_a_compilation_that_failed_changes_nothing():
     done = subprocess.run(
         [sys.executable, "-c", AFTER_A_FAILURE], capture_output=True, text=True, timeout=300

@@ -21,12 +21,19 @@ HEAD = """
 import os
 import pytest
 """
-#: A test that is refused, each for one reason.
-REFUSED = {
-    "neither": "def test_it(): pass",
-    "reason": "@pytest.mark.host\ndef test_it(): pass",
-    "reason-of-the-interpreter": "@pytest.mark.interpreter\ndef test_it(device): pass",
-}
+#: Tests that are refused, each for one reason, and one that is not.
+REFUSED = """
+def test_neither(): pass
+
+@pytest.mark.host
+def test_no_reason(): pass
+
+@pytest.mark.interpreter
+def test_no_reason_of_the_interpreter(device): pass
+
+@pytest.mark.host("a message")
+def test_fine(): pass
+"""
 ACCEPTED = """
 pytestmark = pytest.mark.host("a file of messages")
 
@@ -71,12 +78,12 @@ def run(tmp_path: Path):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("kind", REFUSED)
-def test_a_test_that_does_not_say_where_it_runs_is_an_error(run, kind, device):
-    done = run(REFUSED[kind], device, "-k", "nothing")
+def test_tests_that_do_not_say_where_they_run_are_an_error(run, device):
+    done = run(REFUSED, device, "-k", "nothing")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "has a marker gpu, host(reason) or interpreter(reason)" in done.stderr
-    assert done.stderr.rstrip().endswith("test_some.py::test_it")
+    named = [line.split("::")[1] for line in done.stderr.splitlines() if "::" in line]
+    assert named == ["test_neither", "test_no_reason", "test_no_reason_of_the_interpreter"]
 
 
 def test_without_a_gpu_all_run_but_those_that_need_one(run):
