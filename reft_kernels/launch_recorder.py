@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from reft_kernels.functional import lowrank_edit
-from reft_kernels.testing import Case, make_edit, run_edit
+from reft_kernels.testing import PARAMETERS, Case, make_edit, run_edit
 
 #: Triton tells numbers that are 1, multiples of 16, and others apart.
 _ONE, _SIXTEEN, _OTHER = 1, 16, 17
@@ -70,7 +70,9 @@ def replay(launch: dict[str, Any]) -> None:
     if "case" in launch:
         fields = launch["case"] | {"groups": tuple(launch["case"]["groups"])}
         case = Case(**fields | {"dtype": getattr(torch, fields["dtype"])})
-        run_edit(lowrank_edit, make_edit(case), backend="triton")
+        edit = make_edit(case)
+        for wants in ((), ("hidden", *PARAMETERS)):
+            run_edit(lowrank_edit, edit, wants=wants, backend="triton")
         return
     arguments: list[int | Tensor] = []
     for given in launch["arguments"]:
