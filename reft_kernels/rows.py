@@ -102,7 +102,7 @@ class RowPlan:
 
     def __post_init__(self) -> None:
         sizes = [b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False)]
-        object.__setattr__(self, "largest_group", max(sizes, default=0))
+        object.__setattr__(self, "largest_group", max(sizes) if sizes else 0)
         if self.slots is None:  # `using` hands on those of its plan
             _ = self.device_offsets  # now, and not first inside a captured or compiled call
 

@@ -56,6 +56,11 @@ def test_equal_groups_need_no_offsets_on_the_device(offsets):
     assert plan.device_offsets is None and plan.largest_group == offsets[1]
 
 
+def test_a_plan_without_groups_has_nothing_to_launch():
+    plan = RowPlan(torch.arange(0), (0,))
+    assert (plan.num_groups, plan.largest_group, plan.device_offsets) == (0, 0, None)
+
+
 class OnCuda(torch.Tensor):
     """Rows that say they are on a GPU."""
 
