@@ -132,12 +132,13 @@ def _compiled(todo: Sequence[_Job], workers: int) -> Iterator[dict[str, Any]]:
         return
     # Spawned, not forked: torch and the progress bar have threads by now.
     with ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_single_thread
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=single_thread
     ) as pool:
         yield from pool.map(_compile, todo)
 
 
-def _single_thread() -> None:
+def single_thread() -> None:
+    """Keep PyTorch to one thread: a process that compiles shares the machine with others."""
     torch.set_num_threads(1)
 
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,10 +29,21 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.compile import single_thread
+from benchmarks.gpu import environment_of
 from benchmarks.revision import ROOT
 from benchmarks.run import stop
-from benchmarks.stage_builds import Built, Request, build, longest, of_launches, of_suites, of_sweep
-from benchmarks.stages import BUDGETS, ENVIRONMENT, OP_JOBS, PARITY_JOBS, SWEEP_JOBS
+from benchmarks.stage_builds import (
+    HAZARD,
+    Built,
+    Request,
+    build,
+    longest,
+    of_launches,
+    of_suites,
+    of_sweep,
+)
+from benchmarks.stages import BUDGETS, OP_JOBS, PARITY_JOBS, SWEEP_JOBS
 
 #: Processes that share the builds of a stage; other stages have one.
 WORKERS = {"parity": PARITY_JOBS, "op": OP_JOBS, "sweep": SWEEP_JOBS}
@@ -115,11 +126,11 @@ def rehearse_session(
     total = sum(each.seconds for each in predictions)
     if total > LIMIT:
         complaints.append(f"the session takes {total:.0f} s of {LIMIT:.0f}")
-    # A candidate of the sweep may not compile: it is left out there too.
+    # A candidate of the sweep may not compile: it is left out there too. None may compute wrong.
     complaints += [
         f"{each.request.stage}, {each.request.label}: {each.failed}"
         for each in built
-        if each.failed and each.request.stage != "sweep"
+        if each.failed and (each.request.stage != "sweep" or each.failed.startswith(HAZARD))
     ]
     if complaints:
         stop("; ".join(complaints), 1)
@@ -178,9 +189,7 @@ def _print(console: Console, predictions: Sequence[Prediction]) -> None:
 
 
 def _environment(**more: str) -> dict[str, str]:
-    environment = {**os.environ, **ENVIRONMENT, **more}
-    environment.pop("TRITON_INTERPRET", None)
-    return environment
+    return environment_of(tiny=False, commit=None) | more
 
 
 def _run(
@@ -242,14 +251,8 @@ def _compiled(console: Console, requests: Sequence[Request], jobs: int) -> list[
         os.environ.update(_environment(TRITON_CACHE_DIR=cache))
         os.environ.pop("TRITON_INTERPRET", None)
         with ProcessPoolExecutor(
-            jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_single_thread
+            jobs, mp_context=multiprocessing.get_context("spawn"), initializer=single_thread
         ) as pool:
-            return list(_tracked(console, pool.map(build, requests), len(requests)))
-
-
-def _tracked(console: Console, found: Iterator[Built], total: int) -> Iterator[Built]:
-    return iter(track(found, "compiling", total=total, console=console, transient=True))
-
-
-def _single_thread() -> None:
-    torch.set_num_threads(1)
+            built = pool.map(build, requests)
+            total = len(requests)
+            return list(track(built, "compiling", total=total, console=console, transient=True))

@@ -34,6 +34,8 @@ from reft_kernels.stub_driver import launching_nothing
 #: every alignment that those of more have.
 LAYERS = 4
 _TARGET = "cuda:90"
+#: How the failure of a build begins that compiled, and that Hopper may compute wrong.
+HAZARD = "wgmma with an operand in registers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ def build(request: Request) -> Built:
         except Exception as error:  # a compiler's or launcher's own
             failed = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     if journal.register_wgmma:
-        failed = f"wgmma with an operand in registers: {', '.join(journal.register_wgmma)}"
+        failed = f"{HAZARD}: {', '.join(journal.register_wgmma)}"
     return Built(request, tuple(seconds for _, seconds in journal.builds), failed)
 
 

@@ -306,15 +306,13 @@ def _tensor_of(offsets: tuple[int, ...], device: torch.device) -> Tensor:
     While a graph is traced or captured the numbers become part of it: a copy from the host would be
     repeated in every call of a compiled function, and is forbidden in a capture.
     """
-    if device.type == "cuda" and not torch.compiler.is_compiling():
-        if not torch.cuda.is_current_stream_capturing():
-            pinned = torch.tensor(offsets, dtype=torch.int64, pin_memory=True)
-            return pinned.to(device, non_blocking=True)
-    elif not torch.compiler.is_compiling():
-        return torch.tensor(offsets, dtype=torch.int64, device=device)
-    return torch.stack(
-        [torch.full((), offset, dtype=torch.int64, device=device) for offset in offsets]
-    )
+    cuda = device.type == "cuda"
+    if torch.compiler.is_compiling() or (cuda and torch.cuda.is_current_stream_capturing()):
+        return torch.stack(
+            [torch.full((), offset, dtype=torch.int64, device=device) for offset in offsets]
+        )
+    made = torch.tensor(offsets, dtype=torch.int64, pin_memory=cuda)
+    return made.to(device, non_blocking=cuda)
 
 
 def _int_vector(name: str, values: IntArray) -> Tensor:

@@ -55,7 +55,7 @@ def candidates(
 
 def _fma_tiles(kernel: str, rank: int) -> Iterator[dict[str, Any]]:
     """A thread owns one or two columns of the chunk, and at most 64 partial sums."""
-    padded = _padded(kernel, rank)
+    padded = configs.padded_rank(kernel, rank)
     if padded > 8:
         return
     for rows, warps, wide in itertools.product((1, 2, 4, 8, 16), (4, 8), (1, 2)):
@@ -68,7 +68,7 @@ def _fma_tiles(kernel: str, rank: int) -> Iterator[dict[str, Any]]:
 
 def _dot_tiles(kernel: str, rank: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """No tile of 64 rows: see ``configs``."""
-    padded = max(16, _padded(kernel, rank))
+    padded = max(16, configs.padded_rank(kernel, rank))
     if dtype is torch.float64:
         return
     for rows, chunk, warps in itertools.product((16, 32), (32, 64, 128), (4, 8)):
@@ -141,9 +141,3 @@ def updated_table(entries: Sequence[Mapping[str, Any]]) -> str:
     kept |= {tuple(one["key"]): one for one in entries}
     lines = ",\n".join(json.dumps(dict(kept[key])) for key in sorted(kept))
     return f"[\n{lines}\n]\n" if kept else "[]\n"
-
-
-def _padded(kernel: str, rank: int) -> int:
-    """BLOCK_R of a kernel for a rank."""
-    padded: int = 1 << (rank - 1).bit_length()
-    return min(padded, configs.MOST_RANKS) if kernel == "columns" else padded

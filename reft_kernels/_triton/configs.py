@@ -161,13 +161,11 @@ def default(
 ) -> KernelConfig:
     """The settings by rule, where nothing was measured; arguments as of :func:`choose`."""
     hip = target.startswith("hip")
-    block_r = _power_of_two(rank)
+    block_r = padded_rank(kernel, rank)
     dot = dtype is not torch.float64 and (
         block_r > 8 or (num_rows > FEW_ROWS and dtype is not torch.float32)
     )
     block_r = max(block_r, 16) if dot else block_r
-    if kernel == "columns":
-        block_r = min(block_r, MOST_RANKS)
     if dot:
         rows, chunk, warps, stages = _dot_tile(kernel, block_r, num_rows, dtype, hip)
     else:
@@ -247,6 +245,12 @@ def device_name(device: torch.device) -> str:
     cache.
     """
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def padded_rank(kernel: str, rank: int) -> int:
+    """Ranks that a program of a kernel holds, without the matrix units' least of 16."""
+    padded = _power_of_two(rank)
+    return min(padded, MOST_RANKS) if kernel == "columns" else padded
 
 
 def _power_of_two(value: int) -> int:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from benchmarks import rehearsal
 from benchmarks.__main__ import app
-from benchmarks.stage_builds import Built, Request, of_launches, of_suites, of_sweep
+from benchmarks.stage_builds import HAZARD, Built, Request, of_launches, of_suites, of_sweep
 from benchmarks.stages import BUDGETS
 from benchmarks.suites import suites
 
@@ -182,8 +182,9 @@ def test_a_rehearsal_that_fits_passes_and_is_written_down(tmp_path, without_runn
     [
         (built("step", 500.0), "step takes "),
         (built("layer", 3.0, failed="CompilationError: no"), "layer, x: CompilationError: no"),
+        (built("sweep", 1.0, failed=f"{HAZARD}: edit_rows_kernel"), f"sweep, x: {HAZARD}"),
     ],
-    ids=["too-long", "does-not-compile"],
+    ids=["too-long", "does-not-compile", "computes-wrong"],
 )
 def test_a_rehearsal_that_does_not_fit_fails(tmp_path, without_running, found, says):
     without_running.append(found)
