@@ -373,7 +373,10 @@ class Attachment(nn.Module):
         labels = options.labels if self.causal and lengths is None and first else None
         if starts is not None:
             starts = starts.to(tokens.device)
-            return find_packed_prompt(starts, batch * window, labels=labels, prompt_lengths=lengths)
+            mask = call.get("attention_mask")
+            return find_packed_prompt(
+                starts, batch * window, attention_mask=mask, labels=labels, prompt_lengths=lengths
+            )
         return find_prompt(
             batch,
             start + window if isinstance(start, int) else window,
