@@ -17,6 +17,7 @@ from reft.model.calls import OPTIONS, Options
 from reft.model.checkpointing import keep_plans
 from reft.model.parallel import refuse_context_parallel
 from reft.model.plan import Edit, ForwardPlan
+from reft.model.planner import plan_forward
 from reft.nn.dropout import dropped_edit
 from reft.serving.tables import Site
 from reft_kernels import lowrank_edit, lowrank_edit_
@@ -82,7 +83,7 @@ class MakePlan(_Call):
             return args, kwargs
         if not torch.compiler.is_compiling():
             self.attachment.enter()
-        plan = self.attachment.plan_forward(stack, self._named(args, kwargs))
+        plan = plan_forward(self.attachment, stack, self._named(args, kwargs))
         if plan is not None and not torch.compiler.is_compiling():
             refuse_context_parallel()
         self.attachment.call.current = plan

@@ -177,6 +177,8 @@ class ForwardPlan:
 
     Attributes:
         shape: (B, S) of the window.
+        start: column of the batch at which the window begins: the length of the cache.
+        adapters: what tells whether another forward edits with the same ones.
         served: edits with entries of tables, see :mod:`reft.model.mixed`.
         edits: (block number, component) -> the edits of its output, usually one.
         recorded: whether gradients were recorded when it was made.
@@ -196,6 +198,8 @@ class ForwardPlan:
             self.edits[site] = (*self.edits.get(site, ()), *edits)
         self.recorded = torch.is_grad_enabled()
         self.replayed = False
+        self.start: int | Tensor = 0
+        self.adapters: tuple[object, ...] = ()
 
     def again(self) -> ForwardPlan:
         """The same rows with freshly computed weights. The same numbers: no optimizer steps
