@@ -259,7 +259,7 @@ def _refuse_places(
                 f"{argument} cannot be given to the generate() of {name}, which makes the prompts "
                 "of its decoder itself"
             )
-    if _settings(model, args, kwargs)("use_cache") is False:
+    if settings_of(model, args, kwargs)("use_cache") is False:
         raise ValueError(
             f"generate() of {name} needs use_cache=True while an adapter edits its decoder: the "
             "cache tells where a prompt ends"
@@ -300,9 +300,9 @@ def _decoder_prompt(
     """What the decoder of an encoder–decoder starts from. generate() puts the start token in front
     of ids that lack it."""
     ids, mask = kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask")
-    start = _settings(model, args, kwargs)("decoder_start_token_id")
+    start = settings_of(model, args, kwargs)("decoder_start_token_id")
     if start is None:
-        start = _settings(model, args, kwargs)("bos_token_id")
+        start = settings_of(model, args, kwargs)("bos_token_id")
     if ids is None:
         source, _ = _prompt(model, args, dict(kwargs))
         return _one_column(model, source.shape[0]), None
@@ -319,7 +319,7 @@ def _one_column(model: nn.Module, batch: int) -> Tensor:
     return torch.zeros(batch, 1, dtype=torch.int64, device=device)
 
 
-def _settings(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def settings_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """name -> the value that generate() will take for it."""
     given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
     configs = (given, getattr(model, "generation_config", None))
@@ -337,7 +337,7 @@ def _mask_from_padding(
     model: nn.Module, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
     """Attended where there is no padding token; None where padding cannot be told from text."""
-    setting = _settings(model, args, kwargs)
+    setting = settings_of(model, args, kwargs)
     pad, eos = setting("pad_token_id"), setting("eos_token_id")
     if isinstance(pad, Tensor):
         pad = pad.tolist()

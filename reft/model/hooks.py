@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from reft.model.cached_edits import note_edits
 from reft.model.calls import OPTIONS, Options
 from reft.model.checkpointing import keep_plans
 from reft.model.parallel import refuse_context_parallel
@@ -107,6 +108,19 @@ class Forget:
         setattr(call, self.name, None)
         if call.options is None and not torch.compiler.is_compiling():
             self.attachment.running.threads.discard(threading.get_ident())
+
+
+class ForgetPlan(Forget):
+    """Forward hook of the stack: notes on the cache what was edited, and clears the plan."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        super().__init__(attachment, "current")
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        plan = self.attachment.call.current
+        if plan is not None and output is not None and not torch.compiler.is_compiling():
+            note_edits(plan, output)
+        super().__call__(module, args, output)
 
 
 class EditOutput:

@@ -179,6 +179,7 @@ class ForwardPlan:
         shape: (B, S) of the window.
         start: column of the batch at which the window begins: the length of the cache.
         adapters: what tells whether another forward edits with the same ones.
+        cache: the cache that the forward was given, or None.
         served: edits with entries of tables, see :mod:`reft.model.mixed`.
         edits: (block number, component) -> the edits of its output, usually one.
         recorded: whether gradients were recorded when it was made.
@@ -200,6 +201,7 @@ class ForwardPlan:
         self.replayed = False
         self.start: int | Tensor = 0
         self.adapters: tuple[object, ...] = ()
+        self.cache: Any = None
 
     def again(self) -> ForwardPlan:
         """The same rows with freshly computed weights. The same numbers: no optimizer steps

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reft.config import ReftConfig
 from reft.model.calls import Options
-from reft.model.chosen import Chosen, Source, choose, names_of, sources_by_name
+from reft.model.chosen import Chosen, choose, names_of, sources_by_name
 from reft.model.generation import (
     Generation,
     behind_prompts,
@@ -23,7 +23,7 @@ from reft.model.generation import (
 )
 from reft.model.mixed import RowsOf, make_plan
 from reft.model.plan import ForwardPlan, member_rows
-from reft.model.prompt import Prompt, find_packed_prompt, find_prompt, packed_starts
+from reft.model.prompt import Prompt, cache_of, find_packed_prompt, find_prompt, packed_starts
 from reft.model.steps import plan_step
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ def plan_forward(
         attached, chosen, rows_of, shape,
         sequences=sequences, device=tokens.device, packed=starts is not None,
     )  # fmt: skip
-    plan.start = start
-    plan.adapters = edited_by(chosen)
+    plan.start, plan.adapters, plan.cache = start, edited_by(chosen), cache_of(call)
     return plan
 
 

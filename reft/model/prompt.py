@@ -187,9 +187,7 @@ def find_prompt(
     # Before the first target: no target so far.
     before = (labels.to(device) != IGNORED).cumsum(dim=1) == 0
     length = (before if attended is None else attended & before).sum(dim=1)
-    return Prompt(
-        start, torch.minimum(length + 1, total) if shifted else length, total, seen=seen
-    )
+    return Prompt(start, torch.minimum(length + 1, total) if shifted else length, total, seen=seen)
 
 
 def find_packed_prompt(

@@ -17,9 +17,11 @@ from reft.config import ReftConfig
 from reft.model import checkpointing, peft_base, storage
 from reft.model.adapters import PoolHost, attach, build, detach
 from reft.model.attachment import SUBMODULE, Attachment
+from reft.model.cached_edits import reuse_cache
 from reft.model.continuous import ContinuousBatching
 from reft.model.generation import capture
-from reft.model.hooks import Forget, MakePlan, TakeOptions, extended_signature
+from reft.model.guidance import guided
+from reft.model.hooks import Forget, ForgetPlan, MakePlan, TakeOptions, extended_signature
 from reft.model.hub import push_to_hub
 from reft.model.pipelines import announce
 from reft.model.prompt import image_token
@@ -108,7 +110,7 @@ class ReftModel(ContinuousBatching, nn.Module):
             *peft_base.register(
                 peft_base.callers(base_model, sites.stack),
                 lambda module: MakePlan(attachment, sites.stack),
-                Forget(attachment, "current"),
+                ForgetPlan(attachment),
             ),
         ]
         announce(type(self).__name__)
@@ -150,13 +152,18 @@ class ReftModel(ContinuousBatching, nn.Module):
             subspaces: parts of the edit that are used: a name of the adapter's ``subspaces``, or
                 for each sequence a name, several, or None for all of it.
         """
+        base, attached = self.base_model, self._attached
         generation = capture(
-            self.base_model, self._attached.sites.side, args, kwargs,
+            base, attached.sites.side, args, kwargs,
             prompt_lengths, adapter_names, edit_positions, subspaces,
         )  # fmt: skip
-        generation.settle(self._attached, adapter_scales)
-        with self._attached.generating(generation):
-            return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
+        generation.settle(attached, adapter_scales)
+        reuse_cache(attached, generation, kwargs)
+        with (
+            attached.generating(generation),
+            guided(base, attached, generation, args, kwargs, edit_positions) as kwargs,
+        ):
+            return base.generate(*args, **kwargs)  # type: ignore[operator]
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The base model's, without gradients that nothing below the first edit needs."""
