@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from reft.model.cached_edits import note_edits
 from reft.model.calls import OPTIONS, Options
 from reft.model.checkpointing import keep_plans
+from reft.model.choices import one_a_text
 from reft.model.parallel import refuse_context_parallel
 from reft.model.plan import Edit, ForwardPlan
 from reft.model.planner import plan_forward
@@ -70,7 +71,13 @@ class TakeOptions(_Call):
         # What an interrupted call has left, since no hook is run behind it, is not taken.
         outer = Options() if self.outermost else call.options or Options()
         taken = {name: kwargs.pop(name, getattr(outer, name)) for name in OPTIONS}
-        call.options = Options(**taken, labels=self._named(args, kwargs).get("labels"))
+        named = self._named(args, kwargs)
+        call.options = Options(**taken, labels=named.get("labels"))
+        if self.attachment.sites.choices and self.outermost:
+            ids = named.get("input_ids")
+            tokens = named.get("inputs_embeds") if ids is None else ids
+            if isinstance(tokens, Tensor) and tokens.ndim > 2:
+                call.options = one_a_text(call.options, tokens.shape[1])
         return args, kwargs
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from reft.config import ReftConfig
@@ -66,6 +67,11 @@ def plan_forward(
         active = active if generation.active is None else generation.active
     if active is None and names is None:
         return None
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace cannot record the edits of a ReftModel: use torch.export.export or "
+            "torch.compile, or trace the base inside disable_adapter()"
+        )
     if not isinstance(tokens, Tensor) or tokens.ndim < 2:
         raise ValueError(
             f"{type(stack).__name__} must be called with input_ids or inputs_embeds of (batch, "
