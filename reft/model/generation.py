@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from reft.model.chosen import Source, names_of, scales_of, sources_by_name
+from reft.model.edit_positions import given_columns
 from reft.model.peft_base import transformers_model
-from reft.model.prompt import Prompt, cache_of, find_prompt, given_columns
+from reft.model.prompt import Prompt, cache_of, find_prompt
 
 if TYPE_CHECKING:
     from reft.model.attachment import Attachment
@@ -207,7 +208,7 @@ def capture(
     Raises:
         TypeError: the model cannot generate.
         TypeError, ValueError: as :func:`reft.model.prompt.find_prompt` and
-            :func:`reft.model.prompt.given_columns`.
+            :func:`reft.model.edit_positions.given_columns`.
     """
     if not hasattr(model, "generate"):
         raise TypeError(f"{type(model).__name__} cannot generate")

@@ -67,7 +67,7 @@ def plan_forward(
         active = active if generation.active is None else generation.active
     if active is None and names is None:
         return None
-    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         raise RuntimeError(
             "torch.jit.trace cannot record the edits of a ReftModel: use torch.export.export or "
             "torch.compile, or trace the base inside disable_adapter()"

@@ -69,7 +69,7 @@ class ReftModel(ContinuousBatching, nn.Module):
     It is called as the base model is, with five more keywords: ``prompt_lengths``, int (B,), the
     number of prompt tokens of each sequence; ``adapter_names``, one a sequence, "__base__" for
     none; ``adapter_scales``, what edits are multiplied by; ``edit_positions``, the tokens to edit,
-    see :func:`reft.model.prompt.given_columns`; ``subspaces``, see :mod:`reft.subspaces`.
+    see :func:`reft.model.edit_positions.given_columns`; ``subspaces``, see :mod:`reft.subspaces`.
     Attributes that it has not are the base model's.
 
     Attributes:
@@ -147,7 +147,7 @@ class ReftModel(ContinuousBatching, nn.Module):
                 for is settled now, whatever is replaced meanwhile.
             adapter_scales: what edits are multiplied by, one number or one a sequence.
             edit_positions: tokens of the prompt to edit instead of those of the configuration, see
-                :func:`reft.model.prompt.given_columns`, or a function of
+                :func:`reft.model.edit_positions.given_columns`, or a function of
                 (input_ids, attention_mask) that returns them.
             subspaces: parts of the edit that are used: a name of the adapter's ``subspaces``, or
                 for each sequence a name, several, or None for all of it.

@@ -10,8 +10,9 @@ from test_plan import NoReading
 from tiny_models import PAD, bert, gpt2, llama, tokens
 
 from reft import ReftConfig
+from reft.model.edit_positions import given_columns
 from reft.model.plan import member_rows
-from reft.model.prompt import IGNORED, find_packed_prompt, find_prompt, given_columns
+from reft.model.prompt import IGNORED, find_packed_prompt, find_prompt
 
 CPU = torch.device("cpu")
 
@@ -203,7 +204,8 @@ def test_packed_sequences_with_columns_left_out(positions):
 
 @pytest.mark.parametrize("positions", ["f2+l2", "prompt+g2"])
 def test_nothing_is_read_on_the_host(positions, monkeypatch):
-    monkeypatch.setattr("reft.model.prompt._visible", lambda tensor: False)
+    for module in ("prompt", "edit_positions"):
+        monkeypatch.setattr(f"reft.model.{module}.visible", lambda tensor: False)
     config = ReftConfig(positions=positions)
     ids = tokens(*MASK.shape)
     with NoReading():
