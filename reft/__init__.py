@@ -3,7 +3,7 @@
     model = reft.get_reft_model(base_model, reft.ReftConfig(positions="f7+l7", rank=8))
 
 Importing this package imports none of its parts: each name loads what it needs when it is first
-used.
+used. Classes that need an extra are there without it; using them says what to install.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ _HOMES = {
     "save_pyreft": "reft.interop.models",
 }
 
+#: Modules that need what is not installed with this package: their classes have stand-ins.
+_EXTRAS = frozenset({"reft.train.trl"})
+
 __all__ = [
     "ReftConfig",
     "ReftDPOTrainer",
@@ -53,7 +56,15 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    home = _HOMES[name]
+    try:
+        module = importlib.import_module(home)
+    except ImportError as error:
+        if home not in _EXTRAS:
+            raise
+        # Not kept: who installs it now has it.
+        return importlib.import_module("reft.absent").stand_in(name, home, str(error))
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

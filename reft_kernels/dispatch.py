@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from reft_kernels import _triton
+from reft_kernels import _triton, transforms
 from reft_kernels.activations import TRITON_ACTIVATIONS
 
 Backend = Literal["auto", "triton", "torch", "reference"]
@@ -67,4 +67,6 @@ def triton_obstacle(
         return f"the plan has {num_groups} groups, more than {MAX_TRITON_GROUPS}"
     if hidden.is_cuda and torch.float64 in (hidden.dtype, decode.dtype):
         return "float64 is computed by PyTorch on a GPU"
+    if transforms.active():
+        return "torch.func and forward-mode differentiation see no kernels"
     return _triton.missing(hidden.device.type)

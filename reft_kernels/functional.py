@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reft_kernels import reference
+from reft_kernels import reference, transforms
 from reft_kernels.activations import ACTIVATIONS, activate
 from reft_kernels.autograd import apply_edit
 from reft_kernels.dispatch import Choice, choose
@@ -45,7 +45,9 @@ def lowrank_edit(
 
     Returns:
         A contiguous tensor like ``hidden``, rounded once from a float32 (or float64) sum.
-        Differentiable once in hidden, encode, bias and decode.
+        Differentiable in hidden, encode, bias and decode any number of times; under torch.compile
+        once. Within transforms of torch.func (grad, jvp, vmap, …) and forward-mode differentiation
+        the reference runs, and "triton" is refused.
 
     Raises:
         TypeError, ValueError: what was wrong, which value, and what is allowed; nothing was
@@ -142,7 +144,9 @@ def _run(
     if inplace:
         _check_inplace(hidden)
     choice = choose(backend, hidden, decode, activation, plan.num_groups).backend
-    if choice == "reference":
+    # What is traced is PyTorch's own already, and the reference could not be traced.
+    looked_through = transforms.active() and not torch.compiler.is_compiling()
+    if choice == "reference" or looked_through:
         edited = reference.lowrank_edit(
             hidden, plan, encode, bias, decode, subtract=subtract, activation=activation
         )

@@ -42,7 +42,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from reft_kernels import transforms
 
 #: Largest |R Rᵀ − I| that :func:`reflector_base` takes for the rounding of an orthonormal R, be it
 #: one stored in bfloat16. Its result is exactly orthonormal and that near to what was given.
@@ -52,9 +53,11 @@ _DTYPES = (torch.float32, torch.float64)
 
 
 def orthonormalize(v: Tensor, base: Tensor | None = None) -> Tensor:
-    """R = (H(V₀) H(V) E diag(s))ᵀ, orthonormal rows for any finite V; differentiable once, in v.
+    """R = (H(V₀) H(V) E diag(s))ᵀ, orthonormal rows for any finite V; differentiable in v.
 
     Without a base R = (H(V) E)ᵀ, the transpose of ``torch.linalg.householder_product`` of V and τ.
+    Differentiable any number of times and within transforms of torch.func; under torch.compile
+    once.
     Every batch entry is its own problem. No host synchronisation; autocast does not reach inside.
 
     Args:
@@ -75,9 +78,12 @@ def orthonormalize(v: Tensor, base: Tensor | None = None) -> Tensor:
         _check_base(base, v)
     lead, (dim, rank) = v.shape[:-2], v.shape[-2:]
     shape = (math.prod(lead), dim, rank)
-    rotation: Tensor = _Orthonormalize.apply(  # type: ignore[no-untyped-call]
-        v.reshape(shape), None if base is None else base.reshape(shape)
-    )
+    v, base = v.reshape(shape), None if base is None else base.reshape(shape)
+    rotation: Tensor
+    if transforms.active() and not torch.compiler.is_compiling():
+        rotation = _composed(v, base)
+    else:
+        rotation = _Orthonormalize.apply(v, base)  # type: ignore[no-untyped-call]
     return rotation.reshape(*lead, rank, dim)
 
 
@@ -117,7 +123,8 @@ def reflector_base(rotation: Tensor) -> Tensor:
 class _Orthonormalize(torch.autograd.Function):
     """:func:`orthonormalize` on checked (n, D, r) tensors, with the gradient written out above.
 
-    W is made again in backward: what is kept between the two is r × r, and the inputs.
+    W is made again in backward: what is kept between the two is r × r, and the inputs. Of inputs
+    everything is made again where derivatives of the gradient may be asked for.
     """
 
     @staticmethod
@@ -127,11 +134,22 @@ class _Orthonormalize(torch.autograd.Function):
         return _cast(rotation, v.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_rotation: Tensor) -> tuple[Tensor, None]:
         v, base, system, codes = ctx.saved_tensors
+        if not torch.compiler.is_compiling() and (
+            torch.is_grad_enabled()  # under create_graph=True, and only there
+            or transforms.active()
+            or transforms.batched(d_rotation)
+        ):
+            pullback = torch.func.vjp(lambda v: _composed(v, base), v)[1]
+            return pullback(d_rotation)[0], None
         d_rows = _backward(_cast(d_rotation, _wide(v)), _reflectors(v, base), system, codes, base)
         return _columns(d_rows, v.dtype), None
+
+
+def _composed(v: Tensor, base: Tensor | None) -> Tensor:
+    """The forward of :class:`_Orthonormalize` as autograd sees it, operator by operator."""
+    return _cast(_forward(_reflectors(v, base), v.shape[-1], base)[0], v.dtype)
 
 
 def _reflectors(v: Tensor, base: Tensor | None) -> Tensor:
@@ -139,7 +157,8 @@ def _reflectors(v: Tensor, base: Tensor | None) -> Tensor:
     blocks = (v,) if base is None else (base, v)
     batch, dim, rank = v.shape
     rows = v.new_empty((batch, rank * len(blocks), dim), dtype=_wide(v))
-    for target, block in zip(rows.split(rank, dim=1), blocks, strict=True):
+    for index, block in enumerate(blocks):  # not of one split: autograd lets no part be written
+        target = rows.narrow(1, index * rank, rank)
         target.copy_(block.mT)
         target[..., :rank].triu_(1).diagonal(dim1=-2, dim2=-1).fill_(1)
     return rows
@@ -147,10 +166,10 @@ def _reflectors(v: Tensor, base: Tensor | None) -> Tensor:
 
 def _forward(rows: Tensor, rank: int, base: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """R (n, r, D), S (n, k, k) and P (n, k, r) from Wᵀ (n, k, D), k being r, or 2r with a base."""
-    system = torch.bmm(rows, rows.mT).triu_()
+    system = torch.bmm(rows, rows.mT).triu()
     system.diagonal(dim1=-2, dim2=-1).mul_(0.5)
     top = _signed(rows[..., :rank], base)
-    codes = torch.linalg.solve_triangular(system, top, upper=True).neg_()
+    codes = torch.linalg.solve_triangular(system, top.neg(), upper=True)
     rotation = torch.bmm(codes.mT, rows)
     rotation.diagonal(dim1=-2, dim2=-1).add_(1 if base is None else _signs(base))
     return rotation, system, codes

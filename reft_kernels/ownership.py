@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _Facts = tuple[Any, ...]
 #: :func:`_held_by_a_call` -> what :func:`_facts` says of a gradient that nobody else holds, or None
@@ -55,7 +54,7 @@ def calibrate() -> None:
             return
         seen: list[_Facts | None] = []
         # Two uses, so that the engine adds up two gradients into one of its own.
-        middle = _Probe.apply(source * 1.0, seen)  # type: ignore[no-untyped-call]
+        middle, _ = _Probe.apply(source * 1.0, seen)  # type: ignore[no-untyped-call]
         torch.autograd.backward((middle * 2.0 + middle * 3.0).sum())
     _alone[state] = seen[0] if seen else None
 
@@ -73,13 +72,13 @@ class _Probe(torch.autograd.Function):
     """The identity; its backward is reached as that of the edit is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seen: list[_Facts | None]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, seen: list[_Facts | None]) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         ctx.seen = seen  # of this calibration: another thread may be at its own
-        return x.clone()
+        return x.clone(), x.clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, *of_others: Tensor | None) -> tuple[Tensor, None]:
         _look(grad, ctx.seen)
         return grad, None
 

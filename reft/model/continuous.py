@@ -49,7 +49,8 @@ class ContinuousBatching:
 
         Args:
             inputs: token ids of each prompt, not padded.
-            generation_config: and the rest: transformers' own.
+            generation_config: what it leaves open, such as the tokens that end an answer, is the
+                base's, as in ``generate``. It and the rest are transformers' own.
             adapter_names: one a prompt, "__base__" for none; None for the active adapter. What the
                 names stand for is settled now, whatever is replaced meanwhile. Any number of
                 adapters will do; more in one step than ``pool.capacity`` cost time.
@@ -83,7 +84,9 @@ class ContinuousBatching:
         **kwargs: Any,
     ) -> AdapterManager:
         """The base model's ``init_continuous_batching``: a manager to which requests are added at
-        any time, ``add_request(input_ids, adapter_name=…, streaming=True)``.
+        any time, ``add_request(input_ids, adapter_name=…, streaming=True)``. What
+        ``generation_config`` leaves open, such as the tokens that end an answer, is the base's, as
+        in ``generate``.
 
         Raises:
             TypeError: the model cannot generate.
@@ -100,8 +103,8 @@ class ContinuousBatching:
                 f"that is split by tensors over {base.tp_size}"
             )
         attached = self._attached
-        # transformers writes into the settings and leaves the model in eval mode.
-        generation_config = copy.copy(generation_config or base.generation_config)
+        # transformers leaves the model in eval mode.
+        generation_config = _completed(generation_config, base.generation_config)
         config = checked_config(base, generation_config, continuous_batching_config)
         modes = {module: module.training for module in base.modules()}
         base.eval()
@@ -127,6 +130,16 @@ class ContinuousBatching:
         own: Callable[..., AbstractContextManager[AdapterManager]]
         own = _method(self, "continuous_batching_context_manager")
         return own(_Call(self, None), *args, **kwargs)
+
+
+def _completed(given: Any, own: Any) -> Any:
+    """A copy of the settings ``given``, into which transformers writes, with what they leave open
+    from the model's ``own``: continuous batching would run without, past the end of an answer."""
+    settings = copy.deepcopy(own if given is None else given)
+    for name, value in own.to_dict().items():
+        if value is not None and getattr(settings, name, None) is None:
+            setattr(settings, name, copy.deepcopy(value))
+    return settings
 
 
 def _method(model: ContinuousBatching, name: str) -> Any:

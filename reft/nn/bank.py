@@ -24,7 +24,7 @@ from reft.nn.effective import Effective
 from reft.nn.frames import EXACT, check_coordinates, check_frame, frame_error
 from reft.nn.published import bank_shape, check_shapes, check_stored
 from reft.nn.shards import whole, write
-from reft_kernels import fold, orthonormalize, reflector_base
+from reft_kernels import fold, orthonormalize, reflector_base, transforms
 from reft_kernels.activations import ALIASES, activate
 
 
@@ -160,7 +160,7 @@ class Bank(nn.Module):
     def _still_loaded(self) -> Tensor | None:
         """The R that was loaded, if nothing has changed it since."""
         loaded = self.loaded
-        if loaded is None or torch.compiler.is_compiling():
+        if loaded is None or _looked_through():
             return None
         assert self.base is not None
         if self._loaded_of != self._frame_of() or loaded.dtype != self.base.dtype:
@@ -181,7 +181,7 @@ class Bank(nn.Module):
         No result shares memory with a parameter, so that an engine may free the parameters at once.
         Without gradients and in eval mode it is kept until a parameter changes.
         """
-        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or self.training or _looked_through():
             self._cached = None
             return self._compute()
         key = tuple(_version(tensor) for tensor in (*self.parameters(), *self.buffers()))
@@ -363,6 +363,12 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def _own(value: Tensor, parameter: Tensor | None) -> Tensor:
     """``value`` in memory of its own."""
     return value.clone() if value is parameter else value
+
+
+def _looked_through() -> bool:
+    """Whether what is kept would hide a parameter from a tracer or a transform: a tangent changes
+    neither the memory nor the version of a tensor."""
+    return torch.compiler.is_compiling() or transforms.active()
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 try:
     from trl import DPOTrainer, SFTTrainer
-except ModuleNotFoundError as error:
-    if error.name != "trl":
-        raise
-    raise ImportError("these trainers need TRL: pip install 'reft[trl]'") from None
+except (ImportError, RuntimeError) as error:  # TRL makes a RuntimeError of what it lacks itself
+    text = "these trainers need TRL: pip install 'reft[trl]'"
+    if getattr(error, "name", None) != "trl":
+        text += f" (what is there cannot be imported: {str(error).splitlines()[-1]})"
+    raise ImportError(text) from error
 
 from reft.model import peft_base
 from reft.model.attachment import SUBMODULE

@@ -107,13 +107,6 @@ def test_gradcheck(shape, with_base: bool, device) -> None:
     torch.autograd.gradcheck(lambda x: orthonormalize(x, base), v, atol=1e-8, rtol=1e-6)
 
 
-def test_second_derivatives_are_refused(device) -> None:
-    v, base, _ = problem((6, 3), True, device)
-    (d_v,) = torch.autograd.grad(orthonormalize(v, base).pow(3).sum(), v, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        d_v.sum().backward()
-
-
 @bases
 @shapes
 def test_only_the_strictly_lower_part_counts(shape, with_base: bool, device) -> None:

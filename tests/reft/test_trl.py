@@ -283,18 +283,6 @@ class TestDPO:
             dpo(wrapped(base))
 
 
-def test_without_trl_it_says_what_to_install(monkeypatch):
-    import sys
-
-    import reft
-
-    monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.delitem(sys.modules, "reft.train.trl")
-    monkeypatch.delitem(reft.__dict__, "ReftSFTTrainer", raising=False)
-    with pytest.raises(ImportError, match=r"pip install 'reft\[trl\]'"):
-        _ = reft.ReftSFTTrainer
-
-
 def test_importing_the_package_does_not_import_trl():
     import subprocess
     import sys
