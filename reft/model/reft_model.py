@@ -327,6 +327,7 @@ class ReftModel(ContinuousBatching, nn.Module):
         adapter_name: str | None = None,
         training_state: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
+        **keywords: Any,
     ) -> None:
         """Write an adapter: its configuration, R, W, b and its heads. Without ``training_state``
         also a model card, ``README.md``, unless there is one that somebody wrote or edited.
@@ -337,8 +338,15 @@ class ReftModel(ContinuousBatching, nn.Module):
             training_state: also what :meth:`restore` needs to go on bit for bit.
             state_dict: this model's (or the base model's) whole state, where an engine that shards
                 parameters has gathered it; None to read the parameters.
+            keywords: PEFT's and transformers'. ``is_main_process=False`` writes nothing;
+                ``selected_adapters``, a list, writes these, all but "default" into folders of
+                their names. What has no effect is passed over, see :mod:`reft.model.keywords`.
+
+        Raises:
+            OSError, RuntimeError, TypeError, ValueError: it cannot be written, a ``state_dict``
+                without all of the adapter, a keyword that is not known or would not be obeyed.
         """
-        storage.save(self, save_directory, adapter_name, training_state, state_dict)
+        storage.save(self, save_directory, adapter_name, training_state, state_dict, **keywords)
 
     push_to_hub = push_to_hub
     broadcast_adapters = broadcast_adapters
@@ -350,25 +358,27 @@ class ReftModel(ContinuousBatching, nn.Module):
         path: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
-        **hub: Any,
+        **keywords: Any,
     ) -> ReftModel:
         """Attach an adapter that was saved, in eval mode and frozen unless ``is_trainable``.
 
         Args:
             path: its folder; a string that names none may be a name on the hub.
-            hub: ``revision`` and ``token`` there.
+            keywords: PEFT's: ``subfolder``, here or on the hub; ``revision``, ``token``,
+                ``cache_dir``, ``force_download``, ``local_files_only`` of the hub. Those without
+                effect are passed over, see :mod:`reft.model.keywords`.
 
         Raises:
             OSError, TypeError, ValueError: nothing was changed.
         """
-        return storage.load_model(cls, base_model, path, adapter_name, is_trainable, **hub)
+        return storage.load_model(cls, base_model, path, adapter_name, is_trainable, **keywords)
 
     def load_adapter(
         self,
         path: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
-        **hub: Any,
+        **keywords: Any,
     ) -> None:
         """Add an adapter that was saved, from where :meth:`from_pretrained` takes one; not active
         unless there is no other.
@@ -376,7 +386,7 @@ class ReftModel(ContinuousBatching, nn.Module):
         Raises:
             OSError, ValueError: nothing was changed.
         """
-        storage.load_adapter(self, path, adapter_name, is_trainable, **hub)
+        storage.load_adapter(self, path, adapter_name, is_trainable, **keywords)
 
     def restore(self, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
         """Set an adapter, None for the active one, to what was saved with ``training_state=True``.
