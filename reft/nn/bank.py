@@ -237,7 +237,8 @@ class Bank(nn.Module):
                 return applied(fn, tensor, compute_dtype(own))
             return fn(tensor) if self.follows else applied(fn, tensor, own)
 
-        return super()._apply(keeping, recurse)
+        super()._apply(keeping, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -66,7 +66,8 @@ def check_state(
 
 def shape_of(value: Any) -> tuple[int, ...]:
     """The shape of a tensor, of the whole of it where an engine holds it in parts."""
-    return tuple(getattr(value, "ds_shape", None) or getattr(value, "shape", ()))
+    shape: Any = getattr(value, "ds_shape", None) or getattr(value, "shape", ())
+    return tuple(shape)
 
 
 def beside(base: Tensor, free: Tensor | None) -> Tensor:
