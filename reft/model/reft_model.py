@@ -21,11 +21,13 @@ from reft.model.generation import capture
 from reft.model.hooks import Forget, MakePlan, TakeOptions, extended_signature
 from reft.model.on_base import put_on_base
 from reft.model.on_disk import OnDisk
+from reft.model.origins import origin_of
 from reft.model.pipelines import announce
 from reft.model.prompt import image_token
 from reft.model.ranks import broadcast_adapters
 from reft.model.report import count_parameters, print_parameters
 from reft.model.sites import find_sites
+from reft.nn.state_dicts import apart
 from reft.serving.pool import AdapterPool
 
 logger = logging.getLogger(__name__)
@@ -97,7 +99,7 @@ class ReftModel(ContinuousBatching, OnDisk, nn.Module):
         attachment = Attachment(
             sites, causal=generates and sites.side != "encoder", image_token=image_token(base_model)
         )
-        attachment.pool = AdapterPool(PoolHost(attachment))
+        attachment.pool = AdapterPool(PoolHost(attachment, origin_of(inner)))
         inner.add_module(SUBMODULE, attachment)
         self._handles = [
             *peft_base.register(
@@ -112,6 +114,7 @@ class ReftModel(ContinuousBatching, OnDisk, nn.Module):
             ),
             *put_on_base(self),
         ]
+        self.register_state_dict_post_hook(apart)
         announce(type(self).__name__)
         attachment.train(base_model.training)
         self.training = base_model.training

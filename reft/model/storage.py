@@ -165,6 +165,7 @@ def restore(model: ReftModel, path: _Path, adapter_name: str | None) -> None:
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}{_why(tensors)}") from None
     load_heads(heads, head_tensors)
+    warn_of_another_base(path, config, origin_of(model.get_base_model()))
 
 
 def _name(model: ReftModel, adapter_name: str | None) -> str:

@@ -41,8 +41,6 @@ class Bank(nn.Module):
         bias: b, (L, g, r).
         free: (L, g, D, r), around ``base`` (a buffer), where R is orthonormal; else None.
         decode: R, (L, g, r, D), where R is free; else None.
-        follows: whether parameters follow casts to less precision, as engines want it that keep
-            what they train in full precision themselves.
 
     Args:
         config: as above.
@@ -62,7 +60,6 @@ class Bank(nn.Module):
     decode: nn.Parameter | None
     base: Tensor | None
     loaded: Tensor | None
-    follows: bool = False
 
     def __init__(
         self,
@@ -233,9 +230,8 @@ class Bank(nn.Module):
         own = self.config.torch_dtype
 
         def keeping(tensor: Tensor) -> Tensor:
-            if tensor is self.base or tensor is self.loaded:
-                return applied(fn, tensor, compute_dtype(own))
-            return fn(tensor) if self.follows else applied(fn, tensor, own)
+            fixed = tensor is self.base or tensor is self.loaded
+            return applied(fn, tensor, compute_dtype(own) if fixed else own)
 
         super()._apply(keeping, recurse)  # type: ignore[no-untyped-call]
         return self
@@ -328,7 +324,7 @@ class Bank(nn.Module):
             published["rotation"] = loaded.clone()
         else:
             free, base = own["free"], own["base"]
-            wide = compute_dtype(self.config.torch_dtype)
+            wide = compute_dtype(free.dtype)
             published["rotation"] = orthonormalize(free.to(wide), base.to(free.device, wide))
         return published
 

@@ -33,10 +33,10 @@ def applied(function: Callable[[Tensor], Tensor], tensor: Tensor, least: torch.d
     Args:
         function: moves or casts.
         tensor: of a floating-point dtype.
-        least: a dtype that the result can hold every number of; where it could not, what came out
-            is the tensor itself in this dtype, on the device where ``function`` put it.
+        least: a dtype that the result of a cast can hold every number of; where it could not, what
+            comes out is the tensor in this dtype, on the device where ``function`` put it.
     """
     moved = function(tensor)
-    if not moved.is_floating_point() or holds(moved.dtype, least):
+    if moved.dtype == tensor.dtype or not moved.is_floating_point() or holds(moved.dtype, least):
         return moved
     return tensor.to(device=moved.device, dtype=least)

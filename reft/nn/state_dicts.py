@@ -77,3 +77,17 @@ def beside(base: Tensor, free: Tensor | None) -> Tensor:
         return base
     mesh = free.device_mesh
     return DTensor.from_local(base, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def apart(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give each name of a tied weight memory of its own, as files of safetensors ask for, of which
+    transformers makes one of a whole wrapper's state; a hook of torch's. Parameters themselves,
+    and what an engine holds in parts, stay."""
+    seen: set[tuple[int, int]] = set()
+    for name, value in state.items():
+        if not name.startswith(prefix) or type(value) is not Tensor or value.is_meta:
+            continue
+        memory = (value.data_ptr(), value.numel())
+        if value.numel() and memory in seen:
+            state[name] = value.clone()
+        seen.add(memory)

@@ -59,8 +59,6 @@ def before_training(model: ReftModel, trainer: Trainer) -> None:
             "FSDP2, fsdp_version=2, shards a base that was loaded whole"
         )
     broadcast_adapters(model)
-    for bank in banks:
-        bank.follows = trainer.is_deepspeed_enabled  # whose optimizer has what is trained in float32
     accelerator = trainer.accelerator
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
