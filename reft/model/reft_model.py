@@ -114,7 +114,7 @@ class ReftModel(ContinuousBatching, OnDisk, nn.Module):
             ),
             *put_on_base(self),
         ]
-        self.register_state_dict_post_hook(apart)
+        self.register_state_dict_post_hook(apart)  # type: ignore[no-untyped-call]
         announce(type(self).__name__)
         attachment.train(base_model.training)
         self.training = base_model.training

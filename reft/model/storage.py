@@ -17,6 +17,7 @@ from reft.model.checkpoint import read_adapter, write_adapter
 from reft.model.heads import check_heads, head_state, load_heads
 from reft.model.hub import local_folder
 from reft.model.keywords import check_saving, names_of, place_of
+from reft.model.lora import save_lora, warn_of_absent_lora
 from reft.model.origins import origin_of, warn_of_another_base
 from reft.nn.published import FLOATS, HEADS, bank_shape, check_layout
 from reft.nn.shards import whole
@@ -54,6 +55,7 @@ def save(
         write_adapter(folder, model.configs[name], tensors)
         if not training_state:
             write_card(folder, model, name, source=".")
+    save_lora(model, path, state_dict, writes=is_main_process)
 
 
 def _tensors(
@@ -108,6 +110,7 @@ def load_adapter(
     edit, heads = _split(tensors)
     put(model, path, adapter_name, config, edit, heads)
     warn_of_another_base(path, config, origin_of(model.get_base_model()))
+    warn_of_absent_lora(path, model.get_base_model())
     if model.active_adapter is None:
         model.set_adapter(adapter_name, inference_mode=not is_trainable)
 
