@@ -20,7 +20,7 @@ from reft_kernels.activations import ACTIVATIONS, ALIASES
 from reft_kernels.spec import FAMILY, EditSpec
 
 #: The stored form that is written; 1 had no ``untied_by`` and ``subspaces``. docs/versions.md.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 2
 
 #: PEFT's task names, and the head modules that PEFT trains and stores beside an adapter for each.
 HEAD_MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from reft.config import ReftConfig
 from reft.nn import init
 from reft.nn.effective import Effective
-from reft.nn.frames import EXACT, check_coordinates, check_frame, frame_error
+from reft.nn.frames import EXACT, as_base, check_coordinates, check_frame, frame_error
 from reft.nn.precision import applied, compute_dtype, no_autocast
 from reft.nn.published import bank_shape, check_shapes, check_stored
 from reft.nn.shards import whole, write
@@ -248,7 +248,7 @@ class Bank(nn.Module):
         key = f"{prefix}base"
         if self.base is not None and key in state_dict:
             # A dictionary of torch's own, made for this call.
-            state_dict[key] = whole(state_dict[key]).to(self.base.dtype)
+            state_dict[key] = as_base(whole(state_dict[key]), self.base.dtype)
             self.loaded = None
         self._cached = None
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -366,7 +366,9 @@ class Bank(nn.Module):
         """The state by name, whole where an engine holds shards (then every rank has to call)."""
         if state is not None:
             check_state(self, state, "", whole=True)
-            return state
+            if self.base is None:
+                return state
+            return {**state, "base": as_base(state["base"], compute_dtype(state["free"].dtype))}
         own = {name: whole(value) for name, value in self.named_parameters()}
         return own if self.base is None else {**own, "base": self.base}
 
