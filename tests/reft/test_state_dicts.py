@@ -21,6 +21,7 @@ from reft_kernels import orthonormalize
 from reft_kernels.spec import FAMILY
 
 IDS = tokens(2, 7)
+LABELS = IDS.masked_fill(torch.arange(7) < 4, -100)
 BANK = "reft.adapters.default."
 ORTHONORMAL = [name for name, spec in FAMILY.items() if spec.orthonormal]
 
@@ -239,7 +240,7 @@ def test_transformers_own_trainer_saves_and_resumes_it(tied, tmp_path):
         model = get_reft_model(base, ReftConfig(rank=3, positions="f2+l2"))
         settings = {"max_steps": 2, "save_steps": 2, "learning_rate": 1e-2, "use_cpu": True}
         quiet = {"report_to": "none", "disable_tqdm": True}
-        rows = [{"input_ids": row, "labels": row} for row in IDS]
+        rows = [{"input_ids": row, "labels": one} for row, one in zip(IDS, LABELS, strict=True)]
         return Trainer(
             model, TrainingArguments(str(tmp_path), **settings, **quiet), train_dataset=rows
         )
@@ -270,7 +271,8 @@ def test_a_start_has_no_gradient_and_counts_as_no_parameter():
     model = wrapped(0)
     bank = model.reft.bank("default")
     bank.requires_grad_(True)
-    model(IDS, labels=IDS).loss.backward()
+    model(IDS, labels=LABELS).loss.backward()
+    assert bank.free.grad.abs().max() > 0
     assert bank.base.grad is None and not bank.base.requires_grad
     named = dict(bank.named_parameters())
     assert set(named) == {"weight", "bias", "free"}
