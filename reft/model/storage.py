@@ -47,6 +47,8 @@ def save(
     names = [_name(model, one) for one in names_of(selected_adapters, adapter_name)]
     for name in names:
         model._attached.bank(name)
+    if state_dict is not None and not is_main_process:
+        return  # what was gathered, one process may have alone
     # All of them before the first is written; and of parts that ranks hold, every rank has to ask.
     found = {name: _tensors(model, name, training_state, state_dict) for name in names}
     for name, tensors in found.items() if is_main_process else ():

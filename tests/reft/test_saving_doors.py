@@ -237,6 +237,7 @@ def test_what_would_not_be_obeyed_is_refused_before_anything_is_written(
 def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path):
     for one in (wrapped(), wrapped(lora(llama()))):
         one.save_pretrained(tmp_path / "no", is_main_process=False)
+        one.save_pretrained(tmp_path / "no", is_main_process=False, state_dict={})
     assert not (tmp_path / "no").exists()
 
 

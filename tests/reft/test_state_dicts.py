@@ -9,9 +9,15 @@ from collections import OrderedDict
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tiny_models import gpt2, llama, tokens
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from reft import ReftConfig, get_reft_model
 from reft.demo.causal import ASSETS
@@ -250,6 +256,30 @@ def test_transformers_own_trainer_saves_and_resumes_it(tied, tmp_path):
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     stored = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     assert {f"base_model.{BANK}{name}" for name in ("free", "base")} < stored.keys()
+    for one in (first.model, second.model):
+        one.eval()
+    assert torch.equal(logits(second.model), logits(first.model))
+
+
+def test_trl_reward_trainer_resumes_it(word_tokenizer, tmp_path):
+    """It saves and loads a wrapper as transformers' own Trainer does, its keys alone."""
+    trl = pytest.importorskip("trl")
+
+    def trainer(seed):
+        base = LlamaForSequenceClassification(llama(num_labels=1).config)
+        torch.manual_seed(seed)
+        model = get_reft_model(base, ReftConfig(rank=3, positions="f2+l2", task_type="SEQ_CLS"))
+        settings = {"max_steps": 2, "save_steps": 2, "learning_rate": 1e-2, "use_cpu": True}
+        quiet = {"report_to": "none", "disable_tqdm": True, "bf16": False}
+        pairs = [{"prompt": "red is", "chosen": " warm", "rejected": " cold"}] * 8
+        return trl.RewardTrainer(
+            model, args=trl.RewardConfig(str(tmp_path), **settings, **quiet),
+            train_dataset=Dataset.from_list(pairs), processing_class=word_tokenizer,
+        )  # fmt: skip
+
+    first, second = trainer(0), trainer(1)
+    first.train()
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for one in (first.model, second.model):
         one.eval()
     assert torch.equal(logits(second.model), logits(first.model))
