@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from reft.peft_type import without_entry
 from reft.positions import PROMPT_ENDS, SHORT_PROMPTS, UNTIED_BY, Positions, parse_positions
 from reft.subspaces import Subspaces, check_subspaces
 from reft.untrusted import is_text, parse_json, shown
@@ -208,7 +209,8 @@ class ReftConfig:
         """The configuration that :meth:`to_dict` wrote. Fields that are missing get their defaults.
 
         Raises:
-            ValueError: an unknown field (with the nearest known one), a bad value, a newer format.
+            ValueError: an unknown field (with the nearest known one), a bad value, a newer format,
+                a configuration of PEFT's.
         """
         if not isinstance(values, Mapping):
             raise ValueError(
@@ -217,6 +219,7 @@ class ReftConfig:
         # First the version: the fields of a newer format are not mistakes.
         if "format_version" in values:
             _check_version("format_version", values["format_version"])
+        values = without_entry(values)
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:

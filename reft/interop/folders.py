@@ -17,6 +17,7 @@ from reft.interop.to_pyreft import write_pyreft
 from reft.interop.units import Converted
 from reft.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
 from reft.nn.published import HEADS, TRAINING
+from reft.peft_type import is_of_peft
 from reft.untrusted import parse_json, read_text
 
 
@@ -53,7 +54,7 @@ def _is_peft(folder: Path) -> bool:
         stored = parse_json(read_text(folder / CONFIG_FILE))
     except (OSError, ValueError):
         return False
-    return isinstance(stored, dict) and "peft_type" in stored
+    return isinstance(stored, dict) and is_of_peft(stored)
 
 
 def read_reft(path: str | os.PathLike[str]) -> Converted:

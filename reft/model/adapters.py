@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from reft.model.attachment import SUBMODULE, Attachment
 from reft.model.chosen import sites_of
 from reft.model.heads import copy_heads
 from reft.model.hooks import EditOutput
+from reft.model.origins import origin_of, warn_of_another_base
 from reft.model.parallel import refuse_absent_heads
 from reft.model.sites import site_device
 from reft.nn.bank import Bank
@@ -37,8 +39,7 @@ def build(
     sites = attached.sites
     check_config(attached, config)
     if config.base_model_name_or_path is None:
-        origin = getattr(getattr(base, "config", None), "_name_or_path", None)
-        config = replace(config, base_model_name_or_path=origin or None)
+        config = replace(config, base_model_name_or_path=origin_of(base))
     layers = config.resolve_layers(len(sites.blocks))
     shown = attached.heads.shown
     attached.show_heads(base, None)
@@ -157,8 +158,8 @@ def place_hooks(attached: Attachment) -> None:
 class PoolHost:
     """What the pool of adapters asks of the model; see :class:`reft.serving.pool.Host`."""
 
-    def __init__(self, attached: Attachment) -> None:
-        self.attached = attached
+    def __init__(self, attached: Attachment, base_name: str | None) -> None:
+        self.attached, self.base_name = attached, base_name
 
     @property
     def num_layers(self) -> int:
@@ -176,6 +177,9 @@ class PoolHost:
 
     def check_config(self, config: ReftConfig) -> None:
         check_config(self.attached, config)
+
+    def check_origin(self, path: str | os.PathLike[str], config: ReftConfig) -> None:
+        warn_of_another_base(path, config, self.base_name)
 
     def pool_changed(self) -> None:
         place_hooks(self.attached)

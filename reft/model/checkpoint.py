@@ -12,6 +12,7 @@ Nothing is ever pickled.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from reft import peft_type
 from reft.atomic import write_whole
 from reft.config import ReftConfig
 from reft.nn.tensor_files import check_header
@@ -66,7 +68,7 @@ def write_adapter(
     weights = save(copies, metadata={"format": "pt", METADATA_KEY: text})
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / WEIGHTS_FILE, weights)
-    write_whole(folder / CONFIG_FILE, text)
+    write_whole(folder / CONFIG_FILE, _for_tools(config))
 
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[ReftConfig, dict[str, Tensor]]:
@@ -105,6 +107,12 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[ReftConfig, dict[str, Te
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{weights} is truncated or not a safetensors file: {error}") from None
     return _config(folder, header.get(METADATA_KEY)), tensors
+
+
+def _for_tools(config: ReftConfig) -> str:
+    """The configuration with an entry for PEFT, which its own reader passes over."""
+    values = {peft_type.FIELD: peft_type.ENTRY, **config.to_dict()}
+    return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _config(folder: Path, embedded: str | None) -> ReftConfig:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from pathlib import Path
-from typing import TYPE_CHECKING
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
 
@@ -72,24 +72,29 @@ def push_to_hub(
 
 
 def local_folder(
-    path: str | os.PathLike[str], revision: str | None = None, token: bool | str | None = None
+    path: str | os.PathLike[str], subfolder: str | None = None, **download: Any
 ) -> Path:
     """The folder of an adapter: ``path``, or if that is no file or folder here but can be a name on
     the hub, what was downloaded from there.
 
+    Args:
+        path: as above.
+        subfolder: the adapter's folder in it; None or "" for ``path`` itself.
+        download: what :func:`huggingface_hub.snapshot_download` is told.
+
     Raises:
         FileNotFoundError: the hub does not have it, or cannot be reached.
     """
-    folder = Path(path)
+    folder, inside = Path(path), PurePosixPath(subfolder or "")
     if folder.exists() or not isinstance(path, str) or not is_hub_name(path):
-        return folder
-    wanted = [CONFIG_FILE, WEIGHTS_FILE]
+        return folder / inside
+    wanted = [(inside / name).as_posix() for name in (CONFIG_FILE, WEIGHTS_FILE)]
     try:
-        found = snapshot_download(path, revision=revision, token=token, allow_patterns=wanted)
+        found = snapshot_download(path, allow_patterns=wanted, **download)
     except OSError as error:
         message = f"no such adapter directory, and the hub does not give it ({error})"
         raise FileNotFoundError(errno.ENOENT, message, path) from error
-    return Path(found)
+    return Path(found) / inside
 
 
 def _has_own_card(api: HfApi, repo_id: str, revision: str | None) -> bool:

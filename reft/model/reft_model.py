@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reft.config import ReftConfig
-from reft.model import checkpointing, peft_base, storage
+from reft.model import checkpointing, peft_base
 from reft.model.adapters import PoolHost, attach, build, detach
 from reft.model.attachment import SUBMODULE, Attachment
 from reft.model.cached_edits import reuse_cache
@@ -22,12 +21,15 @@ from reft.model.continuous import ContinuousBatching
 from reft.model.generation import capture
 from reft.model.guidance import guided
 from reft.model.hooks import Forget, ForgetPlan, MakePlan, TakeOptions, extended_signature
-from reft.model.hub import push_to_hub
+from reft.model.on_base import put_on_base
+from reft.model.on_disk import OnDisk
+from reft.model.origins import origin_of
 from reft.model.pipelines import announce
 from reft.model.prompt import image_token
 from reft.model.ranks import broadcast_adapters
 from reft.model.report import count_parameters, print_parameters
 from reft.model.sites import find_sites
+from reft.nn.state_dicts import apart
 from reft.serving.pool import AdapterPool
 
 logger = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ def get_reft_model(
     return model
 
 
-class ReftModel(ContinuousBatching, nn.Module):
+class ReftModel(ContinuousBatching, OnDisk, nn.Module):
     """A base model and its adapters. Made by :func:`get_reft_model` or :meth:`from_pretrained`.
 
     It is called as the base model is, with five more keywords: ``prompt_lengths``, int (B,), the
@@ -99,7 +101,7 @@ class ReftModel(ContinuousBatching, nn.Module):
         attachment = Attachment(
             sites, causal=generates and sites.side != "encoder", image_token=image_token(base_model)
         )
-        attachment.pool = AdapterPool(PoolHost(attachment))
+        attachment.pool = AdapterPool(PoolHost(attachment, origin_of(inner)))
         inner.add_module(SUBMODULE, attachment)
         self._handles = [
             *peft_base.register(
@@ -112,7 +114,9 @@ class ReftModel(ContinuousBatching, nn.Module):
                 lambda module: MakePlan(attachment, sites.stack),
                 ForgetPlan(attachment),
             ),
+            *put_on_base(self),
         ]
+        self.register_state_dict_post_hook(apart)  # type: ignore[no-untyped-call]
         announce(type(self).__name__)
         attachment.train(base_model.training)
         self.training = base_model.training
@@ -309,7 +313,9 @@ class ReftModel(ContinuousBatching, nn.Module):
 
     merge_adapter = merge_and_unload
 
-    # ---------------------------------------------------------------- reports
+    # ---------------------------------------------------------------- reports and ranks
+
+    broadcast_adapters = broadcast_adapters
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained parameters, all parameters), the adapters' included."""
@@ -324,73 +330,3 @@ class ReftModel(ContinuousBatching, nn.Module):
         attached = self._attached
         errors = [attached.bank(name).orthonormality_error() for name in attached.adapters]
         return max(errors, default=0.0)
-
-    # ---------------------------------------------------------------- on disk
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        *,
-        adapter_name: str | None = None,
-        training_state: bool = False,
-        state_dict: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Write an adapter: its configuration, R, W, b and its heads. Without ``training_state``
-        also a model card, ``README.md``, unless there is one that somebody wrote or edited.
-
-        Args:
-            save_directory: made if missing.
-            adapter_name: None for the active one.
-            training_state: also what :meth:`restore` needs to go on bit for bit.
-            state_dict: this model's (or the base model's) whole state, where an engine that shards
-                parameters has gathered it; None to read the parameters.
-        """
-        storage.save(self, save_directory, adapter_name, training_state, state_dict)
-
-    push_to_hub = push_to_hub
-    broadcast_adapters = broadcast_adapters
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        base_model: nn.Module,
-        path: str | os.PathLike[str],
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        **hub: Any,
-    ) -> ReftModel:
-        """Attach an adapter that was saved, in eval mode and frozen unless ``is_trainable``.
-
-        Args:
-            path: its folder; a string that names none may be a name on the hub.
-            hub: ``revision`` and ``token`` there.
-
-        Raises:
-            OSError, TypeError, ValueError: nothing was changed.
-        """
-        return storage.load_model(cls, base_model, path, adapter_name, is_trainable, **hub)
-
-    def load_adapter(
-        self,
-        path: str | os.PathLike[str],
-        adapter_name: str,
-        is_trainable: bool = False,
-        **hub: Any,
-    ) -> None:
-        """Add an adapter that was saved, from where :meth:`from_pretrained` takes one; not active
-        unless there is no other.
-
-        Raises:
-            OSError, ValueError: nothing was changed.
-        """
-        storage.load_adapter(self, path, adapter_name, is_trainable, **hub)
-
-    def restore(self, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
-        """Set an adapter, None for the active one, to what was saved with ``training_state=True``.
-
-        Raises:
-            OSError: no such adapter on disk.
-            ValueError: another configuration, or it was saved without its training state. Nothing
-                was changed.
-        """
-        storage.restore(self, path, adapter_name)

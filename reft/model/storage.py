@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -15,11 +16,17 @@ from reft.model.card import write_card
 from reft.model.checkpoint import read_adapter, write_adapter
 from reft.model.heads import check_heads, head_state, load_heads
 from reft.model.hub import local_folder
+from reft.model.keywords import check_saving, names_of, place_of
+from reft.model.lora import save_lora, warn_of_absent_lora
+from reft.model.origins import origin_of, warn_of_another_base
 from reft.nn.published import FLOATS, HEADS, bank_shape, check_layout
 from reft.nn.shards import whole
 
 if TYPE_CHECKING:
     from reft.model.reft_model import ReftModel
+
+#: The adapter that PEFT's habit stores in the folder itself, and others in folders of their names.
+DEFAULT = "default"
 
 _Path = str | os.PathLike[str]
 
@@ -30,28 +37,50 @@ def save(
     adapter_name: str | None,
     training_state: bool,
     state_dict: Mapping[str, Tensor] | None,
+    *,
+    selected_adapters: Sequence[str] | None = None,
+    is_main_process: bool = True,
+    **others: Any,
 ) -> None:
     """See :meth:`ReftModel.save_pretrained`."""
+    check_saving("save_pretrained", others)
+    names = [_name(model, one) for one in names_of(selected_adapters, adapter_name)]
+    for name in names:
+        model._attached.bank(name)
+    if state_dict is not None and not is_main_process:
+        return  # what was gathered, one process may have alone
+    # All of them before the first is written; and of parts that ranks hold, every rank has to ask.
+    found = {name: _tensors(model, name, training_state, state_dict) for name in names}
+    for name, tensors in found.items() if is_main_process else ():
+        beside = selected_adapters is not None and name != DEFAULT
+        folder = Path(path) / name if beside else Path(path)
+        write_adapter(folder, model.configs[name], tensors)
+        if not training_state:
+            write_card(folder, model, name, source=".")
+    save_lora(model, path, state_dict, writes=is_main_process)
+
+
+def _tensors(
+    model: ReftModel, name: str, training_state: bool, state_dict: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """What is stored of an adapter: of its edit, and of its heads."""
     attached = model._attached
-    name = _name(model, adapter_name)
     bank = attached.bank(name)
     heads = attached.heads.modules_of(model.get_base_model(), name)
     own = stored_heads = None
     if state_dict is not None:
         names = {id(module): path for path, module in model.base_model.named_modules()}
-        own = _part(state_dict, names[id(bank)])
+        inner = {id(module): path for path, module in model.get_base_model().named_modules()}
+        own = _part(state_dict, names[id(bank)], inner[id(bank)])
         stored_heads = {
             f"{path}.{key}": value
             for path, module in heads.items()
-            for key, value in _part(state_dict, names[id(module)]).items()
+            for key, value in _part(state_dict, names[id(module)], inner[id(module)]).items()
         }
     tensors = bank.training_state(own) if training_state else bank.published_state(own)
-    tensors |= {
+    return tensors | {
         HEADS + key: whole(value) for key, value in (stored_heads or head_state(heads)).items()
     }
-    write_adapter(path, bank.config, tensors)
-    if not training_state:
-        write_card(path, model, name, source=".")
 
 
 def load_model(
@@ -60,10 +89,10 @@ def load_model(
     path: _Path,
     adapter_name: str,
     is_trainable: bool,
-    **hub: Any,
+    **keywords: Any,
 ) -> ReftModel:
     """See :meth:`ReftModel.from_pretrained`."""
-    path = local_folder(path, **hub)
+    path = local_folder(path, **place_of("from_pretrained", keywords))
     config, _ = read_adapter(path)
     model = cls(base_model, config.block_path)
     try:
@@ -75,13 +104,15 @@ def load_model(
 
 
 def load_adapter(
-    model: ReftModel, path: _Path, adapter_name: str, is_trainable: bool, **hub: Any
+    model: ReftModel, path: _Path, adapter_name: str, is_trainable: bool, **keywords: Any
 ) -> None:
     """See :meth:`ReftModel.load_adapter`."""
-    path = local_folder(path, **hub)
+    path = local_folder(path, **place_of("load_adapter", keywords))
     config, tensors = read_adapter(path)
     edit, heads = _split(tensors)
     put(model, path, adapter_name, config, edit, heads)
+    warn_of_another_base(path, config, origin_of(model.get_base_model()))
+    warn_of_absent_lora(path, model.get_base_model())
     if model.active_adapter is None:
         model.set_adapter(adapter_name, inference_mode=not is_trainable)
 
@@ -139,6 +170,7 @@ def restore(model: ReftModel, path: _Path, adapter_name: str | None) -> None:
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}{_why(tensors)}") from None
     load_heads(heads, head_tensors)
+    warn_of_another_base(path, config, origin_of(model.get_base_model()))
 
 
 def _name(model: ReftModel, adapter_name: str | None) -> str:
@@ -148,9 +180,10 @@ def _name(model: ReftModel, adapter_name: str | None) -> str:
     return name
 
 
-def _part(state: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
-    """The entries of one module of the base, in the base's state or the wrapper's."""
-    for prefix in (f"{module}.", f"base_model.{module}."):
+def _part(state: Mapping[str, Tensor], module: str, inner: str) -> dict[str, Tensor]:
+    """The entries of one module, in the state of the base, of the wrapper, or of the transformers
+    model in PEFT's wrapper, in which its path is ``inner``."""
+    for prefix in (f"{module}.", f"base_model.{module}.", f"{inner}."):
         part = {
             key.removeprefix(prefix): value
             for key, value in state.items()

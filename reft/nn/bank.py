@@ -5,14 +5,14 @@ forward needs of them, R orthonormal and A = W − R folded, comes from one batc
 is.
 
 An orthonormal R is not stored: the trained parameter is ``free``, (L, g, D, r), around a fixed
-``base`` of r reflectors, and R = orthonormalize(free, base). A new or loaded bank has free = 0,
-R in the base; until it is trained, the R that was loaded is used as it is, bit for bit.
+``base`` of r reflectors, and R = orthonormalize(free, base). Both are keys of the state dict. A new
+or loaded bank has free = 0, R in the base; until it is trained, the R that was loaded is used as it
+is, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from reft.config import ReftConfig
 from reft.nn import init
 from reft.nn.effective import Effective
-from reft.nn.frames import EXACT, check_coordinates, check_frame, frame_error
+from reft.nn.frames import EXACT, as_base, check_coordinates, check_frame, frame_error
+from reft.nn.precision import applied, compute_dtype, no_autocast
 from reft.nn.published import bank_shape, check_shapes, check_stored
 from reft.nn.shards import whole, write
+from reft.nn.state_dicts import beside, check_state
 from reft_kernels import fold, orthonormalize, reflector_base, transforms
 from reft_kernels.activations import ALIASES, activate
 
@@ -34,7 +36,8 @@ class Bank(nn.Module):
     Attributes:
         config: what the adapter is.
         layers: the numbers of the edited blocks, in the order of the stack.
-        weight: W, (L, g, r, D), of ``config.dtype``; None where the family row has none.
+        weight: W, (L, g, r, D), of ``config.dtype`` like every parameter, or wider where the model
+            was cast to that; None where the family row has none.
         bias: b, (L, g, r).
         free: (L, g, D, r), around ``base`` (a buffer), where R is orthonormal; else None.
         decode: R, (L, g, r, D), where R is free; else None.
@@ -86,11 +89,10 @@ class Bank(nn.Module):
         self.register_parameter("bias", parameter(self.shape[:3]))
         self.register_parameter("free", parameter(transposed) if spec.orthonormal else None)
         self.register_parameter("decode", None if spec.orthonormal else parameter(self.shape))
-        # Never in state_dict(): a persistent buffer breaks accelerate's memory-saving FSDP start.
         # Its signs and reflectors stay in full precision, whatever is trained around them.
-        wide = _compute_dtype(dtype)
+        wide = compute_dtype(dtype)
         base = torch.empty(transposed, dtype=wide, device=device) if spec.orthonormal else None
-        self.register_buffer("base", base, persistent=False)
+        self.register_buffer("base", base)
         self.register_buffer("loaded", None, persistent=False)
         self.reset_parameters(generator, start)
 
@@ -125,7 +127,7 @@ class Bank(nn.Module):
         if self.is_meta:
             return
         if start is None:
-            wide, device = _compute_dtype(dtype), self.bias.device
+            wide, device = compute_dtype(dtype), self.bias.device
             start = init.pyreft(
                 self.spec, self.shape, dtype=wide, device=device, generator=generator
             )
@@ -138,8 +140,8 @@ class Bank(nn.Module):
     def rotation(self) -> Tensor:
         """R, (L, g, r, D), in float32 or wider, orthonormal where the family row says so; with a
         graph."""
-        wide = _compute_dtype(self.bias.dtype)
-        with _no_autocast(self.bias.device.type):
+        wide = compute_dtype(self.bias.dtype)
+        with no_autocast(self.bias.device.type):
             if self.free is None:
                 assert self.decode is not None
                 return self.decode.to(wide)
@@ -193,7 +195,7 @@ class Bank(nn.Module):
     def _compute(self) -> Effective:
         rotation = self.rotation()
         wide = rotation.dtype
-        with _no_autocast(rotation.device.type):
+        with no_autocast(rotation.device.type):
             bias, activation, subtract = self.bias.to(wide), self.activation, self.spec.subtract
             encode = None if self.weight is None else self.weight.to(wide)
             if encode is None and activation is not None:
@@ -222,25 +224,34 @@ class Bank(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._loaded_of = self._frame_of() if self._loaded_of else None
 
-    # ``free`` means R only together with ``base``, which is not a key of state_dict(). It travels
-    # with the state's metadata, so that a state dict is whole in another bank too.
+    # ---------------------------------------------------------------- torch's own ways
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bank:
+        own = self.config.torch_dtype
+
+        def keeping(tensor: Tensor) -> Tensor:
+            fixed = tensor is self.base or tensor is self.loaded
+            return applied(fn, tensor, compute_dtype(own) if fixed else own)
+
+        super()._apply(keeping, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", None)
-        if self.base is not None and metadata is not None:
-            metadata[prefix[:-1]]["base"] = self.base
+        if self.base is not None:
+            destination[f"{prefix}base"] = beside(self.base, self.free)
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
-    ) -> None:
-        base = local_metadata.get("base")
-        if base is not None and self.base is not None and f"{prefix}free" in state_dict:
-            with torch.no_grad():
-                self.base.copy_(base)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        check_state(self, state_dict, prefix)
+        key = f"{prefix}base"
+        if self.base is not None and key in state_dict:
+            # A dictionary of torch's own, made for this call.
+            state_dict[key] = as_base(whole(state_dict[key]), self.base.dtype)
+            self.loaded = None
+        self._cached = None
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @torch.no_grad()
     def orthonormality_error(self) -> float:
@@ -297,8 +308,11 @@ class Bank(nn.Module):
         tensors.
 
         Args:
-            state: parameters by their name in this module instead of the module's own, as an engine
-                that shards them gathers them.
+            state: the module's state dict, as an engine that shards parameters gathers it; None to
+                read the module.
+
+        Raises:
+            RuntimeError: a state that lacks something, or does not fit.
         """
         own = self._gathered(state)
         published = {"bias": own["bias"].clone()}
@@ -309,19 +323,18 @@ class Bank(nn.Module):
         elif state is None and (loaded := self._still_loaded()) is not None:
             published["rotation"] = loaded.clone()
         else:
-            free, base = own["free"], self.base
-            assert base is not None
-            published["rotation"] = orthonormalize(free.to(base.dtype), base.to(free.device))
+            free, base = own["free"], own["base"]
+            wide = compute_dtype(free.dtype)
+            published["rotation"] = orthonormalize(free.to(wide), base.to(free.device, wide))
         return published
 
     @torch.no_grad()
     def training_state(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """:meth:`published_state`, and ``rotation.free`` and ``rotation.base``, with which a
         training run continues bit for bit."""
-        saved = self.published_state(state)
-        if self.base is not None:
-            saved["rotation.free"] = self._gathered(state)["free"].clone()
-            saved["rotation.base"] = self.base.clone()
+        saved, own = self.published_state(state), self._gathered(state)
+        for name in ("free", "base") if self.base is not None else ():
+            saved[f"rotation.{name}"] = own[name].clone()
         return saved
 
     @torch.no_grad()
@@ -350,14 +363,14 @@ class Bank(nn.Module):
         write(self.free, tensors["rotation.free"])
 
     def _gathered(self, state: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
-        """The parameters by name, whole where an engine holds shards (then every rank has to
-        call)."""
-        own = self.named_parameters()
-        return {name: whole(value) for name, value in own} if state is None else state
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+        """The state by name, whole where an engine holds shards (then every rank has to call)."""
+        if state is not None:
+            check_state(self, state, "", whole=True)
+            if self.base is None:
+                return state
+            return {**state, "base": as_base(state["base"], compute_dtype(state["free"].dtype))}
+        own = {name: whole(value) for name, value in self.named_parameters()}
+        return own if self.base is None else {**own, "base": self.base}
 
 
 def _own(value: Tensor, parameter: Tensor | None) -> Tensor:
@@ -374,10 +387,3 @@ def _looked_through() -> bool:
 def _version(tensor: Tensor) -> tuple[int, int]:
     """What changes when a tensor is written or replaced."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """R is orthonormal and A exact in float32 only, whatever precision surrounds the model."""
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

@@ -53,3 +53,18 @@ def check_coordinates(tensors: Mapping[str, Tensor], wide: torch.dtype, name: st
             f"rotation.free and rotation.base must stand for the rotation of this {name} (to "
             f"{within:g}), they differ by {apart:.3g}"
         )
+
+
+def as_base(value: Tensor, wide: torch.dtype) -> Tensor:
+    """The start of R in a state dict, as :func:`reft_kernels.orthonormalize` takes it: whatever
+    rounding or averaging of dictionaries has done to its signs, they are ±1, so that R is
+    orthonormal.
+
+    Args:
+        value: (…, D, r), of a floating-point dtype.
+        wide: what it is made in.
+    """
+    base = value.to(wide, copy=True)
+    diagonal = base.diagonal(dim1=-2, dim2=-1)
+    diagonal.copy_(torch.where(diagonal > 0, 1.0, -1.0))
+    return base

@@ -13,7 +13,9 @@ from reft.config import ReftConfig
 from reft.nn import init
 from reft.nn.bank import Bank
 from reft.nn.effective import Effective
+from reft.nn.precision import compute_dtype
 from reft.nn.published import bank_shape, check_stored
+from reft.nn.state_dicts import check_state
 
 
 class SpreadBank(nn.Module):
@@ -71,7 +73,7 @@ class SpreadBank(nn.Module):
         if not real:
             return None
         device = real[0] if generator is None else generator.device
-        wide = torch.promote_types(self.config.torch_dtype, torch.float32)
+        wide = compute_dtype(self.config.torch_dtype)
         return init.pyreft(self.spec, self.shape, dtype=wide, device=device, generator=generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -126,6 +128,10 @@ class SpreadBank(nn.Module):
     def orthonormality_error(self) -> float:
         """The largest of the parts'."""
         return max(part.orthonormality_error() for part in self._banks())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        check_banks(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     # ---------------------------------------------------------------- values by name
 
@@ -186,3 +192,14 @@ class SpreadBank(nn.Module):
         for parts in (copy.deepcopy(self._banks()), self._banks()):
             for part, mine in zip(parts, self._rows, strict=True):
                 give(part, {name: value[mine] for name, value in tensors.items()})
+
+
+def check_banks(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a state dict of a module, before any of the banks in it is loaded; a hook of torch's.
+
+    Raises:
+        RuntimeError: see :func:`reft.nn.state_dicts.check_state`.
+    """
+    for path, bank in module.named_modules():
+        if isinstance(bank, Bank):
+            check_state(bank, state, f"{prefix}{path}.")

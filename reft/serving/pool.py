@@ -34,6 +34,9 @@ class Host(Protocol):
     def check_config(self, config: ReftConfig) -> None:
         """Raises ValueError."""
 
+    def check_origin(self, path: str | os.PathLike[str], config: ReftConfig) -> None:
+        """Warns where the adapter was made for another base."""
+
     def pool_changed(self) -> None:
         """Adapters came or went."""
 
@@ -87,6 +90,7 @@ class AdapterPool:
             self._stored[name] = one
             self._forget(old)
             self._host.pool_changed()
+        self._host.check_origin(path, one.config)
 
     def remove(self, name: str) -> None:
         """Forget an adapter.

@@ -22,7 +22,7 @@ from reft.model.reft_model import ReftModel
 from reft.nn.bank import Bank
 from reft.nn.shards import whole
 from reft.train import checkpoints, deepspeed, fsdp2
-from reft.train.lora import read_lora, save_lora, set_lora
+from reft.train.lora import read_lora, set_lora
 
 
 class AdapterTrainer(Trainer):
@@ -195,7 +195,6 @@ class AdapterTrainer(Trainer):
         self._reft_model().save_pretrained(
             folder, training_state=checkpoint, state_dict=state_dict or None
         )
-        save_lora(self._reft_model(), folder, state_dict or None)
         processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if processing is not None:
             processing.save_pretrained(folder)

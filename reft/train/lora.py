@@ -1,48 +1,20 @@
-"""The adapters that PEFT holds beside ours, in a checkpoint: PEFT's own files in a folder."""
+"""The adapters that PEFT holds beside ours, when a run goes on from a checkpoint."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
-from reft.atomic import write_whole
 from reft.model import peft_base
+from reft.model.lora import PREFIX, WEIGHTS, adapters_of, folder_of, save_lora, state_of
 from reft.model.reft_model import ReftModel
 from reft.nn.published import check_numbers
 from reft.nn.shards import part_of
 from reft.nn.tensor_files import read_tensors
 
-#: The folder in a checkpoint. The adapter "default" lies in it, as PEFT has it, others in folders
-#: of their names: ``peft.PeftModel.from_pretrained(base, "checkpoint-10/lora")`` reads it.
-FOLDER = "lora"
-
-_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-
-
-def save_lora(model: ReftModel, checkpoint: str | os.PathLike[str], state_dict: Any = None) -> None:
-    """Write every adapter that PEFT has put into the base; nothing if there is none.
-
-    Args:
-        model: the wrapped model.
-        checkpoint: the folder in which ``lora`` is made.
-        state_dict: the model's whole state, where an engine has gathered it; None to read the
-            parameters.
-    """
-    for name, config in _adapters(model).items():
-        folder = _folder(checkpoint, name)
-        tensors = {
-            key: value.detach().to("cpu", copy=True).contiguous()
-            for key, value in _state(model.base_model, name, state_dict).items()
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / _WEIGHTS, save(tensors, metadata={"format": "pt"}))
-        config.save_pretrained(str(folder))
+__all__ = ["read_lora", "save_lora", "set_lora"]
 
 
 def read_lora(model: ReftModel, checkpoint: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
@@ -54,13 +26,13 @@ def read_lora(model: ReftModel, checkpoint: str | os.PathLike[str]) -> dict[str,
             finite.
     """
     base, found = model.base_model, {}
-    for name in _adapters(model):
-        file = _folder(checkpoint, name) / _WEIGHTS
+    for name in adapters_of(model):
+        file = folder_of(checkpoint, name) / WEIGHTS
         if not file.is_file():
             raise FileNotFoundError(
                 f"the base model has PEFT's adapter {name!r}, the checkpoint has no {file}"
             )
-        present, tensors = _state(base, name, None), read_tensors(file)
+        present, tensors = state_of(base, name, None), read_tensors(file)
         wanted = {key: value.shape for key, value in present.items()}
         stored = {key: value.shape for key, value in tensors.items()}
         differing = sorted(dict(wanted.items() ^ stored.items()))
@@ -84,30 +56,5 @@ def set_lora(model: ReftModel, found: Mapping[str, Mapping[str, Tensor]]) -> Non
     base = model.base_model
     for name, tensors in found.items():
         if not peft_base.is_wrapper(base):
-            tensors = {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
+            tensors = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
         set_peft_model_state_dict(base, tensors, adapter_name=name)
-
-
-def _adapters(model: ReftModel) -> dict[str, Any]:
-    """name -> PEFT's configuration, of each adapter in the base."""
-    base = model.base_model
-    configs: Any = base.peft_config if peft_base.has_layers(base) else {}
-    return dict(configs)
-
-
-def _folder(checkpoint: str | os.PathLike[str], name: str) -> Path:
-    folder = Path(checkpoint) / FOLDER
-    return folder if name == "default" else folder / name
-
-
-def _state(base: nn.Module, name: str, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """An adapter's tensors under the names that PEFT stores."""
-    from peft import get_peft_model_state_dict
-
-    if state is not None:
-        state = {key.removeprefix("base_model."): value for key, value in state.items()}
-    # Nor does it ask the hub then whether the base's embeddings are what they were.
-    found = get_peft_model_state_dict(base, state, adapter_name=name, save_embedding_layers=False)
-    return {
-        key if key.startswith(_PREFIX) else _PREFIX + key: value for key, value in found.items()
-    }

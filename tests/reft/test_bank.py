@@ -57,8 +57,8 @@ def test_parameters_of_each_family_row(intervention):
     }
     found = {name: tuple(p.shape) for name, p in one.named_parameters()}
     assert found == {name: shapes[name] for name in PARAMETERS[intervention]}
-    # Engines break on persistent buffers, so the state holds parameters only.
-    assert set(one.state_dict()) == PARAMETERS[intervention]
+    start = {"base"} if "free" in PARAMETERS[intervention] else set()
+    assert set(one.state_dict()) == PARAMETERS[intervention] | start
 
 
 @pytest.mark.parametrize("intervention", FAMILY)
@@ -265,13 +265,14 @@ class TestState:
         with pytest.raises(ValueError, match=r"rotation.free must have shape"):
             one.load({**state, "rotation.free": torch.zeros(1)}, training_state=True)
 
-    def test_gathered_parameters_are_taken(self):
+    def test_a_gathered_state_is_taken(self):
         one, other = moved(bank()), bank(seed=3)
-        gathered = {name: p.detach() for name, p in one.named_parameters()}
-        with torch.no_grad():
-            other.base.copy_(one.base)
-        for name, value in other.published_state(gathered).items():
-            assert torch.equal(value, one.published_state()[name])
+        gathered = {name: value.clone() for name, value in one.state_dict().items()}
+        for name, value in other.training_state(gathered).items():
+            assert torch.equal(value, one.training_state()[name])
+        del gathered["base"]
+        with pytest.raises(RuntimeError, match="state_dict must hold base: every key"):
+            other.published_state(gathered)
 
 
 class TestCache:

@@ -71,6 +71,8 @@ def test_a_copy_is_trained_and_unloaded_alone(how):
     base = twin.unload()
     assert not hasattr(base, "reft")
     assert not any(one._forward_hooks or one._forward_pre_hooks for one in base.modules())
+    assert not any(one._load_state_dict_pre_hooks for one in base.modules())
+    assert "save_pretrained" not in vars(base)
     with model.disable_adapter():
         plain = logits(model)
     assert torch.equal(logits(base), plain)
@@ -78,7 +80,7 @@ def test_a_copy_is_trained_and_unloaded_alone(how):
 
 
 @every_way
-def test_a_copied_base_edits_with_its_own_adapters(how):
+def test_a_copied_base_edits_and_saves_its_own_adapters(how, tmp_path):
     model = wrapped()
     expected = logits(model)
     twin = how(model.base_model)
@@ -87,6 +89,8 @@ def test_a_copied_base_edits_with_its_own_adapters(how):
         model.reft.bank("default").bias.add_(1.0)
     assert torch.equal(logits(twin), expected)
     assert not torch.equal(logits(model), expected)
+    twin.save_pretrained(tmp_path)  # its own, not the model's
+    assert torch.equal(logits(ReftModel.from_pretrained(llama(), tmp_path)), expected)
 
 
 @every_way
@@ -166,5 +170,5 @@ def test_conversions_and_shared_memory():
     assert torch.equal(logits(copy.deepcopy(model).share_memory()), expected)
     assert torch.equal(logits(model.to(torch.float64).to(torch.float32)), expected)
     assert model.half().dtype == torch.float16
-    assert model.reft.bank("default").bias.dtype == torch.float16
+    assert model.reft.bank("default").bias.dtype == torch.float32
     assert logits(model).isfinite().all()

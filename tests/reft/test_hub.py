@@ -310,6 +310,38 @@ def test_what_was_pushed_is_loaded_by_its_name(hub):
         assert torch.equal(found, model.base_model.reft.bank("default").bias)
 
 
+def test_a_subfolder_on_the_hub(hub, tmp_path):
+    model = wrap()
+    with torch.no_grad():
+        model.base_model.reft.bank("default").bias.normal_()
+    model.save_pretrained(hub.store / "me/mine" / "runs" / "best")
+    told = {"cache_dir": str(tmp_path), "local_files_only": True, "force_download": False}
+    loaded = ReftModel.from_pretrained(
+        llama(), "me/mine", subfolder="runs/best", low_cpu_mem_usage=True, **told
+    )
+    assert hub.calls == [
+        (
+            "snapshot_download",
+            {
+                "repo_id": "me/mine",
+                "allow_patterns": [f"runs/best/{name}" for name in (CONFIG_FILE, WEIGHTS_FILE)],
+                **told,
+            },
+        )
+    ]
+    assert torch.equal(
+        loaded.base_model.reft.bank("default").bias, model.base_model.reft.bank("default").bias
+    )
+    with pytest.raises(FileNotFoundError, match=r"no such adapter directory.*runs/last"):
+        ReftModel.from_pretrained(llama(), "me/mine", subfolder="runs/last")
+
+
+def test_the_base_pushes_the_adapter(hub):
+    model = wrap()
+    assert model.get_base_model().push_to_hub("me/mine", private=True) == "the commit"
+    assert hub.calls[-1][1]["files"] == ADAPTER_FILES
+
+
 def test_what_is_here_is_not_looked_for_there(hub, tmp_path, monkeypatch):
     wrap().save_pretrained(tmp_path / "run" / "adapter")
     monkeypatch.chdir(tmp_path)

@@ -11,8 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import load_fsdp_model, save_fsdp_model
 from sharding import forget, native_trainer, shard, units, units_of_bare_base
 from three_steps import CASES, Case, Gradients, InOrder, batch, make_trainer, trained
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from wire import Wire
 
@@ -126,6 +132,36 @@ class Rank:
         found = trained(trainer)
         self.keep("fsdp2", "mixed", first=first, dtype=seen[0][0], encode=seen[0][1], **found)
 
+    def state(self, setting: dict[str, Any]) -> None:
+        """Logits of a trained adapter, again after another one was put in its place and two ways
+        of torch's have brought it back: a checkpoint of parts, and one whole dictionary."""
+        trainer = self.trainer("fsdp2", "state", CASES["plain"], **setting)
+        trained(trainer)
+        model, inputs = trainer.model_wrapped.eval(), batch(3)
+        plugin = trainer.accelerator.state.fsdp_plugin
+        everything = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        from_one = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        whole = get_model_state_dict(model, options=everything)  # rank 0 has it
+        kept = {name: one.clone() for name, one in whole.items()}
+        folder = str(self.folder / "fsdp2-state")
+        save_fsdp_model(plugin, trainer.accelerator, model, folder)
+        ways = {
+            "parts": lambda: load_fsdp_model(plugin, trainer.accelerator, model, folder),
+            "whole": lambda: set_model_state_dict(model, kept, options=from_one),
+        }
+        found = {}
+        with torch.no_grad():
+            expected = model(**inputs).logits.clone()
+            [bank] = [one for one in model.modules() if isinstance(one, Bank)]
+            for name, bring_back in ways.items():
+                for one in (bank.base, *bank.parameters()):
+                    one.add_(0.3)
+                away = float((model(**inputs).logits - expected).abs().max())
+                model.reshard()  # torch's functions find it so, and not as a forward leaves it
+                bring_back()
+                found[name] = away, float((model(**inputs).logits - expected).abs().max())
+        self.keep("fsdp2", "state", found=found, keys=[*kept])
+
     def best(self) -> None:
         """The best of two checkpoints is loaded into shards at the end."""
         case = Case(
@@ -167,6 +203,7 @@ def main(folder: Path) -> None:
         rank.mixed()
     except ValueError as error:
         rank.keep("fsdp2", "mixed", lacking=str(error))
+    rank.state({"cpu_ram_efficient_loading": True})
     rank.best()
     counted = rank.trainer("fsdp2", "units", CASES["plain"])
     rank.keep("fsdp2", "units", bare=units_of_bare_base(counted))

@@ -145,6 +145,17 @@ def test_the_best_checkpoint_is_loaded_into_shards(ranks_folder):
         assert torch.equal(weights["free"], stored["rotation.free"])
 
 
+def test_a_state_dict_of_shards_is_all_of_the_adapter(ranks_folder):
+    ranks = kept(ranks_folder, "fsdp2", "state")
+    [bank] = [key.removesuffix("base") for key in ranks[0]["keys"] if key.endswith(".base")]
+    assert bank.endswith("reft.adapters.default.")
+    for found in ranks:
+        for way in ("parts", "whole"):
+            away, back = found["found"][way]
+            assert away > 0.1
+            assert back == 0.0
+
+
 # ------------------------------------------------------------------ what comes out
 
 
