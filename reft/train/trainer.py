@@ -19,7 +19,8 @@ from transformers.utils import can_return_loss, find_labels, is_accelerate_avail
 from reft.model.calls import OPTIONS
 from reft.model.reft_model import ReftModel
 from reft.train.adapter_trainer import AdapterTrainer, require_reft_model
-from reft.train.collate import IGNORED, ReftDataCollator
+from reft.train.collate import ReftDataCollator
+from reft.train.labels import IGNORED
 
 logger = logging.getLogger(__name__)
 
