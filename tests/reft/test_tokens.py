@@ -9,20 +9,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from reft.train.collate import ReftDataCollator
 from reft.train.tokens import answer_text, end_ids, expected_text, prompt_ids
 
-WORDS = [
-    "<pad>",
-    "<bos>",
-    "<eos>",
-    "<unk>",
-    "<cls>",
-    "<sep>",
-    "<lang>",
-    "<turn>",
-    "a",
-    "b",
-    "c",
-    "d",
-]
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<cls>", "<sep>", "<lang>", "<turn>"]
+WORDS = [*SPECIAL, "a", "b", "c", "d"]
 NUMBER = {word: number for number, word in enumerate(WORDS)}
 
 
