@@ -155,7 +155,12 @@ class AdapterTrainer(Trainer):
         if self._first.seen:
             return super().training_step(model, inputs, *args, **kwargs)
         with watched(self._reft_model(), model) as plans:
-            loss = super().training_step(model, inputs, *args, **kwargs)
+            try:
+                loss = super().training_step(model, inputs, *args, **kwargs)
+            except RuntimeError as error:
+                if "does not require grad" in str(error):  # autograd's word for the same
+                    self._first.check(self, model, inputs, plans)
+                raise
         self._first.check(self, model, inputs, plans)
         return loss
 

@@ -182,19 +182,18 @@ def _others_edit(trainer: AdapterTrainer, model: nn.Module) -> bool:
         data = trainer._remove_unused_columns(data, description="training")
     else:
         collate = trainer._get_collator_with_removed_columns(collate, description="training")
-    size = max(1, trainer._train_batch_size)
+    size, wrapper = max(1, trainer._train_batch_size), trainer._reft_model()
     places = spread_places(len(data), LOOKED_AT)
     with kept_random_state(trainer.args.device), torch.no_grad():
         for begin in range(0, len(places), size):
             batch = collate([data[place] for place in places[begin : begin + size]])
-            inputs, autocast = (
-                trainer._prepare_inputs(batch),
-                trainer.compute_loss_context_manager(),
-            )
-            with watched(trainer._reft_model(), model) as plans, autocast:
-                trainer.compute_loss(model, inputs)
+            names = batch.get("adapter_names") if isinstance(batch, Mapping) else None
+            candidate = _has_targets(batch) and (names is None or wrapper.active_adapter in names)
+            autocast = trainer.compute_loss_context_manager()
+            with watched(wrapper, model) as plans, autocast:
+                trainer.compute_loss(model, trainer._prepare_inputs(batch))
             edits = [one for plan in plans for site in plan.edits.values() for one in site]
-            found = any(bool((one.rows.rows >= 0).any()) for one in edits) and _has_targets(batch)
+            found = candidate and any(bool((one.rows.rows >= 0).any()) for one in edits)
             if _on_any_rank(trainer, found):  # together, so that all of them call the model alike
                 return True
     return False
