@@ -190,7 +190,8 @@ def _compared(trainer: AdapterTrainer, checkpoint: str, allow_changes: bool) -> 
     if found and not allow_changes:
         raise ValueError(
             f"resume_from_checkpoint must be of this run, and {checkpoint} is of another: {said}. "
-            "Set it back, begin anew, or go on all the same with train(…, allow_changes=True)"
+            "Set it back, begin anew, or go on all the same with train(…, allow_changes=True), "
+            "--allow-changes of reft train"
         )
     if found:
         logger.warning("%s is of another run: %s", checkpoint, said)

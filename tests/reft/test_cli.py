@@ -266,6 +266,7 @@ MISTAKES = {
         ["begun holds an unfinished run", "checkpoint-5", "--resume"],
     ),
     "resume-and-overwrite": ((*QUICK, "--resume", "--overwrite"), ["exclude each other"]),
+    "changes-without-resume": ((*QUICK, "--allow-changes"), ["--allow-changes", "--resume"]),
     "nothing-to-resume": ((*QUICK, "--resume"), ["--resume", "no checkpoint", "out"]),
     "no-base-of-the-base": ((*EVALUATE, "--no-base"), ["--no-base goes with --adapter"]),
     "adapter-missing": ((*EVALUATE, "-a", "nowhere"), ["no such adapter", "nowhere"]),
