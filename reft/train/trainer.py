@@ -22,6 +22,7 @@ from reft.train.adapter_trainer import require_reft_model
 from reft.train.collate import ReftDataCollator
 from reft.train.generating import GeneratingTrainer
 from reft.train.labels import IGNORED
+from reft.train.tokens import missed_end
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,11 @@ class ReftTrainer(GeneratingTrainer):
             self.label_names = find_labels(type(base))
         self.can_return_loss = can_return_loss(type(base))
         self._is_causal = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        collator = self.data_collator
+        if self._is_causal and isinstance(collator, ReftDataCollator) and collator.append_eos:
+            generation_config = getattr(base, "generation_config", None)
+            if missed := missed_end(generation_config, collator.tokenizer):
+                logger.warning(missed)
         if self.label_smoother is not None and self._is_causal:
             # Trainer decides by the class name of the wrapper, which is no language model's.
             self.label_smoother = _Shifted(self.label_smoother)  # type: ignore[assignment]
