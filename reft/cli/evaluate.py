@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from reft.cli import options
-from reft.cli.errors import check_file
+from reft.cli.errors import UserError, check_file
+
+if TYPE_CHECKING:
+    from reft.train.evaluate import Evaluation
 
 
 def evaluate(
@@ -22,6 +26,10 @@ def evaluate(
         Path | None,
         typer.Option("--predictions", "-o", help="Write every prediction there as JSONL."),
     ] = None,
+    no_base: Annotated[
+        bool,
+        typer.Option("--no-base", help="Leave out the base without the adapter: half the time."),
+    ] = False,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Only the first so many records.")
     ] = None,
@@ -30,19 +38,23 @@ def evaluate(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> None:
-    """Complete the prompts of a file and count exact matches (but for white space)."""
+    """Complete the prompts of a file and count exact matches (but for white space), of an adapter
+    and of its base."""
     from rich.console import Console
 
     from reft.cli.loading import check_model_name, load_model
     from reft.train.evaluate import evaluate as evaluate_records
     from reft.train.records import read_records
 
+    if no_base and adapter is None:
+        raise UserError("--no-base goes with --adapter")
     records = read_records(data)[:limit]
     if predictions is not None:
         check_file(predictions)
     check_model_name(model)
     wrapped, tokenizer = load_model(model, adapter, dtype=dtype, device=device)
-    result = evaluate_records(
+    measure = partial(
+        evaluate_records,
         wrapped,
         tokenizer,
         records,
@@ -50,7 +62,20 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         console=Console(stderr=True),
     )
+    result, base = measure(), None
+    if adapter is not None and not no_base:
+        with wrapped.disable_adapter():
+            base = measure()
     if predictions is not None:
         predictions.parent.mkdir(parents=True, exist_ok=True)
-        result.write(predictions)
-    typer.echo(f"exact match {result.score:.4f} ({result.correct} of {len(result.predictions)})")
+        result.write(predictions, base)
+    typer.echo(_score(result))
+    if base is not None:
+        typer.echo(f"its base: {_score(base)}")
+        if result.correct <= base.correct:
+            compared = "worse than" if result.correct < base.correct else "no better than"
+            typer.echo(f"the adapter is {compared} its base on these records")
+
+
+def _score(result: Evaluation) -> str:
+    return f"exact match {result.score:.4f} ({result.correct} of {len(result.predictions)})"

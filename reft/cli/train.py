@@ -123,6 +123,14 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")
     ] = False,
+    allow_changes: Annotated[
+        bool,
+        typer.Option(
+            "--allow-changes",
+            help="With --resume: though data, learning rate or the like are others than the "
+            "checkpoint's, or the steps fewer.",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the adapter that is in --output.")
     ] = False,
@@ -174,6 +182,8 @@ def train(
     records = read_records(data)
     eval_records = None if eval_data is None else read_records(eval_data)
     check_model_name(model)
+    if allow_changes and not resume:
+        raise UserError("--allow-changes goes with --resume")
     checkpoint = _checkpoint(output, resume=resume, overwrite=overwrite)
     check_folder(output)
 
@@ -213,7 +223,7 @@ def train(
     wrapped = get_reft_model(base, config)
     console = Console(stderr=True, quiet=not is_first())
     trainable, total = wrapped.get_nb_trainable_parameters()
-    console.print(
+    opening = (
         f"{len(examples)} records; training {trainable:,} of {total:,} parameters "
         f"({100 * trainable / total:.4f} %) on {target}"
     )
@@ -245,13 +255,13 @@ def train(
         examples,
         eval_examples,
         processing_class=tokenizer,
-        callbacks=[ProgressCallback(console)],
+        callbacks=[ProgressCallback(console, opening)],
     )
     trainer.remove_callback(PrinterCallback)
     if overwrite and is_first():
         remove_checkpoints(output)  # before one of a run that is over could be taken for this one's
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = {"train loss": result.training_loss}
+    result = trainer.train(resume_from_checkpoint=checkpoint, allow_changes=allow_changes)
+    metrics = {"train loss": result.training_loss} if trainer.steps_trained else {}
     if eval_examples is not None:
         last = [row for row in trainer.state.log_history if "eval_loss" in row][-1:]
         known = bool(last) and last[0]["step"] == trainer.state.global_step
@@ -259,8 +269,11 @@ def train(
     trainer.save_adapter(output)
     if not is_first():
         return
-    losses = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    typer.echo(f"{losses}; adapter written to {output}")
+    done = [f"{name} {value:.4f}" for name, value in metrics.items()]
+    if not trainer.steps_trained:
+        steps = trainer.state.global_step
+        done.insert(0, f"no step was trained, {checkpoint} has all {steps} steps of this run")
+    typer.echo(f"{', '.join(done)}; adapter written to {output}")
 
 
 def _checkpointing(arguments: type, wanted: bool) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class Bank(nn.Module):
     decode: nn.Parameter | None
     base: Tensor | None
     loaded: Tensor | None
+    fresh: bytes | None = None  # see reft.nn.fresh
 
     def __init__(
         self,
@@ -127,7 +128,8 @@ class Bank(nn.Module):
         if self.is_meta:
             return
         if start is None:
-            wide, device = compute_dtype(dtype), self.bias.device
+            wide = compute_dtype(dtype)
+            device = self.bias.device if generator is None else generator.device
             start = init.pyreft(
                 self.spec, self.shape, dtype=wide, device=device, generator=generator
             )
@@ -245,6 +247,7 @@ class Bank(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         check_state(self, state_dict, prefix)
+        self.fresh = None
         key = f"{prefix}base"
         if self.base is not None and key in state_dict:
             # A dictionary of torch's own, made for this call.
@@ -283,7 +286,7 @@ class Bank(nn.Module):
         given = {"rotation": rotation, "weight": weight, "bias": bias}
         new = {name: value for name, value in given.items() if value is not None}
         check_shapes(self.config, self.shape, new)
-        self._cached = None
+        self._cached = self.fresh = None
         if rotation is not None:
             self._assign_rotation(rotation.to(self.bias.device))
         for target, given_value in ((self.weight, weight), (self.bias, bias)):

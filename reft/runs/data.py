@@ -16,7 +16,7 @@ from reft.tasks import ClassificationTask, GenerationTask, Record, Task, get_tas
 from reft.tasks.encode import encode_example, encode_prompt
 from reft.tasks.read import RecordSet, read_set
 from reft.tasks.split import glue_split, gsm8k_split
-from reft.train.collate import IGNORED
+from reft.train.labels import IGNORED
 
 
 @dataclass(frozen=True)

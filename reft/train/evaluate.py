@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from reft.atomic import write_whole
+from reft.train import tokens
 from reft.train.collate import ReftDataCollator
 
 #: (generated, expected) -> whether the answer counts.
@@ -48,10 +49,14 @@ class Evaluation:
         """The share that is right, in [0, 1]."""
         return self.correct / len(self.predictions)
 
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the predictions as JSONL, replacing the file in one step."""
-        lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in self.predictions]
-        write_whole(path, "".join(lines))
+    def write(self, path: str | os.PathLike[str], base: Evaluation | None = None) -> None:
+        """Write the predictions as JSONL, replacing the file in one step; those that the base made
+        of the same records as ``base_prediction`` and ``base_correct``."""
+        rows = [asdict(one) for one in self.predictions]
+        if base is not None:
+            for row, one in zip(rows, base.predictions, strict=True):
+                row |= {"base_prediction": one.prediction, "base_correct": one.correct}
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def exact_match(generated: str, expected: str) -> bool:
@@ -83,25 +88,28 @@ def generate_completions(
     Args:
         model: a wrapped or a plain causal language model. Evaluated in eval mode, and left as it
             was.
-        tokenizer: of the base model; tokens are those that :class:`ReftDataCollator` trains on.
+        tokenizer: of the base model; tokens are those that :class:`ReftDataCollator` trains on. Its
+            end token, which training teaches, ends a completion as those of the model's (or the
+            given) generation config do, unless ``eos_token_id`` is given.
         prompts: what to complete.
         batch_size, console: as :func:`generate_ids`, which does the work.
         max_new_tokens: the most tokens of a completion.
         generate: further arguments of the model's own ``generate``.
 
     Returns:
-        The completions, without special tokens, in the order of the prompts.
+        The completions, up to their end and without special tokens, in the order of the prompts.
 
     Raises:
         ValueError: a prompt without tokens or as long as the model's positions; a size below 1.
     """
     collator = ReftDataCollator(tokenizer)
     ids = [collator.prompt_ids(prompt) for prompt in prompts]
+    ends = _ends(model, tokenizer, generate)
     limit = context_length(model)
-    for prompt, tokens in zip(prompts, ids, strict=True):
-        if limit is not None and len(tokens) >= limit:
+    for prompt, asked in zip(prompts, ids, strict=True):
+        if limit is not None and len(asked) >= limit:
             raise ValueError(
-                f"the prompt has {len(tokens)} tokens and the model has {limit} positions: no room "
+                f"the prompt has {len(asked)} tokens and the model has {limit} positions: no room "
                 f"for a completion. The prompt begins {prompt[:60]!r}"
             )
     answers = generate_ids(
@@ -111,9 +119,9 @@ def generate_completions(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         console=console,
-        **generate,
+        **{**generate, "eos_token_id": ends or None},
     )
-    return [str(tokenizer.decode(one, skip_special_tokens=True)) for one in answers]
+    return [tokens.answer_text(tokenizer, one, ends) for one in answers]
 
 
 def generate_ids(
@@ -204,7 +212,8 @@ def evaluate(
     Args:
         model, tokenizer: as :func:`generate_completions`.
         records: with ``prompt`` and ``completion``.
-        scorer: (generated, expected) -> whether it counts.
+        scorer: (generated, expected) -> whether it counts. A completion that holds an end token or
+            special tokens is compared as generation would show it.
         generate: every other argument of :func:`generate_completions`.
 
     Raises:
@@ -214,14 +223,23 @@ def evaluate(
         raise ValueError("there must be at least one record to evaluate, got none")
     prompts = [record["prompt"] for record in records]
     answers = generate_completions(model, tokenizer, prompts, **generate)
-    return Evaluation(
-        tuple(
-            Prediction(
-                record["prompt"], record["completion"], answer, scorer(answer, record["completion"])
-            )
-            for record, answer in zip(records, answers, strict=True)
-        )
-    )
+    ends = _ends(model, tokenizer, generate)
+    predictions = []
+    for record, answer in zip(records, answers, strict=True):
+        prompt, completion = record["prompt"], record["completion"]
+        expected = tokens.expected_text(tokenizer, completion, ends)
+        predictions.append(Prediction(prompt, completion, answer, scorer(answer, expected)))
+    return Evaluation(tuple(predictions))
+
+
+def _ends(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, generate: Mapping[str, Any]
+) -> list[int]:
+    """The tokens that end a completion, with these arguments of ``generate``."""
+    if generate.get("eos_token_id") is not None:
+        return tokens.listed_ids(generate["eos_token_id"])
+    configured = generate.get("generation_config") or getattr(model, "generation_config", None)
+    return tokens.end_ids(configured, tokenizer)
 
 
 @contextmanager

@@ -10,10 +10,16 @@ from transformers import TrainerCallback
 
 
 class ProgressCallback(TrainerCallback):
-    """A bar of optimizer steps with the latest losses; plain lines where there is no terminal."""
+    """A bar of optimizer steps with the latest losses; plain lines where there is no terminal.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: where it is shown.
+        opening: a line to print when training begins, None for none.
+    """
+
+    def __init__(self, console: Console, opening: str | None = None) -> None:
         self.console = console
+        self.opening = opening
         self.losses: dict[str, str] = {}
         self.bar = Progress(
             TextColumn("training"),
@@ -27,6 +33,8 @@ class ProgressCallback(TrainerCallback):
         self.task = self.bar.add_task("training", losses="")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.opening is not None:
+            self.console.print(self.opening)
         self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
         self.bar.start()
 

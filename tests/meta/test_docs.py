@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from reft.demo.causal import load_records
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     "README.md",
@@ -30,13 +32,20 @@ def test_the_readme_has_one_example_of_about_twenty_lines() -> None:
     assert len([line for line in example.splitlines() if line.strip()]) <= 24
 
 
-def test_the_readme_example_runs(tmp_path: Path) -> None:
+def test_the_readme_example_runs_and_answers_as_it_says(tmp_path: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", _text("README.md"), re.DOTALL)
     done = subprocess.run(
         [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.rglob("adapter_model.safetensors"))
+    (said,) = re.findall(r"```text\n(.*?)```", _text("README.md"), re.DOTALL)
+    adapter, base = said.splitlines()
+    assert done.stdout.splitlines()[-2:] == [adapter, base]
+    expected = {one["prompt"]: one["completion"] for one in load_records("heldout")}
+    prompt, answer = re.fullmatch(r"adapter: <s>(.* Answer:)( .*)</s>", adapter).groups()
+    assert answer == expected[prompt]
+    assert base.removeprefix("base:").strip() != adapter.removeprefix("adapter:").strip()
 
 
 @pytest.mark.parametrize("page", PAGES)

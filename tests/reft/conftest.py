@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -131,3 +132,29 @@ def folders(tmp_path_factory):
         name: random_adapter(root / name, seed, **changes)
         for seed, (name, changes) in enumerate(MIX.items())
     }
+
+
+@pytest.fixture
+def place(tmp_path, word_llama, word_tokenizer, monkeypatch, color_records):
+    """A folder with ``model``, ``data.jsonl`` and an untrained ``adapter``, and the user in it."""
+    word_llama.save_pretrained(tmp_path / "model")
+    word_tokenizer.save_pretrained(tmp_path / "model")
+    lines = [json.dumps(record) for record in color_records]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def reft(capfd):
+    """Runs the command line: (exit code, stdout, stderr)."""
+
+    from reft.cli.app import main
+
+    def run(*arguments: str):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        return left.value.code, *capfd.readouterr()
+
+    return run

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
 from rich.console import Console
+from transformers import GenerationConfig, TrainingArguments
 
+from reft.config import ReftConfig
+from reft.model.reft_model import get_reft_model
+from reft.train.collate import ReftDataCollator
 from reft.train.evaluate import (
     Evaluation,
     Prediction,
@@ -17,6 +23,7 @@ from reft.train.evaluate import (
     exact_match,
     generate_completions,
 )
+from reft.train.trainer import ReftTrainer
 
 PROMPTS = ["a", "one two three four five a b c d", "red green", "a b c d e", "yes"]
 
@@ -44,23 +51,95 @@ def test_a_padded_batch_answers_like_one_prompt_at_a_time(word_llama, word_token
     assert answers == expected
 
 
-def test_the_end_token_ends_a_completion(word_llama, word_tokenizer):
-    # The output layer is made to say "yes", then the end, then "no" for ever: by position.
-    word_llama.requires_grad_(False)
-    script = word_tokenizer.convert_tokens_to_ids(["yes", "<eos>", "no", "no", "no"])
+@contextmanager
+def speaking(model, tokenizer, *words):
+    """The output layer is made to say these words, whatever it is asked; yields the ids said."""
+    script, said = tokenizer.convert_tokens_to_ids(list(words)), []
 
     def speak(module, arguments, output):
-        position = speak.step
-        speak.step += 1
+        said.append(script[len(said)])
         return torch.nn.functional.one_hot(
-            torch.full(output.shape[:-1], script[position]), output.shape[-1]
+            torch.full(output.shape[:-1], said[-1]), output.shape[-1]
         ).float()
 
-    speak.step = 0
-    handle = word_llama.lm_head.register_forward_hook(speak)
-    answers = generate_completions(word_llama, word_tokenizer, ["a", "b c"], max_new_tokens=5)
+    handle = model.lm_head.register_forward_hook(speak)
+    yield said
     handle.remove()
-    assert answers == ["yes", "yes"]
+
+
+#: What the generation config names, what is given to generate, what is said and shown of it.
+ENDS = {
+    "both": ("<eos>", {}, "yes <eos> no no no", 2, "yes"),
+    "the-tokenizers-alone": ("red", {}, "yes <eos> no no no", 2, "yes"),
+    "the-configs-alone": ("red", {}, "yes red no no no", 2, "yes"),
+    "several": ("red blue", {}, "yes no blue no no", 3, "yes no"),
+    "several-and-another": ("red blue", {}, "yes no <eos> no no", 3, "yes no"),
+    "no-config": ("", {}, "yes <eos> no no no", 2, "yes"),
+    "given": ("red", {"eos_token_id": "green"}, "yes <eos> red green no", 4, "yes red"),
+    "given-several": ("", {"eos_token_id": "green blue"}, "yes <eos> blue no no", 3, "yes"),
+    "given-config": ("red", {"generation_config": "blue"}, "yes red blue no no", 3, "yes red"),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_completion_ends_where_training_and_the_model_say(word_llama, word_tokenizer, case):
+    configured, given, script, steps, shown = ENDS[case]
+
+    def ids(words):
+        found = word_tokenizer.convert_tokens_to_ids(words.split())
+        return found[0] if len(found) == 1 else found or None
+
+    word_llama.generation_config.eos_token_id = ids(configured)
+    given = {name: ids(words) for name, words in given.items()}
+    if "generation_config" in given:
+        given["generation_config"] = GenerationConfig(
+            eos_token_id=given["generation_config"], max_new_tokens=5
+        )
+    with speaking(word_llama, word_tokenizer, *script.split()) as said:
+        answers = generate_completions(
+            word_llama, word_tokenizer, ["a", "b c"], max_new_tokens=5, **given
+        )
+    assert len(said) == steps
+    assert answers == [shown, shown]
+    assert word_llama.generation_config.eos_token_id == ids(configured)
+
+
+@pytest.mark.parametrize("completion", ["yes", "yes <eos>", "yes red", " yes red <eos>"])
+def test_a_completion_that_names_its_end_is_met(word_llama, word_tokenizer, completion):
+    """As a chat template renders it: the end of a turn, and perhaps the tokenizer's after it."""
+    word_llama.generation_config.eos_token_id = word_tokenizer.convert_tokens_to_ids("red")
+    records = [{"prompt": "a", "completion": completion}, {"prompt": "a", "completion": "red"}]
+    with speaking(word_llama, word_tokenizer, "yes", "red", "<eos>", "<eos>"):
+        result = evaluate(word_llama, word_tokenizer, records, max_new_tokens=4)
+    assert [one.correct for one in result.predictions] == [True, False]
+    assert [one.completion for one in result.predictions] == [completion, "red"]
+
+
+def test_a_trained_end_is_where_generation_stops(make_trainer, word_llama, word_tokenizer):
+    """What the collator teaches, whatever end the model was made with."""
+    tokenizer = copy.deepcopy(word_tokenizer)
+    tokenizer.eos_token = "?"
+    word_llama.generation_config.eos_token_id = word_tokenizer.eos_token_id
+    config = ReftConfig(rank=4, positions="f2+l2", init="identity")
+    trainer = make_trainer(config=config, max_steps=60)
+    trainer.data_collator = ReftDataCollator(tokenizer)
+    trainer.train()
+    records = [dict(one) for one in trainer.train_dataset]
+    prompts = [one["prompt"] for one in records]
+    raw = generate_completions(
+        trainer.model,
+        tokenizer,
+        prompts,
+        max_new_tokens=3,
+        eos_token_id=word_tokenizer.pad_token_id,
+    )
+    learnt = [
+        one.split()[:1] == record["completion"].split()
+        for one, record in zip(raw, records, strict=True)
+    ]
+    assert sum(learnt) >= 10
+    result = evaluate(trainer.model, tokenizer, records, max_new_tokens=6)
+    assert result.correct == sum(learnt)
 
 
 def test_sampling_settings_of_the_model_do_not_make_it_sample(word_llama, word_tokenizer):
@@ -136,6 +215,17 @@ def test_exact_match_and_predictions(word_llama, word_tokenizer, tmp_path):
         for index, (record, answer) in enumerate(zip(records, answers, strict=True))
     ]
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl"]
+    other = Evaluation((*result.predictions[1:], result.predictions[0]))
+    result.write(tmp_path / "out.jsonl", other)
+    both = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert both == [
+        {
+            **json.loads(line),
+            "base_prediction": answers[(index + 1) % 5],
+            "base_correct": index != 0,
+        }
+        for index, line in enumerate(lines)
+    ]
 
 
 def test_another_scorer(word_llama, word_tokenizer):
@@ -157,3 +247,34 @@ def test_scores_are_of_all_predictions():
     assert exact_match(" a  b\n", "a b")
     assert not exact_match("a b", "ab")
     assert not exact_match("A", "a")
+
+
+@pytest.mark.parametrize(
+    ("configured", "append", "told"),
+    [
+        ("<eos>", True, True),
+        ("?", True, False),
+        (["<eos>", "?"], True, False),
+        (["<eos>", "red"], True, True),
+        (None, True, True),
+        ("<eos>", False, False),
+    ],
+)
+def test_a_trainer_tells_of_an_end_that_generate_does_not_know(
+    word_llama, word_tokenizer, color_records, tmp_path, caplog, configured, append, told
+):
+    tokenizer = copy.deepcopy(word_tokenizer)
+    tokenizer.eos_token = "?"
+    ends = tokenizer.convert_tokens_to_ids(configured) if configured else None
+    word_llama.generation_config.eos_token_id = ends
+    model = get_reft_model(word_llama, ReftConfig(rank=2, positions="f2+l2"))
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    ReftTrainer(model, arguments, ReftDataCollator(tokenizer, append_eos=append), color_records)
+    found = [one.getMessage() for one in caplog.records if "trained to end" in one.getMessage()]
+    assert len(found) == told
+    if told:
+        number = tokenizer.convert_tokens_to_ids("?")
+        known = [ends] if isinstance(ends, int) else ends or []
+        assert f"'?' ({number})" in found[0]
+        assert f"eos_token_id={[*known, number]}" in found[0]
+    assert word_llama.generation_config.eos_token_id == ends
