@@ -18,6 +18,7 @@ from reft.model import checkpointing, peft_base, storage
 from reft.model.adapters import PoolHost, attach, build, detach
 from reft.model.attachment import SUBMODULE, Attachment
 from reft.model.continuous import ContinuousBatching
+from reft.model.foreign import RefusesTrl
 from reft.model.generation import capture
 from reft.model.hooks import Forget, MakePlan, TakeOptions, extended_signature
 from reft.model.hub import push_to_hub
@@ -61,7 +62,7 @@ def get_reft_model(
     return model
 
 
-class ReftModel(ContinuousBatching, nn.Module):
+class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
     """A base model and its adapters. Made by :func:`get_reft_model` or :meth:`from_pretrained`.
 
     It is called as the base model is, with five more keywords: ``prompt_lengths``, int (B,), the

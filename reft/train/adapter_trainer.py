@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer import (
     OPTIMIZER_NAME,
     SCHEDULER_NAME,
@@ -22,10 +21,11 @@ from reft.model.reft_model import ReftModel
 from reft.nn.bank import Bank
 from reft.nn.shards import whole
 from reft.train import checkpoints, deepspeed, fsdp2
+from reft.train.answers import ChecksAnswers
 from reft.train.lora import read_lora, save_lora, set_lora
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(ChecksAnswers):
     """A Trainer that decays, saves and restores adapters. Made for subclasses, which say by
     :meth:`_reft_model` whose they are, and for TRL's trainers beside it among their bases."""
 
