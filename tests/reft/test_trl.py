@@ -16,6 +16,7 @@ from trl_runs import SETTINGS, losses, parameters, wrapped
 
 from reft import ReftModel, ReftSFTTrainer
 
+
 @pytest.fixture
 def records(color_records):
     """With spaces around the answers: TRL joins texts, and the tokenizer splits them at spaces."""

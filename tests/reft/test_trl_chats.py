@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -70,8 +72,10 @@ class TestEachAnswer:
             assert row["input_ids"] == prompt + answer["input_ids"]
             assert row["labels"] == [-100] * len(prompt) + answer["input_ids"]
 
-    @pytest.mark.parametrize("positions", ["f2+l2", "l1", "prompt", "f3"])
-    @pytest.mark.parametrize("packing", [False, True])
+    @pytest.mark.parametrize(
+        ("positions", "packing"),
+        [("f2+l2", False), ("f2+l2", True), ("l1", False), ("prompt", True), ("f3", False)],
+    )
     def test_is_edited_where_generation_edits(self, word_llama, sft, positions, packing):
         model = wrapped(word_llama, positions=positions)
         rows = [{"messages": messages} for messages, _ in CHATS.values()]
@@ -104,7 +108,9 @@ class TestEachAnswer:
 
     def test_from_other_forms(self, word_llama, sft):
         messages, _ = CHATS["two turns"]
-        expected = list(sft(wrapped(word_llama), [{"messages": messages}]).train_dataset)
+        expected = list(
+            sft(wrapped(copy.deepcopy(word_llama)), [{"messages": messages}]).train_dataset
+        )
         old = [{"from": one["role"], "value": one["content"]} for one in messages]
         forms = (
             [{"conversations": old}],
@@ -112,13 +118,14 @@ class TestEachAnswer:
             IterableDataset.from_generator(lambda: iter([{"messages": messages}])),
         )
         for rows in forms:
-            trainer = sft(wrapped(_base(word_llama)), rows)
+            trainer = sft(wrapped(copy.deepcopy(word_llama)), rows)
             found = [
                 {key: one[key] for key in ("input_ids", "labels")} for one in trainer.train_dataset
             ]
             assert found == [{key: one[key] for key in ("input_ids", "labels")} for one in expected]
         later = sft(
-            wrapped(_base(word_llama)), [{"prompt": messages[:3], "completion": messages[3:]}]
+            wrapped(copy.deepcopy(word_llama)),
+            [{"prompt": messages[:3], "completion": messages[3:]}],
         )
         assert len(later.train_dataset) == 1
 
@@ -297,12 +304,3 @@ def test_other_columns_go_with_each_example():
     made = one_answer_each({"messages": [messages], "tools": ["x"], "kind": [7]})
     assert made["tools"] == ["x", "x"]
     assert made["kind"] == [7, 7]
-
-
-def _base(model):
-    import copy
-
-    if hasattr(model, "reft"):
-        model = copy.deepcopy(model)
-        del model.reft
-    return model

@@ -13,7 +13,15 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from trl import DPOConfig, KTOConfig, SFTConfig
-from trl_runs import SETTINGS, chat_tokenizer, losses, parameters, trained, wrapped
+from trl_runs import (
+    SETTINGS,
+    UNMARKED,
+    chat_tokenizer,
+    losses,
+    parameters,
+    trained,
+    wrapped,
+)
 
 from reft import ReftDPOTrainer, ReftKTOTrainer, ReftModel, ReftSFTTrainer
 
@@ -81,7 +89,9 @@ def plain_dpo(model, reference, tokenizer, records, beta):
 def first_loss(trainer):
     trainer.model.train()
     with torch.no_grad():
-        return float(trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader()))))
+        return float(
+            trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+        )
 
 
 class TestReference:
@@ -119,13 +129,14 @@ class TestReference:
         assert found[0] == pytest.approx(math.log(2), abs=1e-4)
         assert found[-1] < 0.6
         model.eval()
-        whole = next(iter(dpo_batches(trainer)))
         with torch.no_grad():
-            loss = trainer.compute_loss(trainer.model, whole)
+            loss = trainer.compute_loss(trainer.model, all_of(trainer))
             expected = plain_dpo(model, start, word_tokenizer, records, 0.5)
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
-    def test_of_an_adapter_that_was_loaded(self, word_llama, word_tokenizer, records, dpo, tmp_path):
+    def test_of_an_adapter_that_was_loaded(
+        self, word_llama, word_tokenizer, records, dpo, tmp_path
+    ):
         base = copy.deepcopy(word_llama)
         trained(word_llama).save_pretrained(tmp_path / "sft")
         model = ReftModel.from_pretrained(base, tmp_path / "sft", is_trainable=True)
@@ -216,28 +227,27 @@ class TestReference:
         with torch.no_grad():
             word_llama.lm_head.weight.add_(1)
         assert told(model) != second
-        other = wrapped(model.unload(), positions="f1+l1")
-        other.reft.bank("default").load(
-            wrapped(copy.deepcopy(word_llama_of(other))).reft.bank("default").training_state(),
-            training_state=True,
+        assert told(wrapped(without(word_llama), positions="f1+l1")) != told(
+            wrapped(without(word_llama))
         )
-        same = wrapped(copy.deepcopy(word_llama_of(other)))
-        assert told(other) != told(same)
 
 
-def word_llama_of(model):
-    base = copy.deepcopy(model.get_base_model())
+def without(base):
+    """A copy of a base that has adapters, without them."""
+    base = copy.deepcopy(base)
     del base.reft
     return base
 
 
-def dpo_batches(trainer):
-    return [trainer.data_collator([trainer.train_dataset[index] for index in range(12)])]
+def all_of(trainer):
+    """The training set as one batch."""
+    return trainer.data_collator(list(trainer.train_dataset))
+
+
+SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
 
 class TestResume:
-    SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-
     @pytest.mark.parametrize("build", ["dpo", "kto"])
     @pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["lm_head"]}], ids=str)
     def test_has_the_reference_of_the_first_start(
@@ -245,11 +255,11 @@ class TestResume:
     ):
         make = request.getfixturevalue(build)
         second, other = copy.deepcopy(word_llama), copy.deepcopy(word_llama)
-        whole = make(trained(word_llama, **changes), **self.SAVES)
+        whole = make(trained(word_llama, **changes), **SAVES)
         whole.train()
         checkpoint = tmp_path / "run/checkpoint-2"
         assert (checkpoint / "reference/adapter_model.safetensors").exists()
-        again = make(wrapped(second, **changes), "again", **self.SAVES)
+        again = make(wrapped(second, **changes), "again", **SAVES)
         again.train(resume_from_checkpoint=str(checkpoint))
         expected, got = (parameters(one._reft_model()) for one in (whole, again))
         assert all(torch.equal(got[name], value) for name, value in expected.items())
@@ -265,20 +275,20 @@ class TestResume:
         import shutil
 
         base, second = copy.deepcopy(word_llama), copy.deepcopy(word_llama)
-        dpo(trained(word_llama), **self.SAVES).train()
+        dpo(trained(word_llama), **SAVES).train()
         shutil.rmtree(tmp_path / "run/checkpoint-2/reference")
-        again = dpo(trained(second), "again", **self.SAVES)
+        again = dpo(trained(second), "again", **SAVES)
         again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
         model = again._reft_model().eval()
         with torch.no_grad():
-            loss = again.compute_loss(again.model, dpo_batches(again)[0])
+            loss = again.compute_loss(again.model, all_of(again))
             expected = plain_dpo(model, Prompted(base), word_tokenizer, records, 0.5)
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
     def test_values_computed_before_must_be_of_the_same(self, word_llama, dpo, tmp_path):
         second = copy.deepcopy(word_llama)
         third = copy.deepcopy(word_llama)
-        settings = {**self.SAVES, "precompute_ref_log_probs": True}
+        settings = {**SAVES, "precompute_ref_log_probs": True}
         dpo(trained(word_llama), **settings).train()
         checkpoint = str(tmp_path / "run/checkpoint-2")
         dpo(trained(third), "third", **settings).train(resume_from_checkpoint=checkpoint)
@@ -291,11 +301,11 @@ class TestResume:
 
     def test_a_damaged_reference_is_refused(self, word_llama, dpo, tmp_path):
         second = copy.deepcopy(word_llama)
-        dpo(trained(word_llama), **self.SAVES).train()
+        dpo(trained(word_llama), **SAVES).train()
         path = tmp_path / "run/checkpoint-2/reference/adapter_model.safetensors"
         path.write_bytes(path.read_bytes()[:100])
         with pytest.raises(ValueError, match="truncated"):
-            dpo(wrapped(second), "again", **self.SAVES).train(
+            dpo(wrapped(second), "again", **SAVES).train(
                 resume_from_checkpoint=str(tmp_path / "run/checkpoint-2")
             )
 
@@ -319,9 +329,8 @@ class TestKTO:
         with torch.no_grad():
             model.reft.bank("default").bias.add_(0.3)
         model.eval()
-        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(12)])
         with torch.no_grad():
-            loss = trainer.compute_loss(trainer.model, batch)
+            loss = trainer.compute_loss(trainer.model, all_of(trainer))
             ratios, others = [], []
             for index, record in enumerate(records):
                 other = records[index - 1]["completion"]
@@ -347,21 +356,15 @@ class TestKTO:
 
 def says(*texts):
     speakers = ("assistant", "user", "assistant")
-    return [
-        {"role": role, "content": text} for role, text in zip(speakers, texts, strict=False)
-    ]
+    return [{"role": role, "content": text} for role, text in zip(speakers, texts, strict=False)]
 
 
 class TestChats:
     def test_prompts_of_several_turns(self, word_llama, word_tokenizer, dpo):
-        from trl_runs import UNMARKED
-
         tokenizer = chat_tokenizer(word_tokenizer, UNMARKED)
         before = [{"role": "user", "content": "a"}, *says("red", "b")]
         rows = [{"prompt": before, "chosen": says("blue"), "rejected": says("no")}] * 2
-        implicit = [
-            {"chosen": [*before, *says("blue")], "rejected": [*before, *says("no")]}
-        ] * 2
+        implicit = [{"chosen": [*before, *says("blue")], "rejected": [*before, *says("no")]}] * 2
         found = []
         for form in (rows, implicit):
             trainer = dpo(wrapped(copy.deepcopy(word_llama)), rows=form, tokenizer=tokenizer)
@@ -372,15 +375,11 @@ class TestChats:
 
     @pytest.mark.parametrize("name", ["chosen", "rejected"])
     def test_answers_of_several_turns_are_refused(self, word_llama, word_tokenizer, dpo, name):
-        from trl_runs import UNMARKED
-
         before = [{"role": "user", "content": "a"}]
         row = {"prompt": before, "chosen": says("blue"), "rejected": says("no")}
         row[name] = says("blue", "c", "red")
         with pytest.raises(ValueError, match=f"{name} must be one answer of the assistant"):
-            dpo(
-                wrapped(word_llama), rows=[row], tokenizer=chat_tokenizer(word_tokenizer, UNMARKED)
-            )
+            dpo(wrapped(word_llama), rows=[row], tokenizer=chat_tokenizer(word_tokenizer, UNMARKED))
 
 
 class TestRefused:
@@ -410,11 +409,4 @@ class TestRefused:
     def test_prompts_that_are_cut_at_their_start(self, word_llama, dpo):
         with pytest.raises(ValueError, match="truncation_mode"):
             dpo(wrapped(word_llama), truncation_mode="keep_end")
-        dpo(wrapped(copy.deepcopy(word_llama_of(wrapped(_free(word_llama)))), positions="l2"))
-
-
-def _free(base):
-    base = copy.deepcopy(base)
-    if hasattr(base, "reft"):
-        del base.reft
-    return base
+        dpo(wrapped(without(word_llama), positions="l2"), truncation_mode="keep_end")
