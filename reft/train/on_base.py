@@ -33,6 +33,12 @@ class KeepsReference(OnBase):
 
     _reference: Reference | None = None
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's. The reference is the adapter of now, before TRL computes anything."""
+        super().create_accelerator_and_postprocess()
+        if self._reference is not None:
+            self._reference.take()
+
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's."""
         with self._without_dropout():

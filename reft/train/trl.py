@@ -123,7 +123,6 @@ class _AgainstReference(KeepsReference):
             processing_class=processing_class,
             **kwargs,
         )
-        self._reference.take()
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         if counts_from_prompts(self._wrapper):

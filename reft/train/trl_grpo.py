@@ -61,7 +61,6 @@ class ReftGRPOTrainer(KeepsReference, GRPOTrainer):
         super().__init__(model, reward_funcs=reward_funcs, args=args, **kwargs)
         self.beta = args.beta = beta
         if self._reference is not None:
-            self._reference.take()
             self.ref_model = self._reference  # type: ignore[assignment]
 
     def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:

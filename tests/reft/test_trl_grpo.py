@@ -112,6 +112,7 @@ class TestTraining:
         out, one sequence at a time."""
         model = trained(word_llama, dropout=0.3)
         trainer = grpo(model, loss_type="grpo", temperature=1.5, disable_dropout=True)
+        trainer.current_gradient_accumulation_steps = 1
         trainer.model.train()
         texts = ["a : one", "b : two ? c"]
         rows = [{"prompt": text} for text in texts for _ in range(4)]
