@@ -49,6 +49,7 @@ class Call:
         restored: ``current`` is that of an earlier forward, a part of which is run again.
         generation: the generate() that it belongs to.
         disabled: how often the thread has switched adapters off.
+        watched: gets the plan of each forward that edits, while somebody asks for them.
     """
 
     def __init__(self) -> None:
@@ -57,6 +58,7 @@ class Call:
         self.restored = False
         self.generation: Generation | None = None
         self.disabled = 0
+        self.watched: list[ForwardPlan] | None = None
 
 
 class Calls(threading.local):

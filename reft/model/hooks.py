@@ -85,6 +85,8 @@ class MakePlan(_Call):
         plan = self.attachment.plan_forward(stack, self._named(args, kwargs))
         if plan is not None and not torch.compiler.is_compiling():
             refuse_context_parallel()
+            if self.attachment.call.watched is not None:
+                self.attachment.call.watched.append(plan)
         self.attachment.call.current = plan
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             keep_plans(self.attachment)

@@ -27,6 +27,7 @@ from reft.model.prompt import image_token
 from reft.model.ranks import broadcast_adapters
 from reft.model.report import count_parameters, print_parameters
 from reft.model.sites import find_sites
+from reft.nn.fresh import mark_fresh
 from reft.serving.pool import AdapterPool
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ def get_reft_model(
             :meth:`ReftModel.unload`. What PEFT trains in it, such as LoRA, goes on being trained.
         config: what the adapter is.
         adapter_name: its name.
-        generator: the source of randomness for the adapter's first values.
+        generator: the source of randomness for the adapter's first values; None for the global
+            one, from which ``ReftTrainer`` draws them anew by its own seed.
 
     Raises:
         TypeError, ValueError: a model, configuration or name that does not fit. Nothing was
@@ -226,9 +228,10 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
                 model. Nothing was changed.
         """
         attached, base = self._attached, self.get_base_model()
-        attach(
-            attached, base, adapter_name, *build(attached, base, adapter_name, config, generator)
-        )
+        bank, heads = build(attached, base, adapter_name, config, generator)
+        attach(attached, base, adapter_name, bank, heads)
+        if generator is None:
+            mark_fresh(bank)  # a Trainer may draw it anew, from its own seed
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make an adapter the active one, and the only one that is trained.

@@ -57,6 +57,7 @@ class Bank(nn.Module):
     decode: nn.Parameter | None
     base: Tensor | None
     loaded: Tensor | None
+    fresh: bytes | None = None  # see reft.nn.fresh
 
     def __init__(
         self,
@@ -125,7 +126,8 @@ class Bank(nn.Module):
         if self.is_meta:
             return
         if start is None:
-            wide, device = _compute_dtype(dtype), self.bias.device
+            wide = _compute_dtype(dtype)
+            device = self.bias.device if generator is None else generator.device
             start = init.pyreft(
                 self.spec, self.shape, dtype=wide, device=device, generator=generator
             )
@@ -236,6 +238,7 @@ class Bank(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
+        self.fresh = None
         base = local_metadata.get("base")
         if base is not None and self.base is not None and f"{prefix}free" in state_dict:
             with torch.no_grad():
@@ -272,7 +275,7 @@ class Bank(nn.Module):
         given = {"rotation": rotation, "weight": weight, "bias": bias}
         new = {name: value for name, value in given.items() if value is not None}
         check_shapes(self.config, self.shape, new)
-        self._cached = None
+        self._cached = self.fresh = None
         if rotation is not None:
             self._assign_rotation(rotation.to(self.bias.device))
         for target, given_value in ((self.weight, weight), (self.bias, bias)):

@@ -150,7 +150,7 @@ def classify(
     Returns:
         The metrics, and ``total``.
     """
-    found = trainer.predict(features)  # type: ignore[arg-type]
+    found = trainer.predict(features)
     values = predicted(found.predictions)
     labels = np.asarray(found.label_ids)
     rows = [

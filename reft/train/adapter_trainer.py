@@ -3,6 +3,7 @@ them and no base model, and a resumed run continues bit for bit."""
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,34 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from reft.model.reft_model import ReftModel
 from reft.nn.bank import Bank
 from reft.nn.shards import whole
-from reft.train import checkpoints, deepspeed, fsdp2
+from reft.train import checkpoints, deepspeed, fsdp2, run_settings
 from reft.train.answers import ChecksAnswers
+from reft.train.effect import FirstBatch, require_trained, watched
 from reft.train.lora import read_lora, save_lora, set_lora
+from reft.train.seeds import draw_from_seed
+
+logger = logging.getLogger(__name__)
 
 
 class AdapterTrainer(ChecksAnswers):
     """A Trainer that decays, saves and restores adapters. Made for subclasses, which say by
-    :meth:`_reft_model` whose they are, and for TRL's trainers beside it among their bases."""
+    :meth:`_reft_model` whose they are, and for TRL's trainers beside it among their bases.
 
+    Attributes:
+        steps_trained: optimizer steps of the last :meth:`train`, without those before a checkpoint
+            that it went on from.
+    """
+
+    steps_trained = 0
     _stage: Path | None = None
+    _first: FirstBatch
+    _resumed: str | None = None
+    _changed: set[str]
+    _settings: dict[str, Any] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        draw_from_seed(self._reft_model(), self.args.seed)
 
     def _reft_model(self) -> ReftModel:
         model: ReftModel = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -46,17 +65,28 @@ class AdapterTrainer(ChecksAnswers):
         ]
 
     def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        allow_changes: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """As Trainer's. Under an engine that shards parameters the adapter is restored before it
         does: the base point of R is no parameter, so that no engine's own checkpoint has it. And
         every rank begins with the adapter of rank 0. A run that is begun anew in a folder with
         checkpoints warns of them.
 
+        Args:
+            resume_from_checkpoint: as Trainer's.
+            allow_changes: go on from a checkpoint of a run with other data, another learning rate
+                or the like, or with more steps than this one has. Otherwise that is refused.
+
         Raises:
-            ValueError: no whole checkpoint to resume from, where that is asked for; one of
-                DeepSpeed's without it, or another one under it; a file in it that is damaged, holds
-                code, which is never run, or NaN. Nothing was changed.
+            ValueError: no whole checkpoint to resume from, where that is asked for, or an adapter
+                as it is published; a checkpoint of another run; one of DeepSpeed's without it, or
+                another one under it; a file in it that is damaged, holds code, which is never run,
+                or NaN; no adapter that is trained. Nothing was changed. At the first batch: none
+                of the data has a token that is edited.
             OSError: checkpoints could not be written.
         """
         path = resume_from_checkpoint
@@ -67,18 +97,72 @@ class AdapterTrainer(ChecksAnswers):
                     f"there is no whole checkpoint to resume from in {self.args.output_dir}"
                 )
             path = str(found)
-        if path and isinstance(path, str):
+        done, self._changed, self._settings = 0, set(), None
+        self._resumed = os.fspath(path) if path else None
+        if self._resumed is not None:
+            path = self._resumed
+            checkpoints.require_checkpoint(path)
             deepspeed.check_checkpoint(path, self.is_deepspeed_enabled)
             checkpoints.check_states(path)
-            if self._is_sharded():
-                self._restore(path)
+            self._changed = run_settings.check_resumed(self, path, allow_changes)
+            done = run_settings.state_of(path).get("global_step", 0)
+        if self.model_init is None:
+            self._require_trained()
         if self.args.should_save and self.args.save_strategy != "no":
             checkpoints.prepare(Path(str(self.args.output_dir)), anew=not path)
+        if self.model_init is None:
+            self._begin()
+        self._first = FirstBatch()
+        result = super().train(path, *args, **kwargs)
+        self.steps_trained = self.state.global_step - done
+        if not self.steps_trained:
+            logger.warning(
+                "no step was trained: %s",
+                f"{path} has all {done} steps of this run already; give it more with max_steps or "
+                "num_train_epochs"
+                if path
+                else "the training data gave no batch",
+            )
+        return result
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """As Trainer's. What ``model_init`` has made is there by now, and no engine has it yet."""
+        super()._hp_search_setup(trial)
+        if self.model_init is not None:
+            self._require_trained()
+            self._begin()
+
+    def _require_trained(self) -> None:
+        by_hand = None if self._is_sharded() else self.optimizer
+        require_trained(self._reft_model(), by_hand)
+
+    def _begin(self) -> None:
+        """What a model needs before an engine has it."""
+        draw_from_seed(self._reft_model(), self.args.seed)
+        if self._resumed and self._is_sharded():
+            self._restore(self._resumed)
         fsdp2.before_training(self._reft_model(), self)
-        return super().train(path, *args, **kwargs)
 
     def _is_sharded(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's. The first batch must have a token that is edited.
+
+        Raises:
+            ValueError: neither it nor other data has one.
+        """
+        if self._first.seen:
+            return super().training_step(model, inputs, *args, **kwargs)
+        with watched(self._reft_model(), model) as plans:
+            try:
+                loss = super().training_step(model, inputs, *args, **kwargs)
+            except RuntimeError as error:
+                if "does not require grad" in str(error):  # autograd's word for the same
+                    self._first.check(self, model, inputs, plans)
+                raise
+        self._first.check(self, model, inputs, plans)
+        return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's. Of a sharded model what is trained is gathered and no more."""
@@ -141,6 +225,10 @@ class AdapterTrainer(ChecksAnswers):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._stage = None
+            if writes:
+                if self._settings is None:
+                    self._settings = run_settings.settings_of(self)
+                run_settings.write(stage / name, self._settings)
             if self.state.best_model_checkpoint == str(stage / name):
                 self.state.best_model_checkpoint = str(run / name)
                 if writes:
@@ -177,13 +265,23 @@ class AdapterTrainer(ChecksAnswers):
         if self.is_deepspeed_enabled or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        assert self.lr_scheduler is not None
-        optimizer, scheduler = (
-            checkpoints.read_state(Path(checkpoint) / name)
-            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
-        )
-        fsdp2.scatter_optimizer(self.optimizer, optimizer)
-        self.lr_scheduler.load_state_dict(scheduler)
+        assert self.lr_scheduler is not None and self.optimizer is not None
+        files = {name: Path(checkpoint) / name for name in (OPTIMIZER_NAME, SCHEDULER_NAME)}
+        missing = [name for name, file in files.items() if not file.exists()]
+        if missing:
+            logger.warning(
+                "%s has no %s, as with save_only_model=True: training goes on from its adapter, "
+                "and what is missing begins anew",
+                checkpoint,
+                " and no ".join(missing),
+            )
+        asked = run_settings.rates_of(self.optimizer)
+        if OPTIMIZER_NAME not in missing:
+            state = checkpoints.read_state(files[OPTIMIZER_NAME])
+            fsdp2.scatter_optimizer(self.optimizer, state)
+        if SCHEDULER_NAME not in missing:
+            self.lr_scheduler.load_state_dict(checkpoints.read_state(files[SCHEDULER_NAME]))
+        run_settings.set_rates(self.optimizer, self.lr_scheduler, asked, self._changed)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the adapter and the tokenizer, never the base model."""

@@ -22,6 +22,7 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from reft.atomic import flush_folder, write_whole
+from reft.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from reft.nn.published import FLOATS
 from reft.nn.tensor_files import load_plain
 from reft.untrusted import parse_json, read_text, require_plain
@@ -47,6 +48,33 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     _put_back(Path(folder))
     found = [one for one in _numbered(Path(folder)) if _is_whole(one[1])]
     return max(found)[1] if found else None
+
+
+def require_checkpoint(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder that holds no checkpoint of a training run, saying what it is.
+
+    Raises:
+        ValueError: there is no such folder; it is an adapter as it is published, or anything else
+            without Trainer's state.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"resume_from_checkpoint must be a folder, there is none at {path}")
+    if (path / TRAINER_STATE_NAME).exists():
+        return
+    inside = last_checkpoint(path)
+    more = "" if inside is None else f". The last checkpoint in it is {inside}"
+    if (path / CONFIG_FILE).exists() or (path / WEIGHTS_FILE).exists():
+        raise ValueError(
+            f"resume_from_checkpoint must be a checkpoint of a training run, {path} is an adapter "
+            f"and no checkpoint (it has no {TRAINER_STATE_NAME}): to train it further, load it "
+            f"with ReftModel.from_pretrained(base_model, {str(path)!r}, is_trainable=True) and "
+            f"call train() without resume_from_checkpoint{more}"
+        )
+    raise ValueError(
+        f"resume_from_checkpoint must be a checkpoint of a training run, {path} is no checkpoint "
+        f"(it has no {TRAINER_STATE_NAME}){more}"
+    )
 
 
 def check_states(checkpoint: str | os.PathLike[str]) -> None:

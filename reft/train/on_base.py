@@ -15,6 +15,7 @@ from reft.model import peft_base
 from reft.model.reft_model import ReftModel
 from reft.train.adapter_trainer import AdapterTrainer, require_reft_model
 from reft.train.reference import Reference
+from reft.train.seeds import draw_from_seed
 
 
 class OnBase(AdapterTrainer):
@@ -34,9 +35,11 @@ class KeepsReference(OnBase):
     _reference: Reference | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As Trainer's. The reference is the adapter of now, before TRL computes anything."""
+        """As Trainer's. The reference is the adapter as training will find it, before TRL computes
+        anything by it."""
         super().create_accelerator_and_postprocess()
         if self._reference is not None:
+            draw_from_seed(self._wrapper, self.args.seed)
             self._reference.take()
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:

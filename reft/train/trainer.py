@@ -18,8 +18,9 @@ from transformers.utils import can_return_loss, find_labels, is_accelerate_avail
 
 from reft.model.calls import OPTIONS
 from reft.model.reft_model import ReftModel
-from reft.train.adapter_trainer import AdapterTrainer, require_reft_model
+from reft.train.adapter_trainer import require_reft_model
 from reft.train.collate import IGNORED, ReftDataCollator
+from reft.train.generating import GeneratingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +34,15 @@ def require_accelerate() -> None:
         raise ImportError("training needs accelerate: pip install 'reft[train]'")
 
 
-class ReftTrainer(AdapterTrainer):
-    """:class:`transformers.Trainer` for a :class:`reft.ReftModel`, with the same arguments.
+class ReftTrainer(GeneratingTrainer):
+    """:class:`transformers.Trainer` for a :class:`reft.ReftModel`, with the same arguments; with
+    ``Seq2SeqTrainingArguments`` it is :class:`transformers.Seq2SeqTrainer`.
 
     Without a ``data_collator``, a ``processing_class`` that is a tokenizer makes a
     :class:`reft.ReftDataCollator`.
+
+    A new adapter gets its first values from ``args.seed``, see
+    :func:`reft.train.seeds.draw_from_seed`.
 
     Checkpoints hold the adapter with its training state, so that a resumed run continues bit for
     bit; ``save_model`` into any other directory writes the adapter as it is published.
@@ -59,11 +64,7 @@ class ReftTrainer(AdapterTrainer):
     ) -> None:
         require_accelerate()
         if model is not None:
-            require_reft_model(model, "ReftTrainer")
-            if getattr(model, "is_quantized", False):
-                # Trainer's word for "this quantised model carries an adapter". On the wrapper
-                # alone: on the base, transformers would look for PEFT's layers.
-                model._hf_peft_config_loaded = True  # type: ignore[assignment]
+            _accept(model)
         if args is None:
             args = TrainingArguments("tmp_trainer")
         if args.n_gpu > 1:
@@ -83,9 +84,12 @@ class ReftTrainer(AdapterTrainer):
             args.ddp_broadcast_buffers = False
         if data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase):
             data_collator = ReftDataCollator(processing_class)
+        if not hasattr(args, "generation_config"):
+            args.generation_config = None  # Seq2SeqTrainer asks any arguments for it
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
+        self._use_generation_config()
         base = self._base_model()
         forward = inspect.signature(base.forward).parameters
         self.model_accepts_loss_kwargs = getattr(
@@ -106,8 +110,13 @@ class ReftTrainer(AdapterTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As Trainer's; what ``model_init`` returns must be a ReftModel."""
         model = super().call_model_init(trial)
-        require_reft_model(model, "ReftTrainer")
+        _accept(model)
         return model
+
+    def _begin(self) -> None:
+        if self.model_init is not None:
+            self._use_generation_config()
+        super()._begin()
 
     def _base_model(self) -> nn.Module:
         return self._reft_model().get_base_model()
@@ -135,6 +144,14 @@ class ReftTrainer(AdapterTrainer):
             if lengths is not None:
                 inputs = {**inputs, "prompt_lengths": lengths}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def _accept(model: object) -> None:
+    require_reft_model(model, "ReftTrainer")
+    if getattr(model, "is_quantized", False):
+        # Trainer's word for "this quantised model carries an adapter". On the wrapper alone: on the
+        # base, transformers would look for PEFT's layers.
+        model._hf_peft_config_loaded = True  # type: ignore[attr-defined]
 
 
 class _Shifted:

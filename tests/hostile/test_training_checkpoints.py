@@ -26,7 +26,8 @@ NAN = float("nan")
 
 def trainer_of(folder: Path, steps: int, make: Callable[[], nn.Module] = llama) -> ReftTrainer:
     torch.manual_seed(1)
-    records = [{"input_ids": row, "labels": row} for row in tokens(4, 6).tolist()]
+    rows = tokens(4, 6).tolist()
+    records = [{"input_ids": row, "labels": [-100] * 3 + row[3:]} for row in rows]
     return ReftTrainer(
         get_reft_model(make(), ReftConfig(rank=2, positions="f2+l2")),
         TrainingArguments(

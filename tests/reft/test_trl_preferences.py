@@ -98,7 +98,6 @@ class TestReference:
     @pytest.mark.parametrize(
         "changes",
         [
-            {"init": "identity"},
             {"intervention": "noreft", "positions": "prompt"},
             {"intervention": "direft", "positions": "l1", "dropout": 0.3},
             {"intervention": "lobireft", "tied": False},
@@ -110,6 +109,12 @@ class TestReference:
     def test_the_loss_begins_at_ln_2(self, word_llama, dpo, changes):
         trainer = dpo(trained(word_llama, **changes))
         assert first_loss(trainer) == pytest.approx(math.log(2), abs=1e-5)
+
+    @pytest.mark.parametrize("before", [False, True])
+    def test_of_an_adapter_that_is_drawn_from_the_seed(self, word_llama, dpo, before):
+        trainer = dpo(wrapped(word_llama), precompute_ref_log_probs=before, max_steps=1)
+        trainer.train()
+        assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-4)
 
     def test_of_an_adapter_that_sft_has_just_trained(
         self, word_llama, word_tokenizer, records, dpo, tmp_path
@@ -292,10 +297,12 @@ class TestResume:
         dpo(trained(word_llama), **settings).train()
         checkpoint = str(tmp_path / "run/checkpoint-2")
         dpo(trained(third), "third", **settings).train(resume_from_checkpoint=checkpoint)
-        model = wrapped(second)
+        model = trained(second, seed=6)
         before = parameters(model.reft)
         with pytest.raises(ValueError, match="used another reference than that of the run"):
-            dpo(model, "again", **settings).train(resume_from_checkpoint=checkpoint)
+            dpo(model, "again", **settings).train(
+                resume_from_checkpoint=checkpoint, allow_changes=True
+            )
         after = parameters(model.reft)
         assert all(torch.equal(after[name], value) for name, value in before.items())
 

@@ -44,10 +44,10 @@ def wrapped(base, **changes):
     return get_reft_model(base, ReftConfig(**{"rank": 4, "positions": "f2+l2", **changes}))
 
 
-def trained(base, **changes):
+def trained(base, seed=5, **changes):
     """An adapter whose values are not those that were drawn."""
     model = wrapped(base, **changes)
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
