@@ -192,6 +192,7 @@ class ChecksAnswers(Trainer):
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         plain = self.data_collator
         if counts_from_prompts(self._reft_model()):
+            self._set_signature_columns_if_needed()  # which may ask the collator
             self.data_collator = OneAnswer(plain)
         try:
             return super()._get_dataloader(*args, **kwargs)

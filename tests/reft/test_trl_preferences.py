@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import logsigmoid
 
 pytest.importorskip("trl")
 
@@ -16,9 +15,14 @@ from trl import DPOConfig, KTOConfig, SFTConfig
 from trl_runs import (
     SETTINGS,
     UNMARKED,
+    Prompted,
+    all_of,
     chat_tokenizer,
+    first_loss,
+    log_probs,
     losses,
     parameters,
+    plain_dpo,
     trained,
     wrapped,
 )
@@ -61,37 +65,6 @@ def kto(word_tokenizer, records, tmp_path):
         )
 
     return build
-
-
-def log_probs(model, tokenizer, prompt, answer):
-    """Σ log p of an answer and the end token after a prompt, one sequence at a time."""
-    prompt = tokenizer(prompt)["input_ids"]
-    answer = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([[*prompt, *answer, tokenizer.eos_token_id]])
-    logits = model(ids, prompt_lengths=[len(prompt)]).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).sum()
-
-
-def plain_dpo(model, reference, tokenizer, records, beta):
-    """The loss of DPO (arXiv 2305.18290, eq. 7), written out; the reference is another model."""
-    terms = []
-    for record in records:
-        ratios = []
-        for answer in (record["completion"], " no no "):
-            ours = log_probs(model, tokenizer, record["prompt"], answer)
-            with torch.no_grad():
-                theirs = log_probs(reference, tokenizer, record["prompt"], answer)
-            ratios.append(ours - theirs)
-        terms.append(-logsigmoid(beta * (ratios[0] - ratios[1])))
-    return torch.stack(terms).mean()
-
-
-def first_loss(trainer):
-    trainer.model.train()
-    with torch.no_grad():
-        return float(
-            trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
-        )
 
 
 class TestReference:
@@ -244,11 +217,6 @@ def without(base):
     return base
 
 
-def all_of(trainer):
-    """The training set as one batch."""
-    return trainer.data_collator(list(trainer.train_dataset))
-
-
 SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
 
@@ -315,16 +283,6 @@ class TestResume:
             dpo(wrapped(second), "again", **SAVES).train(
                 resume_from_checkpoint=str(tmp_path / "run/checkpoint-2")
             )
-
-
-class Prompted:
-    """A base that takes ``prompt_lengths`` and has no use for them."""
-
-    def __init__(self, base):
-        self.base = base.eval()
-
-    def __call__(self, ids, prompt_lengths):
-        return self.base(ids)
 
 
 class TestKTO:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.nn.functional import logsigmoid
 
 from reft import ReftConfig, get_reft_model
 
@@ -95,3 +96,49 @@ def edited(model, run):
         with model.disable_adapter():
             run()
     return (seen[0] - seen[count]).abs().amax(-1) > 0
+
+
+def log_probs(model, tokenizer, prompt, answer):
+    """Σ log p of an answer and the end token after a prompt, one sequence at a time."""
+    prompt = tokenizer(prompt)["input_ids"]
+    answer = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([[*prompt, *answer, tokenizer.eos_token_id]])
+    logits = model(ids, prompt_lengths=[len(prompt)]).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).sum()
+
+
+def plain_dpo(model, reference, tokenizer, records, beta):
+    """The loss of DPO (arXiv 2305.18290, eq. 7), written out; the reference is another model."""
+    terms = []
+    for record in records:
+        ratios = []
+        for answer in (record["completion"], " no no "):
+            ours = log_probs(model, tokenizer, record["prompt"], answer)
+            with torch.no_grad():
+                theirs = log_probs(reference, tokenizer, record["prompt"], answer)
+            ratios.append(ours - theirs)
+        terms.append(-logsigmoid(beta * (ratios[0] - ratios[1])))
+    return torch.stack(terms).mean()
+
+
+def first_loss(trainer):
+    trainer.model.train()
+    with torch.no_grad():
+        return float(
+            trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+        )
+
+
+def all_of(trainer):
+    """The training set as one batch."""
+    return trainer.data_collator(list(trainer.train_dataset))
+
+
+class Prompted:
+    """A base that takes ``prompt_lengths`` and has no use for them."""
+
+    def __init__(self, base):
+        self.base = base.eval()
+
+    def __call__(self, ids, prompt_lengths):
+        return self.base(ids)
