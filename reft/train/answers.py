@@ -54,8 +54,8 @@ def one_answer_each(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         ValueError: no conversation has an answer.
     """
     name = "messages" if "messages" in rows else "completion"
-    others = [one for one in rows if one not in ("messages", "prompt", "completion")]
-    made: dict[str, list[Any]] = {one: [] for one in ("prompt", "completion", *others)}
+    others = [column for column in rows if column not in ("messages", "prompt", "completion")]
+    made: dict[str, list[Any]] = {column: [] for column in ("prompt", "completion", *others)}
     for at, messages in enumerate(rows[name]):
         before = list(rows["prompt"][at]) if name == "completion" else []
         said = [*before, *messages]
@@ -65,7 +65,7 @@ def one_answer_each(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
             for other in others:
                 made[other].append(rows[other][at])
     if not made["prompt"]:
-        roles = sorted({str(one.get("role")) for messages in rows[name] for one in messages})
+        roles = sorted({str(said.get("role")) for messages in rows[name] for said in messages})
         raise ValueError(
             f'{name} must hold answers, messages of the role "assistant" behind another message; '
             f"got the roles {roles} alone"
@@ -75,15 +75,15 @@ def one_answer_each(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
 
 def answers(messages: Sequence[Mapping[str, Any]], start: int = 0) -> list[tuple[int, int]]:
     """[begin, end) of each answer from message ``start`` on; see :func:`one_answer_each`."""
-    speaks = [one.get("role") == "assistant" for one in messages]
+    speaks = [message.get("role") == "assistant" for message in messages]
     opening = next((at for at, speaks_now in enumerate(speaks) if not speaks_now), len(messages))
-    found: list[tuple[int, int]] = []
+    turns: list[tuple[int, int]] = []
     for at in range(start or opening, len(messages)):
-        if speaks[at] and found and found[-1][1] == at:
-            found[-1] = (found[-1][0], at + 1)
+        if speaks[at] and turns and turns[-1][1] == at:
+            turns[-1] = (turns[-1][0], at + 1)
         elif speaks[at]:
-            found.append((at, at + 1))
-    return found
+            turns.append((at, at + 1))
+    return turns
 
 
 def check_one_answer(example: Mapping[str, Any], columns: Sequence[str]) -> bool:
@@ -94,7 +94,7 @@ def check_one_answer(example: Mapping[str, Any], columns: Sequence[str]) -> bool
     """
     for name in columns:
         messages = example.get(name)
-        roles = [one.get("role") for one in messages] if isinstance(messages, list) else []
+        roles = [said.get("role") for said in messages] if isinstance(messages, list) else []
         if any(role != "assistant" for role in roles):
             raise ValueError(
                 f"{name} must be one answer of the assistant, for edits are at the ends of the one "

@@ -104,7 +104,7 @@ class Reference(nn.Module):
             return
         attached, (frozen,) = model._attached, self._taken
         name, before = frozen.name, attached.active
-        own = attached.adapters[name], attached.heads
+        present = attached.adapters[name], attached.heads
         _follow(frozen, attached.bank(name), attached.heads.modules_of(base, name))
         attached.show_heads(base, None)
         attached.adapters[name], attached.heads, attached.active = frozen.bank, frozen.heads, name
@@ -113,7 +113,7 @@ class Reference(nn.Module):
             yield base
         finally:
             attached.show_heads(base, None)
-            attached.adapters[name], attached.heads = own
+            attached.adapters[name], attached.heads = present
             attached.active = before
             attached.show_heads(base, before)
 
@@ -131,12 +131,15 @@ class Reference(nn.Module):
         reference from another."""
         with self._acting() as base:
             state = base.state_dict()
-        found = {name: one for name, one in state.items() if not name.startswith(f"{SUBMODULE}.")}
+        values = {
+            name: value for name, value in state.items() if not name.startswith(f"{SUBMODULE}.")
+        }
         for frozen in self._taken:
             text = frozen.bank.config.to_json().encode()
-            found |= {f"{FOLDER}.{key}": one for key, one in frozen.bank.training_state().items()}
-            found[f"{FOLDER}.config"] = torch.tensor(list(text), dtype=torch.uint8)
-        return found
+            copied = frozen.bank.training_state()
+            values |= {f"{FOLDER}.{name}": value for name, value in copied.items()}
+            values[f"{FOLDER}.config"] = torch.tensor(list(text), dtype=torch.uint8)
+        return values
 
     # ---------------------------------------------------------------- in checkpoints
 
@@ -166,15 +169,15 @@ class Reference(nn.Module):
         """
         self.take()
         folder = Path(checkpoint) / FOLDER
-        found = self._stored(folder) if folder.is_dir() else None
+        stored = self._stored(folder) if folder.is_dir() else None
         present = self._taken[0] if self._taken else None
-        if fixed and not _same(found, present):
+        if fixed and not _same(stored, present):
             raise ValueError(
                 "precompute_ref_log_probs used another reference than that of the run which wrote "
                 f"{os.fspath(checkpoint)}: resume with the adapter on the model that the run began "
                 "with, or with precompute_ref_log_probs=False"
             )
-        return found
+        return stored
 
     def set(self, stored: _Frozen | None) -> None:
         """Take what :meth:`read` returned for the reference."""
@@ -195,9 +198,11 @@ class Reference(nn.Module):
                 "against it; it has another"
             )
         heads = {
-            key.removeprefix(HEADS): one for key, one in tensors.items() if key.startswith(HEADS)
+            key.removeprefix(HEADS): value
+            for key, value in tensors.items()
+            if key.startswith(HEADS)
         }
-        edit = {key: one for key, one in tensors.items() if not key.startswith(HEADS)}
+        edit = {key: value for key, value in tensors.items() if not key.startswith(HEADS)}
         try:
             check_heads(made.modules, heads)
             made.bank.load(edit, training_state=True)
@@ -213,15 +218,15 @@ def _follow(frozen: _Frozen, bank: Bank | SpreadBank, heads: Mapping[str, nn.Mod
         frozen.bank.to(bank.bias.device)
     for path, copied in frozen.modules.items():
         pairs = zip(copied.parameters(), heads[path].parameters(), strict=True)
-        if any(one.device != other.device or one.dtype != other.dtype for one, other in pairs):
+        if any(old.device != new.device or old.dtype != new.dtype for old, new in pairs):
             present = next(heads[path].parameters())
             copied.to(present.device, present.dtype)
 
 
-def _same(one: _Frozen | None, other: _Frozen | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    ours, theirs = one.bank.published_state(), other.bank.published_state()
+def _same(stored: _Frozen | None, present: _Frozen | None) -> bool:
+    if stored is None or present is None:
+        return stored is present
+    ours, theirs = stored.bank.published_state(), present.bank.published_state()
     return all(
         torch.allclose(value, theirs[key].to(value), rtol=1e-4, atol=1e-5)
         for key, value in ours.items()

@@ -130,7 +130,7 @@ class _AgainstReference(KeepsReference):
             if "prompt" not in example and "chosen" in example:
                 dataset = dataset.map(extract_prompt)
                 example = next(iter(dataset))
-            names = [one for one in self._answers if isinstance(example.get(one), list)]
+            names = [name for name in self._answers if isinstance(example.get(name), list)]
             if names:
                 dataset = dataset.filter(check_one_answer, fn_kwargs={"columns": names})
         return super()._prepare_dataset(dataset, *args, **kwargs)  # type: ignore[misc]
