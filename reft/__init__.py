@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from reft.model.reft_model import ReftModel, get_reft_model
     from reft.train.collate import ReftDataCollator
     from reft.train.trainer import ReftTrainer
-    from reft.train.trl import ReftDPOTrainer, ReftSFTTrainer
+    from reft.train.trl import ReftDPOTrainer, ReftKTOTrainer, ReftSFTTrainer
+    from reft.train.trl_grpo import ReftGRPOTrainer
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,8 @@ _HOMES = {
     "ReftConfig": "reft.config",
     "ReftDPOTrainer": "reft.train.trl",
     "ReftDataCollator": "reft.train.collate",
+    "ReftGRPOTrainer": "reft.train.trl_grpo",
+    "ReftKTOTrainer": "reft.train.trl",
     "ReftModel": "reft.model.reft_model",
     "ReftSFTTrainer": "reft.train.trl",
     "ReftTrainer": "reft.train.trainer",
@@ -36,12 +39,14 @@ _HOMES = {
 }
 
 #: Modules that need what is not installed with this package: their classes have stand-ins.
-_EXTRAS = frozenset({"reft.train.trl"})
+_EXTRAS = frozenset({"reft.train.trl", "reft.train.trl_grpo"})
 
 __all__ = [
     "ReftConfig",
     "ReftDPOTrainer",
     "ReftDataCollator",
+    "ReftGRPOTrainer",
+    "ReftKTOTrainer",
     "ReftModel",
     "ReftSFTTrainer",
     "ReftTrainer",

@@ -1,5 +1,5 @@
-"""Stand-ins for classes of packages that are not installed: they can be listed, documented, asked
-for and derived from; using one says what to install."""
+"""Classes of packages that are not installed, and the error that says what to install: stand-ins
+can be listed, documented, asked for and derived from."""
 
 from __future__ import annotations
 
@@ -31,3 +31,11 @@ def stand_in(name: str, module: str, reason: str) -> type:
     """
     text = f"Not there: {reason}."
     return _Absent(name, (), {"__module__": module, "__doc__": text, "_reason": reason})
+
+
+def lacks_trl(error: Exception) -> ImportError:
+    """The error to raise where TRL, or what it needs, cannot be imported."""
+    text = "these trainers need TRL: pip install 'reft[trl]'"
+    if getattr(error, "name", None) != "trl":
+        text += f" (what is there cannot be imported: {str(error).splitlines()[-1]})"
+    return ImportError(text)

@@ -18,6 +18,7 @@ from reft.model.adapters import PoolHost, attach, build, detach
 from reft.model.attachment import SUBMODULE, Attachment
 from reft.model.cached_edits import reuse_cache
 from reft.model.continuous import ContinuousBatching
+from reft.model.foreign import RefusesTrl
 from reft.model.generation import capture
 from reft.model.guidance import guided
 from reft.model.hooks import Forget, ForgetPlan, MakePlan, TakeOptions, extended_signature
@@ -67,7 +68,7 @@ def get_reft_model(
     return model
 
 
-class ReftModel(ContinuousBatching, OnDisk, nn.Module):
+class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
     """A base model and its adapters. Made by :func:`get_reft_model` or :meth:`from_pretrained`.
 
     It is called as the base model is, with five more keywords: ``prompt_lengths``, int (B,), the

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer import (
     OPTIMIZER_NAME,
     SCHEDULER_NAME,
@@ -23,6 +22,7 @@ from reft.model.reft_model import ReftModel
 from reft.nn.bank import Bank
 from reft.nn.shards import whole
 from reft.train import checkpoints, deepspeed, fsdp2, run_settings
+from reft.train.answers import ChecksAnswers
 from reft.train.effect import FirstBatch, require_trained, watched
 from reft.train.lora import read_lora, set_lora
 from reft.train.seeds import draw_from_seed
@@ -30,7 +30,7 @@ from reft.train.seeds import draw_from_seed
 logger = logging.getLogger(__name__)
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(ChecksAnswers):
     """A Trainer that decays, saves and restores adapters. Made for subclasses, which say by
     :meth:`_reft_model` whose they are, and for TRL's trainers beside it among their bases.
 

@@ -149,7 +149,9 @@ def too_short(state: Mapping[str, Any], args: Any) -> str | None:
         if isinstance(step, int) and step > args.max_steps:
             return f"the checkpoint has {step} steps, max_steps is {args.max_steps}"
     elif isinstance(epoch, (int, float)) and epoch > args.num_train_epochs:
-        return f"the checkpoint has {epoch:g} epochs, num_train_epochs is {args.num_train_epochs:g}"
+        return (
+            f"the checkpoint has {epoch:.3g} epochs, num_train_epochs is {args.num_train_epochs:g}"
+        )
     return None
 
 
@@ -245,6 +247,7 @@ def set_rates(
             group[name] = wanted[name]
     if "initial_lr" in names and hasattr(scheduler, "base_lrs"):
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 # ---------------------------------------------------------------- data

@@ -1,0 +1,84 @@
+"""TRL's ``GRPOTrainer`` for a wrapped model, beside the others, since TRL's loads more to be
+imported."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from reft.absent import lacks_trl
+
+try:
+    from trl import GRPOConfig, GRPOTrainer
+except (ImportError, RuntimeError) as error:  # TRL makes a RuntimeError of what it lacks itself
+    raise lacks_trl(error) from error
+
+from reft.model.reft_model import ReftModel
+from reft.train.on_base import KeepsReference, check_given, check_reference
+from reft.train.reference import Reference
+
+#: Options of GRPO by which others than this model generate, or whole dialogues are one answer.
+_ELSEWHERE = ("use_vllm", "use_transformers_continuous_batching")
+_DIALOGUES = ("tools", "environment_factory", "rollout_func")
+
+
+class ReftGRPOTrainer(KeepsReference, GRPOTrainer):
+    """:class:`trl.GRPOTrainer` for a :class:`reft.ReftModel`, with the same arguments. It generates
+    with :meth:`reft.ReftModel.generate`; with ``beta`` above 0 the reference is the model with its
+    adapter as it is now, and checkpoints hold that adapter.
+
+    Raises:
+        TypeError: the model is not a ReftModel.
+        ValueError: a ``peft_config``; ``sync_ref_model``; PEFT's layers in the base beside a
+            reference; completions that are generated elsewhere (``use_vllm``,
+            ``use_transformers_continuous_batching``) or hold several turns (``tools``,
+            ``environment_factory``, ``rollout_func``).
+    """
+
+    def __init__(
+        self, model: ReftModel, reward_funcs: Any = None, args: Any = None, **kwargs: Any
+    ) -> None:
+        name = type(self).__name__
+        check_given(name, model, args, kwargs)
+        for option in _ELSEWHERE:
+            if getattr(args, option, False):
+                raise ValueError(
+                    f"{option} must be False: {name} generates with ReftModel.generate, which "
+                    "edits prompts as the loss does"
+                )
+        for option in _DIALOGUES:
+            if kwargs.get(option):
+                raise ValueError(
+                    f"{option} must be None: a completion of several turns would be generated from "
+                    "several prompts, of which the loss edits the first alone"
+                )
+        args = GRPOConfig("grpo") if args is None else copy.copy(args)
+        # With a beta TRL would load a second base for the reference.
+        beta, args.beta = args.beta, 0.0
+        if beta:
+            check_reference(model, args)
+            self._reference = Reference(model)
+        super().__init__(model, reward_funcs=reward_funcs, args=args, **kwargs)
+        self.beta = args.beta = beta
+        if self._reference is not None:
+            self.ref_model = self._reference  # type: ignore[assignment]
+
+    def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_dropout():
+            return super()._prepare_inputs(*args, **kwargs)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        model, base = self._wrapper, self._wrapper.get_base_model()
+
+        def generate(*given: Any, **named: Any) -> Any:
+            del base.generate  # the wrapper calls the base's own
+            try:
+                return model.generate(*given, **named)
+            finally:
+                base.generate = generate  # type: ignore[assignment]
+
+        base.generate = generate  # type: ignore[assignment]
+        try:
+            return super()._generate_single_turn(*args, **kwargs)  # type: ignore[no-untyped-call]
+        finally:
+            del base.generate
