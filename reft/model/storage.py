@@ -40,11 +40,12 @@ def save(
     if state_dict is not None:
         names = {id(module): path for path, module in model.base_model.named_modules()}
         own = _part(state_dict, names[id(bank)])
-        stored_heads = {
+        found = {
             f"{path}.{key}": value
             for path, module in heads.items()
             for key, value in _part(state_dict, names[id(module)]).items()
         }
+        stored_heads = {key: found[key] for key in head_state(heads)}
     tensors = bank.training_state(own) if training_state else bank.published_state(own)
     tensors |= {
         HEADS + key: whole(value) for key, value in (stored_heads or head_state(heads)).items()
