@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from reft.config import ReftConfig
 from reft.model.calls import Call, Calls, Options, Running
-from reft.model.chosen import BASE, Chosen, choose, names_of, sources_by_name
+from reft.model.chosen import BASE, Chosen, choose, names_of, one_name, sources_by_name
 from reft.model.generation import (
     Generation,
     behind_prompts,
@@ -91,6 +91,7 @@ class Attachment(nn.Module):
         Raises:
             ValueError: there is no adapter of that name.
         """
+        name = one_name(name)
         if name not in self.adapters:
             if name in self.pool:
                 raise ValueError(

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from reft.config import ReftConfig
-from reft.model import checkpointing, peft_base, storage
-from reft.model.adapters import PoolHost, attach, build, detach
+from reft.model import checkpointing, peft_base, storage, vocabulary
+from reft.model.adapters import PoolHost, attach, build, detach, with_both_ends
 from reft.model.attachment import SUBMODULE, Attachment
+from reft.model.chosen import one_name
 from reft.model.continuous import ContinuousBatching
 from reft.model.generation import capture
 from reft.model.hooks import Forget, MakePlan, TakeOptions, extended_signature
@@ -225,6 +226,7 @@ class ReftModel(ContinuousBatching, nn.Module):
                 model. Nothing was changed.
         """
         attached, base = self._attached, self.get_base_model()
+        config = with_both_ends(attached, base, config)
         attach(
             attached, base, adapter_name, *build(attached, base, adapter_name, config, generator)
         )
@@ -239,7 +241,7 @@ class ReftModel(ContinuousBatching, nn.Module):
         Raises:
             ValueError: there is no such adapter.
         """
-        attached = self._attached
+        attached, adapter_name = self._attached, one_name(adapter_name)
         attached.bank(adapter_name)
         if not attached.disabled:
             attached.show_heads(self.get_base_model(), adapter_name)
@@ -256,7 +258,7 @@ class ReftModel(ContinuousBatching, nn.Module):
         Raises:
             ValueError: there is no such adapter.
         """
-        attached = self._attached
+        attached, adapter_name = self._attached, one_name(adapter_name)
         attached.bank(adapter_name)
         detach(attached, self.get_base_model(), adapter_name)
         if attached.active == adapter_name:
@@ -279,6 +281,7 @@ class ReftModel(ContinuousBatching, nn.Module):
         attached, inner = self._attached, self.get_base_model()
         attached.running.check("unload()")
         attached.heads.show(inner, None)
+        vocabulary.release(inner)
         for handle in (*self._handles, *attached.handles.values()):
             handle.remove()
         checkpointing.forget_plans(self.base_model)
