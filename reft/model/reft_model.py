@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from reft.config import ReftConfig
 from reft.model import checkpointing, peft_base, storage, vocabulary
 from reft.model.adapters import PoolHost, attach, build, detach, with_both_ends
+from reft.model.arguments import check_base, check_config
 from reft.model.attachment import SUBMODULE, Attachment
 from reft.model.chosen import one_name
 from reft.model.continuous import ContinuousBatching
@@ -52,6 +53,8 @@ def get_reft_model(
         TypeError, ValueError: a model, configuration or name that does not fit. Nothing was
             changed.
     """
+    check_base(base_model)
+    check_config(config, adapter_name)
     model = ReftModel(base_model, config.block_path)
     try:
         model.add_adapter(adapter_name, config, generator=generator)
@@ -80,10 +83,7 @@ class ReftModel(ContinuousBatching, nn.Module):
 
     def __init__(self, base_model: nn.Module, block_path: str | None = None) -> None:
         super().__init__()
-        if not isinstance(base_model, nn.Module):
-            raise TypeError(
-                f"base_model must be a torch.nn.Module, got {type(base_model).__name__}"
-            )
+        check_base(base_model, block_path)
         if isinstance(base_model, ReftModel) or hasattr(base_model, SUBMODULE):
             raise ValueError(
                 f"base_model must not have adapters (an attribute {SUBMODULE!r}) yet, got "
@@ -173,7 +173,7 @@ class ReftModel(ContinuousBatching, nn.Module):
         except AttributeError:
             if name == "base_model":
                 raise
-            return getattr(self.base_model, name)
+            return peft_base.attribute(self.base_model, name)
 
     def get_base_model(self) -> nn.Module:
         """The transformers model, out of PEFT's wrapper if it has one, with the adapters still
@@ -222,9 +222,11 @@ class ReftModel(ContinuousBatching, nn.Module):
         Models compiled before do not see it: add first, compile then.
 
         Raises:
+            TypeError: no ReftConfig.
             ValueError: a name that is taken or not allowed, a configuration that does not fit the
                 model. Nothing was changed.
         """
+        check_config(config, adapter_name)
         attached, base = self._attached, self.get_base_model()
         config = with_both_ends(attached, base, config)
         attach(
