@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 Config = TypeVar("Config", bound=type[Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _ENDS = 'write positions="f7+l7" for the first and last 7 tokens'
 _LAYERS = "write layers and component, which say where hidden vectors are edited"
@@ -90,6 +92,21 @@ FOREIGN: Mapping[str, str] = MappingProxyType(
     }
 )
 
+#: The same of the arguments of ``get_reft_model``.
+WRAPPING: Mapping[str, str] = MappingProxyType(
+    {
+        "model": "write base_model",
+        "peft_config": "write config, a reft.ReftConfig",
+        "reft_config": "write config",
+        "set_device": "leave it out: the adapter is made where the base is",
+        "disable_model_grads": "leave it out: the base is always frozen",
+        "mixed": "leave it out: mixed batches need no other model",
+        "is_trainable": "leave it out: a new adapter is trained",
+        "autocast_adapter_dtype": "write dtype in the ReftConfig",
+        "low_cpu_mem_usage": "leave it out",
+    }
+)
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The nearest of the known names as part of a message, "" if none is near."""
@@ -131,3 +148,24 @@ def refusing_foreign_names(config: Config) -> Config:
 
     config.__init__ = __init__
     return config
+
+
+def refusing_foreign_keywords(instead: Mapping[str, str]) -> Callable[[Function], Function]:
+    """Let a function say what to write where it is given another library's keyword.
+
+    Raises:
+        TypeError: when the function is called with one of the keywords.
+    """
+
+    def refusing(function: Function) -> Function:
+        @functools.wraps(function)
+        def called(*args: Any, **values: Any) -> Any:
+            said = [f"{name}: {instead[name]}" for name in values if name in instead]
+            if said:
+                signature = f"{function.__name__}{inspect.signature(function)}"
+                raise TypeError(f"{function.__name__} takes no {'; no '.join(said)}; {signature}")
+            return function(*args, **values)
+
+        return called  # type: ignore[return-value]
+
+    return refusing

@@ -13,6 +13,7 @@ from reft.config import ReftConfig
 from reft.model import peft_base, vocabulary
 from reft.model.attachment import SUBMODULE, Attachment
 from reft.model.chosen import sites_of
+from reft.model.frozen_heads import report_frozen_head
 from reft.model.heads import copy_heads
 from reft.model.hooks import EditOutput
 from reft.model.parallel import refuse_absent_heads
@@ -125,6 +126,7 @@ def attach(
         attached.heads.add(name, heads)
         vocabulary.guard(base, attached.heads)
         place_hooks(attached)
+    report_frozen_head(base, attached.sites.path, name, heads)
 
 
 def detach(attached: Attachment, base: nn.Module, name: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reft.config import ReftConfig
+from reft.foreign_names import WRAPPING, refusing_foreign_keywords
 from reft.model import checkpointing, peft_base, storage, vocabulary
 from reft.model.adapters import PoolHost, attach, build, detach, with_both_ends
 from reft.model.arguments import check_base, check_config
@@ -23,6 +24,7 @@ from reft.model.continuous import ContinuousBatching
 from reft.model.generation import capture
 from reft.model.hooks import Forget, MakePlan, TakeOptions, extended_signature
 from reft.model.hub import push_to_hub
+from reft.model.labels import give_back_labels
 from reft.model.pipelines import announce
 from reft.model.prompt import image_token
 from reft.model.ranks import broadcast_adapters
@@ -33,6 +35,7 @@ from reft.serving.pool import AdapterPool
 logger = logging.getLogger(__name__)
 
 
+@refusing_foreign_keywords(WRAPPING)
 def get_reft_model(
     base_model: nn.Module,
     config: ReftConfig,
@@ -284,6 +287,7 @@ class ReftModel(ContinuousBatching, nn.Module):
         attached.running.check("unload()")
         attached.heads.show(inner, None)
         vocabulary.release(inner)
+        give_back_labels(inner, attached.unnamed_labels)
         for handle in (*self._handles, *attached.handles.values()):
             handle.remove()
         checkpointing.forget_plans(self.base_model)

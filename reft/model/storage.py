@@ -15,6 +15,7 @@ from reft.model.card import write_card
 from reft.model.checkpoint import read_adapter, write_adapter
 from reft.model.heads import check_heads, head_state, load_heads
 from reft.model.hub import local_folder
+from reft.model.labels import label_header, read_labels, take_labels
 from reft.nn.published import FLOATS, HEADS, bank_shape, check_layout
 from reft.nn.shards import whole
 
@@ -50,7 +51,7 @@ def save(
     tensors |= {
         HEADS + key: whole(value) for key, value in (stored_heads or head_state(heads)).items()
     }
-    write_adapter(path, bank.config, tensors)
+    write_adapter(path, bank.config, tensors, label_header(model.get_base_model()))
     if not training_state:
         write_card(path, model, name, source=".")
 
@@ -81,8 +82,10 @@ def load_adapter(
     """See :meth:`ReftModel.load_adapter`."""
     path = local_folder(path, **hub)
     config, tensors = read_adapter(path)
+    labels = read_labels(path)
     edit, heads = _split(tensors)
     put(model, path, adapter_name, config, edit, heads)
+    take_labels(model, labels, path)
     if model.active_adapter is None:
         model.set_adapter(adapter_name, inference_mode=not is_trainable)
 
