@@ -75,3 +75,15 @@ def check_config(config: object, adapter_name: object = None) -> None:
         instead = ""
     what = f"the class {origin}" if isinstance(config, type) else origin
     raise TypeError(f"config must be a reft.ReftConfig, got {what}{instead}")
+
+
+def check_mode(inference_mode: object) -> None:
+    """Refuse what is no yes or no, such as a second name.
+
+    Raises:
+        TypeError: no bool.
+    """
+    if not isinstance(inference_mode, bool):
+        raise TypeError(
+            f"inference_mode must be True or False, got {inference_mode!r}; one adapter is active"
+        )

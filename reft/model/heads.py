@@ -113,7 +113,8 @@ def check_heads(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor])
         if target.shape != tensors[name].shape:
             raise ValueError(
                 f"stored head {name} must have shape {tuple(target.shape)}, "
-                f"got {tuple(tensors[name].shape)}"
+                f"got {tuple(tensors[name].shape)}; give the base the vocabulary or number of "
+                "labels that the head was trained with"
             )
         if target.dtype in FLOATS:
             if target.isfinite().all():  # a buffer may be a mask of −inf

@@ -46,7 +46,10 @@ def read_labels(path: str | os.PathLike[str]) -> list[str] | None:
         text = (stored.metadata() or {}).get(METADATA_KEY)
     if text is None:
         return None
-    names = parse_json(text)
+    try:
+        names = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {METADATA_KEY} must be a list in JSON: {error}") from None
     if not isinstance(names, list) or not all(map(is_text, names)) or not names:
         raise ValueError(f"{path}: {METADATA_KEY} must be a list of names, got {shown(names)}")
     return names

@@ -17,7 +17,7 @@ from reft.config import ReftConfig
 from reft.foreign_names import WRAPPING, refusing_foreign_keywords
 from reft.model import checkpointing, peft_base, storage, vocabulary
 from reft.model.adapters import PoolHost, attach, build, detach, with_both_ends
-from reft.model.arguments import check_base, check_config
+from reft.model.arguments import check_base, check_config, check_mode
 from reft.model.attachment import SUBMODULE, Attachment
 from reft.model.chosen import one_name
 from reft.model.continuous import ContinuousBatching
@@ -244,8 +244,9 @@ class ReftModel(ContinuousBatching, nn.Module):
             inference_mode: leave it frozen.
 
         Raises:
-            ValueError: there is no such adapter.
+            TypeError, ValueError: there is no such adapter, or several are named.
         """
+        check_mode(inference_mode)
         attached, adapter_name = self._attached, one_name(adapter_name)
         attached.bank(adapter_name)
         if not attached.disabled:

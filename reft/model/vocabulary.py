@@ -58,8 +58,8 @@ def _checked(
         owners = ", ".join(repr(one) for one, paths in heads.paths.items() if {*paths} & {*copied})
         raise ValueError(
             f"{name} must not be called while adapters train {', '.join(copied)} in full, as "
-            f"{owners} does: their copies and the base's would differ in size. Call it on the base "
-            "before get_reft_model, or unload() first"
+            f"{owners} does: their copies and the base's own would no longer fit one another. Call "
+            "it on the base before get_reft_model, or unload() first"
         )
     return method(module, *args, **kwargs)
 
