@@ -66,7 +66,7 @@ FOREIGN: Mapping[str, str] = MappingProxyType(
         "low_rank_dimension": "write rank",
         "intervention_type": _MEMBER,
         "intervention_types": _MEMBER,
-        "intervention_params": "write the fields of ReftConfig themselves",
+        "intervention_params": "write rank, activation and so on themselves",
         "interventions": _MEMBER,
         "interventions_dict": _MEMBER,
         "intervention_dimensions": "leave it out: the width is the model's",
