@@ -69,6 +69,7 @@ class ReftConfig:
         short_prompts: "pyreft" or "paper", how many tokens of a short prompt are edited.
         prompt_end: "last" or "second_to_last", where the prompt is taken to end.
         modules_to_save: names of modules of the base model that are trained in full and stored too.
+            Those of an adapter on a model also name the modules that are tied to them.
         task_type: PEFT's name of the task or None. It adds the task's head to ``modules_to_save``
             where the model has one, see :data:`HEAD_MODULES`.
         block_path: name of the ``ModuleList`` that holds the model's blocks, where the model's
