@@ -26,7 +26,7 @@ def check_base(base_model: object, block_path: object = None) -> None:
             raise TypeError(f"{wanted}, got the class {base_model.__name__}{instead}")
         instead = ""
         if isinstance(base_model, (str, os.PathLike)):
-            instead = "; load it first, as AutoModelForCausalLM.from_pretrained(…)"
+            instead = "; load it first, as AutoModelForCausalLM.from_pretrained(…), it comes first"
         elif isinstance(base_model, ReftConfig) or hasattr(base_model, "peft_type"):
             instead = f"; the model comes first: {_ORDER}"
         raise TypeError(f"{wanted}, got {type(base_model).__name__}{instead}")

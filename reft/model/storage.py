@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from reft.config import ReftConfig
 from reft.model.adapters import attach, build
+from reft.model.arguments import check_base
 from reft.model.card import write_card
 from reft.model.checkpoint import read_adapter, write_adapter
 from reft.model.heads import check_heads, head_state, load_heads
@@ -65,6 +66,7 @@ def load_model(
     **hub: Any,
 ) -> ReftModel:
     """See :meth:`ReftModel.from_pretrained`."""
+    check_base(base_model)
     path = local_folder(path, **hub)
     config, _ = read_adapter(path)
     model = cls(base_model, config.block_path)

@@ -138,6 +138,10 @@ LORA = peft.LoraConfig(r=2, target_modules=["q_proj"])
             lambda base: ReftModel(base, config()),
             "block_path must be None or a string, got ReftConfig; get_reft_model",
         ),
+        "a stored adapter first": (
+            lambda base: ReftModel.from_pretrained("adapter", base),
+            "base_model must be a torch.nn.Module, got str; load it first",
+        ),
         "pefts keywords": (
             lambda base: get_reft_model(model=base, peft_config=config()),
             "no model: write base_model; no peft_config: write config",
