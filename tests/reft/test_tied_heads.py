@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from tiny_models import VOCAB, bert, gpt2, llama, tokens
+from tiny_models import DIM, LAYERS, VOCAB, bert, gpt2, llama, tokens
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import BertForMaskedLM, T5Config, T5ForConditionalGeneration
@@ -91,6 +91,9 @@ def test_both_ends_are_one_matrix_in_every_state(modules, tmp_path):
         assert ends(again.base_model)[0] is ends(again.base_model)[1]
         torch.testing.assert_close(logits(again), after, rtol=1e-5, atol=1e-5)
         assert again.configs["default"] == stored == model.configs["default"]
+    counted = LAYERS * (2 * 2 * DIM + 2) + VOCAB * DIM
+    assert model.get_nb_trainable_parameters()[0] == counted
+    assert f"{counted:,d} trained parameters" in (tmp_path / "own" / "README.md").read_text()
     back = model.unload()
     assert torch.equal(logits(back), before)
     assert ends(back)[0] is ends(back)[1] is originals.weight
