@@ -119,7 +119,8 @@ def padded_positions(
     short_prompts: str = "pyreft",
     prompt_end: str = "last",
 ) -> Tensor:
-    """The places to edit in each sequence of a padded batch, computed on the device of ``start``.
+    """The places to edit in each sequence of a padded batch whose prompts have no gaps, computed on
+    the device of ``start``.
 
     The window is the part of the padded batch that this forward sees: columns ``window_start`` to
     ``window_start + window``. A prompt that arrives in chunks is several windows of one prompt, and
@@ -167,20 +168,38 @@ def padded_positions(
     begin = start.long().unsqueeze(1)
     length = length.long().unsqueeze(1)
     if spec.kind == "ends":
-        # Of an empty prompt that stops one token early, −1 tokens: no place either way.
-        n = length - 1 if prompt_end == "second_to_last" else length
-        half = n // 2
-        longer = half if short_prompts == "pyreft" else n - half
-        n_first, n_last = half.clamp(max=spec.first), longer.clamp(max=spec.last)
-        j = torch.arange(spec.first, device=start.device)
-        k = torch.arange(spec.last, device=start.device)
-        wanted = torch.cat([j < n_first, k >= spec.last - n_last], dim=1)
-        place = torch.cat([begin + j, begin + n - spec.last + k], dim=1) - window_start
+        number, wanted = end_numbers(spec, length, short_prompts, prompt_end)
+        place = begin + number - window_start
         wanted &= (place >= 0) & (place < window)
     else:
         place = torch.arange(window, device=start.device).expand(start.shape[0], window)
         wanted = covered(spec, place + window_start - begin, length, prompt_end)
     return torch.where(wanted, place, -1)
+
+
+def end_numbers(
+    spec: Positions, length: Tensor, short_prompts: str = "pyreft", prompt_end: str = "last"
+) -> tuple[Tensor, Tensor]:
+    """Which tokens of a prompt are its first and last ones, for positions of kind "ends".
+
+    Args:
+        spec: first = F and last = L.
+        length: int64 (B, 1), tokens of each prompt.
+        short_prompts, prompt_end: as in :func:`padded_positions`.
+
+    Returns:
+        int64 (B, F + L), numbers of tokens of the prompt, from 0; and bool (B, F + L), whether the
+        token is edited: where it is not, the number means nothing.
+    """
+    # Of an empty prompt that stops one token early, −1 tokens: no place either way.
+    n = length - 1 if prompt_end == "second_to_last" else length
+    half = n // 2
+    longer = half if short_prompts == "pyreft" else n - half
+    n_first, n_last = half.clamp(max=spec.first), longer.clamp(max=spec.last)
+    j = torch.arange(spec.first, device=length.device)
+    k = torch.arange(spec.last, device=length.device)
+    wanted = torch.cat([j < n_first, k >= spec.last - n_last], dim=1)
+    return torch.cat([j.expand(length.shape[0], -1), n - spec.last + k], dim=1), wanted
 
 
 def covered(spec: Positions, number: Tensor, length: Tensor, prompt_end: str = "last") -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from reft.model.chosen import sites_of
 from reft.model.frozen_heads import report_frozen_head
 from reft.model.heads import copy_heads
 from reft.model.hooks import EditOutput
+from reft.model.labels import give_back_labels
 from reft.model.parallel import refuse_absent_heads
 from reft.model.sites import site_device
 from reft.model.ties import refuse_untying, with_tied_modules
@@ -139,6 +141,20 @@ def detach(attached: Attachment, base: nn.Module, name: str) -> None:
         del attached.adapters[name]
         attached.pool.forget_bank(name)
         place_hooks(attached)
+
+
+def take_off(attached: Attachment, base: nn.Module, handles: Iterable[Any]) -> None:
+    """Take all adapters off a model, with everything else that stands on it for them.
+
+    Args:
+        handles: of what was put on it beside the hooks of adapters; each is removed.
+    """
+    attached.heads.show(base, None)
+    vocabulary.release(base)
+    give_back_labels(base, attached.unnamed_labels)
+    for handle in (*handles, *attached.handles.values()):
+        handle.remove()
+    delattr(base, SUBMODULE)
 
 
 def check_config(attached: Attachment, config: ReftConfig) -> None:

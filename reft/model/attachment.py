@@ -13,26 +13,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from reft.config import ReftConfig
-from reft.model.calls import Call, Calls, Options, Running
-from reft.model.chosen import BASE, Chosen, choose, names_of, one_name, sources_by_name
-from reft.model.generation import (
-    Generation,
-    behind_prompts,
-    expanded,
-    known_length,
-    past_length,
-    resolve_given,
-)
+from reft.model.calls import Call, Calls, Running
+from reft.model.chosen import BASE, one_name
+from reft.model.generation import Generation
 from reft.model.heads import HeadStore
-from reft.model.mixed import make_plan
-from reft.model.plan import ForwardPlan, member_rows
-from reft.model.prompt import Prompt, find_packed_prompt, find_prompt, packed_starts
+from reft.model.plan import ForwardPlan
 from reft.model.sites import Sites
-from reft.model.steps import Engine, plan_step
+from reft.model.steps import Engine
 from reft.nn.bank import Bank
 from reft.nn.spread import SpreadBank
 from reft.serving.pool import AdapterPool
@@ -40,9 +30,6 @@ from reft.serving.tables import Lock, Site
 
 #: Name of the attachment among the base model's submodules.
 SUBMODULE = "reft"
-
-#: Arguments that say that a cache of pages is used, as continuous batching does.
-PAGED = ("write_index", "read_index", "block_table")
 
 
 class Attachment(nn.Module):
@@ -213,182 +200,3 @@ class Attachment(nn.Module):
                 mine.disabled -= 1
                 if not self.disabled:
                     self.show_heads(base, self.active)
-
-    # ---------------------------------------------------------------- the plan of a forward
-
-    def plan_forward(self, stack: nn.Module, call: dict[str, Any]) -> ForwardPlan | None:
-        """The plan of a forward of ``stack`` with arguments ``call``, or None if nothing is edited.
-
-        Without gradients, a forward that lies behind every prompt, as in decoding, has none. While
-        gradients are recorded there is one even if every row is −1: in data-parallel training every
-        rank must reach every parameter.
-        """
-        if any(call.get(name) is not None for name in PAGED):
-            return self._plan_step(call)
-        if self.engine_refs and any(engine.busy() for engine in self.engines()):
-            raise RuntimeError(
-                "a continuous batching manager runs this model in another thread; add a request to "
-                "it, stop it, or call the model inside its pause()"
-            )
-        options = self.call.options or Options()
-        generation = self.call.generation
-        if generation is not None and options.prompt_lengths is not None:
-            generation = None
-        names = options.adapter_names
-        if self.call.disabled:
-            return None
-        ids = call.get("input_ids")
-        tokens = call.get("inputs_embeds") if ids is None else ids
-        parts, scales = options.subspaces, options.adapter_scales
-        if generation is not None and isinstance(tokens, Tensor):
-            batch = tokens.shape[0]
-            names = generation.repeated(names or generation.adapter_names, batch)
-            parts = generation.repeated(parts or generation.subspaces, batch)
-            if scales is None:
-                scales = generation.adapter_scales
-            scales = generation.repeated(scales, batch)
-        active = self.active
-        if generation is not None and generation.active is not None:
-            active = generation.active
-        if active is None and names is None:
-            return None
-        if not isinstance(tokens, Tensor) or tokens.ndim < 2:
-            raise ValueError(
-                f"{type(stack).__name__} must be called with input_ids or inputs_embeds of (batch, "
-                "columns, …) while an adapter is active: positions are counted in them"
-            )
-        batch, window = shape = (tokens.shape[0], tokens.shape[1])
-        starts = None
-        if generation is None:
-            past = past_length(call)
-            starts = packed_starts(call, shape) if isinstance(past, int) and not past else None
-        sequences = batch if starts is None else starts.shape[0]
-        if names is None:
-            assert active is not None
-            names = [active] * sequences  # whatever becomes active meanwhile
-        settled = generation if options.adapter_names is None else None
-        sources = None if settled is None else settled.sources
-        if sources is None:
-            sources = sources_by_name(self, names_of(self, names, sequences))
-        if starts is None and behind_prompts(call, options, generation, sources.values()):
-            return None
-        chosen = choose(self, names, scales, parts, sequences, sources)
-        start: int | Tensor = 0
-        if starts is None:
-            start, chosen = self._in_this_window(chosen, call, options, generation, window)
-        if not chosen:
-            return None
-        if generation is not None:
-            prompt, given = generation.prompt.expand(batch), expanded(generation.given, batch)
-            images = generation.ids
-        else:
-            prompt = self._find_prompt(call, tokens, starts, start, options)
-            mask, images = call.get("attention_mask"), ids
-            columns = shape if not isinstance(start, int) else (batch, start + window)
-            given = resolve_given(options.edit_positions, ids, mask, prompt, columns)
-        width = window if starts is None else batch * window
-
-        def rows_of(config: ReftConfig, mine: Tensor | None) -> tuple[Tensor, ...]:
-            columns = given
-            if config.positions == "image":
-                columns = expanded(self._images(images), batch)
-            if config.positions == "given" and given is None:
-                raise ValueError(
-                    'edit_positions must be given: the adapter has positions "given", which every '
-                    "call has to name"
-                )
-            return member_rows(
-                config, prompt, window_start=start, window=width, sequences=mine, chosen=columns
-            )
-
-        return make_plan(
-            self, chosen, rows_of, shape,
-            sequences=sequences, device=tokens.device, packed=starts is not None,
-        )  # fmt: skip
-
-    def _plan_step(self, call: dict[str, Any]) -> ForwardPlan | None:
-        """The plan of a step of continuous batching.
-
-        Raises:
-            ValueError: nobody tells which requests the step computes.
-        """
-        tokens = call.get("input_ids")
-        for engine in self.engines():
-            parts = engine.parts(call.get("cache"))
-            if parts is not None and isinstance(tokens, Tensor):
-                return plan_step(self.pool.tables, parts, tokens.shape[1], tokens.device)
-        if self.disabled or self.active is None:
-            return None
-        raise ValueError(
-            "continuous batching mixes the prompts and the generated tokens of many requests, and "
-            "the base model's manager does not tell which is whose; use ReftModel.generate_batch, "
-            "or ReftModel.init_continuous_batching"
-        )
-
-    def _in_this_window(
-        self,
-        chosen: list[Chosen],
-        call: dict[str, Any],
-        options: Options,
-        generation: Generation | None,
-        window: int,
-    ) -> tuple[int | Tensor, list[Chosen]]:
-        """(first column of this forward, the adapters that may edit anything in it)."""
-        generated = [one.config.parsed_positions.generated for one in chosen]
-        if generation is not None:
-            start, beyond = generation.progress(call, window, max(generated, default=0))
-        else:
-            known = known_length(past_length(call), window)
-            start = 0 if known is None else known
-            # What follows a cache is not the prompt, unless the caller says how long that is.
-            said = options.prompt_lengths is not None or options.edit_positions is not None
-            at_start = said or (isinstance(known, int) and not known)
-            beyond = -1 if at_start else 0
-            if not at_start and any(generated):
-                raise ValueError(
-                    "prompt_lengths must be given with a filled cache: the cache does not tell how "
-                    'many tokens of it were generated, which positions "prompt+g…" count'
-                )
-            if not at_start and self.causal and options.labels is not None:
-                raise ValueError(
-                    "prompt_lengths must be given with labels and a filled cache: the labels do "
-                    "not tell how much of the prompt the cache holds"
-                )
-        left = [
-            one
-            for one, more in zip(chosen, generated, strict=True)
-            if beyond < more or one.config.positions == "all"
-        ]
-        return start, left
-
-    def _find_prompt(
-        self,
-        call: dict[str, Any],
-        tokens: Tensor,
-        starts: Tensor | None,
-        start: int | Tensor,
-        options: Options,
-    ) -> Prompt:
-        """The prompt that a plain forward's own arguments tell."""
-        batch, window = tokens.shape[:2]
-        lengths = options.prompt_lengths
-        first = isinstance(start, int) and start == 0
-        labels = options.labels if self.causal and lengths is None and first else None
-        if starts is not None:
-            starts = starts.to(tokens.device)
-            return find_packed_prompt(starts, batch * window, labels=labels, prompt_lengths=lengths)
-        return find_prompt(
-            batch,
-            start + window if isinstance(start, int) else window,
-            tokens.device,
-            attention_mask=call.get("attention_mask"),
-            labels=labels,
-            prompt_lengths=lengths,
-            shifted=self.sites.side == "decoder",
-        )
-
-    def _images(self, ids: Tensor | None) -> Tensor:
-        if ids is None:
-            raise ValueError('positions "image" are told by input_ids, got inputs_embeds alone')
-        assert self.image_token is not None  # checked when the adapter was added
-        return ids == self.image_token

@@ -26,7 +26,7 @@ class Options:
         prompt_lengths: int (B,).
         adapter_names: one a sequence.
         adapter_scales: one number for all or one a sequence.
-        edit_positions: see :func:`reft.model.prompt.given_columns`; or a function of
+        edit_positions: see :func:`reft.model.edit_positions.given_columns`; or a function of
             (input_ids, attention_mask) that returns such.
         subspaces: see :mod:`reft.subspaces`; one name, or one entry a sequence.
         labels: those of the base's own arguments.

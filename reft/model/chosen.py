@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 #: The adapter name that means "no adapter", PEFT's.
 BASE = "__base__"
 
+_LISTS = (list, tuple)
+
 _ONE_EACH = "one adapter edits a sequence"
 
 #: What a name stands for: parameters on the model, or an adapter of the pool.
@@ -57,20 +59,28 @@ def choose(
     subspaces: Any,
     batch: int,
     sources: Mapping[str, Source],
+    active: str | None,
 ) -> list[Chosen]:
     """The adapters of a batch.
 
     Args:
-        names: one a sequence, or None for the active adapter.
+        names: one a sequence, or None for ``active``.
         scales: one number for all or one a sequence; None for 1.
         subspaces: see :mod:`reft.subspaces`.
         batch: sequences.
         sources: what the names stand for.
+        active: the adapter of the whole batch where no names are given.
 
     Raises:
         ValueError: not one a sequence, a scale that is no finite number.
     """
-    listed = names_of(attached, names, batch)
+    if names is None and not isinstance(scales, _LISTS) and not isinstance(subspaces, _LISTS):
+        # Nothing here depends on the number of sequences: compiled models need no other graph.
+        assert active is not None
+        part = None if subspaces is None else one_a_sequence(subspaces, 1)[0]
+        kept = kept_ranks(sources[active].config.subspaces, part, active)  # type: ignore[arg-type]
+        return [Chosen(active, sources[active], None, kept, scales_of(scales, 1)[0])]
+    listed = [str(active)] * batch if names is None else names_of(attached, names, batch)
     factors = scales_of(scales, batch)
     parts = [None] * batch if subspaces is None else one_a_sequence(subspaces, batch)
     found: dict[tuple[str, tuple[int, ...] | None, float], list[int]] = {}
@@ -108,15 +118,12 @@ def sites_of(source: Source) -> tuple[Site, ...]:
     return tuple((layer, source.config.component) for layer in source.layers)
 
 
-def names_of(attached: Attachment, names: Sequence[str] | None, batch: int) -> Sequence[str]:
+def names_of(attached: Attachment, names: Sequence[str], batch: int) -> Sequence[str]:
     """One name a sequence.
 
     Raises:
         ValueError: there are more or fewer, or several for one sequence.
     """
-    if names is None:
-        assert attached.active is not None
-        return [attached.active] * batch
     if isinstance(names, str) or not isinstance(names, Sized) or len(names) != batch:
         raise ValueError(
             f"adapter_names must be a list of one name a sequence ({batch} of them), got {names!r}"

@@ -183,8 +183,8 @@ class EngineHost:
                 "destroy_cached_continuous_batching_manager() of the base"
             )
         factors = scales_of(scales, len(lengths))
-        if names is None and attached.active is None:
-            listed: Sequence[str] = [BASE] * len(lengths)
+        if names is None:
+            listed: Sequence[str] = [attached.active or BASE] * len(lengths)
         else:
             listed = names_of(attached, names, len(lengths))
         sources = sources_by_name(attached, listed)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from reft.model.chosen import Source, names_of, scales_of, sources_by_name
-from reft.model.prompt import Prompt, cache_of, find_prompt, given_columns
+from reft.model.edit_positions import given_columns
+from reft.model.peft_base import transformers_model
+from reft.model.prompt import Prompt, cache_of, find_prompt
 
 if TYPE_CHECKING:
     from reft.model.attachment import Attachment
@@ -35,6 +37,8 @@ class Generation:
         ids: int64 (B, width), the prompt's tokens, None where it came as embeddings.
         given: the columns that ``edit_positions`` says, None where it says nothing.
         active: the adapter that was active when it began, where none are named.
+        restarts: the model's own ``generate`` runs several generations, of prompts that it makes
+            itself: each begins with a forward on an empty cache.
         seen: columns that went through, as far as the host counts them.
     """
 
@@ -48,7 +52,17 @@ class Generation:
     adapter_scales: Any = None
     sources: Mapping[str, Any] | None = None
     active: str | None = None
+    restarts: bool = False
     seen: int = 0
+
+    def arrives(self, call: dict[str, Any], tokens: Tensor) -> None:
+        """Take the prompt from a forward that begins one, where the model makes prompts itself."""
+        if self.restarts and past_length(call) == 0:
+            mask = call.get("attention_mask")
+            batch, self.width = tokens.shape[:2]
+            self.prompt = find_prompt(batch, self.width, tokens.device, attention_mask=mask)
+            self.ids = tokens if tokens.ndim == 2 else None
+            self.seen = 0
 
     def settle(self, attached: Attachment, adapter_scales: Any) -> None:
         """Look up what the names stand for, once, before anything is computed.
@@ -59,6 +73,8 @@ class Generation:
         batch = self.prompt.length.shape[0]
         scales_of(adapter_scales, batch)
         self.adapter_scales = adapter_scales
+        if self.restarts:
+            self._check_alike()
         if self.adapter_names is not None:
             names = names_of(attached, self.adapter_names, batch)
             self.sources = sources_by_name(attached, names)
@@ -66,10 +82,29 @@ class Generation:
             self.active = attached.active
             self.sources = sources_by_name(attached, [self.active])
 
+    def _check_alike(self) -> None:
+        """Refuse what differs from sequence to sequence, where sequences leave the batch.
+
+        Raises:
+            ValueError: adapters, scales or subspaces that do.
+        """
+        for name in ("adapter_names", "adapter_scales", "subspaces"):
+            values = getattr(self, name)
+            if not isinstance(values, (list, tuple)):
+                continue
+            if any(value != values[0] for value in values):
+                raise ValueError(
+                    f"{name} must be alike for all sequences: this model's generate() lets "
+                    "sequences leave the batch and does not tell which; generate for each adapter "
+                    f"by itself. Got {values!r}"
+                )
+
     def repeated(self, values: Any, batch: int) -> Any:
         """A list of one value a sequence for ``batch`` sequences, repeated as the prompts are."""
         if not isinstance(values, (list, tuple)) or len(values) == batch:
             return values
+        if self.restarts:
+            return [*values[:1]] * batch  # they are alike
         times = batch // max(len(values), 1)
         return [value for value in values for _ in range(times)]
 
@@ -173,10 +208,13 @@ def capture(
     Raises:
         TypeError: the model cannot generate.
         TypeError, ValueError: as :func:`reft.model.prompt.find_prompt` and
-            :func:`reft.model.prompt.given_columns`.
+            :func:`reft.model.edit_positions.given_columns`.
     """
     if not hasattr(model, "generate"):
         raise TypeError(f"{type(model).__name__} cannot generate")
+    restarts = side == "decoder" and _generates_itself(model)
+    if restarts:
+        _refuse_places(model, args, kwargs, prompt_lengths, edit_positions)
     if side == "decoder":
         tokens, mask = _decoder_prompt(model, args, kwargs)
     else:
@@ -189,7 +227,44 @@ def capture(
     )
     ids = tokens if tokens.ndim == 2 else None
     given = resolve_given(edit_positions, ids, mask, prompt, (batch, width))
-    return Generation(prompt, width, adapter_names, threading.get_ident(), ids, given, subspaces)
+    return Generation(
+        prompt, width, adapter_names, threading.get_ident(), ids, given, subspaces,
+        restarts=restarts,
+    )  # fmt: skip
+
+
+def _generates_itself(model: nn.Module) -> bool:
+    """Whether a model has a ``generate`` of its own, as Whisper, around transformers'."""
+    from transformers import GenerationMixin
+
+    own = getattr(type(transformers_model(model)), "generate", None)
+    return own is not GenerationMixin.generate
+
+
+def _refuse_places(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    prompt_lengths: Any,
+    edit_positions: Any,
+) -> None:
+    """Refuse what tells places in prompts that the model makes itself.
+
+    Raises:
+        ValueError: places are told, or there is no cache, whose length tells the prompt.
+    """
+    name = type(transformers_model(model)).__name__
+    for argument, value in (("prompt_lengths", prompt_lengths), ("edit_positions", edit_positions)):
+        if value is not None:
+            raise ValueError(
+                f"{argument} cannot be given to the generate() of {name}, which makes the prompts "
+                "of its decoder itself"
+            )
+    if settings_of(model, args, kwargs)("use_cache") is False:
+        raise ValueError(
+            f"generate() of {name} needs use_cache=True while an adapter edits its decoder: the "
+            "cache tells where a prompt ends"
+        )
 
 
 def resolve_given(
@@ -205,7 +280,8 @@ def _prompt(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
     tokens = args[0] if args else None
-    for name in ("inputs_embeds", "inputs", "input_ids"):
+    main = getattr(model, "main_input_name", "input_ids")  # of Whisper "input_features"
+    for name in ("inputs_embeds", "inputs", "input_ids", main):
         if kwargs.get(name) is not None:
             tokens = kwargs[name]
             break
@@ -225,9 +301,9 @@ def _decoder_prompt(
     """What the decoder of an encoder–decoder starts from. generate() puts the start token in front
     of ids that lack it."""
     ids, mask = kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask")
-    start = _settings(model, args, kwargs)("decoder_start_token_id")
+    start = settings_of(model, args, kwargs)("decoder_start_token_id")
     if start is None:
-        start = _settings(model, args, kwargs)("bos_token_id")
+        start = settings_of(model, args, kwargs)("bos_token_id")
     if ids is None:
         source, _ = _prompt(model, args, dict(kwargs))
         return _one_column(model, source.shape[0]), None
@@ -244,7 +320,7 @@ def _one_column(model: nn.Module, batch: int) -> Tensor:
     return torch.zeros(batch, 1, dtype=torch.int64, device=device)
 
 
-def _settings(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def settings_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """name -> the value that generate() will take for it."""
     given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
     configs = (given, getattr(model, "generation_config", None))
@@ -262,7 +338,7 @@ def _mask_from_padding(
     model: nn.Module, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
     """Attended where there is no padding token; None where padding cannot be told from text."""
-    setting = _settings(model, args, kwargs)
+    setting = settings_of(model, args, kwargs)
     pad, eos = setting("pad_token_id"), setting("eos_token_id")
     if isinstance(pad, Tensor):
         pad = pad.tolist()

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from reft.model.cached_edits import note_edits
 from reft.model.calls import OPTIONS, Options
 from reft.model.checkpointing import keep_plans
+from reft.model.choices import one_a_text
 from reft.model.parallel import refuse_context_parallel
 from reft.model.plan import Edit, ForwardPlan
+from reft.model.planner import plan_forward
 from reft.nn.dropout import dropped_edit
 from reft.serving.tables import Site
 from reft_kernels import lowrank_edit, lowrank_edit_
@@ -68,7 +71,13 @@ class TakeOptions(_Call):
         # What an interrupted call has left, since no hook is run behind it, is not taken.
         outer = Options() if self.outermost else call.options or Options()
         taken = {name: kwargs.pop(name, getattr(outer, name)) for name in OPTIONS}
-        call.options = Options(**taken, labels=self._named(args, kwargs).get("labels"))
+        named = self._named(args, kwargs)
+        call.options = Options(**taken, labels=named.get("labels"))
+        if self.attachment.sites.choices and self.outermost:
+            ids = named.get("input_ids")
+            tokens = named.get("inputs_embeds") if ids is None else ids
+            if isinstance(tokens, Tensor) and tokens.ndim > 2:
+                call.options = one_a_text(call.options, tokens.shape[1])
         return args, kwargs
 
 
@@ -82,7 +91,7 @@ class MakePlan(_Call):
             return args, kwargs
         if not torch.compiler.is_compiling():
             self.attachment.enter()
-        plan = self.attachment.plan_forward(stack, self._named(args, kwargs))
+        plan = plan_forward(self.attachment, stack, self._named(args, kwargs))
         if plan is not None and not torch.compiler.is_compiling():
             refuse_context_parallel()
         self.attachment.call.current = plan
@@ -106,6 +115,19 @@ class Forget:
         setattr(call, self.name, None)
         if call.options is None and not torch.compiler.is_compiling():
             self.attachment.running.threads.discard(threading.get_ident())
+
+
+class ForgetPlan(Forget):
+    """Forward hook of the stack: notes on the cache what was edited, and clears the plan."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        super().__init__(attachment, "current")
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        plan = self.attachment.call.current
+        if plan is not None and output is not None and not torch.compiler.is_compiling():
+            note_edits(plan, output)
+        super().__call__(module, args, output)
 
 
 class EditOutput:

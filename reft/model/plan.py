@@ -22,7 +22,7 @@ from reft.model.prompt import Prompt
 from reft.nn.bank import Bank
 from reft.nn.effective import Effective, kept_only, scaled
 from reft.nn.spread import SpreadBank
-from reft.positions import covered, padded_positions
+from reft.positions import covered, end_numbers
 from reft.serving.tables import Lease, Site
 from reft_kernels import RowPlan
 
@@ -93,22 +93,14 @@ def member_rows(
                 f'tied=False, untied_by="{config.untied_by}" has {config.num_groups}'
             )
         return (_chosen_rows(chosen, prompt, window_start, window, sequences).reshape(-1),)
-    if prompt.packed and positions.kind != "ends":
-        owner = prompt.owner(window)
-        column = torch.arange(window, device=owner.device)
-        number, length = column - prompt.start[owner], prompt.length[owner]
-        wanted = covered(positions, number, length, config.prompt_end)
-        return (torch.where(wanted & _belongs(prompt, owner, sequences), column, -1),)
+    if positions.kind != "ends":
+        return (_counted_rows(config, prompt, window_start, window, sequences).reshape(-1),)
     mine = prompt.select(sequences)
-    places = padded_positions(
-        positions,
-        mine.start,
-        mine.length,
-        window_start=window_start,
-        window=window,
-        short_prompts=config.short_prompts,
-        prompt_end=config.prompt_end,
+    number, wanted = end_numbers(
+        positions, mine.length.unsqueeze(1), config.short_prompts, config.prompt_end
     )
+    places = mine.columns(number) - window_start
+    places = torch.where(wanted & (places >= 0) & (places < window), places, -1)
     rows = places if prompt.packed else _in_batch(places, sequences, window)
     if config.num_groups == 1:
         return (rows.reshape(-1),)
@@ -118,6 +110,28 @@ def member_rows(
         return tuple(column.reshape(-1) for column in rows.unbind(dim=1))
     first = positions.first
     return rows[:, :first].reshape(-1), rows[:, first:].reshape(-1)
+
+
+def _counted_rows(
+    config: ReftConfig,
+    prompt: Prompt,
+    window_start: int | Tensor,
+    window: int,
+    sequences: Tensor | None,
+) -> Tensor:
+    """Rows of positions that a token's number in its sequence tells: of kind "prompt" or "all"."""
+    mine = prompt if prompt.packed else prompt.select(sequences)
+    number = mine.numbers(window_start, window)
+    column = torch.arange(window, device=number.device)
+    if prompt.packed:
+        owner = prompt.owner(window)
+        length: Tensor = prompt.length[owner]
+    else:
+        length = mine.length.unsqueeze(1)
+    wanted = covered(config.parsed_positions, number, length, config.prompt_end)
+    if prompt.packed:
+        return torch.where(wanted & _belongs(prompt, owner, sequences), column, -1)
+    return _in_batch(torch.where(wanted, column, -1), sequences, window)
 
 
 def _in_batch(places: Tensor, sequences: Tensor | None, window: int) -> Tensor:
@@ -131,7 +145,7 @@ def _belongs(prompt: Prompt, owner: Tensor, sequences: Tensor | None) -> Tensor 
     """Whether each column of a packed batch is of one of these sequences."""
     if sequences is None:
         return True
-    member = torch.zeros_like(prompt.start, dtype=torch.bool)
+    member = torch.zeros_like(prompt.length, dtype=torch.bool)
     return member.index_fill(0, sequences, True)[owner]
 
 
@@ -163,6 +177,9 @@ class ForwardPlan:
 
     Attributes:
         shape: (B, S) of the window.
+        start: column of the batch at which the window begins: the length of the cache.
+        adapters: what tells whether another forward edits with the same ones.
+        cache: the cache that the forward was given, or None.
         served: edits with entries of tables, see :mod:`reft.model.mixed`.
         edits: (block number, component) -> the edits of its output, usually one.
         recorded: whether gradients were recorded when it was made.
@@ -182,6 +199,9 @@ class ForwardPlan:
             self.edits[site] = (*self.edits.get(site, ()), *edits)
         self.recorded = torch.is_grad_enabled()
         self.replayed = False
+        self.start: int | Tensor = 0
+        self.adapters: tuple[object, ...] = ()
+        self.cache: Any = None
 
     def again(self) -> ForwardPlan:
         """The same rows with freshly computed weights. The same numbers: no optimizer steps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,34 +11,36 @@ from torch import Tensor, nn
 
 IGNORED = -100  # the label of a token that is no target
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-#: Among token numbers: no token.
-_NONE = torch.iinfo(torch.int64).min
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """Where the prompts of B sequences lie.
+    """Where the prompts of B sequences lie. A prompt is its attended tokens: columns that the mask
+    leaves out, before, inside or behind it, are not counted.
 
     Attributes:
-        start: int64 (B,), column of each sequence's first attended token. Of packed sequences a
-            column of the flattened batch.
         length: int64 (B,), number of its prompt tokens.
+        start: int64 (B,), column of each sequence's first token; of packed sequences a column of
+            the flattened batch. None for padded sequences with ``seen``, which tells it.
         total: int64 (B,), number of its tokens; None where nothing asks for it.
         packed: the sequences lie one after another, so that a column is a row already.
+        seen: int64, the number of attended tokens up to and with each column: (B, W) of padded
+            sequences, behind whose W columns every one is attended; (N,) of the N columns of a
+            packed batch. None where every column from ``start`` on is attended.
+        before: int64 (B,), of packed sequences with ``seen``, the tokens of earlier sequences.
     """
 
-    start: Tensor
+    start: Tensor | None
     length: Tensor
     total: Tensor | None = None
     packed: bool = False
+    seen: Tensor | None = None
+    before: Tensor | None = None
 
     def select(self, sequences: Tensor | None) -> Prompt:
         """The prompts of some sequences, in that order; None for all."""
-        if sequences is None:
-            return self
-        return replace(self, start=self.start[sequences], length=self.length[sequences])
+        return self if sequences is None else self._each(lambda part: part[sequences])
 
     def expand(self, batch: int) -> Prompt:
         """Each sequence repeated, as beam search and several returned sequences repeat them.
@@ -46,21 +48,80 @@ class Prompt:
         Raises:
             ValueError: ``batch`` is no multiple of the number of prompts.
         """
-        own = self.start.shape[0]
-        if batch == own:
+        sequences = self.length.shape[0]
+        if batch == sequences:
             return self
-        if own == 0 or batch % own:
-            raise ValueError(f"a batch of {batch} sequences cannot come from {own} prompts")
+        if sequences == 0 or batch % sequences:
+            raise ValueError(f"a batch of {batch} sequences cannot come from {sequences} prompts")
+        return self._each(lambda part: part.repeat_interleave(batch // sequences, dim=0))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Prompt:
+        def changed(part: Tensor | None) -> Tensor | None:
+            return None if part is None else change(part)
+
         return replace(
             self,
-            start=self.start.repeat_interleave(batch // own),
-            length=self.length.repeat_interleave(batch // own),
+            start=changed(self.start),
+            length=change(self.length),
+            total=changed(self.total),
+            seen=self.seen if self.packed else changed(self.seen),
+            before=changed(self.before),
         )
 
     def owner(self, columns: int) -> Tensor:
         """Of packed sequences: int64 (columns,), which one each column belongs to."""
+        assert self.start is not None
         column = torch.arange(columns, device=self.start.device)
         return torch.searchsorted(self.start, column, right=True) - 1
+
+    def columns(self, numbers: Tensor) -> Tensor:
+        """The columns of tokens.
+
+        Args:
+            numbers: int64 (B, P), tokens of each sequence counted from 0. A number that is none of
+                its tokens gives a column without meaning.
+        """
+        if self.seen is None:
+            assert self.start is not None
+            return self.start.unsqueeze(1) + numbers
+        if self.before is not None:
+            numbers = numbers + self.before.unsqueeze(1)
+        # The first column up to which one token more was seen.
+        return torch.searchsorted(self.seen, numbers + 1)
+
+    def numbers(self, window_start: int | Tensor, window: int) -> Tensor:
+        """Which token of its sequence stands in each column, counted from 0; negative for none.
+
+        Args:
+            window_start: the first column; 0 for a packed batch.
+            window: S, the number of columns.
+
+        Returns:
+            int64 (B, S), or (S,) for a packed batch.
+        """
+        column = torch.arange(window, device=self.length.device)
+        if self.packed:
+            owner = self.owner(window)
+            if self.seen is None:
+                assert self.start is not None
+                return column - self.start[owner]
+            assert self.before is not None
+            return _counted(self.seen, self.seen - self.before[owner])
+        column = column + window_start
+        if self.seen is None:
+            assert self.start is not None
+            return column - self.start.unsqueeze(1)
+        width = self.seen.shape[1]
+        number = _counted(self.seen, self.seen)
+        behind = self.seen[:, -1:] + (column - width)
+        there = number[:, column.clamp(max=width - 1)]
+        return torch.where(column < width, there, behind)
+
+
+def _counted(seen: Tensor, upto: Tensor) -> Tensor:
+    """``upto`` − 1 where ``seen`` grows, in its last dimension, else −1."""
+    grows = seen.diff(dim=-1, prepend=torch.zeros_like(seen[..., :1])) > 0
+    return torch.where(grows, upto - 1, -1)
 
 
 def find_prompt(
@@ -92,10 +153,14 @@ def find_prompt(
         TypeError, ValueError: a wrong shape or dtype; a length that is negative or longer than the
             sequence, where the host can see that without waiting for a device.
     """
-    if attention_mask is None:
-        attended = torch.ones(batch, columns, dtype=torch.bool, device=device)
+    seen = attended = None
+    if attention_mask is None or attention_mask.shape[1:] == (0,):
+        start = torch.zeros(batch, dtype=torch.int64, device=device)
+        total = torch.full_like(start, columns)
     elif attention_mask.ndim == 2:
         attended = attention_mask.to(device).bool()
+        seen = attended.cumsum(dim=1)
+        start, total = None, seen[:, -1]
     elif prompt_lengths is not None:
         raise ValueError(
             "prompt_lengths need an attention_mask of (batch, columns), to know where a prompt "
@@ -106,27 +171,27 @@ def find_prompt(
             "attention_mask must be (batch, columns) to tell the prompt; got shape "
             f"{tuple(attention_mask.shape)}. Generate with ReftModel.generate, which remembers it"
         )
-    start = attended.int().argmax(dim=1)
-    total = attended.sum(dim=1)
     if prompt_lengths is not None:
-        return Prompt(start, _checked_lengths(prompt_lengths, batch, total), total)
+        return Prompt(start, _checked_lengths(prompt_lengths, batch, total), total, seen=seen)
     if labels is None:
-        return Prompt(start, total, total)
-    if labels.shape != attended.shape:
+        return Prompt(start, total, total, seen=seen)
+    shape = (batch, columns) if attended is None else tuple(attended.shape)
+    if tuple(labels.shape) != shape:
         raise ValueError(
-            f"labels must have the shape of the batch, {tuple(attended.shape)}, to tell the "
-            f"prompt; got {tuple(labels.shape)}"
+            f"labels must have the shape of the batch, {shape}, to tell the prompt; got "
+            f"{tuple(labels.shape)}"
         )
     # Before the first target: no target so far.
     before = (labels.to(device) != IGNORED).cumsum(dim=1) == 0
-    length = (attended & before).sum(dim=1)
-    return Prompt(start, torch.minimum(length + 1, total) if shifted else length, total)
+    length = (before if attended is None else attended & before).sum(dim=1)
+    return Prompt(start, torch.minimum(length + 1, total) if shifted else length, total, seen=seen)
 
 
 def find_packed_prompt(
     starts: Tensor,
     columns: int,
     *,
+    attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
     prompt_lengths: Tensor | Sequence[int] | None = None,
 ) -> Prompt:
@@ -135,17 +200,26 @@ def find_packed_prompt(
     Args:
         starts: int64 (B,), ascending, the first column of each sequence in the flattened batch.
         columns: N, its columns.
+        attention_mask: N entries, any shape, nonzero where attended; None for everywhere.
         labels: N of them, any shape.
         prompt_lengths: int (B,), one a sequence.
 
     Raises:
         TypeError, ValueError: as :func:`find_prompt`.
     """
-    ends = torch.cat([starts[1:], starts.new_tensor([columns])])
-    prompt = Prompt(starts, ends - starts, ends - starts, packed=True)
-    assert prompt.total is not None
+    ends = torch.cat([starts[1:], torch.full_like(starts[:1], columns)])
+    attended = None
+    if attention_mask is not None and attention_mask.numel() == columns:
+        attended = attention_mask.to(starts.device).reshape(-1).bool()
+        seen = attended.cumsum(dim=0)
+        before = (seen - attended.long())[starts]
+        total = seen[ends - 1] - before
+        prompt = Prompt(starts, total, total, packed=True, seen=seen, before=before)
+    else:
+        total = ends - starts
+        prompt = Prompt(starts, total, total, packed=True)
     if prompt_lengths is not None:
-        lengths = _checked_lengths(prompt_lengths, starts.shape[0], prompt.total)
+        lengths = _checked_lengths(prompt_lengths, starts.shape[0], total)
         return replace(prompt, length=lengths)
     if labels is None:
         return prompt
@@ -155,11 +229,12 @@ def find_packed_prompt(
             f"{tuple(labels.shape)}"
         )
     targets = (labels.to(starts.device).reshape(-1) != IGNORED).long()
-    seen = targets.cumsum(0)
+    targeted = targets.cumsum(0)
     # Targets before each sequence; a token is before the first of its own if it saw no more.
-    earlier = (seen - targets)[starts]
-    before = (seen == earlier[prompt.owner(columns)]).long().cumsum(0)
-    upto = torch.cat([before.new_zeros(1), before])
+    earlier = (targeted - targets)[starts]
+    untargeted = targeted == earlier[prompt.owner(columns)]
+    counted = (untargeted if attended is None else untargeted & attended).long().cumsum(0)
+    upto = torch.cat([counted.new_zeros(1), counted])
     return replace(prompt, length=upto[ends] - upto[starts])
 
 
@@ -209,54 +284,6 @@ def packed_starts(call: dict[str, Any], shape: tuple[int, int]) -> Tensor | None
     return starts if starts.shape[0] != shape[0] else None
 
 
-def given_columns(value: Any, prompt: Prompt, shape: tuple[int, int]) -> Tensor:
-    """The argument ``edit_positions`` as what :func:`reft.model.plan.member_rows` reads.
-
-    Args:
-        value: a list of token numbers for each sequence, counted from its first token, a negative
-            one from the end of its prompt; an integer tensor (B, P) of numbers, −1 for none; or a
-            boolean tensor, one entry a column.
-        prompt: where the sequences lie.
-        shape: of the batch.
-
-    Returns:
-        bool, ``shape``; or int64 (B, P), columns, −1 for none.
-
-    Raises:
-        TypeError, ValueError: none of these, a wrong shape, a number outside its sequence where the
-            host can see that without waiting for a device.
-    """
-    device, batch = prompt.start.device, prompt.start.shape[0]
-    if isinstance(value, Tensor) and value.dtype == torch.bool:
-        if tuple(value.shape) != shape:
-            raise ValueError(
-                f"a boolean edit_positions must have the shape of the batch, {shape}; got "
-                f"{tuple(value.shape)}"
-            )
-        return value.to(device)
-    numbers = _numbers(value, batch).to(device)
-    begin, length = prompt.start.unsqueeze(1), prompt.length.unsqueeze(1)
-    assert prompt.total is not None
-    total = prompt.total.unsqueeze(1)
-    absent = numbers == _NONE
-    number = torch.where(numbers < 0, numbers + length, numbers)
-    inside = (number >= 0) & (number < total)
-    if _visible(numbers):
-        wrong = ~(inside | absent)
-        if bool(wrong.any()):
-            row, at = (int(one) for one in wrong.nonzero()[0])
-            raise ValueError(
-                "edit_positions must be below the tokens of their sequence, or negative and within "
-                f"its prompt; sequence {row} has {int(total[row, 0])} tokens, "
-                f"{int(length[row, 0])} of them prompt, got {int(numbers[row, at])}"
-            )
-    columns = torch.where(inside & ~absent, begin + number, -1)
-    # Each row of hidden states at most once: neighbours that are equal are one.
-    columns = columns.sort(dim=1).values
-    columns[:, 1:] = torch.where(columns[:, 1:] == columns[:, :-1], -1, columns[:, 1:])
-    return columns
-
-
 def image_token(model: nn.Module) -> int | None:
     """The id that stands for a piece of an image among a model's tokens, None if there is none."""
     config = getattr(model, "config", None)
@@ -264,50 +291,16 @@ def image_token(model: nn.Module) -> int | None:
     return next((one for one in ids if isinstance(one, int)), None)
 
 
-def _numbers(value: Any, batch: int) -> Tensor:
-    """Token numbers (batch, P), :data:`_NONE` for none."""
-    if isinstance(value, Tensor):
-        if value.dtype not in _INTEGERS:
-            raise TypeError(f"edit_positions must be integers or booleans, got {value.dtype}")
-        if value.ndim != 2 or value.shape[0] != batch:
-            raise ValueError(
-                f"edit_positions must be (sequences, places), {batch} sequences; got shape "
-                f"{tuple(value.shape)}"
-            )
-        if _visible(value) and value.numel() and int(value.min()) < -1:
-            raise ValueError(
-                "edit_positions in a tensor must be −1 (none) or at least 0, got "
-                f"{int(value.min())}"
-            )
-        return torch.where(value < 0, _NONE, value.long())
-    listed = isinstance(value, Sequence) and not isinstance(value, str)
-    if not listed or not all(isinstance(row, Sequence) for row in value):
-        raise TypeError(
-            "edit_positions must be a list of token numbers for each sequence, a tensor, or a "
-            f"function that returns one of these; got {value!r}"
-        )
-    if len(value) != batch:
-        raise ValueError(
-            f"edit_positions must have one list a sequence ({batch} of them), got {len(value)}"
-        )
-    for number in (one for row in value for one in row):
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(f"edit_positions must be integers, got {number!r}")
-    width = max((len(row) for row in value), default=0)
-    rows = [[*row, *[_NONE] * (width - len(row))] for row in value]
-    return torch.tensor(rows, dtype=torch.int64).reshape(batch, width)
-
-
 def _checked_lengths(values: Tensor | Sequence[int], batch: int, total: Tensor) -> Tensor:
     lengths = values if isinstance(values, Tensor) else torch.tensor(values)
-    if lengths.dtype not in _INTEGERS:
+    if lengths.dtype not in INTEGERS:
         raise TypeError(f"prompt_lengths must be integers, got {lengths.dtype}")
     if lengths.shape != (batch,):
         raise ValueError(
             f"prompt_lengths must have one entry a sequence, shape ({batch},); "
             f"got {tuple(lengths.shape)}"
         )
-    if batch and _visible(lengths) and total.device.type == "cpu":
+    if batch and visible(lengths) and total.device.type == "cpu":
         wrong = (lengths < 0) | (lengths > total)
         if bool(wrong.any()):
             at = int(wrong.int().argmax())
@@ -318,6 +311,6 @@ def _checked_lengths(values: Tensor | Sequence[int], batch: int, total: Tensor) 
     return lengths.to(total.device, torch.int64)
 
 
-def _visible(tensor: Tensor) -> bool:
+def visible(tensor: Tensor) -> bool:
     """Whether values can be read without waiting for a device or breaking a traced graph."""
     return not torch.compiler.is_compiling() and tensor.device.type == "cpu"

@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 from reft.config import ReftConfig
 from reft.foreign_names import WRAPPING, refusing_foreign_keywords
-from reft.model import checkpointing, peft_base, storage, vocabulary
-from reft.model.adapters import PoolHost, attach, build, detach, with_both_ends
+from reft.model import checkpointing, peft_base, storage
+from reft.model.adapters import PoolHost, attach, build, detach, take_off, with_both_ends
 from reft.model.arguments import check_base, check_config, check_mode
 from reft.model.attachment import SUBMODULE, Attachment
+from reft.model.cached_edits import reuse_cache
 from reft.model.chosen import one_name
 from reft.model.continuous import ContinuousBatching
 from reft.model.generation import capture
-from reft.model.hooks import Forget, MakePlan, TakeOptions, extended_signature
+from reft.model.guidance import guided
+from reft.model.hooks import Forget, ForgetPlan, MakePlan, TakeOptions, extended_signature
 from reft.model.hub import push_to_hub
-from reft.model.labels import give_back_labels
 from reft.model.pipelines import announce
 from reft.model.prompt import image_token
 from reft.model.ranks import broadcast_adapters
@@ -74,7 +75,7 @@ class ReftModel(ContinuousBatching, nn.Module):
     It is called as the base model is, with five more keywords: ``prompt_lengths``, int (B,), the
     number of prompt tokens of each sequence; ``adapter_names``, one a sequence, "__base__" for
     none; ``adapter_scales``, what edits are multiplied by; ``edit_positions``, the tokens to edit,
-    see :func:`reft.model.prompt.given_columns`; ``subspaces``, see :mod:`reft.subspaces`.
+    see :func:`reft.model.edit_positions.given_columns`; ``subspaces``, see :mod:`reft.subspaces`.
     Attributes that it has not are the base model's.
 
     Attributes:
@@ -112,7 +113,7 @@ class ReftModel(ContinuousBatching, nn.Module):
             *peft_base.register(
                 peft_base.callers(base_model, sites.stack),
                 lambda module: MakePlan(attachment, sites.stack),
-                Forget(attachment, "current"),
+                ForgetPlan(attachment),
             ),
         ]
         announce(type(self).__name__)
@@ -149,18 +150,23 @@ class ReftModel(ContinuousBatching, nn.Module):
                 for is settled now, whatever is replaced meanwhile.
             adapter_scales: what edits are multiplied by, one number or one a sequence.
             edit_positions: tokens of the prompt to edit instead of those of the configuration, see
-                :func:`reft.model.prompt.given_columns`, or a function of
+                :func:`reft.model.edit_positions.given_columns`, or a function of
                 (input_ids, attention_mask) that returns them.
             subspaces: parts of the edit that are used: a name of the adapter's ``subspaces``, or
                 for each sequence a name, several, or None for all of it.
         """
+        base, attached = self.base_model, self._attached
         generation = capture(
-            self.base_model, self._attached.sites.side, args, kwargs,
+            base, attached.sites.side, args, kwargs,
             prompt_lengths, adapter_names, edit_positions, subspaces,
         )  # fmt: skip
-        generation.settle(self._attached, adapter_scales)
-        with self._attached.generating(generation):
-            return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
+        generation.settle(attached, adapter_scales)
+        reuse_cache(attached, generation, kwargs)
+        with (
+            attached.generating(generation),
+            guided(base, attached, generation, args, kwargs, edit_positions) as kwargs,
+        ):
+            return base.generate(*args, **kwargs)  # type: ignore[operator]
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The base model's, without gradients that nothing below the first edit needs."""
@@ -286,13 +292,8 @@ class ReftModel(ContinuousBatching, nn.Module):
         too."""
         attached, inner = self._attached, self.get_base_model()
         attached.running.check("unload()")
-        attached.heads.show(inner, None)
-        vocabulary.release(inner)
-        give_back_labels(inner, attached.unnamed_labels)
-        for handle in (*self._handles, *attached.handles.values()):
-            handle.remove()
+        take_off(attached, inner, self._handles)
         checkpointing.forget_plans(self.base_model)
-        delattr(inner, SUBMODULE)
         for name, parameter in inner.named_parameters():
             if name in self._frozen:
                 parameter.requires_grad_(True)

@@ -81,9 +81,11 @@ class Sites:
         blocks: the blocks, first to last.
         dim: D, the width of the residual stream.
         stack: the module whose forward runs the blocks and is handed their tokens: the model
-            itself, or the encoder or decoder of an encoder–decoder.
+            itself, the encoder or decoder of an encoder–decoder, or the encoder inside a model that
+            chooses among several texts.
         side: "model", "encoder" or "decoder", which of these.
         split: the tensor parallelism that the model is under, or None.
+        choices: whether the model is handed (batch, choices, tokens) and its stack one row a text.
     """
 
     path: str
@@ -92,6 +94,7 @@ class Sites:
     stack: nn.Module
     side: str = "model"
     split: Split | None = None
+    choices: bool = False
 
     def module(self, layer: int, component: str) -> nn.Module:
         """The module whose output is a component of a block.
@@ -197,7 +200,10 @@ def find_sites(model: nn.Module, block_path: str | None = None) -> Sites:
             f"{path!r}; it has {_listing(lists)}"
         )
     if not two_sided:
-        return Sites(path, tuple(blocks), _width(config), model, "model", split)
+        # What chooses among several texts hands them, one a row, to the encoder inside it.
+        choices = type(inner).__name__.endswith("ForMultipleChoice")
+        top = _stack(inner, path)[0] if choices else model
+        return Sites(path, tuple(blocks), _width(config), top, "model", split, choices)
     stack, side = _stack(inner, path)
     # The sides of some encoder–decoders have configurations, and widths, of their own.
     own = _text_config(stack) if hasattr(stack, "config") else config

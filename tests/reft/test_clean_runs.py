@@ -12,6 +12,7 @@ import torch
 from tiny_models import llama, padded
 
 from reft import ReftConfig, get_reft_model
+from reft.model.planner import plan_forward
 
 #: Every warning is an error, those of imports excepted, which come before.
 RUN = """
@@ -110,7 +111,7 @@ def test_padding_that_is_not_a_number_stays_padding():
     model = get_reft_model(base, ReftConfig(rank=3, positions="f2+l2"))
     ids, mask, _ = padded([4, 7], "left")
     embedded = base.get_input_embeddings()(ids).detach()
-    plan = model.reft.plan_forward(base.model, {"inputs_embeds": embedded, "attention_mask": mask})
+    plan = plan_forward(model.reft, base.model, {"inputs_embeds": embedded, "attention_mask": mask})
     assert plan is not None
     edit = plan.edits[0, "block_output"][0]
     from reft_kernels import lowrank_edit
@@ -123,8 +124,8 @@ def test_padding_that_is_not_a_number_stays_padding():
     grads = []
     for hidden in (poisoned, embedded):
         model.zero_grad()
-        plan = model.reft.plan_forward(
-            base.model, {"inputs_embeds": hidden, "attention_mask": mask}
+        plan = plan_forward(
+            model.reft, base.model, {"inputs_embeds": hidden, "attention_mask": mask}
         )
         one = plan.edits[0, "block_output"][0]
         lowrank_edit(hidden, one.rows, one.encode, one.bias, one.decode)[kept].sum().backward()

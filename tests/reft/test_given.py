@@ -8,8 +8,9 @@ from tiny_models import PAD, llama, padded, tokens
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from reft import ReftConfig, ReftModel, get_reft_model
+from reft.model.edit_positions import given_columns
 from reft.model.plan import member_rows
-from reft.model.prompt import Prompt, find_prompt, given_columns
+from reft.model.prompt import Prompt, find_prompt
 
 LENGTHS = [8, 5, 3]
 STEPS = 4
@@ -301,7 +302,8 @@ class TestImages:
 
 def test_numbers_on_a_device_are_not_read(monkeypatch):
     """As for tensors on a device: what lies outside a sequence edits nothing."""
-    monkeypatch.setattr("reft.model.prompt._visible", lambda tensor: False)
+    for module in ("prompt", "edit_positions"):
+        monkeypatch.setattr(f"reft.model.{module}.visible", lambda tensor: False)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
     prompt = find_prompt(2, 5, torch.device("cpu"), attention_mask=mask, prompt_lengths=[2, 4])
     found = given_columns([[0, 3, -1, 1], [4, -5, 3]], prompt, (2, 5))

@@ -54,7 +54,8 @@ def test_prompts_from_each_source():
 
     def found(**sources):
         prompt = find_prompt(3, 6, CPU, **sources)
-        return prompt.start.tolist(), prompt.length.tolist()
+        first = prompt.columns(torch.zeros(3, 1, dtype=torch.int64))
+        return first.flatten().tolist(), prompt.length.tolist()
 
     assert found() == ([0, 0, 0], [6, 6, 6])
     assert found(attention_mask=mask) == ([2, 0, 0], [4, 4, 6])

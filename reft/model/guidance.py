@@ -1,0 +1,115 @@
+"""Classifier-free guidance in ``generate``: its negative prompt is a prompt of its own, edited at
+its own first and last tokens.
+
+transformers' logits processor runs the model on the negative prompt in the middle of a generation.
+Here it is given, in the place of the model, what runs the model with that prompt.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from reft.model.generation import Generation, resolve_given, settings_of
+from reft.model.prompt import find_prompt
+
+if TYPE_CHECKING:
+    from reft.model.attachment import Attachment
+
+
+class NegativePrompt:
+    """The model, as the processor calls it: with the prompt that its first call shows.
+
+    Args:
+        base: the model.
+        attached: its adapters.
+        generation: the generation that is guided, whose adapters edit the negative prompt too.
+        edit_positions: those of the generation's own prompt; a function is asked for the negative
+            prompt's.
+    """
+
+    def __init__(
+        self, base: nn.Module, attached: Attachment, generation: Generation, edit_positions: Any
+    ) -> None:
+        self.base, self.attached = base, attached
+        self.guided, self.edit_positions = generation, edit_positions
+        self.generation: Generation | None = None
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+        if self.generation is None:
+            shape = (input_ids.shape[0], input_ids.shape[1])
+            prompt = find_prompt(*shape, input_ids.device, attention_mask=attention_mask)
+            given = resolve_given(self.edit_positions, input_ids, attention_mask, prompt, shape)
+            self.generation = replace(
+                self.guided, prompt=prompt, width=shape[1], ids=input_ids, given=given, seen=0
+            )
+        with self.attached.generating(self.generation):
+            return self.base(input_ids, attention_mask=attention_mask, **kwargs)
+
+
+@contextmanager
+def guided(
+    base: nn.Module,
+    attached: Attachment,
+    generation: Generation,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    edit_positions: Any,
+) -> Iterator[dict[str, Any]]:
+    """Give the keywords with which ``base.generate`` guides by a prompt of its own: ``kwargs``
+    where nothing is guided.
+
+    Raises:
+        ValueError: ``edit_positions`` name tokens of one prompt, and there are two.
+    """
+    from transformers import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+    given = list(kwargs.get("logits_processor") or ())
+    setting = settings_of(base, args, kwargs)
+    scale = setting("guidance_scale")
+    mine = [isinstance(one, UnbatchedClassifierFreeGuidanceLogitsProcessor) for one in given]
+    guides = isinstance(scale, (int, float)) and scale != 1 and hasattr(base, "generate")
+    if generation.restarts or not (guides or any(mine)):
+        yield kwargs
+        return
+    if edit_positions is not None and not callable(edit_positions):
+        raise ValueError(
+            "edit_positions must be a function of (input_ids, attention_mask) with guidance_scale, "
+            "which runs a negative prompt too: one list cannot name tokens of both"
+        )
+    model: Any = NegativePrompt(base, attached, generation, edit_positions)
+    if any(mine):
+        for index, processor in enumerate(given):
+            if mine[index]:
+                given[index] = copy.copy(processor)
+                given[index].model = model
+    else:
+        # One of transformers' own type takes the place of the one that generate() makes.
+        given.append(
+            UnbatchedClassifierFreeGuidanceLogitsProcessor(
+                scale,
+                model,
+                unconditional_ids=kwargs.get("negative_prompt_ids"),
+                unconditional_attention_mask=kwargs.get("negative_prompt_attention_mask"),
+                use_cache=setting("use_cache") is not False,
+            )
+        )
+    log, quiet = logging.getLogger("transformers.generation.utils"), _NotReplaced()
+    log.addFilter(quiet)
+    try:
+        yield {**kwargs, "logits_processor": LogitsProcessorList(given)}
+    finally:
+        log.removeFilter(quiet)
+
+
+class _NotReplaced(logging.Filter):
+    """Drops the warning that the processor above takes the place of transformers' own."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "FreeGuidanceLogitsProcessor" not in record.getMessage()
