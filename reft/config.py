@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from reft.foreign_names import did_you_mean, refusing_foreign_names, unknown_fields
 from reft.peft_type import without_entry
 from reft.positions import PROMPT_ENDS, SHORT_PROMPTS, UNTIED_BY, Positions, parse_positions
 from reft.subspaces import Subspaces, check_subspaces
@@ -41,6 +41,7 @@ _SUBMODULE = re.compile(r"module:\w+(\.\w+)*", re.ASCII)
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
+@refusing_foreign_names
 @dataclass(frozen=True)
 class ReftConfig:
     """What an adapter is: the edit, its size, where it acts, and what is trained beside it.
@@ -69,6 +70,7 @@ class ReftConfig:
         short_prompts: "pyreft" or "paper", how many tokens of a short prompt are edited.
         prompt_end: "last" or "second_to_last", where the prompt is taken to end.
         modules_to_save: names of modules of the base model that are trained in full and stored too.
+            Those of an adapter on a model also name the modules that are tied to them.
         task_type: PEFT's name of the task or None. It adds the task's head to ``modules_to_save``
             where the model has one, see :data:`HEAD_MODULES`.
         block_path: name of the ``ModuleList`` that holds the model's blocks, where the model's
@@ -184,7 +186,7 @@ class ReftConfig:
                 leaves = {path.rpartition(".")[2] for path in present} - {""}
                 raise ValueError(
                     "ReftConfig.modules_to_save must name modules of the base model, got "
-                    f"{shown(name)}{_did_you_mean(name, leaves)}"
+                    f"{shown(name)}{did_you_mean(name, leaves)}"
                 )
         wanted += HEAD_MODULES.get(self.task_type or "", ())
         found = [path for path in present if any(_ends_in(path, name) for name in wanted)]
@@ -220,13 +222,9 @@ class ReftConfig:
         if "format_version" in values:
             _check_version("format_version", values["format_version"])
         values = without_entry(values)
-        known = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ValueError(
-                    f"ReftConfig has no field {shown(name)}{_did_you_mean(str(name), known)}; "
-                    f"its fields are {', '.join(known)}"
-                )
+        message = unknown_fields(values, (field.name for field in fields(cls)), shown)
+        if message is not None:
+            raise ValueError(message)
         return cls(**values)
 
     def to_json(self) -> str:
@@ -254,11 +252,6 @@ def _bad(name: str, value: object, allowed: str) -> ValueError:
     return ValueError(f"ReftConfig.{name} must be {allowed}, got {shown(value)}")
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
 def _ends_in(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
@@ -271,9 +264,9 @@ def _one_of(*allowed: str) -> Callable[[str, Any], str]:
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in allowed:
             listed = " or ".join(f'"{one}"' for one in allowed)
-            hint = _did_you_mean(value, allowed) if isinstance(value, str) else ""
+            hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
             raise ValueError(f"{_bad(name, value, listed)}{hint}")
-        return value
+        return allowed[allowed.index(value)]  # an enumeration's member is kept as plain text
 
     return check
 
@@ -327,7 +320,7 @@ def _check_activation(name: str, value: Any) -> str | None:
     known = {*ACTIVATIONS, *ALIASES}
     if value is None or (isinstance(value, str) and value in known):
         return value
-    hint = _did_you_mean(value, known) if isinstance(value, str) else ""
+    hint = did_you_mean(value, known) if isinstance(value, str) else ""
     allowed = f"None or one of {', '.join(sorted(known))}"
     raise ValueError(f"{_bad(name, value, allowed)}{hint}")
 

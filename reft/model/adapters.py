@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from reft.config import ReftConfig
-from reft.model import peft_base
+from reft.model import peft_base, vocabulary
 from reft.model.attachment import SUBMODULE, Attachment
 from reft.model.chosen import sites_of
+from reft.model.frozen_heads import report_frozen_head
 from reft.model.heads import copy_heads
 from reft.model.hooks import EditOutput
+from reft.model.labels import give_back_labels
 from reft.model.origins import origin_of, warn_of_another_base
 from reft.model.parallel import refuse_absent_heads
 from reft.model.sites import site_device
+from reft.model.ties import refuse_untying, with_tied_modules
 from reft.nn.bank import Bank
 from reft.nn.spread import SpreadBank
 from reft.serving.tables import Site
@@ -30,7 +35,7 @@ def build(
     config: ReftConfig,
     generator: torch.Generator | None = None,
 ) -> tuple[Bank | SpreadBank, dict[str, nn.Module]]:
-    """The parts of a new adapter, its bank and its heads; nothing on the model changes.
+    """The parts of an adapter, its bank and its heads; nothing on the model changes.
 
     Raises:
         ValueError: a name or configuration that does not fit.
@@ -41,21 +46,12 @@ def build(
     if config.base_model_name_or_path is None:
         config = replace(config, base_model_name_or_path=origin_of(base))
     layers = config.resolve_layers(len(sites.blocks))
-    shown = attached.heads.shown
-    attached.show_heads(base, None)
-    try:
-        others = (SUBMODULE, *peft_base.trained_modules(base))
-        outside = (
-            path
-            for path, _ in base.named_modules()
-            if not any(f"{path}.".startswith(f"{other}.") for other in others)
-        )
-        paths = config.resolve_modules_to_save(outside)
+    with _originals(attached, base):
+        paths = config.resolve_modules_to_save(_nameable(base))
         refuse_absent_heads(base, paths)
         _refuse_edited_heads(attached, base, [(layer, config.component) for layer in layers], paths)
+        refuse_untying(base, paths)
         heads = copy_heads(base, paths)
-    finally:
-        attached.show_heads(base, shown)
     devices = [site_device(sites.blocks[layer]) for layer in layers]
     bank: Bank | SpreadBank
     if len(set(devices)) == 1:
@@ -63,6 +59,39 @@ def build(
     else:
         bank = SpreadBank(config, layers, sites.dim, devices=devices, generator=generator)
     return bank, heads
+
+
+def with_both_ends(attached: Attachment, base: nn.Module, config: ReftConfig) -> ReftConfig:
+    """The configuration of a new adapter, whose ``modules_to_save`` name what is tied to them too.
+
+    Raises:
+        ValueError: a module that is not there, or one that cannot stay tied.
+    """
+    if not (config.modules_to_save or config.task_type):
+        return config
+    with _originals(attached, base):
+        return with_tied_modules(base, _nameable(base), config)
+
+
+@contextmanager
+def _originals(attached: Attachment, base: nn.Module) -> Iterator[None]:
+    """Inside, the base's own modules are in it."""
+    shown = attached.heads.shown
+    attached.show_heads(base, None)
+    try:
+        yield
+    finally:
+        attached.show_heads(base, shown)
+
+
+def _nameable(base: nn.Module) -> list[str]:
+    """Paths of the modules that an adapter may train in full."""
+    others = (SUBMODULE, *peft_base.trained_modules(base))
+    return [
+        path
+        for path, _ in base.named_modules(remove_duplicate=False)
+        if not any(f"{path}.".startswith(f"{other}.") for other in others)
+    ]
 
 
 def _refuse_edited_heads(
@@ -98,7 +127,9 @@ def attach(
         attached.check_new_name(name)
         attached.adapters[name] = bank
         attached.heads.add(name, heads)
+        vocabulary.guard(base, attached.heads)
         place_hooks(attached)
+    report_frozen_head(base, attached.sites.path, name, heads)
 
 
 def detach(attached: Attachment, base: nn.Module, name: str) -> None:
@@ -107,9 +138,24 @@ def detach(attached: Attachment, base: nn.Module, name: str) -> None:
         if attached.heads.shown == name:
             attached.show_heads(base, None)
         attached.heads.remove(base, name)
+        vocabulary.guard(base, attached.heads)
         del attached.adapters[name]
         attached.pool.forget_bank(name)
         place_hooks(attached)
+
+
+def take_off(attached: Attachment, base: nn.Module, handles: Iterable[Any]) -> None:
+    """Take all adapters off a model, with everything else that stands on it for them.
+
+    Args:
+        handles: of what was put on it beside the hooks of adapters; each is removed.
+    """
+    attached.heads.show(base, None)
+    vocabulary.release(base)
+    give_back_labels(base, attached.unnamed_labels)
+    for handle in (*handles, *attached.handles.values()):
+        handle.remove()
+    delattr(base, SUBMODULE)
 
 
 def check_config(attached: Attachment, config: ReftConfig) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from reft.model.calls import Call, Calls, Running
-from reft.model.chosen import BASE
+from reft.model.chosen import BASE, one_name
 from reft.model.generation import Generation
 from reft.model.heads import HeadStore
 from reft.model.plan import ForwardPlan
@@ -44,6 +44,7 @@ class Attachment(nn.Module):
         image_token: the id that stands for a piece of an image, or None.
         handles: block number and component -> the hook on it.
         active: the adapter that forwards use, or None.
+        unnamed_labels: what the base called its classes, where an adapter has named them.
         in_place: write edits into the blocks' outputs. False where something that saved a block's
             output for backward says that it was modified.
         disabled: how often all threads together have switched adapters off.
@@ -62,6 +63,7 @@ class Attachment(nn.Module):
         self.sites, self.causal, self.image_token = sites, causal, image_token
         self.handles: dict[Site, RemovableHandle] = {}
         self.active: str | None = None
+        self.unnamed_labels: list[str] | None = None
         self.in_place = True
         self.disabled = 0
         self.calls, self.running, self.lock = Calls(), Running(), Lock()
@@ -78,6 +80,7 @@ class Attachment(nn.Module):
         Raises:
             ValueError: there is no adapter of that name.
         """
+        name = one_name(name)
         if name not in self.adapters:
             if name in self.pool:
                 raise ValueError(

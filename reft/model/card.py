@@ -78,7 +78,7 @@ def _card(model: ReftModel, name: str, source: str) -> str:
     base, config = model.get_base_model(), model.configs[name]
     attached = model._attached
     heads = attached.heads.modules_of(base, name)
-    own = sum(count_parameters(part)[1] for part in (attached.bank(name), *heads.values()))
+    own = count_parameters(nn.ModuleList([attached.bank(name), *heads.values()]))[1]
     total = count_parameters(base)[1]
     origin = config.base_model_name_or_path
     rows = {

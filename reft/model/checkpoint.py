@@ -17,6 +17,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -36,7 +37,10 @@ METADATA_KEY = "reft_config"
 
 
 def write_adapter(
-    path: str | os.PathLike[str], config: ReftConfig, tensors: Mapping[str, Tensor]
+    path: str | os.PathLike[str],
+    config: ReftConfig,
+    tensors: Mapping[str, Tensor],
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write an adapter into a directory, replacing the one that is there.
 
@@ -44,6 +48,7 @@ def write_adapter(
         path: the directory; made, with its parents, if missing. Other files in it are left alone.
         config: stored with every field.
         tensors: any shapes and dtypes, on any device, views too. Copied, not modified.
+        more: entries of the header that a reader may pass by.
 
     Raises:
         NotADirectoryError: ``path``, or a parent of it, is a file.
@@ -65,7 +70,7 @@ def write_adapter(
     copies = {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
     }
-    weights = save(copies, metadata={"format": "pt", METADATA_KEY: text})
+    weights = save(copies, metadata={**more, "format": "pt", METADATA_KEY: text})
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / WEIGHTS_FILE, weights)
     write_whole(folder / CONFIG_FILE, _for_tools(config))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 BASE = "__base__"
 
 _LISTS = (list, tuple)
+
+_ONE_EACH = "one adapter edits a sequence"
 
 #: What a name stands for: parameters on the model, or an adapter of the pool.
 Source = Bank | SpreadBank | Stored
@@ -120,13 +122,35 @@ def names_of(attached: Attachment, names: Sequence[str], batch: int) -> Sequence
     """One name a sequence.
 
     Raises:
-        ValueError: there are more or fewer.
+        ValueError: there are more or fewer, or several for one sequence.
     """
-    if isinstance(names, str) or len(names) != batch:
+    if isinstance(names, str) or not isinstance(names, Sized) or len(names) != batch:
         raise ValueError(
             f"adapter_names must be a list of one name a sequence ({batch} of them), got {names!r}"
         )
+    for index, name in enumerate(names):
+        if not isinstance(name, str):
+            raise ValueError(
+                f"adapter_names must be a list of one name a sequence, got {name!r} for sequence "
+                f"{index}; {_ONE_EACH}, {BASE!r} stands for none"
+            )
     return names
+
+
+def one_name(name: object) -> str:
+    """The name of one adapter, as it is or alone in a list, as ``active_adapters`` gives it.
+
+    Raises:
+        ValueError: several names, or none.
+    """
+    if isinstance(name, (list, tuple)) and len(name) == 1:
+        [name] = name
+    if not isinstance(name, str):
+        raise ValueError(
+            f"adapter_name must be one name, got {name!r}; {_ONE_EACH}, and a batch of several "
+            "adapters names one for each of its sequences in adapter_names"
+        )
+    return name
 
 
 def scales_of(scales: Any, batch: int) -> Sequence[float]:

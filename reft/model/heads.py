@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,12 +84,13 @@ class HeadStore(nn.Module):
 
 
 def copy_heads(base: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
-    """Copies of modules to train, by path; in the base's dtype, which their input has."""
-    copies = {}
+    """Copies of modules to train, by path; in the base's dtype, which their input has. A parameter
+    that several of them hold is one in the copies too."""
+    copies, copied = {}, dict[int, Any]()
     for path in paths:
         module = base.get_submodule(path)
         with gathered(*module.parameters()):
-            copies[path] = copy.deepcopy(module)
+            copies[path] = copy.deepcopy(module, copied)
     return copies
 
 
@@ -96,21 +98,23 @@ def check_heads(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor])
     """Check that ``<path>.<parameter>`` tensors are the state of these heads.
 
     Raises:
-        ValueError: a missing or unknown name, a wrong shape or dtype, a number that is not finite
-            where the model's own are.
+        ValueError: a missing or unknown name, a wrong shape or dtype, two values of one parameter,
+            a number that is not finite where the model's own are.
     """
-    wanted = dict(head_state(modules))
-    missing, unknown = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
+    wanted, further = _held(modules)
+    missing = sorted(wanted.keys() - tensors)
+    unknown = sorted(tensors.keys() - wanted - further.keys())
     if missing or unknown:
         raise ValueError(
             f"stored heads do not fit the model; missing: {', '.join(missing) or 'none'}, "
-            f"unknown: {', '.join(unknown) or 'none'}"
+            f"unknown: {', '.join(unknown) or 'none'}. Load them onto the base they were trained on"
         )
     for name, target in wanted.items():
         if target.shape != tensors[name].shape:
             raise ValueError(
                 f"stored head {name} must have shape {tuple(target.shape)}, "
-                f"got {tuple(tensors[name].shape)}"
+                f"got {tuple(tensors[name].shape)}; give the base the vocabulary or number of "
+                "labels that the head was trained with"
             )
         if target.dtype in FLOATS:
             if target.isfinite().all():  # a buffer may be a mask of −inf
@@ -118,6 +122,13 @@ def check_heads(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor])
         elif tensors[name].dtype != target.dtype:
             raise ValueError(
                 f"stored head {name} must be of {target.dtype}, got {tensors[name].dtype}"
+            )
+    for name in sorted(further.keys() & tensors):
+        ours, theirs = tensors[further[name]], tensors[name]
+        if ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
+            raise ValueError(
+                f"stored heads {further[name]} and {name} must be equal, they are one parameter "
+                "of this model; untie it before loading this adapter"
             )
 
 
@@ -129,12 +140,23 @@ def load_heads(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) 
 
 
 def head_state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Parameters and buffers of heads as ``<path>.<parameter>``."""
-    return {
-        f"{path}.{name}": value
-        for path, module in modules.items()
-        for name, value in module.state_dict().items()
-    }
+    """Parameters and buffers of heads as ``<path>.<parameter>``; those that several hold once."""
+    return {name: value.detach() for name, value in _held(modules)[0].items()}
+
+
+def _held(modules: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(name -> parameter or buffer, each once; the further names of one -> its name there)."""
+    names: dict[int, str] = {}
+    held: dict[str, Tensor] = {}
+    further: dict[str, str] = {}
+    for path, module in modules.items():
+        for name, value in module.state_dict(keep_vars=True).items():
+            first = names.setdefault(id(value), f"{path}.{name}")
+            if first == f"{path}.{name}":
+                held[first] = value
+            else:
+                further[f"{path}.{name}"] = first
+    return held, further
 
 
 def _key(owner: str | None, path: str) -> str:

@@ -108,11 +108,39 @@ def register(
 # -------------------------------------------------------------------- the other order
 
 
+#: Attributes of PEFT's models, and of transformers' with PEFT's layers -> what stands here instead.
+_INSTEAD = {
+    "peft_config": "the configurations of its adapters are ReftModel.configs",
+    "active_peft_config": "the configuration is ReftModel.configs[ReftModel.active_adapter]",
+    "peft_type": "the kind of an adapter is ReftModel.configs[name].intervention",
+    "disable_adapters": "write: with model.disable_adapter()",
+    "enable_adapters": "adapters are enabled outside of: with model.disable_adapter()",
+    "disable_adapter_layers": "write: with model.disable_adapter()",
+    "enable_adapter_layers": "adapters are enabled outside of: with model.disable_adapter()",
+    "get_adapter_state_dict": "save_pretrained writes an adapter",
+    "unmerge_adapter": "an adapter of this library is never merged",
+    "add_weighted_adapter": "adapters of this library are not mixed; one edits each sequence",
+}
+
+
+def attribute(base: nn.Module, name: str) -> Any:
+    """An attribute of the base. Those of PEFT are there only if PEFT's layers are.
+
+    Raises:
+        AttributeError: it has none of that name.
+    """
+    if name in _INSTEAD and not has_layers(base):
+        raise AttributeError(
+            f"a ReftModel has no {name!r} while PEFT has no layers in its base; {_INSTEAD[name]}"
+        )
+    return getattr(base, name)
+
+
 class Config:
     """``ReftModel.peft_config``: that of the base. PEFT sets it at the end of wrapping a model."""
 
     def __get__(self, model: ReftModel | None, owner: object = None) -> Any:
-        return self if model is None else model.base_model.peft_config
+        return self if model is None else attribute(model.base_model, "peft_config")
 
     def __set__(self, model: ReftModel, value: object) -> None:
         raise ValueError(

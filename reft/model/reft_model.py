@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from reft.config import ReftConfig
+from reft.foreign_names import WRAPPING, refusing_foreign_keywords
 from reft.model import checkpointing, peft_base
-from reft.model.adapters import PoolHost, attach, build, detach
+from reft.model.adapters import PoolHost, attach, build, detach, take_off, with_both_ends
+from reft.model.arguments import check_base, check_config, check_mode
 from reft.model.attachment import SUBMODULE, Attachment
 from reft.model.cached_edits import reuse_cache
+from reft.model.chosen import one_name
 from reft.model.continuous import ContinuousBatching
 from reft.model.foreign import RefusesTrl
 from reft.model.generation import capture
@@ -37,6 +40,7 @@ from reft.serving.pool import AdapterPool
 logger = logging.getLogger(__name__)
 
 
+@refusing_foreign_keywords(WRAPPING)
 def get_reft_model(
     base_model: nn.Module,
     config: ReftConfig,
@@ -58,6 +62,8 @@ def get_reft_model(
         TypeError, ValueError: a model, configuration or name that does not fit. Nothing was
             changed.
     """
+    check_base(base_model)
+    check_config(config, adapter_name)
     model = ReftModel(base_model, config.block_path)
     try:
         model.add_adapter(adapter_name, config, generator=generator)
@@ -86,10 +92,7 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
 
     def __init__(self, base_model: nn.Module, block_path: str | None = None) -> None:
         super().__init__()
-        if not isinstance(base_model, nn.Module):
-            raise TypeError(
-                f"base_model must be a torch.nn.Module, got {type(base_model).__name__}"
-            )
+        check_base(base_model, block_path)
         if isinstance(base_model, ReftModel) or hasattr(base_model, SUBMODULE):
             raise ValueError(
                 f"base_model must not have adapters (an attribute {SUBMODULE!r}) yet, got "
@@ -186,7 +189,7 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
         except AttributeError:
             if name == "base_model":
                 raise
-            return getattr(self.base_model, name)
+            return peft_base.attribute(self.base_model, name)
 
     def get_base_model(self) -> nn.Module:
         """The transformers model, out of PEFT's wrapper if it has one, with the adapters still
@@ -235,10 +238,13 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
         Models compiled before do not see it: add first, compile then.
 
         Raises:
+            TypeError: no ReftConfig.
             ValueError: a name that is taken or not allowed, a configuration that does not fit the
                 model. Nothing was changed.
         """
+        check_config(config, adapter_name)
         attached, base = self._attached, self.get_base_model()
+        config = with_both_ends(attached, base, config)
         bank, heads = build(attached, base, adapter_name, config, generator)
         attach(attached, base, adapter_name, bank, heads)
         if generator is None:
@@ -252,9 +258,10 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
             inference_mode: leave it frozen.
 
         Raises:
-            ValueError: there is no such adapter.
+            TypeError, ValueError: there is no such adapter, or several are named.
         """
-        attached = self._attached
+        check_mode(inference_mode)
+        attached, adapter_name = self._attached, one_name(adapter_name)
         attached.bank(adapter_name)
         if not attached.disabled:
             attached.show_heads(self.get_base_model(), adapter_name)
@@ -271,7 +278,7 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
         Raises:
             ValueError: there is no such adapter.
         """
-        attached = self._attached
+        attached, adapter_name = self._attached, one_name(adapter_name)
         attached.bank(adapter_name)
         detach(attached, self.get_base_model(), adapter_name)
         if attached.active == adapter_name:
@@ -293,11 +300,8 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
         too."""
         attached, inner = self._attached, self.get_base_model()
         attached.running.check("unload()")
-        attached.heads.show(inner, None)
-        for handle in (*self._handles, *attached.handles.values()):
-            handle.remove()
+        take_off(attached, inner, self._handles)
         checkpointing.forget_plans(self.base_model)
-        delattr(inner, SUBMODULE)
         for name, parameter in inner.named_parameters():
             if name in self._frozen:
                 parameter.requires_grad_(True)

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from reft.config import ReftConfig
 from reft.model.adapters import attach, build
+from reft.model.arguments import check_base
 from reft.model.card import write_card
 from reft.model.checkpoint import read_adapter, write_adapter
 from reft.model.heads import check_heads, head_state, load_heads
 from reft.model.hub import local_folder
 from reft.model.keywords import check_saving, names_of, place_of
+from reft.model.labels import label_header, read_labels, take_labels
 from reft.model.lora import save_lora, warn_of_absent_lora
 from reft.model.origins import origin_of, warn_of_another_base
 from reft.nn.published import FLOATS, HEADS, bank_shape, check_layout
@@ -51,10 +53,11 @@ def save(
         return  # what was gathered, one process may have alone
     # All of them before the first is written; and of parts that ranks hold, every rank has to ask.
     found = {name: _tensors(model, name, training_state, state_dict) for name in names}
+    labels = label_header(model.get_base_model())
     for name, tensors in found.items() if is_main_process else ():
         beside = selected_adapters is not None and name != DEFAULT
         folder = Path(path) / name if beside else Path(path)
-        write_adapter(folder, model.configs[name], tensors)
+        write_adapter(folder, model.configs[name], tensors, labels)
         if not training_state:
             write_card(folder, model, name, source=".")
     save_lora(model, path, state_dict, writes=is_main_process)
@@ -72,11 +75,12 @@ def _tensors(
         names = {id(module): path for path, module in model.base_model.named_modules()}
         inner = {id(module): path for path, module in model.get_base_model().named_modules()}
         own = _part(state_dict, names[id(bank)], inner[id(bank)])
-        stored_heads = {
+        found = {
             f"{path}.{key}": value
             for path, module in heads.items()
             for key, value in _part(state_dict, names[id(module)], inner[id(module)]).items()
         }
+        stored_heads = {key: found[key] for key in head_state(heads)}
     tensors = bank.training_state(own) if training_state else bank.published_state(own)
     return tensors | {
         HEADS + key: whole(value) for key, value in (stored_heads or head_state(heads)).items()
@@ -92,6 +96,7 @@ def load_model(
     **keywords: Any,
 ) -> ReftModel:
     """See :meth:`ReftModel.from_pretrained`."""
+    check_base(base_model)
     path = local_folder(path, **place_of("from_pretrained", keywords))
     config, _ = read_adapter(path)
     model = cls(base_model, config.block_path)
@@ -109,8 +114,10 @@ def load_adapter(
     """See :meth:`ReftModel.load_adapter`."""
     path = local_folder(path, **place_of("load_adapter", keywords))
     config, tensors = read_adapter(path)
+    labels = read_labels(path)
     edit, heads = _split(tensors)
     put(model, path, adapter_name, config, edit, heads)
+    take_labels(model, labels, path)
     warn_of_another_base(path, config, origin_of(model.get_base_model()))
     warn_of_absent_lora(path, model.get_base_model())
     if model.active_adapter is None:

@@ -99,7 +99,7 @@ class AdapterPool:
             ValueError: there is none of this name in the pool.
         """
         with self._lock:
-            if name not in self._stored:
+            if name not in self:
                 raise ValueError(
                     f"name must be one of the pool's {len(self)} adapters, got {name!r}"
                 )
@@ -110,7 +110,7 @@ class AdapterPool:
         return len(self._stored)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._stored
+        return isinstance(name, str) and name in self._stored
 
     @property
     def names(self) -> list[str]:

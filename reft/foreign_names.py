@@ -1,0 +1,171 @@
+"""What other libraries call the parts of a configuration, and what to write here instead."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+Config = TypeVar("Config", bound=type[Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_ENDS = 'write positions="f7+l7" for the first and last 7 tokens'
+_LAYERS = "write layers and component, which say where hidden vectors are edited"
+_START = 'write init="pyreft" or "identity"'
+_WEIGHTS = "leave it out: an edit adapts hidden vectors and no weight matrix"
+_MEMBER = 'write intervention="loreft", or another member of the family'
+
+#: How many unknown names a message explains.
+_LISTED = 6
+
+#: The name elsewhere (of PEFT, pyreft or adapters) -> what to do here.
+FOREIGN: Mapping[str, str] = MappingProxyType(
+    {
+        # PEFT
+        "r": "write rank",
+        "lora_r": "write rank",
+        "lora_alpha": "leave it out: an edit is not scaled (adapter_scales of a call scales it)",
+        "alpha": "leave it out: an edit is not scaled (adapter_scales of a call scales it)",
+        "lora_dropout": "write dropout",
+        "target_modules": _LAYERS,
+        "target_parameters": _WEIGHTS,
+        "exclude_modules": _LAYERS,
+        "layers_to_transform": "write layers",
+        "layer_indexes": "write layers",
+        "layers_pattern": "write block_path, and only where the model's structure does not tell it",
+        "rank_pattern": "leave it out: every layer has the same rank; add a second adapter",
+        "alpha_pattern": "leave it out: an edit is not scaled",
+        "use_rslora": "leave it out: an edit is not scaled",
+        "use_dora": _WEIGHTS,
+        "fan_in_fan_out": _WEIGHTS,
+        "bias": "leave it out: every edit has a bias b of its own",
+        "lora_bias": "leave it out: every edit has a bias b of its own",
+        "init_lora_weights": _START,
+        "init_weights": _START,
+        "inference_mode": (
+            "leave it out: set_adapter(name, inference_mode=True) freezes an adapter, and "
+            "from_pretrained without is_trainable=True"
+        ),
+        "peft_type": _MEMBER,
+        "peft_version": "leave it out: format_version is the version of a stored adapter",
+        "auto_mapping": "leave it out",
+        "revision": "leave it out: from_pretrained takes revision",
+        "ensure_weight_tying": "leave it out: modules that share a matrix are trained as one",
+        "trainable_token_indices": 'write modules_to_save=["embed_tokens"], which trains them all',
+        "num_virtual_tokens": "write positions, which say which tokens of the prompt are edited",
+        "adapter_name": "give it to get_reft_model or add_adapter",
+        # pyreft
+        "representations": (
+            "write layers, component and rank in the configuration itself, "
+            'as ReftConfig(layers=[15], component="block_output", rank=4)'
+        ),
+        "low_rank_dimension": "write rank",
+        "intervention_type": _MEMBER,
+        "intervention_types": _MEMBER,
+        "intervention_params": "write rank, activation and so on themselves",
+        "interventions": _MEMBER,
+        "interventions_dict": _MEMBER,
+        "intervention_dimensions": "leave it out: the width is the model's",
+        "embed_dim": "leave it out: the width is the model's",
+        "layer": "write layers, a list of numbers",
+        "position": "write positions",
+        "num_interventions": "write layers",
+        "share_weights": "write tied",
+        "act_fn": "write activation",
+        "add_bias": "leave it out: every edit has a bias b of its own",
+        "first_n": _ENDS,
+        "last_n": _ENDS,
+        "mode": "leave it out",
+        # adapters
+        "prefix_positions": _ENDS,
+        "suffix_positions": _ENDS,
+        "tied_weights": "write tied",
+        "non_linearity": "write activation",
+        "orthogonality": "the intervention says it: loreft has an orthonormal R, noreft has not",
+        "subtract_projection": "the intervention says it: loreft subtracts R h, direft does not",
+        "leave_out": "write layers without them",
+        "reduction_factor": "write rank",
+    }
+)
+
+#: The same of the arguments of ``get_reft_model``.
+WRAPPING: Mapping[str, str] = MappingProxyType(
+    {
+        "model": "write base_model",
+        "peft_config": "write config, a reft.ReftConfig",
+        "reft_config": "write config",
+        "set_device": "leave it out: the adapter is made where the base is",
+        "disable_model_grads": "leave it out: the base is always frozen",
+        "mixed": "leave it out: mixed batches need no other model",
+        "is_trainable": "leave it out: a new adapter is trained",
+        "autocast_adapter_dtype": "write dtype in the ReftConfig",
+        "low_cpu_mem_usage": "leave it out",
+    }
+)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest of the known names as part of a message, "" if none is near."""
+    by_lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f" (did you mean {by_lower[near[0]]!r}?)" if near else ""
+
+
+def unknown_fields(names: Iterable[object], known: Iterable[str], shown: Any = repr) -> str | None:
+    """Which names are none of the known fields, and what to write instead; None if all are."""
+    known = list(known)
+    unknown = [name for name in names if name not in known]
+    if not unknown:
+        return None
+    said = []
+    for name in unknown[:_LISTED]:
+        instead = FOREIGN.get(name) if isinstance(name, str) else None
+        near = did_you_mean(str(name), known)
+        said.append(f"{shown(name)}{near if instead is None else f': {instead}'}")
+    if len(unknown) > _LISTED:
+        said.append(f"{len(unknown) - _LISTED} others")
+    return f"ReftConfig has no field {'; no '.join(said)}; its fields are {', '.join(known)}"
+
+
+def refusing_foreign_names(config: Config) -> Config:
+    """Let a dataclass say what to write where it is given another library's keyword.
+
+    Raises:
+        TypeError: when the class is called with a keyword that is no field.
+    """
+    initialise = config.__init__
+
+    @functools.wraps(initialise)
+    def __init__(self: Any, *args: Any, **values: Any) -> None:
+        message = unknown_fields(values, (field.name for field in fields(config)))
+        if message is not None:
+            raise TypeError(message)
+        initialise(self, *args, **values)
+
+    config.__init__ = __init__
+    return config
+
+
+def refusing_foreign_keywords(instead: Mapping[str, str]) -> Callable[[Function], Function]:
+    """Let a function say what to write where it is given another library's keyword.
+
+    Raises:
+        TypeError: when the function is called with one of the keywords.
+    """
+
+    def refusing(function: Function) -> Function:
+        @functools.wraps(function)
+        def called(*args: Any, **values: Any) -> Any:
+            said = [f"{name}: {instead[name]}" for name in values if name in instead]
+            if said:
+                signature = f"{function.__name__}{inspect.signature(function)}"
+                raise TypeError(f"{function.__name__} takes no {'; no '.join(said)}; {signature}")
+            return function(*args, **values)
+
+        return called  # type: ignore[return-value]
+
+    return refusing
