@@ -58,8 +58,9 @@ def _save_beside_peft(model: ReftModel, save_directory: Any, *args: Any, **kwarg
     peft: Any = type(model.base_model)
     peft.save_pretrained(model.base_model, save_directory, *args, **kwargs)
     names = list(model.configs)
-    if names and kwargs.get("is_main_process", True):
-        model.save_pretrained(Path(save_directory) / SUBMODULE, selected_adapters=names)
+    shared = {one: kwargs[one] for one in ("state_dict", "is_main_process") if one in kwargs}
+    if names:
+        model.save_pretrained(Path(save_directory) / SUBMODULE, selected_adapters=names, **shared)
 
 
 class _Attribute:

@@ -171,6 +171,9 @@ def test_every_adapter_of_a_wrapper_of_pefts_is_saved(tmp_path):
     base.save_pretrained(tmp_path)
     for folder, rank in ((tmp_path / "reft", 3), (tmp_path / "reft" / "second", 2)):
         assert read_adapter(folder)[0].rank == rank
+    base.save_pretrained(tmp_path / "gathered", state_dict=base.state_dict())
+    mine, theirs = (read_adapter(tmp_path / one / "reft")[1] for one in ("", "gathered"))
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
     base.save_pretrained(tmp_path / "none", is_main_process=False)
     assert not (tmp_path / "none" / "reft").exists()
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from wire import Wire
 
 from reft.nn.bank import Bank
@@ -157,7 +157,9 @@ class Rank:
                 for one in (bank.base, *bank.parameters()):
                     one.add_(0.3)
                 away = float((model(**inputs).logits - expected).abs().max())
-                model.reshard()  # torch's functions find it so, and not as a forward leaves it
+                for unit in model.modules():  # a forward leaves some whole, which torch misreads
+                    if isinstance(unit, FSDPModule):
+                        unit.reshard()
                 bring_back()
                 found[name] = away, float((model(**inputs).logits - expected).abs().max())
         self.keep("fsdp2", "state", found=found, keys=[*kept])
