@@ -149,7 +149,9 @@ def too_short(state: Mapping[str, Any], args: Any) -> str | None:
         if isinstance(step, int) and step > args.max_steps:
             return f"the checkpoint has {step} steps, max_steps is {args.max_steps}"
     elif isinstance(epoch, (int, float)) and epoch > args.num_train_epochs:
-        return f"the checkpoint has {epoch:.3g} epochs, num_train_epochs is {args.num_train_epochs:g}"
+        return (
+            f"the checkpoint has {epoch:.3g} epochs, num_train_epochs is {args.num_train_epochs:g}"
+        )
     return None
 
 
