@@ -254,7 +254,8 @@ def why_nothing(model: ReftModel, inputs: Any) -> str:
         return (
             f"the longest prompt has {longest} token(s), too short for positions "
             f"{config.positions!r} with short_prompts={config.short_prompts!r}; check "
-            'that examples hold their prompts, or choose positions "prompt" or short_prompts="paper"'
+            'that examples hold their prompts, or choose positions "prompt" or '
+            'short_prompts="paper"'
         )
     return (
         f"positions {config.positions!r} fall on no attended token of a prompt; check that "
