@@ -48,6 +48,7 @@ class AdapterTrainer(ChecksAnswers):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._first, self._changed = FirstBatch(), set()
         draw_from_seed(self._reft_model(), self.args.seed)
 
     def _reft_model(self) -> ReftModel:

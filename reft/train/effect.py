@@ -130,8 +130,13 @@ class FirstBatch:
         Raises:
             ValueError: no example that was looked at has an edited token. Nothing was changed.
         """
-        if _on_any_rank(trainer, _edits_trained(plans) and _has_targets(inputs)):
+        if _on_any_rank(trainer, _edits_trained(plans)):
             self.seen = True
+            if not _has_targets(inputs):
+                logger.warning(
+                    "every label of the first batch is -100, so that it trains nothing: check that "
+                    "examples have completions, and that these are not cut off"
+                )
             return
         wrapper = trainer._reft_model()
         reason = why_nothing(wrapper, inputs)
@@ -188,7 +193,7 @@ def _others_edit(trainer: AdapterTrainer, model: nn.Module) -> bool:
         for begin in range(0, len(places), size):
             batch = collate([data[place] for place in places[begin : begin + size]])
             names = batch.get("adapter_names") if isinstance(batch, Mapping) else None
-            candidate = _has_targets(batch) and (names is None or wrapper.active_adapter in names)
+            candidate = names is None or wrapper.active_adapter in names
             autocast = trainer.compute_loss_context_manager()
             with watched(wrapper, model) as plans, autocast:
                 trainer.compute_loss(model, trainer._prepare_inputs(batch))
@@ -225,11 +230,6 @@ def why_nothing(model: ReftModel, inputs: Any) -> str:
     if attached.disabled:
         return "adapters are switched off, inside disable_adapter(); train outside of it"
     batch: Mapping[str, Any] = inputs if isinstance(inputs, Mapping) else {}
-    if not _has_targets(batch):
-        return (
-            "every label is -100, so that no token is learnt; check that examples have "
-            "completions, and that they are not cut off"
-        )
     config = model.configs[name]
     if batch.get("adapter_names") is not None:
         return f"check adapter_names, {name!r} is the adapter that is trained"
@@ -253,8 +253,9 @@ def why_nothing(model: ReftModel, inputs: Any) -> str:
     if longest:
         return (
             f"the longest prompt has {longest} token(s), too short for positions "
-            f"{config.positions!r} with short_prompts={config.short_prompts!r}; choose shorter "
-            'positions, such as "l1", or check that examples hold their prompts'
+            f"{config.positions!r} with short_prompts={config.short_prompts!r}; check "
+            'that examples hold their prompts, or choose positions "prompt" or '
+            'short_prompts="paper"'
         )
     return (
         f"positions {config.positions!r} fall on no attended token of a prompt; check that "

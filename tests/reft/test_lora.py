@@ -272,7 +272,7 @@ def test_a_resumed_run_of_both_is_the_uninterrupted_one(order, make_trainer, wor
 def test_the_best_of_both_comes_back_at_the_end(make_trainer, word_llama, color_records):
     base = with_lora("task", model=word_llama, init_lora_weights=True)
     trainer = make_trainer(
-        model=get_reft_model(base, config()),
+        model=get_reft_model(base, config(), generator=torch.Generator().manual_seed(1)),
         max_steps=4,
         eval_data=color_records,
         eval_strategy="steps",

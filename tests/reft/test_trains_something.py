@@ -153,7 +153,6 @@ DATA = {
         [{**ANSWERED, "edit_positions": [-1, -1]}] * 8, {}, "edit_positions name none; give each"),
     "all masked": (
         [{**ANSWERED, "attention_mask": [0] * 6}] * 8, {}, "the labels count from|no attended"),
-    "no targets": ([{**ANSWERED, "labels": [-100] * 6}] * 8, {}, "every label is -100"),
     "accumulated": (PLAIN, {"gradient_accumulation_steps": 4}, "labels count from the first"),
     "checkpointing": (PLAIN, {"gradient_checkpointing": True}, "labels count from the first"),
     "bfloat16": (PLAIN, {"bf16": True}, "labels count from the first"),
@@ -194,6 +193,14 @@ def test_whole_texts(trainer_of, word_tokenizer, word_llama):
     model = get_reft_model(word_llama, ReftConfig(rank=2, positions="f1+l1"))
     with pytest.raises(ValueError, match="not on plain text or with DataCollatorForLanguageMod"):
         trainer_of(Dataset.from_list(texts), model=model, collate=collate).train()
+
+
+def test_labels_that_count_nothing_are_reported(trainer_of, caplog):
+    trainer_of([{**ANSWERED, "labels": [-100] * 6}] * 8, max_steps=1).train()
+    assert "every label of the first batch is -100" in caplog.text
+    caplog.clear()
+    trainer_of([ANSWERED] * 8, max_steps=1).train()
+    assert "-100" not in caplog.text
 
 
 @pytest.mark.parametrize("positions", ["all", "f2+l2"])

@@ -26,7 +26,7 @@ STEPS, EACH = 10, 2
 
 #: What Trainer writes into a checkpoint, and this library.
 FILES = {
-    *("adapter_config.json", "adapter_model.safetensors"),
+    *("adapter_config.json", "adapter_model.safetensors", "run_settings.json"),
     *("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"),
 }
 

@@ -107,6 +107,21 @@ class Rank:
             found.append(wire.bytes)
         self.keep(engine, "wire", bytes=found[1] - found[0])
 
+    def without_prompts(self, engine: str) -> None:
+        """Examples that are all answer: these numbers of them, or all."""
+        for scene, chosen in (("all", range(12)), ("one rank's", (2, 3)), ("the first", range(4))):
+            trainer = self.trainer(engine, f"answers {scene}", CASES["plain"])
+            for number in chosen:
+                row = trainer.train_dataset[number]
+                row["labels"] = list(row["input_ids"])
+            try:
+                trainer.train()
+                self.keep(engine, f"answers {scene}", steps=trainer.steps_trained, said="")
+            except ValueError as error:
+                self.keep(
+                    engine, f"answers {scene}", steps=trainer.state.global_step, said=str(error)
+                )
+
     def trains_sharded(self) -> bool:
         """Whether this transformers' Trainer takes a sharded base; if not, what it says."""
         trainer = self.trainer("native", "refused", CASES["plain"])
@@ -184,6 +199,7 @@ def main(folder: Path) -> None:
     rank.resumed("ddp", "long")
     rank.published("ddp")
     rank.wire("ddp")
+    rank.without_prompts("ddp")
     if rank.trains_sharded():
         rank.cases("native", NATIVE)
         rank.published("native")
@@ -196,6 +212,7 @@ def main(folder: Path) -> None:
             rank.keep("fsdp2", f"long lora{scene}", lacking=str(error))
     rank.published("fsdp2")
     rank.wire("fsdp2")
+    rank.without_prompts("fsdp2")
 
     for setting in ("cpu_ram_efficient_loading", "activation_checkpointing"):
         trainer = rank.trainer("fsdp2", setting, CASES["plain"], **{setting: True})

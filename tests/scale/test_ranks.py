@@ -93,6 +93,16 @@ def test_the_adapter_stays_in_full_precision_under_a_policy_of_bfloat16(ranks_fo
                 assert (ours[name] - theirs[name]).norm() < 0.03 * theirs[name].norm()
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_all_ranks_find_alike_that_nothing_would_be_trained(ranks_folder, engine):
+    for found in kept(ranks_folder, engine, "answers all"):
+        assert found["steps"] == 0
+        assert "nothing would be trained" in found["said"]
+    for scene in ("one rank's", "the first"):
+        for found in kept(ranks_folder, engine, f"answers {scene}"):
+            assert found == {"steps": STEPS, "said": ""}
+
+
 # ------------------------------------------------------------------ checkpoints
 
 

@@ -140,7 +140,8 @@ def make_trainer(
         base = get_peft_model(
             base, LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"])
         )
-    model = get_reft_model(base, config_of(case))
+    generator = torch.Generator().manual_seed(100 + rank)
+    model = get_reft_model(base, config_of(case), generator=generator)
     settings = {
         "max_steps": STEPS,
         "per_device_train_batch_size": BATCH // ranks,
