@@ -105,7 +105,7 @@ def test_a_gradient_penalty_and_a_hessian_times_a_vector(kind, inputs):
 
 @pytest.mark.parametrize("backward", [False, True], ids=["grad", ".backward()"])
 def test_a_penalty_trains(backward, inputs):
-    """Both ways to ask give the parameters the same gradient; a step along it lowers the penalty."""
+    """Both ways to ask give the parameters a gradient along which the penalty falls."""
     model = wrapped()
     parameters = trained(model)
     start = model.get_input_embeddings()(inputs[0]).detach()
@@ -130,8 +130,8 @@ def test_a_penalty_trains(backward, inputs):
 @pytest.mark.parametrize("kept", ["trained", "loaded"])
 @pytest.mark.parametrize("kind", ["loreft", "bent"])
 def test_tangents_pass_what_is_kept(kind, kept, inputs, tmp_path):
-    """In eval mode, without gradients, R and A are kept from one forward to the next, and the R of
-    a loaded adapter is used as it was loaded: a tangent of a parameter must be seen all the same."""
+    """In eval mode, without gradients, R and A are kept from one forward to the next, and R of a
+    loaded adapter is used as it was loaded: a tangent of a parameter must be seen all the same."""
     model = wrapped(**ADAPTERS[kind])
     if kept == "loaded":
         model.save_pretrained(tmp_path)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
 
@@ -28,6 +29,22 @@ def test_the_example_runs(heading, tmp_path, monkeypatch):
     exec(compile(code, heading, "exec"), found)
     if "out" in found:
         assert found["out"].shape[0] == 3 and found["model"].pool.names == ["bob"]
+    if "answers" in found:
+        assert found["answers"] == _answers(found)
+        assert found["text"] == found["answers"][0], "streamed"
+
+
+def _answers(found):
+    """Those of ``generate`` with the same settings, each prompt alone; they end early."""
+    answers = []
+    for ids, name in zip(found["inputs"], found["names"], strict=True):
+        whole = found["model"].generate(
+            torch.tensor([ids]),
+            generation_config=found["settings"],
+            adapter_names=[name],
+        )
+        answers.append(found["tokenizer"].decode(whole[0, len(ids) :]))
+    return answers
 
 
 def test_the_settings_of_the_page_are_those_of_the_plugin():
