@@ -140,6 +140,7 @@ def detach(attached: Attachment, base: nn.Module, name: str) -> None:
         attached.heads.remove(base, name)
         vocabulary.guard(base, attached.heads)
         del attached.adapters[name]
+        attached.ends.pop(name, None)
         attached.pool.forget_bank(name)
         place_hooks(attached)
 

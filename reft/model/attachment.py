@@ -44,6 +44,7 @@ class Attachment(nn.Module):
         image_token: the id that stands for a piece of an image, or None.
         handles: block number and component -> the hook on it.
         active: the adapter that forwards use, or None.
+        ends: adapter -> tokens that it was trained to end with and the base does not stop at.
         unnamed_labels: what the base called its classes, where an adapter has named them.
         in_place: write edits into the blocks' outputs. False where something that saved a block's
             output for backward says that it was modified.
@@ -64,6 +65,7 @@ class Attachment(nn.Module):
         self.handles: dict[Site, RemovableHandle] = {}
         self.active: str | None = None
         self.unnamed_labels: list[str] | None = None
+        self.ends: dict[str, tuple[int, ...]] = {}
         self.in_place = True
         self.disabled = 0
         self.calls, self.running, self.lock = Calls(), Running(), Lock()

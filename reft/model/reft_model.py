@@ -21,6 +21,7 @@ from reft.model.attachment import SUBMODULE, Attachment
 from reft.model.cached_edits import reuse_cache
 from reft.model.chosen import one_name
 from reft.model.continuous import ContinuousBatching
+from reft.model.ends import stop_at_ends
 from reft.model.foreign import RefusesTrl
 from reft.model.generation import capture
 from reft.model.guidance import guided
@@ -149,7 +150,8 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
     ) -> Any:
         """The base model's ``generate``, with the edits of its prompt, what is given to generate
         or its first ``prompt_lengths`` tokens. Edits happen while it is read, whole or in chunks;
-        decoding costs nothing unless positions are "all".
+        decoding costs nothing unless positions are "all". It stops at the ends that the adapters
+        were trained to write, too.
 
         Args:
             prompt_lengths: int (B,), before beams.
@@ -169,6 +171,7 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
         )  # fmt: skip
         generation.settle(attached, adapter_scales)
         reuse_cache(attached, generation, kwargs)
+        args, kwargs = stop_at_ends(attached, base, generation, args, kwargs)
         with (
             attached.generating(generation),
             guided(base, attached, generation, args, kwargs, edit_positions) as kwargs,

@@ -15,6 +15,7 @@ from reft.model.adapters import attach, build
 from reft.model.arguments import check_base
 from reft.model.card import write_card
 from reft.model.checkpoint import read_adapter, write_adapter
+from reft.model.ends import end_header, read_ends
 from reft.model.heads import check_heads, head_state, load_heads
 from reft.model.hub import local_folder
 from reft.model.keywords import check_saving, names_of, place_of
@@ -57,7 +58,8 @@ def save(
     for name, tensors in found.items() if is_main_process else ():
         beside = selected_adapters is not None and name != DEFAULT
         folder = Path(path) / name if beside else Path(path)
-        write_adapter(folder, model.configs[name], tensors, labels)
+        more = {**labels, **end_header(model._attached.ends.get(name, ()))}
+        write_adapter(folder, model.configs[name], tensors, more)
         if not training_state:
             write_card(folder, model, name, source=".")
     save_lora(model, path, state_dict, writes=is_main_process)
@@ -114,9 +116,11 @@ def load_adapter(
     """See :meth:`ReftModel.load_adapter`."""
     path = local_folder(path, **place_of("load_adapter", keywords))
     config, tensors = read_adapter(path)
-    labels = read_labels(path)
+    labels, ends = read_labels(path), read_ends(path)
     edit, heads = _split(tensors)
     put(model, path, adapter_name, config, edit, heads)
+    if ends:
+        model._attached.ends[adapter_name] = ends
     take_labels(model, labels, path)
     warn_of_another_base(path, config, origin_of(model.get_base_model()))
     warn_of_absent_lora(path, model.get_base_model())

@@ -18,6 +18,7 @@ from transformers.trainer import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from reft.model.ends import learn_ends
 from reft.model.reft_model import ReftModel
 from reft.nn.bank import Bank
 from reft.nn.shards import whole
@@ -139,10 +140,16 @@ class AdapterTrainer(ChecksAnswers):
 
     def _begin(self) -> None:
         """What a model needs before an engine has it."""
-        draw_from_seed(self._reft_model(), self.args.seed)
+        model = self._reft_model()
+        draw_from_seed(model, self.args.seed)
+        learn_ends(model._attached, model.get_base_model(), self._taught_ends())
         if self._resumed and self._is_sharded():
             self._restore(self._resumed)
-        fsdp2.before_training(self._reft_model(), self)
+        fsdp2.before_training(model, self)
+
+    def _taught_ends(self) -> list[int]:
+        """The tokens that completions are trained to end with, as far as this trainer knows."""
+        return []
 
     def _is_sharded(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled

@@ -173,10 +173,19 @@ class ReftDataCollator:
             ``max_length_q`` and ``_k``.
 
         Raises:
+            TypeError: a feature that is no mapping of fields.
             ValueError: as :meth:`tokenize`; features with different fields; an empty list.
         """
         if not features:
             raise ValueError("a batch needs at least one feature, got none")
+        for feature in features:
+            if not isinstance(feature, Mapping):
+                raise TypeError(
+                    "a feature must be a mapping, such as {'prompt': …, 'completion': …}, got "
+                    f"{type(feature).__name__}: of a chat, prompt is "
+                    "tokenizer.apply_chat_template(messages, tokenize=False, "
+                    "add_generation_prompt=True)"
+                )
         rows = [_complete(self.tokenize(feature)) for feature in features]
         kind = self._kind([row for row in rows if "labels" in row])
         for row, feature in zip(rows, features, strict=True):

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from reft.atomic import write_whole
+from reft.model.ends import listed_ids
 from reft.train import tokens
 from reft.train.collate import ReftDataCollator
 
@@ -237,7 +238,7 @@ def _ends(
 ) -> list[int]:
     """The tokens that end a completion, with these arguments of ``generate``."""
     if generate.get("eos_token_id") is not None:
-        return tokens.listed_ids(generate["eos_token_id"])
+        return listed_ids(generate["eos_token_id"])
     configured = generate.get("generation_config") or getattr(model, "generation_config", None)
     return tokens.end_ids(configured, tokenizer)
 

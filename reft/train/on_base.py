@@ -12,6 +12,7 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from reft.model import peft_base
+from reft.model.ends import listed_ids
 from reft.model.reft_model import ReftModel
 from reft.train.adapter_trainer import AdapterTrainer, require_reft_model
 from reft.train.reference import Reference
@@ -27,6 +28,10 @@ class OnBase(AdapterTrainer):
 
     def _reft_model(self) -> ReftModel:
         return self._wrapper
+
+    def _taught_ends(self) -> list[int]:
+        # TRL puts the tokenizer's end token behind every completion.
+        return listed_ids(getattr(self.processing_class, "eos_token_id", None))
 
 
 class KeepsReference(OnBase):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from reft.model.ends import listed_ids
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, Any]:
@@ -66,28 +67,6 @@ def end_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> list[
     the one that training teaches, which is the tokenizer's end token."""
     configured = getattr(generation_config, "eos_token_id", None)
     return list(dict.fromkeys([*listed_ids(configured), *listed_ids(tokenizer.eos_token_id)]))
-
-
-def missed_end(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What to tell of an end that training teaches and ``generate`` does not stop at by itself;
-    None if it does."""
-    own, ends = end_ids(generation_config, tokenizer), listed_ids(tokenizer.eos_token_id)
-    if set(ends) <= set(listed_ids(getattr(generation_config, "eos_token_id", None))):
-        return None
-    return (
-        f"completions are trained to end with {tokenizer.eos_token!r} ({tokenizer.eos_token_id}), "
-        "where the model's generation_config does not end: reft evaluate and reft generate stop "
-        f"there all the same, to generate() give eos_token_id={own}"
-    )
-
-
-def listed_ids(value: int | Sequence[int] | Tensor | None) -> list[int]:
-    """Token ids as a list, whether there are several, one or none (None)."""
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if value is None:
-        return []
-    return [value] if isinstance(value, int) else list(value)
 
 
 def answer_text(

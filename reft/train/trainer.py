@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,12 +18,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import can_return_loss, find_labels, is_accelerate_available
 
 from reft.model.calls import OPTIONS
+from reft.model.ends import listed_ids
 from reft.model.reft_model import ReftModel
 from reft.train.adapter_trainer import require_reft_model
 from reft.train.collate import ReftDataCollator
 from reft.train.generating import GeneratingTrainer
 from reft.train.labels import IGNORED
-from reft.train.tokens import missed_end
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,11 @@ class ReftTrainer(GeneratingTrainer):
             _accept(model)
         if args is None:
             args = TrainingArguments("tmp_trainer")
+        if not isinstance(args, TrainingArguments):
+            raise TypeError(
+                f"args must be transformers.TrainingArguments, got {type(args).__name__}; give the "
+                "others by name: data_collator=, train_dataset=, processing_class="
+            )
         if args.n_gpu > 1:
             logger.warning(
                 "%d devices are visible, one is used: edits and DataParallel do not mix; start one "
@@ -86,8 +92,11 @@ class ReftTrainer(GeneratingTrainer):
             args.ddp_broadcast_buffers = False
         if data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase):
             data_collator = ReftDataCollator(processing_class)
+        if data_collator is None:
+            _refuse_text(train_dataset)
         if not hasattr(args, "generation_config"):
-            args.generation_config = None  # Seq2SeqTrainer asks any arguments for it
+            # Seq2SeqTrainer asks any arguments for it.
+            args.generation_config = None  # type: ignore[attr-defined]
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
@@ -103,11 +112,6 @@ class ReftTrainer(GeneratingTrainer):
             self.label_names = find_labels(type(base))
         self.can_return_loss = can_return_loss(type(base))
         self._is_causal = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        collator = self.data_collator
-        if self._is_causal and isinstance(collator, ReftDataCollator) and collator.append_eos:
-            generation_config = getattr(base, "generation_config", None)
-            if missed := missed_end(generation_config, collator.tokenizer):
-                logger.warning(missed)
         if self.label_smoother is not None and self._is_causal:
             # Trainer decides by the class name of the wrapper, which is no language model's.
             self.label_smoother = _Shifted(self.label_smoother)  # type: ignore[assignment]
@@ -124,6 +128,12 @@ class ReftTrainer(GeneratingTrainer):
         if self.model_init is not None:
             self._use_generation_config()
         super()._begin()
+
+    def _taught_ends(self) -> list[int]:
+        collator = self.data_collator
+        if not self._is_causal or not isinstance(collator, ReftDataCollator):
+            return []
+        return listed_ids(collator.tokenizer.eos_token_id) if collator.append_eos else []
 
     def _base_model(self) -> nn.Module:
         return self._reft_model().get_base_model()
@@ -159,6 +169,24 @@ def _accept(model: object) -> None:
         # Trainer's word for "this quantised model carries an adapter". On the wrapper alone: on the
         # base, transformers would look for PEFT's layers.
         model._hf_peft_config_loaded = True  # type: ignore[attr-defined]
+
+
+def _refuse_text(examples: Any) -> None:
+    """Refuse examples of text where nothing makes tokens of them.
+
+    Raises:
+        ValueError: the first example has text and no tokens.
+    """
+    picked = hasattr(examples, "__len__") and hasattr(examples, "__getitem__")
+    first = examples[0] if picked and len(examples) else None
+    if not isinstance(first, Mapping) or "input_ids" in first:
+        return
+    text = sorted({"prompt", "completion", "text", "messages"}.intersection(first))
+    if text:
+        raise ValueError(
+            "data_collator must be given, reft.ReftDataCollator(tokenizer), or processing_class="
+            f"tokenizer: the examples hold {', '.join(text)} and no tokens"
+        )
 
 
 class _Shifted:

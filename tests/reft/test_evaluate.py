@@ -10,10 +10,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 from rich.console import Console
-from transformers import GenerationConfig, TrainingArguments
+from transformers import GenerationConfig
 
 from reft.config import ReftConfig
-from reft.model.reft_model import get_reft_model
 from reft.train.collate import ReftDataCollator
 from reft.train.evaluate import (
     Evaluation,
@@ -23,7 +22,6 @@ from reft.train.evaluate import (
     exact_match,
     generate_completions,
 )
-from reft.train.trainer import ReftTrainer
 
 PROMPTS = ["a", "one two three four five a b c d", "red green", "a b c d e", "yes"]
 
@@ -247,34 +245,3 @@ def test_scores_are_of_all_predictions():
     assert exact_match(" a  b\n", "a b")
     assert not exact_match("a b", "ab")
     assert not exact_match("A", "a")
-
-
-@pytest.mark.parametrize(
-    ("configured", "append", "told"),
-    [
-        ("<eos>", True, True),
-        ("?", True, False),
-        (["<eos>", "?"], True, False),
-        (["<eos>", "red"], True, True),
-        (None, True, True),
-        ("<eos>", False, False),
-    ],
-)
-def test_a_trainer_tells_of_an_end_that_generate_does_not_know(
-    word_llama, word_tokenizer, color_records, tmp_path, caplog, configured, append, told
-):
-    tokenizer = copy.deepcopy(word_tokenizer)
-    tokenizer.eos_token = "?"
-    ends = tokenizer.convert_tokens_to_ids(configured) if configured else None
-    word_llama.generation_config.eos_token_id = ends
-    model = get_reft_model(word_llama, ReftConfig(rank=2, positions="f2+l2"))
-    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
-    ReftTrainer(model, arguments, ReftDataCollator(tokenizer, append_eos=append), color_records)
-    found = [one.getMessage() for one in caplog.records if "trained to end" in one.getMessage()]
-    assert len(found) == told
-    if told:
-        number = tokenizer.convert_tokens_to_ids("?")
-        known = [ends] if isinstance(ends, int) else ends or []
-        assert f"'?' ({number})" in found[0]
-        assert f"eos_token_id={[*known, number]}" in found[0]
-    assert word_llama.generation_config.eos_token_id == ends

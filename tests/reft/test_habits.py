@@ -12,8 +12,9 @@ import pytest
 import torch
 from test_mistakes import same, state_of
 from tiny_models import llama, tokens
+from transformers import TrainingArguments
 
-from reft import ReftConfig, ReftModel, get_reft_model
+from reft import ReftConfig, ReftDataCollator, ReftModel, ReftTrainer, get_reft_model
 from reft.foreign_names import FOREIGN, WRAPPING
 
 IDS = tokens(2, 6)
@@ -280,3 +281,27 @@ class TestAttributes:
             AttributeError, match="'LlamaForCausalLM' object has no attribute 'nope'"
         ):
             _ = model.nope
+
+
+class TestTrainingHabits:
+    RECORDS = ({"prompt": "a", "completion": " b"}, {"prompt": "c", "completion": " d"})
+
+    @pytest.mark.parametrize(
+        "records", [RECORDS, [{"text": "a"}], [{"messages": [{"role": "user", "content": "a"}]}]]
+    )
+    def test_text_without_a_collator(self, records, tmp_path):
+        arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+        with pytest.raises(ValueError, match=r"data_collator must be given, reft.ReftDataColl"):
+            ReftTrainer(get_reft_model(llama(), config()), arguments, train_dataset=list(records))
+        tokens = [{"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}]
+        ReftTrainer(get_reft_model(llama(), config()), arguments, train_dataset=tokens)
+
+    @pytest.mark.parametrize("wrong", [[{"prompt": "a"}], "out", {"lr": 1e-3}])
+    def test_something_else_for_the_arguments(self, wrong):
+        with pytest.raises(TypeError, match=r"args must be transformers.TrainingArguments, got"):
+            ReftTrainer(get_reft_model(llama(), config()), wrong)
+
+    @pytest.mark.parametrize("feature", ["a", [{"role": "user", "content": "a"}]])
+    def test_a_feature_without_fields(self, feature, word_tokenizer):
+        with pytest.raises(TypeError, match="a feature must be a mapping"):
+            ReftDataCollator(word_tokenizer)([feature])
