@@ -53,7 +53,8 @@ def note_edits(plan: ForwardPlan, output: Any) -> None:
     """
     cache = plan.cache
     if cache is None and isinstance(output, dict):
-        cache = cache_of(output)
+        # By what it can do: to ask an output for the cache's earlier name is a deprecation warning.
+        cache = next((part for part in output.values() if hasattr(part, "get_seq_length")), None)
     if not hasattr(cache, "crop"):
         return
     rows = {id(edit.rows): edit.rows.rows for edits in plan.edits.values() for edit in edits}

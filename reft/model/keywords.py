@@ -3,10 +3,41 @@ are taken, those that change nothing are passed over, and the others are refused
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
 
 from reft.untrusted import shown
+
+
+class Loading(TypedDict, total=False):
+    """Keywords of ``from_pretrained`` and ``load_adapter``, as type checkers see them."""
+
+    subfolder: str | None
+    revision: str | None
+    token: str | bool | None
+    cache_dir: Any
+    force_download: bool
+    local_files_only: bool
+    autocast_adapter_dtype: bool
+    ephemeral_gpu_offload: bool
+    low_cpu_mem_usage: bool
+    torch_device: Any
+
+
+class Saving(TypedDict, total=False):
+    """Keywords of ``save_pretrained``, as type checkers see them."""
+
+    selected_adapters: Sequence[str] | None
+    is_main_process: bool
+    safe_serialization: bool | None
+    push_to_hub: bool | None
+    save_embedding_layers: str | bool | None
+    variant: str | None
+    max_shard_size: int | str
+    save_function: Callable[..., Any]
+    save_original_format: bool
+    save_peft_format: bool
+
 
 #: What says where on the hub, or in which folder of it, an adapter is.
 PLACE = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")

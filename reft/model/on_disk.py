@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Unpack, cast
 
 from torch import Tensor, nn
 
 from reft.model import storage
 from reft.model.hub import push_to_hub
+from reft.model.keywords import Loading, Saving
 
 if TYPE_CHECKING:
     from reft.model.reft_model import ReftModel
@@ -25,7 +26,7 @@ class OnDisk:
         adapter_name: str | None = None,
         training_state: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
-        **keywords: Any,
+        **keywords: Unpack[Saving],
     ) -> None:
         """Write an adapter: its configuration, R, W, b and its heads. Without ``training_state``
         also a model card, ``README.md``, unless there is one that somebody wrote or edited.
@@ -57,7 +58,7 @@ class OnDisk:
         path: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
-        **keywords: Any,
+        **keywords: Unpack[Loading],
     ) -> ReftModel:
         """Attach an adapter that was saved, in eval mode and frozen unless ``is_trainable``.
 
@@ -78,7 +79,7 @@ class OnDisk:
         path: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
-        **keywords: Any,
+        **keywords: Unpack[Loading],
     ) -> None:
         """Add an adapter that was saved, from where :meth:`from_pretrained` takes one; not active
         unless there is no other.
