@@ -129,9 +129,11 @@ def test_expanded_hidden_is_fine_apart(backend, edit):
 
 
 @backends
-def test_memory_without_a_row_stride_is_edited_where_it_lies(backend, device):
-    edit = make_edit(Case(65, 3, (4, 5), layout="swapped"), device)
-    hidden = laid_out(edit.hidden, "swapped")
+@pytest.mark.parametrize("layout", ["sliced", "transposed", "swapped"])
+def test_memory_of_any_layout_is_edited_where_it_lies(backend, layout, device):
+    """Also where rows have no common stride, as in "swapped"."""
+    edit = make_edit(Case(65, 3, (4, 5), layout=layout), device)
+    hidden = laid_out(edit.hidden, layout)
     address = hidden.data_ptr()
     out = lowrank_edit_(hidden, **arguments(edit, backend=backend))
     assert out is hidden and out.data_ptr() == address and out.stride() == hidden.stride()

@@ -9,7 +9,7 @@ import torch
 from small_run import FILES, STEPS, Run
 
 from reft import ReftConfig
-from reft.model.checkpoint import read_adapter
+from reft.model.checkpoint import WEIGHTS_FILE, read_adapter
 from reft.train.checkpoints import UNFINISHED
 
 #: What an adapter is on the disk.
@@ -35,7 +35,7 @@ def assert_whole(folder: Path, checkpoints: Path) -> list[int]:
             left, right = (torch.load(one / name) for one in (checkpoint, expected))
             torch.testing.assert_close(left, right, rtol=0, atol=0)
         steps.append(int(checkpoint.name.partition("-")[2]))
-    if (folder / "adapter").exists():
+    if (folder / "adapter" / WEIGHTS_FILE).exists():  # until it has its name, there is no adapter
         read_adapter(folder / "adapter")
     return sorted(steps)
 
