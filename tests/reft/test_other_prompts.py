@@ -176,7 +176,12 @@ class TestFilledCache:
         expected = scores_of(model, ids)
         for prefix in (3, 7, 10):
             cache = fill(model, ids[:, :prefix], way)
-            got = scores_of(model, ids, past_key_values=cache)
+            try:
+                got = scores_of(model, ids, past_key_values=cache)
+            except ValueError as error:  # 5.17 of transformers cannot, 5.24 can
+                assert way == "a static cache" and "cannot be shortened" in str(error)
+                assert not hasattr(cache.layers[0], "crop")
+                continue
             assert got.sequences.tolist() == expected.sequences.tolist()
             close(got.scores, torch.stack(list(expected.scores)))
 
