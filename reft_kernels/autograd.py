@@ -76,22 +76,9 @@ class LowRankEdit(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        encode: Tensor | None,
-        bias: Tensor | None,
-        decode: Tensor,
-        plan: RowPlan,
-        subtract: bool,
-        activation: str | None,
-        backend: str,
-        inplace: bool,
-    ) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        return _forward(
-            ctx, hidden, encode, bias, decode, plan, subtract, activation, backend, inplace
-        )
+        return _forward(ctx, *args)
 
     @staticmethod
     def backward(

@@ -15,9 +15,10 @@ import errno
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -27,7 +28,7 @@ from reft import peft_type
 from reft.atomic import write_whole
 from reft.config import ReftConfig
 from reft.nn.tensor_files import check_header
-from reft.untrusted import read_text, require_plain, shown
+from reft.untrusted import parse_json, read_text, require_plain, shown
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -118,6 +119,33 @@ def _for_tools(config: ReftConfig) -> str:
     """The configuration with an entry for PEFT, which its own reader passes over."""
     values = {peft_type.FIELD: peft_type.ENTRY, **config.to_dict()}
     return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_list(
+    path: str | os.PathLike[str], key: str, what: str, is_entry: Callable[[Any], bool]
+) -> list[Any] | None:
+    """A list that the header of an adapter's weights file holds in JSON; None if it holds none.
+
+    Args:
+        path: a folder that :func:`read_adapter` has read.
+        key: of the header.
+        what: its entries, in words, for the message.
+        is_entry: whether a value is one of them.
+
+    Raises:
+        ValueError: something else stands in its place.
+    """
+    with safe_open(Path(path) / WEIGHTS_FILE, framework="pt", device="cpu") as stored:
+        text = (stored.metadata() or {}).get(key)
+    if text is None:
+        return None
+    try:
+        values = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {key} must be a list in JSON: {error}") from None
+    if not isinstance(values, list) or not all(map(is_entry, values)):
+        raise ValueError(f"{path}: {key} must be a list of {what}, got {shown(values)}")
+    return values
 
 
 def _config(folder: Path, embedded: str | None) -> ReftConfig:

@@ -10,15 +10,12 @@ import copy
 import json
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from reft.model.checkpoint import WEIGHTS_FILE
+from reft.model.checkpoint import read_list
 from reft.model.generation import Generation, settings_of
-from reft.untrusted import parse_json, shown
 
 if TYPE_CHECKING:
     from reft.model.attachment import Attachment
@@ -42,17 +39,8 @@ def read_ends(path: str | os.PathLike[str]) -> tuple[int, ...]:
     Raises:
         ValueError: something else stands in their place.
     """
-    with safe_open(Path(path) / WEIGHTS_FILE, framework="pt", device="cpu") as stored:
-        text = (stored.metadata() or {}).get(METADATA_KEY)
-    if text is None:
-        return ()
-    try:
-        ends = parse_json(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: {METADATA_KEY} must be a list in JSON: {error}") from None
-    if not isinstance(ends, list) or not all(type(end) is int and end >= 0 for end in ends):
-        raise ValueError(f"{path}: {METADATA_KEY} must be a list of token ids, got {shown(ends)}")
-    return tuple(ends)
+    ends = read_list(path, METADATA_KEY, "token ids", lambda end: type(end) is int and end >= 0)
+    return tuple(ends or ())
 
 
 def learn_ends(attached: Attachment, base: nn.Module, taught: Iterable[int]) -> None:

@@ -70,12 +70,13 @@ def guided(
     """
     from transformers import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
-    given = list(kwargs.get("logits_processor") or ())
+    guiding = UnbatchedClassifierFreeGuidanceLogitsProcessor
+    processors = list(kwargs.get("logits_processor") or ())
+    given = any(isinstance(processor, guiding) for processor in processors)
     setting = settings_of(base, args, kwargs)
     scale = setting("guidance_scale")
-    mine = [isinstance(one, UnbatchedClassifierFreeGuidanceLogitsProcessor) for one in given]
-    guides = isinstance(scale, (int, float)) and scale != 1 and hasattr(base, "generate")
-    if generation.restarts or not (guides or any(mine)):
+    asked = isinstance(scale, (int, float)) and scale != 1
+    if generation.restarts or not (asked or given):
         yield kwargs
         return
     if edit_positions is not None and not callable(edit_positions):
@@ -84,15 +85,14 @@ def guided(
             "which runs a negative prompt too: one list cannot name tokens of both"
         )
     model: Any = NegativePrompt(base, attached, generation, edit_positions)
-    if any(mine):
-        for index, processor in enumerate(given):
-            if mine[index]:
-                given[index] = copy.copy(processor)
-                given[index].model = model
-    else:
+    processors = [copy.copy(one) if isinstance(one, guiding) else one for one in processors]
+    for processor in processors:
+        if isinstance(processor, guiding):
+            processor.model = model
+    if not given:
         # One of transformers' own type takes the place of the one that generate() makes.
-        given.append(
-            UnbatchedClassifierFreeGuidanceLogitsProcessor(
+        processors.append(
+            guiding(
                 scale,
                 model,
                 unconditional_ids=kwargs.get("negative_prompt_ids"),
@@ -103,7 +103,7 @@ def guided(
     log, quiet = logging.getLogger("transformers.generation.utils"), _NotReplaced()
     log.addFilter(quiet)
     try:
-        yield {**kwargs, "logits_processor": LogitsProcessorList(given)}
+        yield {**kwargs, "logits_processor": LogitsProcessorList(processors)}
     finally:
         log.removeFilter(quiet)
 

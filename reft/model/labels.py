@@ -9,14 +9,12 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import safe_open
 from torch import nn
 
-from reft.model.checkpoint import WEIGHTS_FILE
-from reft.untrusted import is_text, parse_json, shown
+from reft.model.checkpoint import read_list
+from reft.untrusted import is_text, shown
 
 if TYPE_CHECKING:
     from reft.model.reft_model import ReftModel
@@ -42,16 +40,9 @@ def read_labels(path: str | os.PathLike[str]) -> list[str] | None:
     Raises:
         ValueError: something else stands in their place.
     """
-    with safe_open(Path(path) / WEIGHTS_FILE, framework="pt", device="cpu") as stored:
-        text = (stored.metadata() or {}).get(METADATA_KEY)
-    if text is None:
-        return None
-    try:
-        names = parse_json(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: {METADATA_KEY} must be a list in JSON: {error}") from None
-    if not isinstance(names, list) or not all(map(is_text, names)) or not names:
-        raise ValueError(f"{path}: {METADATA_KEY} must be a list of names, got {shown(names)}")
+    names = read_list(path, METADATA_KEY, "names", is_text)
+    if names == []:
+        raise ValueError(f"{path}: {METADATA_KEY} must be a list of names, got []")
     return names
 
 

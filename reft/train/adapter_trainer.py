@@ -73,10 +73,9 @@ class AdapterTrainer(ChecksAnswers):
         allow_changes: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As Trainer's. Under an engine that shards parameters the adapter is restored before it
-        does: the base point of R is no parameter, so that no engine's own checkpoint has it. And
-        every rank begins with the adapter of rank 0. A run that is begun anew in a folder with
-        checkpoints warns of them.
+        """Train as Trainer does. Under an engine that shards parameters the adapter is restored
+        before it does. Every rank begins with the adapter of rank 0. A run that is begun anew in a
+        folder with checkpoints warns of them.
 
         Args:
             resume_from_checkpoint: as Trainer's.
@@ -183,7 +182,8 @@ class AdapterTrainer(ChecksAnswers):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def save_adapter(self, folder: str | os.PathLike[str]) -> None:
-        """Write the adapter as it is published, and nothing else; to be called by every rank."""
+        """Write the adapter as it is published, and LoRA beside it; to be called by every
+        rank."""
         model = self._reft_model()
         sharded = fsdp2.is_sharded(model) or self.is_deepspeed_enabled
         state = self._gathered(model) if sharded else None

@@ -8,17 +8,15 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from reft.model import peft_base
-from reft.model.lora import PREFIX, WEIGHTS, adapters_of, folder_of, save_lora, state_of
+from reft.model.lora import PREFIX, WEIGHTS, adapters_of, folder_of, state_of
 from reft.model.reft_model import ReftModel
 from reft.nn.published import check_numbers
 from reft.nn.shards import part_of
 from reft.nn.tensor_files import read_tensors
 
-__all__ = ["read_lora", "save_lora", "set_lora"]
-
 
 def read_lora(model: ReftModel, checkpoint: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
-    """name -> what :func:`save_lora` wrote, of every adapter that PEFT has put into the base.
+    """name -> what ``save_lora`` wrote, of every adapter that PEFT has put into the base.
 
     Raises:
         FileNotFoundError: an adapter is not in the checkpoint.

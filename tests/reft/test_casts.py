@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import bert, llama, tokens
+from tiny_models import bert, llama, moved, tokens
 from transformers import TrainingArguments
 
 from reft import ReftConfig, ReftModel, ReftTrainer, get_reft_model, load_pyreft, save_pyreft
@@ -32,12 +32,9 @@ SHORT = [torch.bfloat16, torch.float16]
 def wrapped(make=llama, seed=1, **changes):
     base = make()
     torch.manual_seed(seed)
-    model = get_reft_model(base, ReftConfig(**{"rank": 3, "positions": "f2+l2", **changes}))
-    with torch.no_grad():
-        for one in model.parameters():
-            if one.requires_grad:
-                one.add_(0.1 * torch.randn_like(one))
-    return model.eval()
+    return moved(
+        get_reft_model(base, ReftConfig(**{"rank": 3, "positions": "f2+l2", **changes})), 0.1
+    )
 
 
 @torch.no_grad()

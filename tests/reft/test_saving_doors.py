@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from tiny_models import bert, gpt2, llama, tokens
+from tiny_models import bert, gpt2, llama, moved, tokens
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -30,12 +30,7 @@ CONFIG = ReftConfig(rank=3, positions="f2+l2")
 def wrapped(base=None, config=CONFIG, seed=3):
     base = llama() if base is None else base
     torch.manual_seed(seed)
-    model = get_reft_model(base, config)
-    with torch.no_grad():
-        for one in model.parameters():
-            if one.requires_grad:
-                one.add_(0.1 * torch.randn_like(one))
-    return model.eval()
+    return moved(get_reft_model(base, config), 0.1)
 
 
 @torch.no_grad()

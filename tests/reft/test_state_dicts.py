@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from tiny_models import gpt2, llama, tokens
+from tiny_models import gpt2, llama, moved, tokens
 from transformers import (
     AutoModelForCausalLM,
     LlamaForSequenceClassification,
@@ -36,12 +36,9 @@ def wrapped(seed, make=llama, **changes):
     """A model whose adapter is away from its start, as after some training."""
     base = make()
     torch.manual_seed(seed)
-    model = get_reft_model(base, ReftConfig(**{"rank": 3, "positions": "f2+l2", **changes}))
-    with torch.no_grad():
-        for one in model.parameters():
-            if one.requires_grad:
-                one.add_(0.2 * torch.randn_like(one))
-    return model.eval()
+    return moved(
+        get_reft_model(base, ReftConfig(**{"rank": 3, "positions": "f2+l2", **changes})), 0.2
+    )
 
 
 @torch.no_grad()

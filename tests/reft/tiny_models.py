@@ -97,6 +97,15 @@ def padded(lengths: Sequence[int], side: str, seed: int = 1) -> tuple[Tensor, Te
     return ids, mask, singles
 
 
+def moved(model: ReftModel, size: float = 0.1) -> ReftModel:
+    """The model in eval mode, what it trains away from its start, as after some training."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(size * torch.randn_like(parameter))
+    return model.eval()
+
+
 def parameters_of(model: ReftModel, name: str = "default") -> dict[str, Tensor | None]:
     """Leaves with the values of an adapter's parameters, and R (L, g, r, D) computed from them."""
     bank = model.base_model.reft.bank(name)
