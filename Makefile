@@ -39,14 +39,14 @@ test-vllm: .venv-vllm/.stamps/ready
 	mkdir -p .venv-vllm/.stamps && touch $@
 
 # What outsiders' files may do, by fuzzing: each target for SECONDS, from its seeds and what earlier
-# runs left in CORPUS. A finding is a file beside it, and becomes a case of tests/hostile/test_fuzz.py.
+# runs left in CORPUS. A finding is a file beside it, and becomes a case of tests/security/test_fuzz.py.
 SECONDS ?= 60
 CORPUS  ?= build/fuzz
 TARGETS ?= config positions adapter pyreft adapters preset records result
 fuzz: $(STAMPS)/dev
 	set -e; for target in $(TARGETS); do mkdir -p $(CORPUS)/$$target $(CORPUS)/scratch; \
 	OMP_NUM_THREADS=1 TMPDIR=$(CORPUS)/scratch \
-	$(BIN)/python tests/hostile/fuzz.py $$target -max_total_time=$(SECONDS) -max_len=8192 -timeout=30 \
+	$(BIN)/python tests/security/fuzz.py $$target -max_total_time=$(SECONDS) -max_len=8192 -timeout=30 \
 	-artifact_prefix=$(CORPUS)/$$target- $(CORPUS)/$$target; done
 
 suite: $(STAMPS)/dev $(STAMPS)/pure-peers $(STAMPS)/deepspeed

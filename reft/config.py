@@ -14,8 +14,8 @@ import torch
 from reft.foreign_names import did_you_mean, refusing_foreign_names, unknown_fields
 from reft.peft_type import without_entry
 from reft.positions import PROMPT_ENDS, SHORT_PROMPTS, UNTIED_BY, Positions, parse_positions
+from reft.safe_read import is_text, parse_json, shown
 from reft.subspaces import Subspaces, check_subspaces
-from reft.untrusted import is_text, parse_json, shown
 from reft_kernels.activations import ACTIVATIONS, ALIASES
 from reft_kernels.spec import FAMILY, EditSpec
 

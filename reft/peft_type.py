@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from reft.untrusted import shown
+from reft.safe_read import shown
 
 FIELD = "peft_type"
 

@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reft.untrusted import shown
+from reft.safe_read import shown
 
 SHORT_PROMPTS = ("pyreft", "paper")
 PROMPT_ENDS = ("last", "second_to_last")

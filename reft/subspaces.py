@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from reft.untrusted import is_text, shown
+from reft.safe_read import is_text, shown
 
 #: Parts of the rank by name, as a configuration keeps them: pairs, so that it can be hashed.
 Subspaces = tuple[tuple[str, tuple[int, ...]], ...]
@@ -51,7 +51,7 @@ def check_subspaces(value: Any, rank: int) -> Subspaces | None:
     return tuple(found.items())
 
 
-def kept_ranks(subspaces: Subspaces | None, value: Any, adapter: str) -> tuple[int, ...] | None:
+def active_ranks(subspaces: Subspaces | None, value: Any, adapter: str) -> tuple[int, ...] | None:
     """The directions that one sequence's edit has.
 
     Args:

@@ -22,7 +22,7 @@ from benchmarks.cases import ModelCase, OpCase
 from benchmarks.machine import installed
 from benchmarks.peers import Absent, Operator, Peer, Wrapped
 from benchmarks.peers.reference import ends, prompt_length
-from reft.model.sites import find_sites
+from reft.model.blocks import find_blocks
 from reft_kernels.testing import Edit
 
 
@@ -112,7 +112,7 @@ def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
     modules = nn.ModuleList(
         _module(case.hidden, case.rank, first, last, tied, case.dtype) for _ in case.edited_layers
     ).to(device)
-    blocks = find_sites(base).blocks
+    blocks = find_blocks(base).blocks
 
     def hook(module: nn.Module, block: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, tuple):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases import ModelCase
 from benchmarks.peers import Peer, Wrapped
-from reft.model.sites import find_sites
+from reft.model.blocks import find_blocks
 
 
 def wrap(base: nn.Module, case: ModelCase) -> Wrapped:
@@ -21,7 +21,7 @@ def wrap(base: nn.Module, case: ModelCase) -> Wrapped:
             return (output[0].detach().requires_grad_(), *output[1:])
         return output.detach().requires_grad_()
 
-    find_sites(base).blocks[case.edited_layers[0]].register_forward_hook(leaf)
+    find_blocks(base).blocks[case.edited_layers[0]].register_forward_hook(leaf)
 
     def loss(batch: Mapping[str, Tensor]) -> Tensor:
         found: Tensor = base(**batch).loss

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from benchmarks.cases import ModelCase, OpCase
 from benchmarks.peers import Absent, Operator, Peer, Wrapped
 from benchmarks.peers.ours import config
-from reft.model.sites import find_sites
-from reft.nn.bank import Bank
+from reft.adapter.parameters import AdapterParameters
+from reft.model.blocks import find_blocks
 from reft_kernels import RowPlan
 from reft_kernels.reference import lowrank_edit
 from reft_kernels.testing import PARAMETERS, Edit
@@ -71,7 +71,7 @@ def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
     settings = config(case, tied)
     base.requires_grad_(False)
     device = next(base.parameters()).device
-    bank = Bank(settings, tuple(case.edited_layers), case.hidden, device=device)
+    adapter = AdapterParameters(settings, tuple(case.edited_layers), case.hidden, device=device)
     now: dict[str, Any] = {}
 
     def hook(place: int, module: nn.Module, args: Any, output: Any) -> Any:
@@ -86,17 +86,17 @@ def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
         )
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-    blocks = find_sites(base).blocks
+    blocks = find_blocks(base).blocks
     for place, layer in enumerate(case.edited_layers):
         blocks[layer].register_forward_hook(partial(hook, place))
 
     def loss(batch: Mapping[str, Tensor]) -> Tensor:
-        now["effective"] = bank()
+        now["effective"] = adapter()
         now["plan"] = edited_rows(case, batch, settings.num_groups)
         found: Tensor = base(**batch).loss
         return found
 
-    return Wrapped(loss, list(bank.parameters()), bank, same_as_reference=True)
+    return Wrapped(loss, list(adapter.parameters()), adapter, same_as_reference=True)
 
 
 def edited_rows(case: ModelCase, batch: Mapping[str, Tensor], groups: int) -> RowPlan:

@@ -140,12 +140,12 @@ def make_batch(case: ModelCase, device: torch.device) -> dict[str, Tensor]:
 def share_weights(ours: Wrapped, reference: Wrapped) -> None:
     """Give the reference's bank the parameters of ours, moved off their starting point."""
     target = reference.model
-    bank = ours.model.get_submodule("reft").bank("default")
+    adapter = ours.model.get_submodule("reft").adapter("default")
     with torch.no_grad():
         random = torch.Generator().manual_seed(3)
-        for one in bank.parameters():
+        for one in adapter.parameters():
             one.add_(torch.randn(one.shape, generator=random).to(one) * 0.02)
-    target.load(bank.training_state(), training_state=True)
+    target.load(adapter.training_state(), training_state=True)
 
 
 def check(case: ModelCase, twins: Twins, batch: Mapping[str, Tensor], tied: bool = True) -> Gate:

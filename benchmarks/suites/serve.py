@@ -71,16 +71,18 @@ def names(case: ModelCase, adapters: int) -> list[str]:
 
 def write_adapters(case: ModelCase, folder: Path, count: int) -> None:
     """Folders with random adapters of this library."""
-    from reft.model.checkpoint import write_adapter
-    from reft.nn.bank import Bank
+    from reft.adapter.parameters import AdapterParameters
+    from reft.io.adapter_files import write_adapter
 
     config = ReftConfig(rank=case.rank, positions=case.positions)
     random = torch.Generator().manual_seed(0)
     for number in range(count):
-        bank = Bank(config, tuple(range(case.layers)), case.hidden, generator=random)
+        adapter = AdapterParameters(
+            config, tuple(range(case.layers)), case.hidden, generator=random
+        )
         with torch.no_grad():
-            bank.bias.normal_(std=0.1, generator=random)
-        write_adapter(folder / f"user{number}", config, bank.published_state())
+            adapter.bias.normal_(std=0.1, generator=random)
+        write_adapter(folder / f"user{number}", config, adapter.export_state_dict())
 
 
 def run(case: ModelCase, options: Options) -> Iterator[Row]:

@@ -100,7 +100,7 @@ def convert(
 
 def _check_output(output: Path, *, overwrite: bool) -> None:
     """Refuse to write among files that are something else."""
-    from reft.model.checkpoint import WEIGHTS_FILE
+    from reft.io.adapter_files import WEIGHTS_FILE
 
     if not output.is_dir() or not any(output.iterdir()):
         return

@@ -39,8 +39,8 @@ def generate(
 
     from rich.console import Console
 
-    from reft.atomic import write_whole
     from reft.cli.loading import check_model_name, load_model
+    from reft.io.atomic_write import write_whole
     from reft.train.evaluate import generate_completions
     from reft.train.records import read_records
 

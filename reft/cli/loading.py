@@ -9,7 +9,7 @@ from typing import Any
 
 from reft.cli.errors import UserError, one_line
 from reft.cli.ranks import local_device
-from reft.online import hub_reachable
+from reft.io.hub_status import hub_reachable
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -112,7 +112,7 @@ def _check_causal(base: Any, model: str) -> None:
 
 def check_adapter(adapter: Path) -> None:
     """Refuse a folder that holds no readable adapter, before the model is loaded."""
-    from reft.model.checkpoint import read_adapter
+    from reft.io.adapter_files import read_adapter
 
     read_adapter(adapter)
 

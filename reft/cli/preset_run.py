@@ -57,7 +57,7 @@ def run_preset(
     device: str,
 ) -> None:
     """Run a preset once for each seed, and print what came out beside what was published."""
-    from reft import presets
+    from reft.paper import presets
 
     preset = presets.override(presets.load(name), list(settings))
     chosen = preset.train.seeds if seeds is None else _numbers(seeds)
@@ -70,10 +70,10 @@ def run_preset(
     from rich.console import Console
 
     from reft.cli.loading import check_model_name, load_base, resolve_device
-    from reft.runs.collect import collect
-    from reft.runs.report import average, details
-    from reft.runs.run import run
-    from reft.tasks import ClassificationTask, get_task
+    from reft.paper.runs.collect import collect
+    from reft.paper.runs.report import average, details
+    from reft.paper.runs.run import run
+    from reft.paper.tasks import ClassificationTask, get_task
     from reft.train.trainer import require_accelerate
 
     require_accelerate()

@@ -14,7 +14,7 @@ from reft.cli.errors import UserError, check_file
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from reft.presets import Preset, Published
+    from reft.paper.presets import Preset, Published
 
 app = typer.Typer(
     help="The published runs: list them, show one, copy one to edit.",
@@ -80,8 +80,8 @@ def list_presets(
 @app.command("show")
 def show(name: Name, as_json: AsJson = False) -> None:
     """Show a preset: each setting with where it is from, what was published, how to run it."""
-    from reft.presets import load
-    from reft.presets.schema import SETTINGS
+    from reft.paper.presets import load
+    from reft.paper.presets.schema import SETTINGS
 
     preset = load(name)
     if as_json:
@@ -126,8 +126,8 @@ def copy(
     ] = False,
 ) -> None:
     """Write a preset as a TOML file that inherits nothing, to edit and run with --preset FILE."""
-    from reft.atomic import write_whole
-    from reft.presets import load, to_toml
+    from reft.io.atomic_write import write_whole
+    from reft.paper.presets import load, to_toml
 
     if file.suffix != ".toml":
         raise UserError(f"the copy must be a file *.toml, got {file}")
@@ -142,8 +142,8 @@ def copy(
 
 def _chosen(task: str | None, model: str | None) -> list[Preset]:
     """The presets of a task and of models; an error where there are none."""
-    from reft.presets import load, names
-    from reft.presets.checks import nearest
+    from reft.paper.presets import load, names
+    from reft.paper.presets.checks import nearest
 
     found = [load(name) for name in names()]
     if task is not None:

@@ -22,16 +22,16 @@ def report(
     A number of the paper is shown beside a run's own, with whatever was not as published. What was
     not run is not shown.
     """
-    from reft.atomic import write_whole
-    from reft.runs.collect import collect
-    from reft.runs.report import markdown, plot_path, summary
+    from reft.io.atomic_write import write_whole
+    from reft.paper.runs.collect import collect
+    from reft.paper.runs.report import markdown, plot_path, summary
 
     groups, unfinished = collect(folder)
     check_folder(folder)
     if as_json:
         typer.echo(json.dumps([summary(group) for group in groups], indent=1, ensure_ascii=False))
         return
-    from reft.runs.plot import plot_group
+    from reft.paper.runs.plot import plot_group
 
     for group in groups:
         plot_group(group, folder / plot_path(group))

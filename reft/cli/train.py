@@ -287,7 +287,7 @@ def _checkpointing(arguments: type, wanted: bool) -> dict[str, Any]:
 def _checkpoint(output: Path, *, resume: bool, overwrite: bool) -> str | None:
     """The checkpoint to go on from, if asked; refuses to replace an adapter, or to begin an
     unfinished run anew, unless told to."""
-    from reft.model.checkpoint import WEIGHTS_FILE
+    from reft.io.adapter_files import WEIGHTS_FILE
     from reft.train.checkpoints import last_checkpoint
 
     if resume and overwrite:

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from reft.atomic import write_whole
+from reft.io.atomic_write import write_whole
 
 
 def loss_curve(

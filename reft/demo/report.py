@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from reft.atomic import write_whole
 from reft.demo.measure import StepTimes
+from reft.io.atomic_write import write_whole
 
 
 class GoalsMissed(RuntimeError):

@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
+from reft.adapter.tensor_checks import HEADS, TRAINING
 from reft.config import ReftConfig
 from reft.interop.from_adapters import read_adapters, stored_config
 from reft.interop.from_pyreft import find_pyreft, read_pyreft
 from reft.interop.to_pyreft import write_pyreft
 from reft.interop.units import Converted
-from reft.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
-from reft.nn.published import HEADS, TRAINING
+from reft.io.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_adapter
 from reft.peft_type import is_of_peft
-from reft.untrusted import parse_json, read_text
+from reft.safe_read import parse_json, read_text
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from reft.config import ReftConfig
 from reft.interop.units import Converted, Unit, convert, orthogonal
-from reft.nn.tensor_files import check_floats, read_tensors
-from reft.untrusted import parse_json, read_text, shown
+from reft.io.tensor_files import check_floats, read_tensors
+from reft.safe_read import parse_json, read_text, shown
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILES = ("pytorch_adapter.bin", "adapter.safetensors")

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from reft.config import COMPONENTS, ReftConfig
 from reft.interop.units import Converted, Unit, convert, orthogonal
-from reft.nn.tensor_files import check_floats, read_tensors
-from reft.untrusted import parse_json, read_text, shown
+from reft.io.tensor_files import check_floats, read_tensors
+from reft.safe_read import parse_json, read_text, shown
 from reft_kernels import FAMILY
 
 #: Where pyreft's trainer puts its files.

@@ -12,11 +12,11 @@ from reft.interop.from_adapters import read_adapters
 from reft.interop.from_pyreft import read_pyreft
 from reft.interop.to_pyreft import write_pyreft
 from reft.interop.units import Converted
-from reft.model import peft_base
-from reft.model.heads import head_state
+from reft.model import peft_compat as peft_base
+from reft.model.blocks import MODULE, ModelBlocks, find_blocks
+from reft.model.modules_to_save import head_state
 from reft.model.reft_model import ReftModel
-from reft.model.sites import MODULE, Sites, find_sites
-from reft.model.storage import put
+from reft.model.save_load import put
 
 #: The modules that pyreft means by these names in blocks of Llama's kind.
 _PARTS = {"attention_output": "self_attn", "mlp_output": "mlp"}
@@ -88,10 +88,10 @@ def load_pyreft(
         prompt_end=prompt_end,
         block_path=block_path,
     )
-    sites = find_sites(peft_base.transformers_model(base_model), converted.config.block_path)
+    sites = find_blocks(peft_base.transformers_model(base_model), converted.config.block_path)
     component = _by_pyreft(converted.config.component, sites)
     converted = replace(converted, config=replace(converted.config, component=component))
-    return _attached(converted, path, base_model, adapter_name, is_trainable)
+    return _registry(converted, path, base_model, adapter_name, is_trainable)
 
 
 def load_adapters_reft(
@@ -145,7 +145,7 @@ def load_adapters_reft(
         block_path=block_path,
         **{name: value for name, value in said.items() if value is not None},
     )
-    return _attached(converted, path, base_model, adapter_name, is_trainable)
+    return _registry(converted, path, base_model, adapter_name, is_trainable)
 
 
 def save_pyreft(model: ReftModel, path: _Path, adapter_name: str | None = None) -> None:
@@ -168,27 +168,28 @@ def save_pyreft(model: ReftModel, path: _Path, adapter_name: str | None = None) 
     name = model.active_adapter if adapter_name is None else adapter_name
     if name is None:
         raise ValueError("adapter_name must be given, no adapter is active")
-    attached = model._attached
-    bank = attached.bank(name)
-    heads = head_state(attached.heads.modules_of(model.get_base_model(), name))
-    names = {_by_pyreft(one, attached.sites): one for one in COMPONENTS}
-    component = names.get(bank.config.component)
-    if component is None and bank.config.component in COMPONENTS:
+    registry = model._registry
+    adapter = registry.adapter(name)
+    heads = head_state(registry.heads.modules_of(model.get_base_model(), name))
+    names = {_by_pyreft(one, registry.sites): one for one in COMPONENTS}
+    component = names.get(adapter.config.component)
+    if component is None and adapter.config.component in COMPONENTS:
         raise ValueError(
-            f"component must be one that pyreft edits, {bank.config.component!r} of this model is "
+            "component must be one that pyreft edits, "
+            f"{adapter.config.component!r} of this model is "
             f"the output of a norm; pyreft has {', '.join(map(repr, names))}"
         )
-    config = replace(bank.config, component=component or bank.config.component)
-    write_pyreft(path, config, bank.layers, bank.published_state(), heads)
+    config = replace(adapter.config, component=component or adapter.config.component)
+    write_pyreft(path, config, adapter.layers, adapter.export_state_dict(), heads)
 
 
-def _attached(
+def _registry(
     converted: Converted, path: _Path, base_model: nn.Module, name: str, is_trainable: bool
 ) -> ReftModel:
     """A model with a converted adapter; if it does not fit, the base model as it was."""
     model = ReftModel(base_model, converted.config.block_path)
     try:
-        sites = model._attached.sites
+        sites = model._registry.sites
         if converted.dim != sites.dim:
             raise ValueError(
                 f"{os.fspath(path)}: base_model must have the width {converted.dim} of the "
@@ -202,7 +203,7 @@ def _attached(
     return model if is_trainable else model.eval()
 
 
-def _by_pyreft(component: str, sites: Sites) -> str:
+def _by_pyreft(component: str, sites: ModelBlocks) -> str:
     """What pyreft's name of a component is here, in the blocks of this model.
 
     Where a norm stands between a part and the residual sum, as in Gemma 2, pyreft's names are of

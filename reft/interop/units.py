@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reft.adapter.tensor_checks import FLOATS, bank_shape, check_adapter_tensors, check_numbers
 from reft.config import ReftConfig
-from reft.nn.published import FLOATS, bank_shape, check_numbers, check_stored
 from reft_kernels import FAMILY
 from reft_kernels.activations import ALIASES
 
@@ -50,7 +50,8 @@ class Converted:
 
     Attributes:
         config: its configuration; layers are a list.
-        tensors: ``rotation``, ``weight`` and ``bias`` as :meth:`reft.nn.bank.Bank.load` takes them.
+        tensors: ``rotation``, ``weight`` and ``bias``, as :meth:`AdapterParameters.load` takes
+            them.
         heads: parameters of the base model that were trained too, by their name in it.
     """
 
@@ -70,7 +71,7 @@ class Converted:
         # Of "all" layers, and of an R that is not there, any number does: no model says how many.
         count, _, _, dim = (1, 1, 1, self.config.rank) if rotation is None else rotation.shape
         shape = bank_shape(self.config, count if layers == "all" else len(layers), dim)
-        check_stored(self.config, shape, self.tensors)
+        check_adapter_tensors(self.config, shape, self.tensors)
         for name, value in self.heads.items():
             if value.dtype in FLOATS:
                 check_numbers(name, value)

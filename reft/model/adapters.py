@@ -11,57 +11,62 @@ from typing import Any
 import torch
 from torch import nn
 
+from reft.adapter.device_cache import EditSite
+from reft.adapter.multi_device import MultiDeviceParameters
+from reft.adapter.parameters import AdapterParameters
 from reft.config import ReftConfig
-from reft.model import peft_base, vocabulary
-from reft.model.attachment import SUBMODULE, Attachment
-from reft.model.chosen import sites_of
+from reft.model import peft_compat as peft_base
+from reft.model import vocabulary
+from reft.model.batch import sites_of
+from reft.model.blocks import block_device
 from reft.model.frozen_heads import report_frozen_head
-from reft.model.heads import copy_heads
 from reft.model.hooks import EditOutput
 from reft.model.labels import give_back_labels
+from reft.model.modules_to_save import copy_heads
 from reft.model.origins import origin_of, warn_of_another_base
-from reft.model.parallel import refuse_absent_heads
-from reft.model.sites import site_device
+from reft.model.registry import SUBMODULE, AdapterRegistry
+from reft.model.tensor_parallel import refuse_absent_heads
 from reft.model.ties import refuse_untying, with_tied_modules
-from reft.nn.bank import Bank
-from reft.nn.spread import SpreadBank
-from reft.serving.tables import Site
 
 
 def build(
-    attached: Attachment,
+    registry: AdapterRegistry,
     base: nn.Module,
     name: str,
     config: ReftConfig,
     generator: torch.Generator | None = None,
-) -> tuple[Bank | SpreadBank, dict[str, nn.Module]]:
+) -> tuple[AdapterParameters | MultiDeviceParameters, dict[str, nn.Module]]:
     """The parts of an adapter, its bank and its heads; nothing on the model changes.
 
     Raises:
         ValueError: a name or configuration that does not fit.
     """
-    attached.check_new_name(name)
-    sites = attached.sites
-    check_config(attached, config)
+    registry.check_new_name(name)
+    sites = registry.sites
+    check_config(registry, config)
     if config.base_model_name_or_path is None:
         config = replace(config, base_model_name_or_path=origin_of(base))
     layers = config.resolve_layers(len(sites.blocks))
-    with _originals(attached, base):
+    with _originals(registry, base):
         paths = config.resolve_modules_to_save(_nameable(base))
         refuse_absent_heads(base, paths)
-        _refuse_edited_heads(attached, base, [(layer, config.component) for layer in layers], paths)
+        _refuse_edited_heads(registry, base, [(layer, config.component) for layer in layers], paths)
         refuse_untying(base, paths)
         heads = copy_heads(base, paths)
-    devices = [site_device(sites.blocks[layer]) for layer in layers]
-    bank: Bank | SpreadBank
+    devices = [block_device(sites.blocks[layer]) for layer in layers]
+    adapter: AdapterParameters | MultiDeviceParameters
     if len(set(devices)) == 1:
-        bank = Bank(config, layers, sites.dim, device=devices[0], generator=generator)
+        adapter = AdapterParameters(
+            config, layers, sites.dim, device=devices[0], generator=generator
+        )
     else:
-        bank = SpreadBank(config, layers, sites.dim, devices=devices, generator=generator)
-    return bank, heads
+        adapter = MultiDeviceParameters(
+            config, layers, sites.dim, devices=devices, generator=generator
+        )
+    return adapter, heads
 
 
-def with_both_ends(attached: Attachment, base: nn.Module, config: ReftConfig) -> ReftConfig:
+def with_both_ends(registry: AdapterRegistry, base: nn.Module, config: ReftConfig) -> ReftConfig:
     """The configuration of a new adapter, whose ``modules_to_save`` name what is tied to them too.
 
     Raises:
@@ -69,19 +74,19 @@ def with_both_ends(attached: Attachment, base: nn.Module, config: ReftConfig) ->
     """
     if not (config.modules_to_save or config.task_type):
         return config
-    with _originals(attached, base):
+    with _originals(registry, base):
         return with_tied_modules(base, _nameable(base), config)
 
 
 @contextmanager
-def _originals(attached: Attachment, base: nn.Module) -> Iterator[None]:
+def _originals(registry: AdapterRegistry, base: nn.Module) -> Iterator[None]:
     """Inside, the base's own modules are in it."""
-    shown = attached.heads.shown
-    attached.show_heads(base, None)
+    shown = registry.heads.shown
+    registry.show_heads(base, None)
     try:
         yield
     finally:
-        attached.show_heads(base, shown)
+        registry.show_heads(base, shown)
 
 
 def _nameable(base: nn.Module) -> list[str]:
@@ -95,14 +100,14 @@ def _nameable(base: nn.Module) -> list[str]:
 
 
 def _refuse_edited_heads(
-    attached: Attachment, base: nn.Module, edited: Sequence[Site], paths: Sequence[str]
+    registry: AdapterRegistry, base: nn.Module, edited: Sequence[EditSite], paths: Sequence[str]
 ) -> None:
     """A copy that stood for what is edited would not be: hooks are on the original.
 
     Raises:
         ValueError: modules that are trained in full contain what is edited.
     """
-    inside = {attached.sites.module(*site): site for site in edited}
+    inside = {registry.sites.module(*site): site for site in edited}
     for path in paths:
         for module in base.get_submodule(path).modules():
             if module in inside:
@@ -114,59 +119,59 @@ def _refuse_edited_heads(
 
 
 def attach(
-    attached: Attachment,
+    registry: AdapterRegistry,
     base: nn.Module,
     name: str,
-    bank: Bank | SpreadBank,
+    adapter: AdapterParameters | MultiDeviceParameters,
     heads: Mapping[str, nn.Module],
 ) -> None:
     """Put an adapter on the model, frozen and not active."""
-    for module in (bank, *heads.values()):
+    for module in (adapter, *heads.values()):
         module.requires_grad_(False).train(base.training)
-    with attached.lock:
-        attached.check_new_name(name)
-        attached.adapters[name] = bank
-        attached.heads.add(name, heads)
-        vocabulary.guard(base, attached.heads)
-        place_hooks(attached)
-    report_frozen_head(base, attached.sites.path, name, heads)
+    with registry.lock:
+        registry.check_new_name(name)
+        registry.adapters[name] = adapter
+        registry.heads.add(name, heads)
+        vocabulary.guard(base, registry.heads)
+        place_hooks(registry)
+    report_frozen_head(base, registry.sites.path, name, heads)
 
 
-def detach(attached: Attachment, base: nn.Module, name: str) -> None:
+def detach(registry: AdapterRegistry, base: nn.Module, name: str) -> None:
     """Take an adapter off the model, with the hooks that no other needs."""
-    with attached.lock:
-        if attached.heads.shown == name:
-            attached.show_heads(base, None)
-        attached.heads.remove(base, name)
-        vocabulary.guard(base, attached.heads)
-        del attached.adapters[name]
-        attached.ends.pop(name, None)
-        attached.pool.forget_bank(name)
-        place_hooks(attached)
+    with registry.lock:
+        if registry.heads.shown == name:
+            registry.show_heads(base, None)
+        registry.heads.remove(base, name)
+        vocabulary.guard(base, registry.heads)
+        del registry.adapters[name]
+        registry.ends.pop(name, None)
+        registry.pool.forget_bank(name)
+        place_hooks(registry)
 
 
-def take_off(attached: Attachment, base: nn.Module, handles: Iterable[Any]) -> None:
+def take_off(registry: AdapterRegistry, base: nn.Module, handles: Iterable[Any]) -> None:
     """Take all adapters off a model, with everything else that stands on it for them.
 
     Args:
         handles: of what was put on it beside the hooks of adapters; each is removed.
     """
-    attached.heads.show(base, None)
+    registry.heads.show(base, None)
     vocabulary.release(base)
-    give_back_labels(base, attached.unnamed_labels)
-    for handle in (*handles, *attached.handles.values()):
+    give_back_labels(base, registry.unnamed_labels)
+    for handle in (*handles, *registry.handles.values()):
         handle.remove()
     delattr(base, SUBMODULE)
 
 
-def check_config(attached: Attachment, config: ReftConfig) -> None:
+def check_config(registry: AdapterRegistry, config: ReftConfig) -> None:
     """Refuse a configuration that the model has no place for.
 
     Raises:
         ValueError: another list of blocks, a block or a component that is not there, image tokens
             where the model has none.
     """
-    sites = attached.sites
+    sites = registry.sites
     if config.block_path not in (None, sites.path):
         raise ValueError(
             f"ReftConfig.block_path must be {sites.path!r}, where this model's adapters are, "
@@ -174,59 +179,59 @@ def check_config(attached: Attachment, config: ReftConfig) -> None:
         )
     for layer in config.resolve_layers(len(sites.blocks)):
         sites.module(layer, config.component)
-    if config.positions == "image" and attached.image_token is None:
+    if config.positions == "image" and registry.image_token is None:
         raise ValueError(
             'ReftConfig.positions must not be "image" for a model whose configuration names no '
             f"image_token_id, such as this {type(sites.stack).__name__}"
         )
 
 
-def place_hooks(attached: Attachment) -> None:
+def place_hooks(registry: AdapterRegistry) -> None:
     """A hook where some adapter, request or generation edits, and nowhere else."""
-    with attached.lock:
-        sources = [*map(attached.bank, attached.adapters), *attached.pool.adapters.values()]
-        for generation in attached.running.generations.copy():
+    with registry.lock:
+        sources = [*map(registry.adapter, registry.adapters), *registry.pool.adapters.values()]
+        for generation in registry.running.generations.copy():
             sources.extend((generation.sources or {}).values())
         wanted = {site for source in sources for site in sites_of(source)}
-        for engine in attached.engines():
+        for engine in registry.engines():
             for request in engine.requests():
                 wanted.update(() if request.resident is None else request.resident.sites)
         # A forward of another thread may have passed some of its blocks and not the others: what it
         # needs stays until the next change.
-        unneeded = attached.handles.keys() - wanted
-        for site in () if attached.running.elsewhere() else unneeded:
-            attached.handles.pop(site).remove()
-        for site in wanted - attached.handles.keys():
-            attached.handles[site] = attached.sites.module(*site).register_forward_hook(
-                EditOutput(attached, site), with_kwargs=True
+        unneeded = registry.handles.keys() - wanted
+        for site in () if registry.running.elsewhere() else unneeded:
+            registry.handles.pop(site).remove()
+        for site in wanted - registry.handles.keys():
+            registry.handles[site] = registry.sites.module(*site).register_forward_hook(
+                EditOutput(registry, site), with_kwargs=True
             )
 
 
 class PoolHost:
-    """What the pool of adapters asks of the model; see :class:`reft.serving.pool.Host`."""
+    """What the pool of adapters asks of the model; see :class:`reft.adapter.pool.Host`."""
 
-    def __init__(self, attached: Attachment, base_name: str | None) -> None:
-        self.attached, self.base_name = attached, base_name
+    def __init__(self, registry: AdapterRegistry, base_name: str | None) -> None:
+        self.registry, self.base_name = registry, base_name
 
     @property
     def num_layers(self) -> int:
-        return len(self.attached.sites.blocks)
+        return len(self.registry.sites.blocks)
 
     @property
     def dim(self) -> int:
-        return self.attached.sites.dim
+        return self.registry.sites.dim
 
-    def device_of(self, site: Site) -> torch.device:
-        return site_device(self.attached.sites.blocks[site[0]])
+    def device_of(self, site: EditSite) -> torch.device:
+        return block_device(self.registry.sites.blocks[site[0]])
 
     def check_new_name(self, name: str) -> None:
-        self.attached.check_new_name(name)
+        self.registry.check_new_name(name)
 
     def check_config(self, config: ReftConfig) -> None:
-        check_config(self.attached, config)
+        check_config(self.registry, config)
 
     def check_origin(self, path: str | os.PathLike[str], config: ReftConfig) -> None:
         warn_of_another_base(path, config, self.base_name)
 
     def pool_changed(self) -> None:
-        place_hooks(self.attached)
+        place_hooks(self.registry)

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reft.model.chosen import choose
+from reft.model.batch import choose
+from reft.model.forward_plan import ForwardPlan
 from reft.model.generation import Generation, past_length
-from reft.model.plan import ForwardPlan
 from reft.model.planner import edited_by, generation_rows
-from reft.model.prompt import cache_of
+from reft.model.prompts import cache_of
 
 if TYPE_CHECKING:
-    from reft.model.attachment import Attachment
+    from reft.model.registry import AdapterRegistry
 
 #: The attribute of a cache that holds its notes; copies of the cache have copies of them.
 ATTRIBUTE = "_reft_edits"
@@ -66,7 +66,7 @@ def note_edits(plan: ForwardPlan, output: Any) -> None:
     getattr(cache, ATTRIBUTE).append(note)
 
 
-def reuse_cache(attached: Attachment, generation: Generation, kwargs: dict[str, Any]) -> None:
+def reuse_cache(registry: AdapterRegistry, generation: Generation, kwargs: dict[str, Any]) -> None:
     """Shorten the filled cache that a ``generate`` was given to the columns that hold what reading
     its whole prompt would have put there.
 
@@ -80,7 +80,7 @@ def reuse_cache(attached: Attachment, generation: Generation, kwargs: dict[str, 
     if not past:
         return
     batch = generation.prompt.length.shape[0]
-    usable = _agreeing(attached, generation, getattr(cache, ATTRIBUTE, []), batch, past)
+    usable = _agreeing(registry, generation, getattr(cache, ATTRIBUTE, []), batch, past)
     if usable == past:
         return
     wrong = (
@@ -113,19 +113,19 @@ def _is_croppable(layer: Any) -> bool:
 
 
 def _agreeing(
-    attached: Attachment, generation: Generation, notes: list[Note], batch: int, past: int
+    registry: AdapterRegistry, generation: Generation, notes: list[Note], batch: int, past: int
 ) -> int:
     """The number of columns, of ``past``, up to which the cache is edited as the prompt asks."""
     chosen = []
     active = generation.active
-    if not attached.call.disabled and (generation.adapter_names is not None or active is not None):
+    if not registry.call.disabled and (generation.adapter_names is not None or active is not None):
         chosen = choose(
-            attached, generation.adapter_names, generation.adapter_scales, generation.subspaces,
+            registry, generation.adapter_names, generation.adapter_scales, generation.subspaces,
             batch, generation.sources or {}, active,
         )  # fmt: skip
     device = generation.prompt.length.device
     wanted = torch.zeros(batch, past, dtype=torch.bool, device=device)
-    rows_of = generation_rows(attached, generation, batch, 0, past)
+    rows_of = generation_rows(registry, generation, batch, 0, past)
     for one in chosen:
         mine = None if one.sequences is None else torch.tensor(one.sequences, device=device)
         for rows in rows_of(one.config, mine):

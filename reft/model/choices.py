@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from reft.model.calls import Options
+from reft.model.call_state import Options
 
 
 def one_a_text(options: Options, choices: int) -> Options:

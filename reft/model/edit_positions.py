@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reft.model.prompt import INTEGERS, Prompt, visible
+from reft.model.prompts import INTEGERS, Prompt, visible
 
 #: Among token numbers: no token.
 _NONE = torch.iinfo(torch.int64).min
 
 
 def given_columns(value: Any, prompt: Prompt, shape: tuple[int, int]) -> Tensor:
-    """The argument ``edit_positions`` as what :func:`reft.model.plan.member_rows` reads.
+    """The argument ``edit_positions`` as what :func:`reft.model.forward_plan.member_rows` reads.
 
     Args:
         value: a list of token numbers for each sequence, counted from its first token, a negative

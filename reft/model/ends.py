@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from reft.model.checkpoint import read_list
+from reft.io.adapter_files import read_list
 from reft.model.generation import Generation, settings_of
 
 if TYPE_CHECKING:
-    from reft.model.attachment import Attachment
+    from reft.model.registry import AdapterRegistry
 
 #: Where the header keeps them: a JSON list of token ids.
 METADATA_KEY = "end_tokens"
@@ -34,7 +34,7 @@ def read_ends(path: str | os.PathLike[str]) -> tuple[int, ...]:
     """The ends that are stored with an adapter.
 
     Args:
-        path: a folder that :func:`reft.model.checkpoint.read_adapter` has read.
+        path: a folder that :func:`reft.io.adapter_files.read_adapter` has read.
 
     Raises:
         ValueError: something else stands in their place.
@@ -43,17 +43,17 @@ def read_ends(path: str | os.PathLike[str]) -> tuple[int, ...]:
     return tuple(ends or ())
 
 
-def learn_ends(attached: Attachment, base: nn.Module, taught: Iterable[int]) -> None:
+def learn_ends(registry: AdapterRegistry, base: nn.Module, taught: Iterable[int]) -> None:
     """Keep with the active adapter the ends that training teaches and the base does not know."""
     known = listed_ids(getattr(getattr(base, "generation_config", None), "eos_token_id", None))
-    name = attached.active
+    name = registry.active
     new = [end for end in taught if end not in known]
     if name is not None and new:
-        attached.ends[name] = tuple(dict.fromkeys([*attached.ends.get(name, ()), *new]))
+        registry.ends[name] = tuple(dict.fromkeys([*registry.ends.get(name, ()), *new]))
 
 
 def stop_at_ends(
-    attached: Attachment,
+    registry: AdapterRegistry,
     base: nn.Module,
     generation: Generation,
     args: tuple[Any, ...],
@@ -61,9 +61,9 @@ def stop_at_ends(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of ``generate`` with the ends of the adapters that take part in it. An
     ``eos_token_id`` of the call itself is left alone."""
-    if attached.call.disabled or generation.restarts or "eos_token_id" in kwargs:
+    if registry.call.disabled or generation.restarts or "eos_token_id" in kwargs:
         return args, kwargs
-    ends = [end for name in generation.sources or () for end in attached.ends.get(name, ())]
+    ends = [end for name in generation.sources or () for end in registry.ends.get(name, ())]
     configured = listed_ids(settings_of(base, args, kwargs)("eos_token_id"))
     missing = [end for end in dict.fromkeys(ends) if end not in configured]
     if not missing:

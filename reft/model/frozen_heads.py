@@ -9,7 +9,7 @@ from collections.abc import Collection
 from torch import nn
 
 from reft.config import HEAD_MODULES
-from reft.model.attachment import SUBMODULE
+from reft.model.registry import SUBMODULE
 
 logger = logging.getLogger(__name__)
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from reft.model.chosen import Source, names_of, scales_of, sources_by_name
+from reft.model.batch import Source, names_of, scales_of, sources_by_name
 from reft.model.edit_positions import given_columns
-from reft.model.peft_base import transformers_model
-from reft.model.prompt import Prompt, cache_of, find_prompt
+from reft.model.peft_compat import transformers_model
+from reft.model.prompts import Prompt, cache_of, find_prompt
 
 if TYPE_CHECKING:
-    from reft.model.attachment import Attachment
-    from reft.model.calls import Options
+    from reft.model.call_state import Options
+    from reft.model.registry import AdapterRegistry
 
 
 @dataclass(eq=False)
@@ -64,7 +64,7 @@ class Generation:
             self.ids = tokens if tokens.ndim == 2 else None
             self.seen = 0
 
-    def settle(self, attached: Attachment, adapter_scales: Any) -> None:
+    def settle(self, registry: AdapterRegistry, adapter_scales: Any) -> None:
         """Look up what the names stand for, once, before anything is computed.
 
         Raises:
@@ -76,11 +76,11 @@ class Generation:
         if self.restarts:
             self._check_alike()
         if self.adapter_names is not None:
-            names = names_of(attached, self.adapter_names, batch)
-            self.sources = sources_by_name(attached, names)
-        elif attached.active is not None:
-            self.active = attached.active
-            self.sources = sources_by_name(attached, [self.active])
+            names = names_of(registry, self.adapter_names, batch)
+            self.sources = sources_by_name(registry, names)
+        elif registry.active is not None:
+            self.active = registry.active
+            self.sources = sources_by_name(registry, [self.active])
 
     def _check_alike(self) -> None:
         """Refuse what differs from sequence to sequence, where sequences leave the batch.
@@ -203,11 +203,11 @@ def capture(
     make is made here and put into ``kwargs``, so that both go by the same one.
 
     Args:
-        side: which stack is edited, see :class:`reft.model.sites.Sites`.
+        side: which stack is edited, see :class:`reft.model.blocks.Sites`.
 
     Raises:
         TypeError: the model cannot generate.
-        TypeError, ValueError: as :func:`reft.model.prompt.find_prompt` and
+        TypeError, ValueError: as :func:`reft.model.prompts.find_prompt` and
             :func:`reft.model.edit_positions.given_columns`.
     """
     if not hasattr(model, "generate"):

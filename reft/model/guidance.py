@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from reft.model.generation import Generation, resolve_given, settings_of
-from reft.model.prompt import find_prompt
+from reft.model.prompts import find_prompt
 
 if TYPE_CHECKING:
-    from reft.model.attachment import Attachment
+    from reft.model.registry import AdapterRegistry
 
 
 class NegativePrompt:
@@ -35,9 +35,13 @@ class NegativePrompt:
     """
 
     def __init__(
-        self, base: nn.Module, attached: Attachment, generation: Generation, edit_positions: Any
+        self,
+        base: nn.Module,
+        registry: AdapterRegistry,
+        generation: Generation,
+        edit_positions: Any,
     ) -> None:
-        self.base, self.attached = base, attached
+        self.base, self.registry = base, registry
         self.guided, self.edit_positions = generation, edit_positions
         self.generation: Generation | None = None
 
@@ -49,14 +53,14 @@ class NegativePrompt:
             self.generation = replace(
                 self.guided, prompt=prompt, width=shape[1], ids=input_ids, given=given, seen=0
             )
-        with self.attached.generating(self.generation):
+        with self.registry.generating(self.generation):
             return self.base(input_ids, attention_mask=attention_mask, **kwargs)
 
 
 @contextmanager
 def guided(
     base: nn.Module,
-    attached: Attachment,
+    registry: AdapterRegistry,
     generation: Generation,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -84,7 +88,7 @@ def guided(
             "edit_positions must be a function of (input_ids, attention_mask) with guidance_scale, "
             "which runs a negative prompt too: one list cannot name tokens of both"
         )
-    model: Any = NegativePrompt(base, attached, generation, edit_positions)
+    model: Any = NegativePrompt(base, registry, generation, edit_positions)
     processors = [copy.copy(one) if isinstance(one, guiding) else one for one in processors]
     for processor in processors:
         if isinstance(processor, guiding):

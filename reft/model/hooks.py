@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from reft.adapter.device_cache import EditSite
+from reft.model.activation_checkpointing import keep_plans
 from reft.model.cached_edits import note_edits
-from reft.model.calls import OPTIONS, Options
-from reft.model.checkpointing import keep_plans
+from reft.model.call_state import OPTIONS, Options
 from reft.model.choices import one_a_text
-from reft.model.parallel import refuse_context_parallel
-from reft.model.plan import Edit, ForwardPlan
+from reft.model.dropout import dropped_edit
+from reft.model.forward_plan import Edit, ForwardPlan
 from reft.model.planner import plan_forward
-from reft.nn.dropout import dropped_edit
-from reft.serving.tables import Site
+from reft.model.tensor_parallel import refuse_context_parallel
 from reft_kernels import lowrank_edit, lowrank_edit_
 
 if TYPE_CHECKING:
-    from reft.model.attachment import Attachment
+    from reft.model.registry import AdapterRegistry
 
 #: The keyword under which the plan travels to the blocks, where the architecture hands keywords on.
 KEYWORD = "reft_plan"
@@ -36,8 +36,8 @@ _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class _Call:
     """Base of the hooks that look at a module's arguments by name."""
 
-    def __init__(self, attachment: Attachment, module: nn.Module) -> None:
-        self.attachment = attachment
+    def __init__(self, registry: AdapterRegistry, module: nn.Module) -> None:
+        self.registry = registry
         parameters = inspect.signature(module.forward).parameters.values()
         self.names = [
             one.name
@@ -57,23 +57,23 @@ class TakeOptions(_Call):
         outermost: whether nothing around the module has taken any: PEFT's wrapper calls the model.
     """
 
-    def __init__(self, attachment: Attachment, module: nn.Module, outermost: bool) -> None:
-        super().__init__(attachment, module)
+    def __init__(self, registry: AdapterRegistry, module: nn.Module, outermost: bool) -> None:
+        super().__init__(registry, module)
         self.outermost = outermost
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> _Arguments:
         kwargs = dict(kwargs)
-        call = self.attachment.call
+        call = self.registry.call
         if not torch.compiler.is_compiling():
-            self.attachment.enter()
+            self.registry.enter()
         # What an interrupted call has left, since no hook is run behind it, is not taken.
         outer = Options() if self.outermost else call.options or Options()
         taken = {name: kwargs.pop(name, getattr(outer, name)) for name in OPTIONS}
         named = self._named(args, kwargs)
         call.options = Options(**taken, labels=named.get("labels"))
-        if self.attachment.sites.choices and self.outermost:
+        if self.registry.sites.choices and self.outermost:
             ids = named.get("input_ids")
             tokens = named.get("inputs_embeds") if ids is None else ids
             if isinstance(tokens, Tensor) and tokens.ndim > 2:
@@ -90,15 +90,15 @@ class MakePlan(_Call):
         if KEYWORD in kwargs:  # made by the module of PEFT's that calls this one
             return args, kwargs
         if not torch.compiler.is_compiling():
-            self.attachment.enter()
-        plan = plan_forward(self.attachment, stack, self._named(args, kwargs))
+            self.registry.enter()
+        plan = plan_forward(self.registry, stack, self._named(args, kwargs))
         if plan is not None and not torch.compiler.is_compiling():
             refuse_context_parallel()
-            if self.attachment.call.watched is not None:
-                self.attachment.call.watched.append(plan)
-        self.attachment.call.current = plan
+            if self.registry.call.watched is not None:
+                self.registry.call.watched.append(plan)
+        self.registry.call.current = plan
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            keep_plans(self.attachment)
+            keep_plans(self.registry)
         # None is sent too while gradients are recorded: a block run again in backward must be able
         # to tell "nothing to edit" from "the plan was lost".
         if self.takes_keywords and (plan is not None or torch.is_grad_enabled()):
@@ -109,24 +109,24 @@ class MakePlan(_Call):
 class Forget:
     """Forward hook, run even if the forward fails: clears one attribute of the call."""
 
-    def __init__(self, attachment: Attachment, name: str) -> None:
-        self.attachment, self.name = attachment, name
+    def __init__(self, registry: AdapterRegistry, name: str) -> None:
+        self.registry, self.name = registry, name
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        call = self.attachment.call
+        call = self.registry.call
         setattr(call, self.name, None)
         if call.options is None and not torch.compiler.is_compiling():
-            self.attachment.running.threads.discard(threading.get_ident())
+            self.registry.running.threads.discard(threading.get_ident())
 
 
 class ForgetPlan(Forget):
     """Forward hook of the stack: notes on the cache what was edited, and clears the plan."""
 
-    def __init__(self, attachment: Attachment) -> None:
-        super().__init__(attachment, "current")
+    def __init__(self, registry: AdapterRegistry) -> None:
+        super().__init__(registry, "current")
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        plan = self.attachment.call.current
+        plan = self.registry.call.current
         if plan is not None and output is not None and not torch.compiler.is_compiling():
             note_edits(plan, output)
         super().__call__(module, args, output)
@@ -141,8 +141,8 @@ class EditOutput:
         TypeError, ValueError: its output is not (batch, columns, D), or a tuple that starts so.
     """
 
-    def __init__(self, attachment: Attachment, site: Site) -> None:
-        self.attachment, self.site = attachment, site
+    def __init__(self, registry: AdapterRegistry, site: EditSite) -> None:
+        self.registry, self.site = registry, site
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -153,7 +153,7 @@ class EditOutput:
             return None
         hidden = output[0] if isinstance(output, (tuple, list)) else output
         _check_output(self.site, hidden, plan, edits[0].decode.shape[-1])
-        in_place = self.attachment.in_place and _may_write(hidden, args)
+        in_place = self.registry.in_place and _may_write(hidden, args)
         edited = hidden
         for edit in edits:
             # Only the first may find memory that is not its own to write.
@@ -166,11 +166,11 @@ class EditOutput:
 
     def _plan(self, module: nn.Module, kwargs: dict[str, Any]) -> ForwardPlan | None:
         sent = KEYWORD in kwargs
-        plan: ForwardPlan | None = kwargs[KEYWORD] if sent else self.attachment.call.current
+        plan: ForwardPlan | None = kwargs[KEYWORD] if sent else self.registry.call.current
         if torch.compiler.is_compiling():
             return plan
         in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and not sent and not self.attachment.call.restored:
+        if in_backward and not sent and not self.registry.call.restored:
             raise RuntimeError(
                 f"block {self.site[0]} ({type(module).__name__}) is run again in backward and its "
                 "plan was not sent to it. Switch activation checkpointing on with "
@@ -184,7 +184,7 @@ class EditOutput:
         return plan
 
 
-def _check_output(site: Site, hidden: Any, plan: ForwardPlan, dim: int) -> None:
+def _check_output(site: EditSite, hidden: Any, plan: ForwardPlan, dim: int) -> None:
     where = f"block {site[0]}" if site[1] == "block_output" else f"{site[1]} of block {site[0]}"
     if not isinstance(hidden, Tensor):
         raise TypeError(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
 
-from reft.model.card import CARD_FILE, is_hub_name, is_ours, write_card
-from reft.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from reft.io.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from reft.model.model_card import CARD_FILE, is_hub_name, is_ours, write_card
 
 if TYPE_CHECKING:
     from reft.model.reft_model import ReftModel

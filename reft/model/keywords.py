@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
-from reft.untrusted import shown
+from reft.safe_read import shown
 
 
 class Loading(TypedDict, total=False):

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from reft.model.checkpoint import read_list
-from reft.untrusted import is_text, shown
+from reft.io.adapter_files import read_list
+from reft.safe_read import is_text, shown
 
 if TYPE_CHECKING:
     from reft.model.reft_model import ReftModel
@@ -35,7 +35,7 @@ def read_labels(path: str | os.PathLike[str]) -> list[str] | None:
     """The names of classes that are stored with an adapter, None if there are none.
 
     Args:
-        path: a folder that :func:`reft.model.checkpoint.read_adapter` has read.
+        path: a folder that :func:`reft.io.adapter_files.read_adapter` has read.
 
     Raises:
         ValueError: something else stands in their place.
@@ -60,7 +60,7 @@ def take_labels(model: ReftModel, names: list[str] | None, path: str | os.PathLi
             os.fspath(path), shown(names), shown(present),
         )  # fmt: skip
         return
-    model._attached.unnamed_labels = present
+    model._registry.unnamed_labels = present
     _set(base, names)
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from reft.atomic import write_whole
-from reft.model import peft_base
-from reft.nn.shards import whole
+from reft.adapter.sharding import whole
+from reft.io.atomic_write import write_whole
+from reft.model import peft_compat as peft_base
 
 if TYPE_CHECKING:
     from reft.model.reft_model import ReftModel

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
-from reft.model.attachment import SUBMODULE
-from reft.nn.spread import check_banks
+from reft.adapter.multi_device import check_banks
+from reft.model.registry import SUBMODULE
 
 if TYPE_CHECKING:
     from reft.model.reft_model import ReftModel

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Unpack, cast
 
 from torch import Tensor, nn
 
-from reft.model import storage
+from reft.model import save_load as storage
 from reft.model.hub import push_to_hub
 from reft.model.keywords import Loading, Saving
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from reft.config import ReftConfig
-from reft.untrusted import shown
+from reft.safe_read import shown
 
 #: A folder of the hub's cache -> the name on the hub.
 _CACHED = re.compile(r"^models--(.+)$")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from reft.config import ReftConfig
-from reft.model.calls import Options
-from reft.model.chosen import Chosen, choose, names_of, sources_by_name
+from reft.model.batch import BatchAdapter, choose, names_of, sources_by_name
+from reft.model.call_state import Options
+from reft.model.forward_plan import ForwardPlan, member_rows
 from reft.model.generation import (
     Generation,
     behind_prompts,
@@ -22,20 +23,19 @@ from reft.model.generation import (
     past_length,
     resolve_given,
 )
-from reft.model.mixed import RowsOf, make_plan
-from reft.model.plan import ForwardPlan, member_rows
-from reft.model.prompt import Prompt, cache_of, find_packed_prompt, find_prompt, packed_starts
-from reft.model.steps import plan_step
+from reft.model.grouped_edits import RowsOf, make_plan
+from reft.model.prompts import Prompt, cache_of, find_packed_prompt, find_prompt, packed_starts
+from reft.model.step_plan import plan_engine_step
 
 if TYPE_CHECKING:
-    from reft.model.attachment import Attachment
+    from reft.model.registry import AdapterRegistry
 
 #: Arguments that say that a cache of pages is used, as continuous batching does.
 PAGED = ("write_index", "read_index", "block_table")
 
 
 def plan_forward(
-    attached: Attachment, stack: nn.Module, call: dict[str, Any]
+    registry: AdapterRegistry, stack: nn.Module, call: dict[str, Any]
 ) -> ForwardPlan | None:
     """The plan of a forward of ``stack`` with arguments ``call``, or None if nothing is edited.
 
@@ -44,22 +44,22 @@ def plan_forward(
     rank must reach every parameter.
     """
     if any(call.get(name) is not None for name in PAGED):
-        return _plan_paged(attached, call)
-    if attached.engine_refs and any(engine.busy() for engine in attached.engines()):
+        return _plan_paged(registry, call)
+    if registry.engine_refs and any(engine.busy() for engine in registry.engines()):
         raise RuntimeError(
             "a continuous batching manager runs this model in another thread; add a request to "
             "it, stop it, or call the model inside its pause()"
         )
-    options = attached.call.options or Options()
-    generation = attached.call.generation
+    options = registry.call.options or Options()
+    generation = registry.call.generation
     if generation is not None and options.prompt_lengths is not None:
         generation = None
-    if attached.call.disabled:
+    if registry.call.disabled:
         return None
     ids = call.get("input_ids")
     tokens = call.get("inputs_embeds") if ids is None else ids
     names, parts, scales = options.adapter_names, options.subspaces, options.adapter_scales
-    active = attached.active
+    active = registry.active
     if generation is not None:
         names = names or generation.adapter_names
         parts = parts or generation.subspaces
@@ -90,49 +90,49 @@ def plan_forward(
     sources = None if settled is None else settled.sources
     if sources is None:
         sources = sources_by_name(
-            attached, [str(active)] if names is None else names_of(attached, names, sequences)
+            registry, [str(active)] if names is None else names_of(registry, names, sequences)
         )
     if starts is None and behind_prompts(call, options, generation, sources.values()):
         return None
-    chosen = choose(attached, names, scales, parts, sequences, sources, active)
+    chosen = choose(registry, names, scales, parts, sequences, sources, active)
     start: int | Tensor = 0
     if starts is None:
-        start, chosen = _in_this_window(attached, chosen, call, options, generation, window)
+        start, chosen = _in_this_window(registry, chosen, call, options, generation, window)
     if not chosen:
         return None
     if generation is not None:
-        rows_of = generation_rows(attached, generation, batch, start, window)
+        rows_of = generation_rows(registry, generation, batch, start, window)
     else:
-        prompt = _find_prompt(attached, call, tokens, starts, start, options)
+        prompt = _find_prompt(registry, call, tokens, starts, start, options)
         columns = shape if not isinstance(start, int) else (batch, start + window)
         mask = call.get("attention_mask")
         given = resolve_given(options.edit_positions, ids, mask, prompt, columns)
         width = window if starts is None else batch * window
-        rows_of = _rows_of(attached, prompt, given, ids, batch, start, width)
+        rows_of = _rows_of(registry, prompt, given, ids, batch, start, width)
     plan = make_plan(
-        attached, chosen, rows_of, shape,
+        registry, chosen, rows_of, shape,
         sequences=sequences, device=tokens.device, packed=starts is not None,
     )  # fmt: skip
     plan.start, plan.adapters, plan.cache = start, edited_by(chosen), cache_of(call)
     return plan
 
 
-def edited_by(chosen: list[Chosen]) -> tuple[object, ...]:
+def edited_by(chosen: list[BatchAdapter]) -> tuple[object, ...]:
     """What tells whether two forwards edit with the same adapters in the same way."""
     return tuple((one.name, one.sequences, one.kept, one.scale) for one in chosen)
 
 
 def generation_rows(
-    attached: Attachment, generation: Generation, batch: int, start: int | Tensor, window: int
+    registry: AdapterRegistry, generation: Generation, batch: int, start: int | Tensor, window: int
 ) -> RowsOf:
     """What an adapter edits in some columns of a generation: ``window`` of them from ``start``."""
     prompt = generation.prompt.expand(batch)
     given = expanded(generation.given, batch)
-    return _rows_of(attached, prompt, given, generation.ids, batch, start, window)
+    return _rows_of(registry, prompt, given, generation.ids, batch, start, window)
 
 
 def _rows_of(
-    attached: Attachment,
+    registry: AdapterRegistry,
     prompt: Prompt,
     given: Tensor | None,
     ids: Tensor | None,
@@ -143,7 +143,7 @@ def _rows_of(
     def rows(config: ReftConfig, sequences: Tensor | None) -> tuple[Tensor, ...]:
         columns = given
         if config.positions == "image":
-            columns = expanded(_images(attached, ids), batch)
+            columns = expanded(_images(registry, ids), batch)
         if config.positions == "given" and given is None:
             raise ValueError(
                 'edit_positions must be given: the adapter has positions "given", which every '
@@ -157,18 +157,18 @@ def _rows_of(
     return rows
 
 
-def _plan_paged(attached: Attachment, call: Mapping[str, Any]) -> ForwardPlan | None:
+def _plan_paged(registry: AdapterRegistry, call: Mapping[str, Any]) -> ForwardPlan | None:
     """The plan of a step of continuous batching.
 
     Raises:
         ValueError: nobody tells which requests the step computes.
     """
     tokens = call.get("input_ids")
-    for engine in attached.engines():
+    for engine in registry.engines():
         parts = engine.parts(call.get("cache"))
         if parts is not None and isinstance(tokens, Tensor):
-            return plan_step(attached.pool.tables, parts, tokens.shape[1], tokens.device)
-    if attached.disabled or attached.active is None:
+            return plan_engine_step(registry.pool.tables, parts, tokens.shape[1], tokens.device)
+    if registry.disabled or registry.active is None:
         return None
     raise ValueError(
         "continuous batching mixes the prompts and the generated tokens of many requests, and "
@@ -178,13 +178,13 @@ def _plan_paged(attached: Attachment, call: Mapping[str, Any]) -> ForwardPlan | 
 
 
 def _in_this_window(
-    attached: Attachment,
-    chosen: list[Chosen],
+    registry: AdapterRegistry,
+    chosen: list[BatchAdapter],
     call: dict[str, Any],
     options: Options,
     generation: Generation | None,
     window: int,
-) -> tuple[int | Tensor, list[Chosen]]:
+) -> tuple[int | Tensor, list[BatchAdapter]]:
     """(first column of this forward, the adapters that may edit anything in it)."""
     generated = [one.config.parsed_positions.generated for one in chosen]
     if generation is not None:
@@ -201,7 +201,7 @@ def _in_this_window(
                 "prompt_lengths must be given with a filled cache: the cache does not tell how "
                 'many tokens of it were generated, which positions "prompt+g…" count'
             )
-        if not at_start and attached.causal and options.labels is not None:
+        if not at_start and registry.causal and options.labels is not None:
             raise ValueError(
                 "prompt_lengths must be given with labels and a filled cache: the labels do "
                 "not tell how much of the prompt the cache holds"
@@ -215,7 +215,7 @@ def _in_this_window(
 
 
 def _find_prompt(
-    attached: Attachment,
+    registry: AdapterRegistry,
     call: dict[str, Any],
     tokens: Tensor,
     starts: Tensor | None,
@@ -226,7 +226,7 @@ def _find_prompt(
     batch, window = tokens.shape[:2]
     lengths, mask = options.prompt_lengths, call.get("attention_mask")
     first = isinstance(start, int) and start == 0
-    labels = options.labels if attached.causal and lengths is None and first else None
+    labels = options.labels if registry.causal and lengths is None and first else None
     if starts is not None:
         return find_packed_prompt(
             starts.to(tokens.device), batch * window,
@@ -239,12 +239,12 @@ def _find_prompt(
         attention_mask=mask,
         labels=labels,
         prompt_lengths=lengths,
-        shifted=attached.sites.side == "decoder",
+        shifted=registry.sites.side == "decoder",
     )
 
 
-def _images(attached: Attachment, ids: Tensor | None) -> Tensor:
+def _images(registry: AdapterRegistry, ids: Tensor | None) -> Tensor:
     if ids is None:
         raise ValueError('positions "image" are told by input_ids, got inputs_embeds alone')
-    assert attached.image_token is not None  # checked when the adapter was added
-    return ids == attached.image_token
+    assert registry.image_token is not None  # checked when the adapter was added
+    return ids == registry.image_token

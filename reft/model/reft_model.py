@@ -12,15 +12,21 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from reft.adapter.fresh import mark_fresh
+from reft.adapter.parameter_counts import count_parameters, print_parameters
+from reft.adapter.pool import AdapterPool
+from reft.adapter.state_dicts import apart
 from reft.config import ReftConfig
 from reft.foreign_names import WRAPPING, refusing_foreign_keywords
-from reft.model import checkpointing, peft_base
+from reft.model import activation_checkpointing as checkpointing
+from reft.model import peft_compat as peft_base
 from reft.model.adapters import PoolHost, attach, build, detach, take_off, with_both_ends
 from reft.model.arguments import check_base, check_config, check_mode
-from reft.model.attachment import SUBMODULE, Attachment
+from reft.model.batch import one_name
+from reft.model.blocks import find_blocks
 from reft.model.cached_edits import reuse_cache
-from reft.model.chosen import one_name
-from reft.model.continuous import ContinuousBatching
+from reft.model.continuous_batching import ContinuousBatching
+from reft.model.distributed import broadcast_adapters
 from reft.model.ends import stop_at_ends
 from reft.model.foreign import RefusesTrl
 from reft.model.generation import capture
@@ -30,13 +36,8 @@ from reft.model.on_base import put_on_base
 from reft.model.on_disk import OnDisk
 from reft.model.origins import origin_of
 from reft.model.pipelines import announce
-from reft.model.prompt import image_token
-from reft.model.ranks import broadcast_adapters
-from reft.model.report import count_parameters, print_parameters
-from reft.model.sites import find_sites
-from reft.nn.fresh import mark_fresh
-from reft.nn.state_dicts import apart
-from reft.serving.pool import AdapterPool
+from reft.model.prompts import image_token
+from reft.model.registry import SUBMODULE, AdapterRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -100,32 +101,32 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
                 f"{type(base_model).__name__} with one; use add_adapter, or unload() first"
             )
         inner = peft_base.transformers_model(base_model)
-        sites = find_sites(inner, block_path)
+        sites = find_blocks(inner, block_path)
         can_generate = getattr(inner, "can_generate", None)
         self.base_model = base_model
         self._frozen = peft_base.freeze(inner)
         generates = can_generate is not None and can_generate()
-        attachment = Attachment(
+        registry = AdapterRegistry(
             sites, causal=generates and sites.side != "encoder", image_token=image_token(base_model)
         )
-        attachment.pool = AdapterPool(PoolHost(attachment, origin_of(inner)))
-        inner.add_module(SUBMODULE, attachment)
+        registry.pool = AdapterPool(PoolHost(registry, origin_of(inner)))
+        inner.add_module(SUBMODULE, registry)
         self._handles = [
             *peft_base.register(
                 peft_base.outer(base_model),
-                lambda module: TakeOptions(attachment, module, module is base_model),
-                Forget(attachment, "options"),
+                lambda module: TakeOptions(registry, module, module is base_model),
+                Forget(registry, "options"),
             ),
             *peft_base.register(
                 peft_base.callers(base_model, sites.stack),
-                lambda module: MakePlan(attachment, sites.stack),
-                ForgetPlan(attachment),
+                lambda module: MakePlan(registry, sites.stack),
+                ForgetPlan(registry),
             ),
             *put_on_base(self),
         ]
         self.register_state_dict_post_hook(apart)  # type: ignore[no-untyped-call]
         announce(type(self).__name__)
-        attachment.train(base_model.training)
+        registry.train(base_model.training)
         self.training = base_model.training
         # On the instance, because signatures differ from base to base and Trainer reads them.
         forward = functools.partial(ReftModel.forward, self)
@@ -164,17 +165,17 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
             subspaces: parts of the edit that are used: a name of the adapter's ``subspaces``, or
                 for each sequence a name, several, or None for all of it.
         """
-        base, attached = self.base_model, self._attached
+        base, registry = self.base_model, self._registry
         generation = capture(
-            base, attached.sites.side, args, kwargs,
+            base, registry.sites.side, args, kwargs,
             prompt_lengths, adapter_names, edit_positions, subspaces,
         )  # fmt: skip
-        generation.settle(attached, adapter_scales)
-        reuse_cache(attached, generation, kwargs)
-        args, kwargs = stop_at_ends(attached, base, generation, args, kwargs)
+        generation.settle(registry, adapter_scales)
+        reuse_cache(registry, generation, kwargs)
+        args, kwargs = stop_at_ends(registry, base, generation, args, kwargs)
         with (
-            attached.generating(generation),
-            guided(base, attached, generation, args, kwargs, edit_positions) as kwargs,
+            registry.generating(generation),
+            guided(base, registry, generation, args, kwargs, edit_positions) as kwargs,
         ):
             return base.generate(*args, **kwargs)  # type: ignore[operator]
 
@@ -200,29 +201,29 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
         return peft_base.transformers_model(self.base_model)
 
     @property
-    def _attached(self) -> Attachment:
-        attachment = self.get_base_model()._modules.get(SUBMODULE)
-        if not isinstance(attachment, Attachment):
+    def _registry(self) -> AdapterRegistry:
+        registry = self.get_base_model()._modules.get(SUBMODULE)
+        if not isinstance(registry, AdapterRegistry):
             raise RuntimeError("this ReftModel has no adapters: it was unloaded")
-        return attachment
+        return registry
 
     # ---------------------------------------------------------------- adapters
 
     @property
     def configs(self) -> dict[str, ReftConfig]:
         """name -> configuration of each adapter."""
-        attached = self._attached
-        return {name: attached.bank(name).config for name in attached.adapters}
+        registry = self._registry
+        return {name: registry.adapter(name).config for name in registry.adapters}
 
     @property
     def pool(self) -> AdapterPool:
         """Adapters that are served: thousands in host memory, a bounded number on the device."""
-        return self._attached.pool
+        return self._registry.pool
 
     @property
     def active_adapter(self) -> str | None:
         """The adapter that forwards use; None if there is none."""
-        return self._attached.active
+        return self._registry.active
 
     @property
     def active_adapters(self) -> list[str]:
@@ -246,12 +247,12 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
                 model. Nothing was changed.
         """
         check_config(config, adapter_name)
-        attached, base = self._attached, self.get_base_model()
-        config = with_both_ends(attached, base, config)
-        bank, heads = build(attached, base, adapter_name, config, generator)
-        attach(attached, base, adapter_name, bank, heads)
+        registry, base = self._registry, self.get_base_model()
+        config = with_both_ends(registry, base, config)
+        adapter, heads = build(registry, base, adapter_name, config, generator)
+        attach(registry, base, adapter_name, adapter, heads)
         if generator is None:
-            mark_fresh(bank)  # a Trainer may draw it anew, from its own seed
+            mark_fresh(adapter)  # a Trainer may draw it anew, from its own seed
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make an adapter the active one, and the only one that is trained.
@@ -264,15 +265,15 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
             TypeError, ValueError: there is no such adapter, or several are named.
         """
         check_mode(inference_mode)
-        attached, adapter_name = self._attached, one_name(adapter_name)
-        attached.bank(adapter_name)
-        if not attached.disabled:
-            attached.show_heads(self.get_base_model(), adapter_name)
-        attached.active = adapter_name
-        for name in attached.adapters:
+        registry, adapter_name = self._registry, one_name(adapter_name)
+        registry.adapter(adapter_name)
+        if not registry.disabled:
+            registry.show_heads(self.get_base_model(), adapter_name)
+        registry.active = adapter_name
+        for name in registry.adapters:
             trained = name == adapter_name and not inference_mode
-            attached.bank(name).requires_grad_(trained)
-            for module in attached.heads.modules_of(self.get_base_model(), name).values():
+            registry.adapter(name).requires_grad_(trained)
+            for module in registry.heads.modules_of(self.get_base_model(), name).values():
                 module.requires_grad_(trained)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -281,12 +282,12 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
         Raises:
             ValueError: there is no such adapter.
         """
-        attached, adapter_name = self._attached, one_name(adapter_name)
-        attached.bank(adapter_name)
-        detach(attached, self.get_base_model(), adapter_name)
-        if attached.active == adapter_name:
-            attached.active = None
-            for other in attached.adapters:
+        registry, adapter_name = self._registry, one_name(adapter_name)
+        registry.adapter(adapter_name)
+        detach(registry, self.get_base_model(), adapter_name)
+        if registry.active == adapter_name:
+            registry.active = None
+            for other in registry.adapters:
                 logger.warning("adapter %r was active; now %r is", adapter_name, other)
                 self.set_adapter(other, inference_mode=True)
                 break
@@ -295,15 +296,15 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model is its base, bit for bit, heads included. May be nested. As with
         ``torch.no_grad``, it is so for the thread that enters it."""
-        with self._attached.disabling(self.get_base_model()):
+        with self._registry.disabling(self.get_base_model()):
             yield
 
     def unload(self) -> nn.Module:
         """Detach everything and return the base model as it was before, its ``requires_grad``
         too."""
-        attached, inner = self._attached, self.get_base_model()
-        attached.running.check("unload()")
-        take_off(attached, inner, self._handles)
+        registry, inner = self._registry, self.get_base_model()
+        registry.running.check("unload()")
+        take_off(registry, inner, self._handles)
         checkpointing.forget_plans(self.base_model)
         for name, parameter in inner.named_parameters():
             if name in self._frozen:
@@ -338,6 +339,6 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
 
     def orthonormality_error(self) -> float:
         """max |R Rᵀ − I| over all adapters whose R is kept orthonormal; 0.0 if there are none."""
-        attached = self._attached
-        errors = [attached.bank(name).orthonormality_error() for name in attached.adapters]
+        registry = self._registry
+        errors = [registry.adapter(name).orthonormality_error() for name in registry.adapters]
         return max(errors, default=0.0)

@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import nn
 
-from reft.model.heads import HeadStore
+from reft.model.modules_to_save import ModulesToSave
 
 #: Methods of transformers models that put other modules where embeddings stand.
 METHODS = ("resize_token_embeddings", "set_input_embeddings", "set_output_embeddings")
 
 
-def guard(base: nn.Module, heads: HeadStore) -> None:
+def guard(base: nn.Module, heads: ModulesToSave) -> None:
     """Let a base refuse new embeddings while an adapter trains copies of the present ones.
 
     Args:
@@ -43,7 +43,7 @@ def release(base: nn.Module) -> None:
 
 
 def _checked(
-    base: nn.Module, heads: HeadStore, module: nn.Module, name: str, *args: Any, **kwargs: Any
+    base: nn.Module, heads: ModulesToSave, module: nn.Module, name: str, *args: Any, **kwargs: Any
 ) -> Any:
     """Call ``module.<name>`` as its class has it.
 

@@ -18,10 +18,10 @@ from transformers.trainer import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from reft.adapter.parameters import AdapterParameters
+from reft.adapter.sharding import whole
 from reft.model.ends import learn_ends
 from reft.model.reft_model import ReftModel
-from reft.nn.bank import Bank
-from reft.nn.shards import whole
 from reft.train import checkpoints, deepspeed, fsdp2, run_settings
 from reft.train.answers import ChecksAnswers
 from reft.train.effect import FirstBatch, require_trained, watched
@@ -60,7 +60,9 @@ class AdapterTrainer(ChecksAnswers):
         """As Trainer's, without the coordinates of orthonormal R: the rows of R have length 1
         wherever these go, so that decay would shrink nothing and only drag R back to its start."""
         coordinates = {
-            f"{path}.free" for path, module in model.named_modules() if isinstance(module, Bank)
+            f"{path}.free"
+            for path, module in model.named_modules()
+            if isinstance(module, AdapterParameters)
         }
         return [
             name for name in super().get_decay_parameter_names(model) if name not in coordinates
@@ -141,7 +143,7 @@ class AdapterTrainer(ChecksAnswers):
         """What a model needs before an engine has it."""
         model = self._reft_model()
         draw_from_seed(model, self.args.seed)
-        learn_ends(model._attached, model.get_base_model(), self._taught_ends())
+        learn_ends(model._registry, model.get_base_model(), self._taught_ends())
         if self._resumed and self._is_sharded():
             self._restore(self._resumed)
         fsdp2.before_training(model, self)

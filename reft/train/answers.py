@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from reft.model.prompt import IGNORED
+from reft.model.prompts import IGNORED
 from reft.model.reft_model import ReftModel
 
 _WHAT_TO_DO = (
@@ -30,10 +30,10 @@ MASKS = ("assistant_masks", "completion_mask")
 
 def counts_from_prompts(model: ReftModel) -> bool:
     """Whether the active adapter edits where a prompt lies that labels tell."""
-    attached = model._attached
-    if attached.active is None or not attached.causal or attached.sites.side == "decoder":
+    registry = model._registry
+    if registry.active is None or not registry.causal or registry.sites.side == "decoder":
         return False
-    return attached.bank(attached.active).config.parsed_positions.kind in ("ends", "prompt")
+    return registry.adapter(registry.active).config.parsed_positions.kind in ("ends", "prompt")
 
 
 def one_answer_each(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:

@@ -21,11 +21,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from reft.atomic import flush_folder, write_whole
-from reft.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
-from reft.nn.published import FLOATS
-from reft.nn.tensor_files import load_plain
-from reft.untrusted import parse_json, read_text, require_plain
+from reft.adapter.tensor_checks import FLOATS
+from reft.io.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from reft.io.atomic_write import flush_folder, write_whole
+from reft.io.tensor_files import load_plain
+from reft.safe_read import parse_json, read_text, require_plain
 
 #: Where a checkpoint is written, beside the others.
 UNFINISHED = ".unfinished"

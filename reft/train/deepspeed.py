@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reft.nn.shards import whole
+from reft.adapter.sharding import whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from reft.model import peft_base
-from reft.model.plan import ForwardPlan
-from reft.model.prompt import IGNORED
+from reft.model import peft_compat as peft_base
+from reft.model.forward_plan import ForwardPlan
+from reft.model.prompts import IGNORED
 from reft.model.reft_model import ReftModel
 from reft.train.random_state import kept_random_state
 
@@ -66,13 +66,13 @@ def require_trained(model: ReftModel, optimizer: Any = None) -> None:
 
 def _trained(model: ReftModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """What requires a gradient: of the active adapter's edits; of its heads and PEFT's layers."""
-    attached, base, name = model._attached, model.get_base_model(), model.active_adapter
+    registry, base, name = model._registry, model.get_base_model(), model.active_adapter
     assert name is not None
-    edits = [one for one in attached.bank(name).parameters() if one.requires_grad]
-    modules = list(attached.heads.modules_of(base, name).values())
+    edits = [one for one in registry.adapter(name).parameters() if one.requires_grad]
+    modules = list(registry.heads.modules_of(base, name).values())
     beside = [one for part in modules for one in part.parameters() if one.requires_grad]
     if peft_base.has_layers(base):
-        own = {id(one) for one in attached.parameters()}
+        own = {id(one) for one in registry.parameters()}
         beside += [one for one in base.parameters() if one.requires_grad and id(one) not in own]
     return edits, beside
 
@@ -88,7 +88,7 @@ def watched(wrapper: ReftModel, model: nn.Module) -> Iterator[list[ForwardPlan]]
         wrapper: whose adapters are asked about.
         model: what is called.
     """
-    call = wrapper._attached.call
+    call = wrapper._registry.call
     plans: list[ForwardPlan] = []
     before, call.watched = call.watched, plans
     try:
@@ -164,7 +164,7 @@ def _edits_trained(plans: Sequence[ForwardPlan]) -> bool:
     """Whether a forward with gradients edits a token by parameters that are trained."""
     return any(
         plan.recorded
-        and any(one.requires_grad for one in member.bank.parameters())
+        and any(one.requires_grad for one in member.adapter.parameters())
         and any(bool((rows >= 0).any()) for rows in member.rows)
         for plan in plans
         for member in plan.members
@@ -225,9 +225,9 @@ def _on_any_rank(trainer: AdapterTrainer, found: bool) -> bool:
 
 def why_nothing(model: ReftModel, inputs: Any) -> str:
     """Why no token of a batch is edited, and what to do."""
-    attached, name = model._attached, model.active_adapter
+    registry, name = model._registry, model.active_adapter
     assert name is not None
-    if attached.disabled:
+    if registry.disabled:
         return "adapters are switched off, inside disable_adapter(); train outside of it"
     batch: Mapping[str, Any] = inputs if isinstance(inputs, Mapping) else {}
     config = model.configs[name]
@@ -237,12 +237,12 @@ def why_nothing(model: ReftModel, inputs: Any) -> str:
         return "edit_positions name none; give each example at least one token"
     if config.positions == "image":
         return 'positions "image" edit image tokens, and the examples hold none'
-    longest = _longest_prompt(batch, attached.causal)
-    if attached.causal and attached.sites.side == "decoder" and longest == 0:
+    longest = _longest_prompt(batch, registry.causal)
+    if registry.causal and registry.sites.side == "decoder" and longest == 0:
         longest = 1  # the token that a decoder starts from
     if longest == 0 and batch.get("prompt_lengths") is not None:
         return "prompt_lengths are all 0; give the number of prompt tokens of each example"
-    if longest == 0 and attached.causal:
+    if longest == 0 and registry.causal:
         return (
             "the labels count from the first token on, so that there is no prompt and no token is "
             "edited. Labels of the prompt must be -100: train on records of prompt and completion "

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from reft.atomic import write_whole
+from reft.io.atomic_write import write_whole
 from reft.model.ends import listed_ids
 from reft.train import tokens
 from reft.train.collate import ReftDataCollator

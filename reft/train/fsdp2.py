@@ -13,10 +13,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_accelerate_available
 
-from reft.model.ranks import broadcast_adapters
+from reft.adapter.parameters import AdapterParameters
+from reft.adapter.sharding import in_parts, part_of, whole
+from reft.model.distributed import broadcast_adapters
 from reft.model.reft_model import ReftModel
-from reft.nn.bank import Bank
-from reft.nn.shards import in_parts, part_of, whole
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -42,8 +42,8 @@ def before_training(model: ReftModel, trainer: Trainer) -> None:
             too; reentrant checkpointing that would be wrong; a base that is sharded already, which
             this transformers' Trainer would put DDP around.
     """
-    banks = [one for one in model.modules() if isinstance(one, Bank)]
-    if any(map(is_sharded, banks)):
+    adapters = [one for one in model.modules() if isinstance(one, AdapterParameters)]
+    if any(map(is_sharded, adapters)):
         return  # trained before
     native = getattr(trainer, _TRAINS_SHARDED, None)
     if is_sharded(model) and not (native or trainer.is_deepspeed_enabled):
@@ -80,8 +80,8 @@ def before_training(model: ReftModel, trainer: Trainer) -> None:
         # One policy is all that accelerate has. A unit that exists is left as it is.
         mesh = accelerator.torch_device_mesh
         own = {} if mesh is None else {"mesh": mesh}
-        for bank in banks:
-            fully_shard(bank, mp_policy=MixedPrecisionPolicy(), **own)
+        for adapter in adapters:
+            fully_shard(adapter, mp_policy=MixedPrecisionPolicy(), **own)
 
 
 def _refuse_reentrant(args: TrainingArguments) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from reft.model import peft_base
+from reft.adapter.sharding import part_of
+from reft.adapter.tensor_checks import check_numbers
+from reft.io.tensor_files import read_tensors
+from reft.model import peft_compat as peft_base
 from reft.model.lora import PREFIX, WEIGHTS, adapters_of, folder_of, state_of
 from reft.model.reft_model import ReftModel
-from reft.nn.published import check_numbers
-from reft.nn.shards import part_of
-from reft.nn.tensor_files import read_tensors
 
 
 def read_lora(model: ReftModel, checkpoint: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from reft.model import peft_base
+from reft.model import peft_compat as peft_base
 from reft.model.ends import listed_ids
 from reft.model.reft_model import ReftModel
 from reft.train.adapter_trainer import AdapterTrainer, require_reft_model
@@ -59,12 +59,12 @@ class KeepsReference(OnBase):
         if model.active_adapter is None or not self.args.disable_dropout:  # type: ignore[attr-defined]
             yield
             return
-        bank = model._attached.bank(model.active_adapter)
-        trains, bank.training = bank.training, False
+        adapter = model._registry.adapter(model.active_adapter)
+        trains, adapter.training = adapter.training, False
         try:
             yield
         finally:
-            bank.training = trains
+            adapter.training = trains
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from reft.untrusted import is_text, parse_json, read_text, shown
+from reft.safe_read import is_text, parse_json, read_text, shown
 
 #: What a record may hold: field -> the types of its value.
 FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(

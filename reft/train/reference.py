@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reft.model.attachment import SUBMODULE
-from reft.model.checkpoint import read_adapter, write_adapter
-from reft.model.heads import HeadStore, check_heads, head_state, load_heads
+from reft.adapter.multi_device import MultiDeviceParameters
+from reft.adapter.parameters import AdapterParameters
+from reft.adapter.tensor_checks import HEADS
+from reft.io.adapter_files import read_adapter, write_adapter
+from reft.model.modules_to_save import ModulesToSave, check_heads, head_state, load_heads
 from reft.model.reft_model import ReftModel
-from reft.nn.bank import Bank
-from reft.nn.published import HEADS
-from reft.nn.spread import SpreadBank
+from reft.model.registry import SUBMODULE
 from reft.train.fsdp2 import is_sharded
 
 #: The folder of a checkpoint that holds the adapter of the reference.
@@ -31,14 +31,19 @@ class _Frozen:
     """A copy of an adapter that is not on the model: its bank, and a store of its heads."""
 
     name: str
-    bank: Bank | SpreadBank
-    heads: HeadStore
+    adapter: AdapterParameters | MultiDeviceParameters
+    heads: ModulesToSave
 
     @classmethod
-    def of(cls, name: str, bank: Bank | SpreadBank, heads: Mapping[str, nn.Module]) -> _Frozen:
-        store = HeadStore()
+    def of(
+        cls,
+        name: str,
+        adapter: AdapterParameters | MultiDeviceParameters,
+        heads: Mapping[str, nn.Module],
+    ) -> _Frozen:
+        store = ModulesToSave()
         store.add(name, copy.deepcopy(dict(heads)))
-        copied = copy.deepcopy(bank).requires_grad_(False).eval()
+        copied = copy.deepcopy(adapter).requires_grad_(False).eval()
         return cls(name, copied, store.requires_grad_(False).eval())
 
     @property
@@ -79,7 +84,7 @@ class Reference(nn.Module):
         name = model.active_adapter
         if name is None:
             raise ValueError("model must have an active adapter: call set_adapter")
-        if is_sharded(model._attached.adapters[name]):
+        if is_sharded(model._registry.adapters[name]):
             raise ValueError(
                 "model must not be sharded by an earlier trainer, of which the reference would "
                 "have a part: save the adapter and load it on a base that is whole"
@@ -89,8 +94,8 @@ class Reference(nn.Module):
 
     def _copy(self, name: str) -> _Frozen:
         (model,) = self._model
-        attached, base = model._attached, model.get_base_model()
-        return _Frozen.of(name, attached.bank(name), attached.heads.modules_of(base, name))
+        registry, base = model._registry, model.get_base_model()
+        return _Frozen.of(name, registry.adapter(name), registry.heads.modules_of(base, name))
 
     @contextmanager
     def _acting(self) -> Iterator[nn.Module]:
@@ -102,20 +107,24 @@ class Reference(nn.Module):
             with model.disable_adapter():
                 yield base
             return
-        attached, (frozen,) = model._attached, self._taken
-        name, before = frozen.name, attached.active
-        present = attached.adapters[name], attached.heads
-        _follow(frozen, attached.bank(name), attached.heads.modules_of(base, name))
-        attached.show_heads(base, None)
-        attached.adapters[name], attached.heads, attached.active = frozen.bank, frozen.heads, name
-        attached.show_heads(base, name)
+        registry, (frozen,) = model._registry, self._taken
+        name, before = frozen.name, registry.active
+        present = registry.adapters[name], registry.heads
+        _follow(frozen, registry.adapter(name), registry.heads.modules_of(base, name))
+        registry.show_heads(base, None)
+        registry.adapters[name], registry.heads, registry.active = (
+            frozen.adapter,
+            frozen.heads,
+            name,
+        )
+        registry.show_heads(base, name)
         try:
             yield base
         finally:
-            attached.show_heads(base, None)
-            attached.adapters[name], attached.heads = present
-            attached.active = before
-            attached.show_heads(base, before)
+            registry.show_heads(base, None)
+            registry.adapters[name], registry.heads = present
+            registry.active = before
+            registry.show_heads(base, before)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward. Whatever is put around :attr:`forward` is in the base's already."""
@@ -135,8 +144,8 @@ class Reference(nn.Module):
             name: value for name, value in state.items() if not name.startswith(f"{SUBMODULE}.")
         }
         for frozen in self._taken:
-            text = frozen.bank.config.to_json().encode()
-            copied = frozen.bank.training_state()
+            text = frozen.adapter.config.to_json().encode()
+            copied = frozen.adapter.training_state()
             values |= {f"{FOLDER}.{name}": value for name, value in copied.items()}
             values[f"{FOLDER}.config"] = torch.tensor(list(text), dtype=torch.uint8)
         return values
@@ -152,8 +161,8 @@ class Reference(nn.Module):
         self.take()
         for frozen in self._taken:
             heads = {HEADS + key: value for key, value in head_state(frozen.modules).items()}
-            tensors = frozen.bank.training_state() | heads
-            write_adapter(Path(checkpoint) / FOLDER, frozen.bank.config, tensors)
+            tensors = frozen.adapter.training_state() | heads
+            write_adapter(Path(checkpoint) / FOLDER, frozen.adapter.config, tensors)
 
     def read(self, checkpoint: str | os.PathLike[str], fixed: bool) -> _Frozen | None:
         """The reference of the run that wrote a checkpoint, to be handed to :meth:`set`; None for
@@ -191,8 +200,8 @@ class Reference(nn.Module):
         config, tensors = read_adapter(folder)
         # The adapter itself may be in parts by now.
         present = self._taken[0] if self._taken else self._copy(name)
-        made = _Frozen.of(name, present.bank, present.modules)
-        if config != made.bank.config:
+        made = _Frozen.of(name, present.adapter, present.modules)
+        if config != made.adapter.config:
             raise ValueError(
                 f"{folder} must hold an adapter of the configuration of {name!r}, which is trained "
                 "against it; it has another"
@@ -205,17 +214,21 @@ class Reference(nn.Module):
         edit = {key: value for key, value in tensors.items() if not key.startswith(HEADS)}
         try:
             check_heads(made.modules, heads)
-            made.bank.load(edit, training_state=True)
+            made.adapter.load(edit, training_state=True)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
         load_heads(made.modules, heads)
         return made
 
 
-def _follow(frozen: _Frozen, bank: Bank | SpreadBank, heads: Mapping[str, nn.Module]) -> None:
+def _follow(
+    frozen: _Frozen,
+    adapter: AdapterParameters | MultiDeviceParameters,
+    heads: Mapping[str, nn.Module],
+) -> None:
     """Bring a copy to where the adapter went since, and its heads to the base's dtype."""
-    if isinstance(bank, Bank) and frozen.bank.bias.device != bank.bias.device:
-        frozen.bank.to(bank.bias.device)
+    if isinstance(adapter, AdapterParameters) and frozen.adapter.bias.device != adapter.bias.device:
+        frozen.adapter.to(adapter.bias.device)
     for path, copied in frozen.modules.items():
         pairs = zip(copied.parameters(), heads[path].parameters(), strict=True)
         if any(old.device != new.device or old.dtype != new.dtype for old, new in pairs):
@@ -226,7 +239,7 @@ def _follow(frozen: _Frozen, bank: Bank | SpreadBank, heads: Mapping[str, nn.Mod
 def _same(stored: _Frozen | None, present: _Frozen | None) -> bool:
     if stored is None or present is None:
         return stored is present
-    ours, theirs = stored.bank.published_state(), present.bank.published_state()
+    ours, theirs = stored.adapter.export_state_dict(), present.adapter.export_state_dict()
     return all(
         torch.allclose(value, theirs[key].to(value), rtol=1e-4, atol=1e-5)
         for key, value in ours.items()

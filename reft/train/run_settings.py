@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 
-from reft.atomic import write_whole
+from reft.io.atomic_write import write_whole
+from reft.safe_read import parse_json, read_text, shown
 from reft.train.effect import spread_places
 from reft.train.random_state import kept_random_state
-from reft.untrusted import parse_json, read_text, shown
 
 if TYPE_CHECKING:
     from reft.train.adapter_trainer import AdapterTrainer

@@ -6,8 +6,8 @@ import logging
 
 import torch
 
+from reft.adapter.fresh import is_fresh
 from reft.model.reft_model import ReftModel
-from reft.nn.fresh import is_fresh
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ def draw_from_seed(model: ReftModel, seed: int) -> None:
     name = model.active_adapter
     if name is None:
         return
-    bank = model._attached.bank(name)
-    if not is_fresh(bank):
+    adapter = model._registry.adapter(name)
+    if not is_fresh(adapter):
         return
-    bank.reset_parameters(torch.Generator().manual_seed(seed))
+    adapter.reset_parameters(torch.Generator().manual_seed(seed))
     logger.info("the first values of adapter %r are drawn from seed %d", name, seed)

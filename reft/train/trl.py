@@ -18,7 +18,7 @@ try:
 except (ImportError, RuntimeError) as error:  # TRL makes a RuntimeError of what it lacks itself
     raise lacks_trl(error) from error
 
-from reft.model import peft_base
+from reft.model import peft_compat as peft_base
 from reft.model.reft_model import ReftModel
 from reft.train import sft_forms
 from reft.train.answers import check_one_answer, counts_from_prompts

@@ -94,10 +94,10 @@ def test_a_request_of_pyreft_counts_as_often_as_there_are_sequences(monkeypatch)
 
 def test_a_wrong_edit_is_no_number(monkeypatch):
     """The gate compares sequences of the mixed batch with their adapter alone."""
-    from reft.serving.tables import Tables
+    from reft.adapter.device_cache import AdapterCache
 
-    admit = Tables.admit
-    monkeypatch.setattr(Tables, "admit", lambda self, wanted: admit(self, wanted)[::-1])
+    admit = AdapterCache.admit
+    monkeypatch.setattr(AdapterCache, "admit", lambda self, wanted: admit(self, wanted)[::-1])
     (case,) = SUITE.cases("ci")
     ours = [peer for peer in peers() if peer.name == "ours"]
     options = Options(torch.device("cpu"), ours, Effort(0.1, min_rounds=2, warmup=1))

@@ -26,7 +26,7 @@ HEAD = """\
 """
 OURS = ("reft", "reft_kernels")
 #: Classes that have no public name of their own: public names return them, pages name them.
-RETURNED = ("reft_kernels.dispatch.Choice", "reft.serving.pool.AdapterPool")
+RETURNED = ("reft_kernels.dispatch.Choice", "reft.adapter.pool.AdapterPool")
 NAMED = ("reft.evaluation.lm_eval.ReftLM",)
 #: Special methods that a user writes as something else.
 SPOKEN = ("__init__", "__call__")

@@ -2,8 +2,8 @@
 
 Runs ``examples/loreft/dataset.py`` and ``compute_metrics.py`` of stanfordnlp/pyreft @dafd099 with
 pyreft 0.1.0, and ``commonsense_evaluate.py`` and ``evaluate.py`` of AGI-Edgerunners/LLM-Adapters
-@8166572, on the records of ``tests/reft/task_data``. Nothing of this library is imported. To make
-the files again, with the environment of ``make_golden.py``::
+@8166572, on the records of ``tests/reft/paper/task_data``. Nothing of this library is imported. To
+make the files again, with the environment of ``make_golden.py``::
 
     git clone https://github.com/stanfordnlp/pyreft /tmp/pyreft-examples
     git clone https://github.com/AGI-Edgerunners/LLM-Adapters /tmp/LLM-Adapters
@@ -40,7 +40,7 @@ from transformers import (
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden" / "tasks"
-DATA = HERE.parent / "reft" / "task_data"
+DATA = HERE.parent / "reft" / "paper" / "task_data"
 PACKAGES = ("pyreft", "pyvene", "torch", "transformers", "datasets", "tokenizers")
 
 #: case -> task of the published code, task here, file, split, positions, tied, layers, max_length

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from reft import ReftConfig, ReftModel, ReftTrainer, get_reft_model
-from reft.nn.bank import Bank
+from reft.adapter.parameters import AdapterParameters
 from reft.positions import padded_positions, parse_positions
 from reft_kernels import FAMILY, RowPlan, lowrank_edit, orthonormalize, reflector_base
 
@@ -181,22 +181,22 @@ def base_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
 
 def with_parameters(
     config: dict, values: dict[str, Tensor], prefix: str = ""
-) -> tuple[ReftModel, Bank]:
+) -> tuple[ReftModel, AdapterParameters]:
     """The tiny model with pyreft's R, W, b in its bank, R around pyreft's completion of it."""
     dtype = values[f"{prefix}rotation"].dtype
     reft_config = ReftConfig(**config, dtype=dtype)
     model = get_reft_model(base_model(dtype), reft_config)
-    (bank,) = (module for module in model.modules() if isinstance(module, Bank))
+    (adapter,) = (module for module in model.modules() if isinstance(module, AdapterParameters))
     state = {
         key: values[prefix + key]
         for key in ("rotation", "weight", "bias")
         if prefix + key in values
     }
-    if bank.spec.orthonormal:
+    if adapter.spec.orthonormal:
         packed = values[f"{prefix}reflectors"]
         state |= {"rotation.free": torch.zeros_like(packed), "rotation.base": packed}
-    bank.load(state, training_state=True)
-    return model, bank
+    adapter.load(state, training_state=True)
+    return model, adapter
 
 
 def attended(values: dict[str, Tensor], logits: Tensor) -> Tensor:
@@ -218,10 +218,10 @@ def test_model(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits, loss and every gradient, on the very batch that pyreft built."""
     groups, facts = golden("models")
     theirs = groups[case]
-    model, bank = with_parameters(facts["cases"][case], theirs)
+    model, adapter = with_parameters(facts["cases"][case], theirs)
     embeddings = model.get_input_embeddings().weight.requires_grad_()
     rotations = []
-    original = bank.rotation
+    original = adapter.rotation
 
     def kept() -> Tensor:
         rotation = original()
@@ -230,19 +230,19 @@ def test_model(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
         rotations.append(rotation)
         return rotation
 
-    monkeypatch.setattr(bank, "rotation", kept)
+    monkeypatch.setattr(adapter, "rotation", kept)
     output = model(
         input_ids=theirs["input_ids"],
         attention_mask=theirs["attention_mask"],
         labels=theirs["labels"],
     )
     output.loss.backward()
-    ours = {"loss": output.loss, "grad.embeddings": embeddings.grad, "grad.bias": bank.bias.grad}
-    if bank.weight is not None:
-        ours["grad.weight"] = bank.weight.grad
+    ours = {"loss": output.loss, "grad.embeddings": embeddings.grad, "grad.bias": adapter.bias.grad}
+    if adapter.weight is not None:
+        ours["grad.weight"] = adapter.weight.grad
     ours["grad.rotation"] = rotations[0].grad
-    if bank.free is not None:
-        ours["grad.free"] = in_torch_coordinates(bank.free.grad, theirs["reflectors"])
+    if adapter.free is not None:
+        ours["grad.free"] = in_torch_coordinates(adapter.free.grad, theirs["reflectors"])
     for key, value in ours.items():
         assert roundings(value, theirs[key]) <= BUDGET, key
     logits = attended(theirs, output.logits)
@@ -345,7 +345,7 @@ def test_fifty_steps_of_adamw(
     """
     groups, facts = golden("training")
     theirs = groups[f"{weights}/{dtype}"]
-    model, bank = with_parameters({"rank": 4, "tied": weights == "tied"}, theirs, "start.")
+    model, adapter = with_parameters({"rank": 4, "tied": weights == "tied"}, theirs, "start.")
     losses = torch.stack(train(model, facts, tmp_path)).double()
     drift = float((losses - theirs["losses"]).abs().max())
     spread = [
@@ -355,6 +355,6 @@ def test_fifty_steps_of_adamw(
     budget, end_budget = {"float32": (4e-6, 3e-5), "float64": (1e-6, 1e-8)}[dtype]
     assert drift <= budget
     assert 1000 * budget < min(spread)
-    ends = {"rotation": bank.rotation(), "weight": bank.weight, "bias": bank.bias}
+    ends = {"rotation": adapter.rotation(), "weight": adapter.weight, "bias": adapter.bias}
     for key, value in ends.items():
         assert (value - theirs[f"end.{key}"]).abs().max() <= end_budget, key

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from reft import ReftConfig, ReftDataCollator
-from reft.model.plan import member_rows
-from reft.model.prompt import Prompt
-from reft.tasks import ClassificationTask, answers, get_task
-from reft.tasks.encode import encode_example, encode_prompt
+from reft.model.forward_plan import member_rows
+from reft.model.prompts import Prompt
+from reft.paper.tasks import ClassificationTask, answers, get_task
+from reft.paper.tasks.encode import encode_example, encode_prompt
 
 GOLDEN = Path(__file__).parent / "golden" / "tasks"
-DATA = Path(__file__).parents[1] / "reft" / "task_data"
+DATA = Path(__file__).parents[1] / "reft" / "paper" / "task_data"
 STORED = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))
 TENSORS = load_file(GOLDEN / "batches.safetensors")
 ANSWERS = json.loads((GOLDEN / "answers.json").read_text(encoding="utf-8"))

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 import transformers
+from tiny_models import tokens
 from torch import nn
+
+from reft import ReftConfig, get_reft_model
 
 VOCAB, DIM, LAYERS, PAD = 40, 24, 3, 0
 IMAGE = VOCAB - 1
@@ -261,3 +264,38 @@ def _model(name: str) -> nn.Module:
 def build(name: str) -> nn.Module:
     """A fresh copy of always the same model."""
     return copy.deepcopy(_model(name))
+
+
+def config_of(name, component, **changes) -> ReftConfig:
+    one = ARCHITECTURES[name]
+    settings = {
+        "rank": 2,
+        "positions": "prompt" if one.decoder else "f2+l1",
+        "component": component,
+        "block_path": one.block_path,
+    }
+    return ReftConfig(**{**settings, **changes})
+
+
+def wrapped(name, component, **changes):
+    torch.manual_seed(3)
+    return get_reft_model(build(name), config_of(name, component, **changes))
+
+
+def call_of(name, ids, mask=None):
+    """The arguments of a forward of these tokens."""
+    one = ARCHITECTURES[name]
+    given = {} if mask is None else {"attention_mask": mask}
+    if one.decoder:
+        if mask is not None:
+            given = {"decoder_attention_mask": mask}
+        source = tokens(1, 5, seed=70).expand(len(ids), -1)
+        return {"input_ids": source, "decoder_input_ids": ids, **given}
+    if one.block_path is not None:  # the other side gets one token
+        given["decoder_input_ids"] = torch.full((len(ids), 1), 2)
+    if one.image:
+        ids = ids.clone()
+        ids[:, 1:5] = IMAGE
+        torch.manual_seed(5)
+        given["pixel_values"] = torch.randn(1, 3, 8, 8).expand(len(ids), -1, -1, -1)
+    return {"input_ids": ids, **given}

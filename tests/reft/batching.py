@@ -38,7 +38,7 @@ def shake(model: ReftModel, name: str, seed: int, size: float = 0.5) -> None:
     """Move an adapter's parameters so far that outputs change."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for value in model.reft.bank(name).parameters():
+        for value in model.reft.adapter(name).parameters():
             value.add_(size * torch.randn(value.shape, generator=generator))
 
 

@@ -6,8 +6,8 @@ import torch
 from tiny_models import DIM, LAYERS, llama
 
 from reft import ReftConfig, ReftModel
-from reft.model.checkpoint import write_adapter
-from reft.nn.bank import Bank
+from reft.adapter.parameters import AdapterParameters
+from reft.io.adapter_files import write_adapter
 
 MIX = {
     "plain": {"rank": 3},
@@ -34,12 +34,12 @@ def random_adapter(path, seed, *, dim=DIM, blocks=LAYERS, **changes):
     """A folder with an adapter whose every term shows in the output."""
     config = ReftConfig(**{"rank": 3, "positions": "f2+l2", **changes})
     random = torch.Generator().manual_seed(seed)
-    bank = Bank(config, config.resolve_layers(blocks), dim, generator=random)
+    adapter = AdapterParameters(config, config.resolve_layers(blocks), dim, generator=random)
     with torch.no_grad():
-        for name, parameter in bank.named_parameters():
+        for name, parameter in adapter.named_parameters():
             step = torch.randn(parameter.shape, generator=random)
             parameter.add_(step, alpha=0.5 if name == "bias" else 0.1)
-    write_adapter(path, config, bank.published_state())
+    write_adapter(path, config, adapter.export_state_dict())
     return path
 
 

@@ -20,7 +20,7 @@ def make(activation=None, intervention="loreft", positions="f1+l1", **more) -> R
     torch.manual_seed(7)
     model = get_reft_model(llama(), config)
     with torch.no_grad():
-        for parameter in model.base_model.reft.bank("default").parameters():
+        for parameter in model.base_model.reft.adapter("default").parameters():
             parameter.normal_(std=0.5)
     return model.eval()
 
@@ -71,7 +71,7 @@ def test_a_mixed_batch_is_the_formula(intervention, activation):
     torch.testing.assert_close(ours[kept], theirs[kept], rtol=1e-4, atol=1e-4)
     ours[kept].square().sum().backward()
     theirs[kept].square().sum().backward()
-    for name, parameter in model.base_model.reft.bank("default").named_parameters():
+    for name, parameter in model.base_model.reft.adapter("default").named_parameters():
         wanted = values[name].grad
         error = (parameter.grad - wanted).norm() / wanted.norm()
         assert error < 1e-4, name
@@ -81,8 +81,8 @@ def test_one_part_leaves_the_other_untrained():
     ids, _, _ = padded([6], "left")
     model = make()
     model(ids, subspaces="german").logits.square().sum().backward()
-    bank = model.base_model.reft.bank("default")
-    for parameter in (bank.weight, bank.bias):
+    adapter = model.base_model.reft.adapter("default")
+    for parameter in (adapter.weight, adapter.bias):
         assert parameter.grad[:, :, PARTS["german"]].abs().min() > 0
         assert not parameter.grad[:, :, PARTS["polite"]].any()
 
@@ -134,8 +134,8 @@ def test_checkpointing_uses_the_parts_of_its_own_forward():
         first = model(ids, subspaces=["german", "polite"]).logits.square().sum()
         second = model(ids, subspaces=["polite", "polite"]).logits.square().sum()
         (first + second).backward()
-        bank = model.base_model.reft.bank("default")
-        return {name: one.grad for name, one in bank.named_parameters()}
+        adapter = model.base_model.reft.adapter("default")
+        return {name: one.grad for name, one in adapter.named_parameters()}
 
     plain, again = gradients(False), gradients(True)
     for name, gradient in plain.items():
@@ -163,10 +163,10 @@ def test_records_name_their_part(word_tokenizer, make_trainer, color_records):
         for number, one in enumerate(color_records)
     ]
     trainer = make_trainer(config=config, data=data)
-    bank = trainer.model.base_model.reft.bank("default")
-    before = bank.weight.detach().clone()
+    adapter = trainer.model.base_model.reft.adapter("default")
+    before = adapter.weight.detach().clone()
     trainer.train()
-    moved = (bank.weight.detach() - before).abs().amax(dim=(0, 1, 3))
+    moved = (adapter.weight.detach() - before).abs().amax(dim=(0, 1, 3))
     assert (moved[PARTS["german"]] > 0).all()
     assert not moved[PARTS["polite"]].any()
 

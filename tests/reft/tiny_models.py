@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -108,12 +109,12 @@ def moved(model: ReftModel, size: float = 0.1) -> ReftModel:
 
 def parameters_of(model: ReftModel, name: str = "default") -> dict[str, Tensor | None]:
     """Leaves with the values of an adapter's parameters, and R (L, g, r, D) computed from them."""
-    bank = model.base_model.reft.bank(name)
+    adapter = model.base_model.reft.adapter(name)
     leaves = {
-        key: value.detach().clone().requires_grad_() for key, value in bank.named_parameters()
+        key: value.detach().clone().requires_grad_() for key, value in adapter.named_parameters()
     }
     free = leaves.get("free")
-    rotation = leaves.get("decode") if free is None else orthonormalize(free, bank.base)
+    rotation = leaves.get("decode") if free is None else orthonormalize(free, adapter.base)
     return {"weight": None, **leaves, "rotation": rotation}
 
 
@@ -179,3 +180,21 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
         except AttributeError:
             continue
     raise AssertionError(f"no blocks in {type(model).__name__}")
+
+
+def perturb(model: ReftModel) -> ReftModel:
+    """An adapter that changes what comes out."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.base_model.reft.adapter("default").parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+class NoReading(TorchDispatchMode):
+    """Fails on every operation that a device would have to be waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "equal", "masked_select"), name
+        return func(*args, **(kwargs or {}))

@@ -15,8 +15,9 @@ import vllm
 from tiny_decoders import environment
 from vllm.v1.worker.gpu import input_batch
 
-from reft.serving.vllm import register, seams
-from reft.serving.vllm.supported import OPERATOR, REFUSED
+from reft.serving.vllm import patches as seams
+from reft.serving.vllm import register
+from reft.serving.vllm.compatibility import OPERATOR, REFUSED
 
 ASKING = {
     "speculative decoding": {

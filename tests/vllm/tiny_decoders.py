@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from reft import ReftConfig, ReftModel
-from reft.model.checkpoint import write_adapter
-from reft.nn.bank import Bank
+from reft.adapter.parameters import AdapterParameters
+from reft.io.adapter_files import write_adapter
 
 VOCAB, DIM, LAYERS = 256, 64, 4
 DRIVER = Path(__file__).with_name("engine.py")
@@ -58,12 +58,12 @@ def write_random(path: Path, seed: int, *, dim: int = DIM, blocks: int = LAYERS,
     """An adapter whose every term shows in the tokens."""
     config = ReftConfig(**changes)
     random = torch.Generator().manual_seed(seed)
-    bank = Bank(config, config.resolve_layers(blocks), dim, generator=random)
+    bank = AdapterParameters(config, config.resolve_layers(blocks), dim, generator=random)
     with torch.no_grad():
         for name, parameter in bank.named_parameters():
             step = torch.randn(parameter.shape, generator=random)
             parameter.add_(step, alpha=1.0 if name == "bias" else 0.1)
-    write_adapter(path, config, bank.published_state())
+    write_adapter(path, config, bank.export_state_dict())
     return path
 
 

@@ -23,7 +23,7 @@ def register() -> None:
     """
     from vllm import ModelRegistry
 
-    from reft.serving.vllm import seams
+    from reft.serving.vllm import patches as seams
 
     for name, where in ARCHITECTURES.items():
         if name not in ModelRegistry.get_supported_archs():

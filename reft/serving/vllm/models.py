@@ -10,10 +10,10 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 
-from reft.model.sites import find_sites
-from reft.serving.vllm.seams import install_runner
+from reft.model.blocks import find_blocks
+from reft.serving.vllm.compatibility import check_graphs
+from reft.serving.vllm.patches import install_runner
 from reft.serving.vllm.settings import Settings
-from reft.serving.vllm.supported import check_graphs
 from reft.serving.vllm.worker import Worker
 
 
@@ -68,7 +68,7 @@ class ReftTransformersForCausalLM(TransformersForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        blocks = find_sites(self.model).blocks
+        blocks = find_blocks(self.model).blocks
         self.reft = edited(blocks, vllm_config, split=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

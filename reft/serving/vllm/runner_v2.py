@@ -12,8 +12,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 
-from reft.serving.vllm.seams import ticket_of
-from reft.serving.vllm.tickets import Ticket
+from reft.serving.vllm.patches import ticket_of
+from reft.serving.vllm.request_adapter import Ticket
 
 
 class ReftModelState(DefaultModelState):

@@ -10,13 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from reft.model.plan import Edit, ForwardPlan
-from reft.model.steps import plan_step
-from reft.serving.requests import UNEDITED, Part
-from reft.serving.stored import Stored, read_stored
-from reft.serving.tables import Resident, Tables
+from reft.adapter.device_cache import AdapterCache, CacheItem
+from reft.adapter.host_adapter import HostAdapter, read_host_adapter
+from reft.adapter.requests import UNEDITED, Chunk
+from reft.model.forward_plan import Edit, ForwardPlan
+from reft.model.step_plan import plan_engine_step
+from reft.serving.vllm.request_adapter import Ticket
 from reft.serving.vllm.settings import Settings
-from reft.serving.vllm.tickets import Ticket
 from reft_kernels import RowPlan, lowrank_edit_
 
 #: What the operator follows: of the model whose forward is in progress in this process.
@@ -37,9 +37,9 @@ class Worker:
 
     def __init__(self, settings: Settings, num_layers: int, dim: int, device: torch.device) -> None:
         self.settings, self.num_layers, self.dim, self.device = settings, num_layers, dim, device
-        self.tables = Tables(settings.resident, lambda site: device)
+        self.tables = AdapterCache(settings.resident, lambda site: device)
         self.plan: ForwardPlan | None = None
-        self._hosted: OrderedDict[str, Stored] = OrderedDict()
+        self._hosted: OrderedDict[str, HostAdapter] = OrderedDict()
         self._dense: dict[int, tuple[RowPlan, RowPlan]] = {}
 
     def prepare(self, chunks: Iterable[tuple[Ticket | None, int, int, int]], width: int) -> None:
@@ -57,15 +57,15 @@ class Worker:
                 request = ticket.request(prompt_length)
                 if next(request.edited(start, start + count), None) is not None:
                     request = replace(request, resident=self._resident(ticket.content))
-            parts.append(Part(request, start, start + count))
+            parts.append(Chunk(request, start, start + count))
         self._dense.clear()
-        self.plan = plan_step(self.tables, parts, width, self.device)
+        self.plan = plan_engine_step(self.tables, parts, width, self.device)
 
-    def _resident(self, content: str) -> Resident:
+    def _resident(self, content: str) -> CacheItem:
         one = self._hosted.get(content)
         if one is None:
             path = self.settings.cache_folder / content
-            one = read_stored(path, num_layers=self.num_layers, dim=self.dim)
+            one = read_host_adapter(path, num_layers=self.num_layers, dim=self.dim)
             if one.content != content:
                 raise RuntimeError(f"{path} was changed: it holds {one.content}")
             self._hosted[content] = one
@@ -73,7 +73,7 @@ class Worker:
                 self._hosted.popitem(last=False)
         self._hosted.move_to_end(content)
         sites = tuple((layer, "block_output") for layer in one.layers)
-        return Resident((content, None), one.effective, sites)
+        return CacheItem((content, None), one.effective, sites)
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -1,0 +1,1 @@
+"""What an adapter is and where its numbers live: torch only, no transformers."""

@@ -1,0 +1,1 @@
+"""Files of adapters: reading what strangers wrote, writing whole or not at all."""

@@ -1,0 +1,1 @@
+"""The published runs: tasks, presets and the runs themselves."""

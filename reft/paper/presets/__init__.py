@@ -1,0 +1,20 @@
+"""The published runs of arXiv 2404.03592 as data."""
+
+from __future__ import annotations
+
+from reft.paper.presets.change import override
+from reft.paper.presets.load import load, names
+from reft.paper.presets.schema import EvalSettings, Preset, Provenance, Published, TrainSettings
+from reft.paper.presets.write import to_toml
+
+__all__ = [
+    "EvalSettings",
+    "Preset",
+    "Provenance",
+    "Published",
+    "TrainSettings",
+    "load",
+    "names",
+    "override",
+    "to_toml",
+]

@@ -1,0 +1,58 @@
+"""What the paper's experiments ask and how their answers are scored.
+
+Neither models nor training: a task turns records into prompts and targets, names the sets of data,
+and scores texts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from reft.paper.tasks.arithmetic import ARITHMETIC_TASK, GSM8K_ORIGINAL_TASK, GSM8K_TASK
+from reft.paper.tasks.commonsense import COMMONSENSE_TASK
+from reft.paper.tasks.demos import COMPOSITION_TASK, EMOJI_TASK, GOODY2_TASK, MEMORISATION_TASK
+from reft.paper.tasks.glue import GLUE_TASKS
+from reft.paper.tasks.instruct import ALPACA_TASK, ULTRAFEEDBACK_TASK
+from reft.paper.tasks.task import ClassificationTask, GenerationTask, Record, Scoring, Task, Verdict
+
+__all__ = [
+    "TASKS",
+    "ClassificationTask",
+    "GenerationTask",
+    "Record",
+    "Scoring",
+    "Task",
+    "Verdict",
+    "get_task",
+]
+
+_ROWS: tuple[Task, ...] = (
+    COMMONSENSE_TASK,
+    ARITHMETIC_TASK,
+    GSM8K_TASK,
+    GSM8K_ORIGINAL_TASK,
+    ULTRAFEEDBACK_TASK,
+    ALPACA_TASK,
+    *GLUE_TASKS,
+    MEMORISATION_TASK,
+    GOODY2_TASK,
+    EMOJI_TASK,
+    COMPOSITION_TASK,
+)
+
+TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ROWS})
+
+
+def get_task(name: str) -> Task:
+    """A task by name.
+
+    Raises:
+        ValueError: no such task, with the nearest ones.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"tasks are {', '.join(TASKS)}"
+        raise ValueError(f"no task {name!r}; {hint}")
+    return TASKS[name]

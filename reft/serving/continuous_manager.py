@@ -1,0 +1,395 @@
+"""transformers' continuous batching with an adapter for each request.
+
+The manager is transformers' own; nothing of it is copied. All that is touched of its inside is
+named here and nowhere else:
+
+* read: ``manager.batch_processor``'s ``inputs_and_outputs.requests_in_batch``, of each its
+  ``query_length``, ``state.request_id`` and ``state.position_offset``; ``cache``; the scheduler's
+  ``active_requests`` and ``waiting_requests``; ``has_pending_requests()``; ``manager.input_queue``;
+  of a model, :data:`KEPT`;
+* replaced: ``manager._create_batch_processor`` and two methods of the cache that it makes, those
+  that look up and register blocks which requests share.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import nn
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+from reft.adapter.requests import Chunk, Request, TokenKeys
+
+#: (request id, its tokens) -> how many of them are in blocks that are there already.
+SEARCH = "search_prefix_match"
+
+#: (state of a request, how many blocks of it are complete): others may use them from now on. Two
+#: names of different releases.
+REGISTER = ("mark_complete_blocks", "mark_shareable_blocks_as_complete")
+
+#: Attribute of a model that keeps its manager.
+KEPT = "_cached_continuous_batching_manager"
+
+
+class Host(Protocol):
+    """What a manager needs of the model's adapters."""
+
+    def settle(
+        self, lengths: Sequence[int], names: Sequence[str] | None, scales: Any
+    ) -> list[Request]:
+        """What edits requests of these lengths. Raises ValueError, RuntimeError."""
+
+    def starts(self, manager: AdapterManager) -> None:
+        """Raises RuntimeError if another one runs."""
+
+    def stopped(self) -> None:
+        """Requests are over."""
+
+
+class AdapterManager(ContinuousBatchingManager):
+    """A continuous batching manager whose requests name adapters. Made by
+    ``ReftModel.init_continuous_batching``.
+
+    What a name stands for is settled when a request is added, whatever is trained, replaced or
+    removed meanwhile. While requests run, forwards of the model in other threads are refused.
+    """
+
+    _host: Host
+    _keys: TokenKeys
+    _requests: dict[str, Request]  # by id, until they are over
+    _begun: dict[str, Request]  # those that were in a step
+    _reserved: list[Request] | None  # settled for the next add_requests
+    _collected: list[tuple[Any, ...]] | None
+    _adding: threading.RLock
+    _names: Iterator[str]
+    _modes: Mapping[nn.Module, bool]
+    _pauses: int
+
+    @classmethod
+    def of(
+        cls,
+        manager: ContinuousBatchingManager,
+        host: Host,
+        vocabulary: int,
+        modes: Mapping[nn.Module, bool],
+    ) -> AdapterManager:
+        """Make one of a manager that transformers made and that was not started.
+
+        Args:
+            manager: becomes the result.
+            host: the model's adapters.
+            vocabulary: more than any token id.
+            modes: which modules were in training mode, for the end.
+        """
+        if isinstance(manager, cls):  # kept from an earlier call
+            manager._modes = modes
+            return manager
+        manager.__class__ = cls
+        assert isinstance(manager, cls)
+        manager._host, manager._keys, manager._modes = host, TokenKeys(vocabulary), modes
+        manager._requests, manager._begun = {}, {}
+        manager._adding = threading.RLock()
+        manager._names = map("request_{}".format, itertools.count())
+        manager._reserved = manager._collected = None
+        manager._pauses = 0
+        return manager
+
+    # ---------------------------------------------------------------- requests
+
+    def add_request(
+        self,
+        input_ids: Sequence[int],
+        request_id: str | None = None,
+        *args: Any,
+        adapter_name: str | None = None,
+        adapter_scale: float | None = None,
+        **kwargs: Any,
+    ) -> str | None:
+        """transformers' method.
+
+        Args:
+            adapter_name: an adapter of the model or of its pool, "__base__" for none; None for the
+                active one.
+            adapter_scale: what its edit is multiplied by.
+
+        Returns:
+            The request's id; None where the manager takes no more requests.
+
+        Raises:
+            ValueError: an unknown adapter, one whose positions a prompt's length does not tell, a
+                bad scale, an id in use. Nothing was added.
+            RuntimeError: the adapters were detached from the model.
+        """
+        with self._adding:
+            if self._collected is not None:
+                self._collected.append((input_ids, request_id, args, kwargs))
+                return request_id
+            names = None if adapter_name is None else [adapter_name]
+            [request] = self._host.settle([len(input_ids)], names, adapter_scale)
+            return self._add(request, input_ids, request_id, args, kwargs)
+
+    def add_requests(
+        self,
+        inputs: Sequence[Sequence[int]],
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        adapter_scales: Any = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """transformers' method.
+
+        Args:
+            adapter_names: one a request; None for the active adapter.
+            adapter_scales: what edits are multiplied by, one number or one a request.
+
+        Raises:
+            ValueError: as :meth:`add_request`, or not one a request. Nothing was added.
+            RuntimeError: the adapters were detached from the model.
+        """
+        with self._adding:
+            requests, self._reserved = self._reserved, None
+            if requests is None:
+                lengths = [len(one) for one in inputs]
+                requests = self._host.settle(lengths, adapter_names, adapter_scales)
+            # transformers may add them in another order; its ids are in the order of the inputs.
+            self._collected = []
+            try:
+                ids = super().add_requests(inputs, *args, **kwargs)  # type: ignore[arg-type]
+                collected = self._collected
+            finally:
+                self._collected = None
+            by_id = dict(zip(ids, requests, strict=True))
+            for tokens, request_id, rest, named in collected:
+                self._add(by_id[request_id], tokens, request_id, rest, named)
+            return ids
+
+    def reserve(self, requests: list[Request]) -> None:
+        """What edits the requests of the next :meth:`add_requests`."""
+        self._reserved = requests
+
+    def _add(
+        self,
+        request: Request,
+        tokens: Sequence[int],
+        request_id: str | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> str | None:
+        if request_id is None:
+            request_id = next(self._names)
+        begun = request_id in self._begun
+        if request_id in self._requests and not (begun and not self._pending(request_id)):
+            raise ValueError(f"request_id must be new, got {request_id!r}, which is in progress")
+        children = (f"{request_id}__child#{i}" for i in range(self.num_return_sequences - 1))
+        ids = (request_id, *children)
+        self._requests.update(dict.fromkeys(ids, request))
+        added = super().add_request(tokens, request_id, *args, **kwargs)  # type: ignore[arg-type]
+        if added is None:
+            for one in ids:
+                self._requests.pop(one, None)
+        return added
+
+    def requests(self) -> list[Request]:
+        """Those that are not over."""
+        return list(self._requests.values())
+
+    def _pending(self, request_id: str) -> bool:
+        """Whether a request that was in a step goes on."""
+        processor = self.batch_processor
+        if processor is None:
+            return False
+        known = processor.scheduler
+        return request_id in known.active_requests or request_id in known.waiting_requests
+
+    # ---------------------------------------------------------------- steps
+
+    def parts(self, cache: object) -> list[Chunk] | None:
+        """What the forward with this cache computes; None if it is another manager's.
+
+        Raises:
+            RuntimeError: a request that was not added here.
+        """
+        processor = self.batch_processor
+        if processor is None or cache is None or processor.cache is not cache:
+            return None
+        batch: Any = processor.inputs_and_outputs
+        parts, now = [], {}
+        for future in batch.requests_in_batch:
+            request_id, stop = future.state.request_id, future.state.position_offset
+            if request_id not in self._requests:
+                raise RuntimeError(f"request {request_id!r} came without its adapter")
+            request = now[request_id] = self._requests[request_id]
+            parts.append(Chunk(request, stop - future.query_length, stop))
+        for request_id in self._begun.keys() - now.keys():
+            if not self._pending(request_id):
+                over = self._begun.pop(request_id)
+                if self._requests.get(request_id) is over:
+                    del self._requests[request_id]
+        self._begun.update(now)
+        return parts
+
+    def busy(self) -> bool:
+        """Whether a forward in this thread would meet one of the manager's."""
+        if not self.is_running() or self._pauses:
+            return False
+        new: dict[str, Request] = {}
+        for _ in range(20):
+            processor = self.batch_processor
+            if not self.input_queue.empty():
+                return True
+            if processor is not None and processor.has_pending_requests():
+                return True
+            known = list(self._requests.items())
+            new = {name: one for name, one in known if name not in self._begun}
+            if not new:
+                return False
+            time.sleep(0.005)  # the loop has taken them and not listed them yet
+        self._begun.update(new)  # refused by the loop, or cancelled: the next step forgets them
+        return False
+
+    # ---------------------------------------------------------------- the loop
+
+    def start(self) -> None:
+        """transformers' method.
+
+        Raises:
+            RuntimeError: another manager of this model runs.
+        """
+        try:
+            self._host.starts(self)
+        except RuntimeError:
+            self._reserved = None
+            raise
+        super().start()
+
+    def stop(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' method; modules that were in training mode are in it again."""
+        super().stop(*args, **kwargs)
+        if self.is_running():  # it was not waited for
+            return
+        self._requests.clear()
+        self._begun.clear()
+        for module, mode in self._modes.items():
+            module.training = mode
+        self._host.stopped()
+
+    if hasattr(ContinuousBatchingManager, "pause"):
+
+        @contextmanager
+        def pause(self) -> Iterator[None]:
+            """transformers' method. Inside, the model may be called."""
+            with super().pause():
+                self._pauses += 1
+                try:
+                    yield
+                finally:
+                    self._pauses -= 1
+
+    def _create_batch_processor(self) -> Any:
+        processor = super()._create_batch_processor()
+        if SEARCH not in vars(processor.cache):
+            share_by_edits(processor.cache, self._requests, self._keys)
+        return processor
+
+
+# -------------------------------------------------------------------- shared blocks
+
+
+def share_by_edits(
+    cache: PagedAttentionCache, requests: Mapping[str, Request], keys: TokenKeys
+) -> None:
+    """Let requests share a block if its tokens, the adapter, and its edited positions up to its end
+    are the same. transformers compares tokens alone, and so hands one adapter's keys and values to
+    another."""
+    name = register_name()
+    if name is None:
+        return
+    search, register = getattr(cache, SEARCH), getattr(cache, name)
+
+    def search_keyed(request_id: str, prompt_ids: list[int]) -> int:
+        ids = keys.keyed(requests[request_id], prompt_ids)
+        return 0 if ids is None else search(request_id, ids)
+
+    def register_keyed(state: Any, complete: Any) -> None:
+        if not complete:
+            return
+        ids = keys.keyed(requests[state.request_id], state.initial_tokens + state.generated_tokens)
+        if ids is not None:
+            register(_Keyed(state, ids), complete)
+
+    cache.__dict__.update({SEARCH: search_keyed, name: register_keyed})
+
+
+class _Keyed:
+    """A request's state with other token ids."""
+
+    def __init__(self, state: Any, ids: list[int]) -> None:
+        self._state, self.initial_tokens = state, ids
+        self.generated_tokens: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+
+def register_name() -> str | None:
+    """The cache's method that registers blocks; None if this release has other methods."""
+    if not hasattr(PagedAttentionCache, SEARCH):
+        return None
+    return next((name for name in REGISTER if hasattr(PagedAttentionCache, name)), None)
+
+
+# -------------------------------------------------------------------- settings
+
+
+def checked_config(
+    model: Any, generation_config: GenerationConfig, config: ContinuousBatchingConfig | None
+) -> ContinuousBatchingConfig:
+    """The settings of a manager: what they leave open is decided so that edits are exact.
+
+    Args:
+        model: the base.
+        generation_config: its settings, which may hold ``config`` too.
+        config: None for transformers' own settings.
+
+    Raises:
+        ValueError: a manager that the base kept from a call of its own; CUDA graphs, asynchronous
+            batching or a compiled forward: the rows of a step are told by the host, and these run
+            a step without it.
+    """
+    kept = getattr(model, KEPT, None)
+    if kept is not None and not isinstance(kept, AdapterManager):
+        raise ValueError(
+            "the base model keeps a continuous batching manager of its own; call "
+            "destroy_cached_continuous_batching_manager() first"
+        )
+    if config is None:
+        config = getattr(generation_config, "continuous_batching_config", None)
+    config = ContinuousBatchingConfig() if config is None else copy.copy(config)
+    compiled = (config.varlen_compile_config, config.decode_compile_config)
+    settings = (generation_config, model.config.get_text_config())
+    fallback = any(getattr(one, "compile_config", None) is not None for one in settings)
+    for field, wrong in (
+        ("use_cuda_graph", any(config.cuda_graph_booleans)),
+        ("use_async_batching", bool(config.use_async_batching)),
+        ("varlen_compile_config", compiled[0] is not None),
+        ("decode_compile_config", compiled[1] is not None),
+        ("default_compile_level", config.default_compile_level > 0),
+        ("compile_config", fallback),
+    ):
+        if wrong:
+            raise ValueError(
+                f"{field} must be left unset: the host tells each step which rows are edited, and "
+                "CUDA graphs, asynchronous batching and compiled forwards run steps without it"
+            )
+    config.use_cuda_graph = config.use_async_batching = False
+    if register_name() is None:
+        config.allow_block_sharing = False
+    return config

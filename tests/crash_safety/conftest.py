@@ -1,0 +1,22 @@
+"""The run that nobody disturbs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from small_run import EACH, STEPS, Run, Wishes, keep_all
+
+from reft.io.adapter_files import read_adapter
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory) -> dict[str, Any]:
+    """What a run is that nobody kills, and all its checkpoints."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    run = Run(root / "run", root / "facts")
+    assert run.go(Wishes(at_save=keep_all)) == 0
+    found = run.read()
+    assert found["steps"] == STEPS
+    assert len(found["curve"]) == STEPS + STEPS // EACH
+    return found | {"checkpoints": root / "all", "adapter": read_adapter(run.folder / "adapter")}

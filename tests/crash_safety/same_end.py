@@ -1,0 +1,57 @@
+"""Whether a disturbed run came to the end of the undisturbed one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from small_run import FILES, STEPS, Run
+
+from reft import ReftConfig
+from reft.io.adapter_files import WEIGHTS_FILE, read_adapter
+from reft.train.checkpoints import UNFINISHED
+
+#: What an adapter is on the disk.
+Adapter = tuple[ReftConfig, dict[str, torch.Tensor]]
+
+
+def assert_same_adapter(left: Adapter, right: Adapter) -> None:
+    assert left[0] == right[0]
+    assert left[1].keys() == right[1].keys()
+    for name, value in left[1].items():
+        assert torch.equal(value, right[1][name]), name
+
+
+def assert_whole(folder: Path, checkpoints: Path) -> list[int]:
+    """Every checkpoint in a folder is complete and as it should be; their steps."""
+    steps = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        expected = checkpoints / checkpoint.name
+        assert {file.name for file in checkpoint.iterdir()} == FILES
+        assert {file.name for file in expected.iterdir()} == FILES
+        assert_same_adapter(read_adapter(checkpoint), read_adapter(expected))
+        for name in ("optimizer.pt", "scheduler.pt"):
+            left, right = (torch.load(one / name) for one in (checkpoint, expected))
+            torch.testing.assert_close(left, right, rtol=0, atol=0)
+        steps.append(int(checkpoint.name.partition("-")[2]))
+    if (folder / "adapter" / WEIGHTS_FILE).exists():  # until it has its name, there is no adapter
+        read_adapter(folder / "adapter")
+    return sorted(steps)
+
+
+def assert_same_end(run: Run, before: list[int], expected: dict[str, Any]) -> None:
+    """The last process ended the run, from the last checkpoint on and not from the beginning."""
+    found = run.read()
+    assert "error" not in found
+    assert found["steps"] == STEPS - max(before, default=0)
+    if before:
+        assert found["from"].name == f"checkpoint-{max(before)}"
+    else:
+        assert "no whole checkpoint to resume from" in found["refusal"]
+    assert found["curve"] == expected["curve"]
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, value in expected["weights"].items():
+        assert torch.equal(found["weights"][name], value), name
+    assert_same_adapter(read_adapter(run.folder / "adapter"), expected["adapter"])
+    assert not (run.folder / UNFINISHED).exists()

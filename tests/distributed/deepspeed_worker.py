@@ -1,0 +1,167 @@
+"""One rank of DeepSpeed's engines, one after another.
+
+Written for torchrun; see test_deepspeed.py. What comes out lies in the folder that is given: a file
+for each stage of ZeRO and scene, of rank 0 alone, since what is gathered is the same on all.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import deepspeed.ops
+import torch
+import transformers.training_args
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from three_steps import CASES, Case, InOrder, batch, make_trainer, short
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
+
+from reft.adapter.sharding import in_parts, whole
+
+#: Stage -> the cases that are trained under it.
+STAGES = {
+    0: ("plain",),
+    1: ("clipping",),
+    2: ("plain", "accumulation"),
+    3: ("plain", "checkpointing", "accumulation", "head", "lora", "attention"),
+}
+
+#: Stages of which texts, and what is saved at the end, are looked at.
+PUBLISHED = (2, 3)
+
+#: Of a part of a block, whose modules DeepSpeed puts functions of its own around.
+MORE = {"attention": Case(config={"component": "attention_output"})}
+
+#: A run with a checkpoint in its middle.
+LONG = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+
+def on_cpu() -> None:
+    """accelerate knows no DeepSpeed on a CPU, DeepSpeed compiles a collective for a minute, and
+    transformers asks for a GPU before it lets DeepSpeed compute in bfloat16."""
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+
+
+def engine(stage: int) -> dict[str, Any]:
+    """DeepSpeed's configuration. At stage 3 no parameter is small enough to stay whole."""
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0
+    auto = (
+        "train_micro_batch_size_per_gpu",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    )
+    return {"zero_optimization": zero, **dict.fromkeys(auto, "auto")}
+
+
+class Rank:
+    """One of the processes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.rank = folder, int(os.environ["RANK"])
+
+    def trainer(
+        self, stage: int, scene: str, case: Case, base: nn.Module | None = None, **changes: Any
+    ) -> InOrder:
+        AcceleratorState._reset_state()
+        settings = {**case.arguments, "deepspeed": engine(stage), "use_cpu": False, **changes}
+        case = Case(settings, case.config, case.lora)
+        folder = self.folder / "runs" / f"{stage}-{scene}"
+        return make_trainer(case, folder, rank=self.rank, ranks=2, base=base)
+
+    def keep(self, stage: int, scene: str, trainer: InOrder, **found: Any) -> None:
+        found["weights"] = weights(trainer.model)
+        found["engine"] = type(trainer.model_wrapped).__name__
+        found["losses"] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        if not self.rank:
+            torch.save(found, self.folder / f"{stage}-{scene}.pt")
+
+    def cases(self, stage: int) -> None:
+        for name in STAGES[stage]:
+            trainer = self.trainer(stage, name, (CASES | MORE)[name])
+            trainer.train()
+            shards = sum(map(in_parts, trainer.model.parameters()))
+            self.keep(stage, name, trainer, shards=shards)
+            if name == "plain" and stage in PUBLISHED:
+                texts, logits = outputs(trainer.model)
+                self.keep(stage, "published", trainer, texts=texts, logits=logits)
+                trainer.save_model(str(self.folder / f"{stage}-model"))
+                trainer.save_adapter(self.folder / f"{stage}-adapter")
+
+    def resumed(self, stage: int, name: str) -> None:
+        """Four steps; the last two of them again, from what two have written."""
+        trainer = self.trainer(stage, f"{name}-long", CASES[name], **LONG)
+        trainer.train()
+        self.keep(stage, f"{name}-long", trainer)
+        again = self.trainer(stage, f"{name}-again", CASES[name], **LONG)
+        middle = self.folder / "runs" / f"{stage}-{name}-long" / "checkpoint-2"
+        try:
+            again.train(resume_from_checkpoint=str(middle))
+        except ImportError as error:  # PEFT's, of another time than the oldest transformers
+            self.keep(stage, f"{name}-again", again, lacking=str(error))
+        else:
+            self.keep(stage, f"{name}-again", again)
+
+    def half(self, stage: int) -> None:
+        """DeepSpeed casts all modules to bfloat16; the optimizer has what is trained in float32."""
+        config = {**engine(stage), "bf16": {"enabled": "auto"}}
+        trainer = self.trainer(stage, "half", CASES["plain"], bf16=True, deepspeed=config)
+        trainer.train()
+        self.keep(stage, "half", trainer)
+        trainer.save_adapter(self.folder / f"{stage}-half-adapter")
+
+    def sharded_while_loaded(self, name: str) -> None:
+        """A base that from_pretrained leaves in parts, since a configuration of ZeRO-3 is there."""
+        zero = engine(3)["zero_optimization"]
+        settings = HfDeepSpeedConfig(
+            {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 2}
+        )
+        base = LlamaForCausalLM.from_pretrained(self.folder / "base")
+        assert settings.is_zero3() and base.lm_head.weight.numel() == 0
+        trainer = self.trainer(3, f"{name}-loaded", CASES[name], base)
+        trainer.train()
+        self.keep(3, f"{name}-loaded", trainer)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """What is trained, whole; every rank has to ask."""
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    return {short(name): whole(one).clone() for name, one in trained.items()}
+
+
+def outputs(model: Any) -> tuple[list[Tensor], Tensor]:
+    """Texts of greedy search and of beams, and logits."""
+    model.eval()
+    inputs = {name: value.flip(1) for name, value in batch(3).items() if name != "labels"}
+    how = {"max_new_tokens": 6, "do_sample": False}
+    with torch.no_grad():
+        texts = [model.generate(**inputs, num_beams=beams, **how) for beams in (1, 2)]
+        return texts, model(**inputs).logits.clone()
+
+
+def main(folder: Path) -> None:
+    on_cpu()
+    rank = Rank(folder)
+    for stage in STAGES:
+        rank.cases(stage)
+    rank.resumed(2, "plain")
+    rank.resumed(3, "lora")
+    rank.half(2)
+    rank.half(3)
+    rank.sharded_while_loaded("head")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

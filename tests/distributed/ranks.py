@@ -1,0 +1,233 @@
+"""One rank of every engine, one after another, since starting processes is what takes the time.
+
+Written for torchrun; see test_ranks.py. What comes out lies in the folder that is given: a file
+for each engine, scene and rank.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import load_fsdp_model, save_fsdp_model
+from sharding import forget, native_trainer, shard, units, units_of_bare_base
+from three_steps import CASES, Case, Gradients, InOrder, batch, make_trainer, trained
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from wire import Wire
+
+from reft.adapter.parameters import AdapterParameters
+
+#: Cases of a base that is sharded while it is loaded.
+NATIVE = ("plain", "checkpointing", "clipping")
+
+#: Runs of six steps with a checkpoint in their middle.
+_SIX = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "seed": 5}
+LONG = {"long": Case(_SIX), "long lora": Case(_SIX, lora=True)}
+
+
+class Rank:
+    """One of the processes."""
+
+    def __init__(self, folder: Path) -> None:
+        from accelerate import PartialState
+
+        state = PartialState(cpu=True)
+        self.folder, self.rank, self.ranks = folder, state.process_index, state.num_processes
+
+    def trainer(self, engine: str, scene: str, case: Case, **settings: Any) -> InOrder:
+        """A trainer of the engine; every rank draws other first values."""
+        forget()
+        folder = self.folder / "runs" / engine / scene
+        if engine == "native":
+            return native_trainer(
+                case, self.folder / "base", folder, rank=self.rank, ranks=self.ranks
+            )
+        trainer = make_trainer(case, folder, rank=self.rank, ranks=self.ranks)
+        return shard(trainer, **settings) if engine == "fsdp2" else trainer
+
+    def keep(self, engine: str, scene: str, **found: Any) -> None:
+        torch.save(found, self.folder / f"{engine}.{scene}.{self.rank}.pt")
+
+    # ------------------------------------------------------------ scenes
+
+    def cases(self, engine: str, names: Any) -> None:
+        """Three steps of every case."""
+        for name in names:
+            trainer = self.trainer(engine, name, CASES[name])
+            try:
+                found = trained(trainer)
+            except ValueError as error:
+                self.keep(engine, name, lacking=str(error))
+                continue
+            self.keep(
+                engine, name, units=units(trainer.model), kind=type(trainer.model_wrapped).__name__,
+                **found,
+            )  # fmt: skip
+
+    def resumed(self, engine: str, name: str) -> None:
+        """Six steps; the last three of them again; those of a checkpoint of one process."""
+        case, runs = LONG[name], self.folder / "runs"
+        self.keep(engine, name, **trained(self.trainer(engine, name, case)))
+        for scene, first in (("again", engine), ("from one", "one")):
+            trainer = self.trainer(engine, f"{name} {scene}", case)
+            checkpoint = runs / first / name / "checkpoint-3"
+            found = trained(trainer, resume_from_checkpoint=str(checkpoint))
+            self.keep(engine, f"{name} {scene}", **found)
+
+    def published(self, engine: str) -> None:
+        """What is written at the end, and what is generated then, by greedy search and by beams."""
+        trainer = self.trainer(engine, "published", CASES["plain"])
+        trained(trainer)
+        trainer.save_adapter(self.folder / f"{engine}-adapter")
+        trainer.save_model(str(self.folder / f"{engine}-model"))
+        model = trainer.model.eval()
+        inputs = batch(3)
+        with torch.no_grad():
+            texts = [
+                model.generate(**inputs, max_new_tokens=6, num_beams=beams, do_sample=False)
+                for beams in (1, 2)
+            ]
+        self.keep(engine, "published", texts=texts)
+
+    def wire(self, engine: str) -> None:
+        """The bytes of one step of Trainer's loop: those of two steps without those of one."""
+        found = []
+        for steps in (1, 2):
+            trainer = self.trainer(engine, "wire", Case({"max_steps": steps}))
+            trainer.remove_callback(Gradients)
+            with Wire() as wire:
+                trainer.train()
+            found.append(wire.bytes)
+        self.keep(engine, "wire", bytes=found[1] - found[0])
+
+    def without_prompts(self, engine: str) -> None:
+        """Examples that are all answer: these numbers of them, or all."""
+        for scene, chosen in (("all", range(12)), ("one rank's", (2, 3)), ("the first", range(4))):
+            trainer = self.trainer(engine, f"answers {scene}", CASES["plain"])
+            for number in chosen:
+                row = trainer.train_dataset[number]
+                row["labels"] = list(row["input_ids"])
+            try:
+                trainer.train()
+                self.keep(engine, f"answers {scene}", steps=trainer.steps_trained, said="")
+            except ValueError as error:
+                self.keep(
+                    engine, f"answers {scene}", steps=trainer.state.global_step, said=str(error)
+                )
+
+    def trains_sharded(self) -> bool:
+        """Whether this transformers' Trainer takes a sharded base; if not, what it says."""
+        trainer = self.trainer("native", "refused", CASES["plain"])
+        if hasattr(trainer, "is_distributed_loading_by_transformers"):
+            return True
+        try:
+            trainer.train()
+        except ValueError as error:
+            for scene in (*NATIVE, "published"):
+                self.keep("native", scene, lacking=str(error))
+        return False
+
+    def mixed(self) -> None:
+        """A base in bfloat16 under a policy of bfloat16: what a forward has of the adapter."""
+        policy = MixedPrecisionPolicy(*[torch.bfloat16] * 3)
+        trainer = self.trainer("fsdp2", "mixed", CASES["plain"], mixed_precision_policy=policy)
+        [adapter] = [one for one in trainer.model.modules() if isinstance(one, AdapterParameters)]
+        first = {name: one.clone() for name, one in adapter.training_state().items()}
+        seen: list[Any] = []
+        adapter.register_forward_hook(
+            lambda module, _, form: seen.append((module.weight.dtype, form.encode[0].clone()))
+        )
+        found = trained(trainer)
+        self.keep("fsdp2", "mixed", first=first, dtype=seen[0][0], encode=seen[0][1], **found)
+
+    def state(self, setting: dict[str, Any]) -> None:
+        """Logits of a trained adapter, again after another one was put in its place and two ways
+        of torch's have brought it back: a checkpoint of parts, and one whole dictionary."""
+        trainer = self.trainer("fsdp2", "state", CASES["plain"], **setting)
+        trained(trainer)
+        model, inputs = trainer.model_wrapped.eval(), batch(3)
+        plugin = trainer.accelerator.state.fsdp_plugin
+        everything = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        from_one = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        whole = get_model_state_dict(model, options=everything)  # rank 0 has it
+        kept = {name: one.clone() for name, one in whole.items()}
+        folder = str(self.folder / "fsdp2-state")
+        save_fsdp_model(plugin, trainer.accelerator, model, folder)
+        ways = {
+            "parts": lambda: load_fsdp_model(plugin, trainer.accelerator, model, folder),
+            "whole": lambda: set_model_state_dict(model, kept, options=from_one),
+        }
+        found = {}
+        with torch.no_grad():
+            expected = model(**inputs).logits.clone()
+            [adapter] = [one for one in model.modules() if isinstance(one, AdapterParameters)]
+            for name, bring_back in ways.items():
+                for one in (adapter.base, *adapter.parameters()):
+                    one.add_(0.3)
+                away = float((model(**inputs).logits - expected).abs().max())
+                for unit in model.modules():  # a forward leaves some whole, which torch misreads
+                    if isinstance(unit, FSDPModule):
+                        unit.reshard()
+                bring_back()
+                found[name] = away, float((model(**inputs).logits - expected).abs().max())
+        self.keep("fsdp2", "state", found=found, keys=[*kept])
+
+    def best(self) -> None:
+        """The best of two checkpoints is loaded into shards at the end."""
+        case = Case(
+            {
+                "max_steps": 4, "save_strategy": "steps", "eval_strategy": "steps",
+                "save_steps": 2, "eval_steps": 2, "load_best_model_at_end": True,
+                "learning_rate": 0.5, "lr_scheduler_type": "constant",
+            }
+        )  # fmt: skip
+        trainer = self.trainer("fsdp2", "best", case)
+        found = trained(trainer)
+        self.keep("fsdp2", "best", best=str(trainer.state.best_model_checkpoint), **found)
+
+
+def main(folder: Path) -> None:
+    rank = Rank(folder)
+    rank.cases("ddp", CASES)
+    rank.resumed("ddp", "long")
+    rank.published("ddp")
+    rank.wire("ddp")
+    rank.without_prompts("ddp")
+    if rank.trains_sharded():
+        rank.cases("native", NATIVE)
+        rank.published("native")
+    rank.cases("fsdp2", CASES)
+    rank.resumed("fsdp2", "long")
+    try:
+        rank.resumed("fsdp2", "long lora")
+    except ImportError as error:  # of what PEFT expects of transformers, before it loads anything
+        for scene in ("", " again", " from one"):
+            rank.keep("fsdp2", f"long lora{scene}", lacking=str(error))
+    rank.published("fsdp2")
+    rank.wire("fsdp2")
+    rank.without_prompts("fsdp2")
+
+    for setting in ("cpu_ram_efficient_loading", "activation_checkpointing"):
+        trainer = rank.trainer("fsdp2", setting, CASES["plain"], **{setting: True})
+        rank.keep("fsdp2", setting, **trained(trainer))
+
+    try:
+        rank.mixed()
+    except ValueError as error:
+        rank.keep("fsdp2", "mixed", lacking=str(error))
+    rank.state({"cpu_ram_efficient_loading": True})
+    rank.best()
+    counted = rank.trainer("fsdp2", "units", CASES["plain"])
+    rank.keep("fsdp2", "units", bare=units_of_bare_base(counted))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

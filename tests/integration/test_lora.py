@@ -1,0 +1,395 @@
+"""PEFT's LoRA under the edits: both train, each is switched by its own switch, both are stored."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import warnings
+
+import pytest
+import torch
+from tiny_models import bert, blocks_of, gpt2, llama, parameters_of, plain_edits, tokens
+from transformers import TrainerCallback
+
+from reft import ReftConfig, ReftModel, get_reft_model
+from reft.io.adapter_files import read_adapter
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
+
+IDS = tokens(3, 9)
+LABELS = IDS.clone()
+for _row, _n in enumerate((6, 5, 2)):
+    LABELS[_row, :_n] = -100
+SPANS = [(0, 6), (0, 5), (0, 2)]
+
+#: base -> (how to make it, the layers that LoRA is put on, PEFT's name of the task).
+BASES = {
+    "llama": (llama, ["q_proj", "down_proj"], "CAUSAL_LM"),
+    "gpt2": (gpt2, ["c_attn"], "CAUSAL_LM"),
+    "bert": (bert, ["query", "output.dense"], "FEATURE_EXTRACTION"),
+}
+ORDERS = ("wrapper", "task", "transformers")
+
+
+def with_lora(order: str, base: str = "llama", model=None, seed: int = 7, **changes):
+    """A base with LoRA that does something: in PEFT's wrapper, in that of a task, or without."""
+    make, targets, task = BASES[base]
+    model = make() if model is None else model
+    settings = {"r": 2, "target_modules": targets, "init_lora_weights": False, **changes}
+    if base == "gpt2":
+        settings["fan_in_fan_out"] = True
+    torch.manual_seed(seed)
+    if order == "transformers":
+        try:
+            model.add_adapter(peft.LoraConfig(**settings))
+        except ValueError as error:  # transformers may ask for a PEFT that is not out yet
+            if "version of PEFT" not in str(error):
+                raise
+            pytest.skip(str(error))
+        return model
+    if order == "task":
+        settings["task_type"] = task
+    return peft.get_peft_model(model, peft.LoraConfig(**settings))
+
+
+def config(**changes) -> ReftConfig:
+    return ReftConfig(**{"rank": 3, "positions": "f2+l2", "tied": False, **changes})
+
+
+def trained(model) -> dict[str, torch.nn.Parameter]:
+    return {name: one for name, one in model.named_parameters() if one.requires_grad}
+
+
+def kinds(model) -> set[str]:
+    return {
+        "lora" if "lora_" in name else "reft" if ".reft." in name else "base"
+        for name in trained(model)
+    }
+
+
+def logits(model, **inputs):
+    with torch.no_grad():
+        return model(input_ids=IDS, **inputs).logits
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("base", BASES)
+def test_gradients_of_both_equal_the_plain_ones(order, base):
+    model = get_reft_model(with_lora(order, base), config(layers=[0, 2])).train()
+    labels = torch.tensor([0, 1, 2]) if base == "bert" else LABELS
+    spans = [(0, 9)] * 3 if base == "bert" else SPANS
+    model(input_ids=IDS, labels=labels).loss.backward()
+    adapter = model.base_model.reft.adapter("default")
+    got = {name: one.grad.clone() for name, one in trained(model).items()}
+    assert kinds(model) == {"lora", "reft"}
+    assert all("lora_" in name or ".reft." in name for name in got)
+    model.zero_grad()
+    values = parameters_of(model)
+    with (
+        model.disable_adapter(),
+        plain_edits(blocks_of(model.get_base_model()), model.configs["default"], values, spans),
+    ):
+        model(input_ids=IDS, labels=labels).loss.backward()
+    expected = {name: one.grad for name, one in trained(model).items() if "lora_" in name}
+    path = next(name for name in got if name.endswith(".bias")).removesuffix("bias")
+    expected |= {path + name: values[name].grad for name, _ in adapter.named_parameters()}
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        assert value.abs().max() > 0, name
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_each_is_switched_by_its_own_switch(order):
+    plain = logits(llama())
+    base = with_lora(order)
+    with_lora_only = logits(base)
+    model = get_reft_model(base, config())
+    both = logits(model)
+    alone = get_reft_model(llama(), config())
+    alone.reft.adapter("default").load(model.reft.adapter("default").export_state_dict())
+    without_lora = logits(alone)
+    assert len({x.sum().item() for x in (plain, with_lora_only, both, without_lora)}) == 4
+
+    def lora_off(forward):
+        if order != "transformers":
+            with base.disable_adapter():
+                return forward()
+        base.disable_adapters()
+        found = forward()
+        base.enable_adapters()
+        return found
+
+    torch.testing.assert_close(lora_off(lambda: logits(model)), without_lora, rtol=1e-5, atol=1e-6)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), with_lora_only)
+        assert torch.equal(lora_off(lambda: logits(model)), plain)
+    assert torch.equal(logits(model), both)
+    assert kinds(model) == {"lora", "reft"}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_this_librarys_arguments_pass_peft(order):
+    base = with_lora(order)
+    plain = logits(base)
+    model = get_reft_model(base, config(positions="l1"))
+    model.add_adapter("other", config(positions="l1"))
+    expected = logits(model, prompt_lengths=[4, 5, 6])
+    assert not torch.equal(expected, logits(model))
+    for called in (base, model.get_base_model()):
+        assert torch.equal(logits(called, prompt_lengths=[4, 5, 6]), expected)
+    mixed = logits(model, prompt_lengths=[4, 5, 6], adapter_names=["default", "__base__", "other"])
+    torch.testing.assert_close(mixed[0], expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mixed[1], plain[1], rtol=1e-5, atol=1e-6)
+    assert (mixed[2] - expected[2]).abs().max() > 1e-3
+    with torch.no_grad():
+        by_place = model(IDS, torch.ones_like(IDS), prompt_lengths=[4, 5, 6]).logits
+    assert torch.equal(by_place, expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_generate_edits_the_prompt(order):
+    base = with_lora(order)
+    model = get_reft_model(base, config())
+    expected = IDS
+    for _ in range(5):
+        step = logits_of(model, expected, prompt_lengths=[9] * 3)
+        expected = torch.cat([expected, step[:, -1:].argmax(-1)], 1)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    for called in (model, base):
+        assert torch.equal(called.generate(input_ids=IDS, **settings), expected)
+    named = model.generate(IDS, adapter_names=["default", "__base__", "default"], **settings)
+    assert torch.equal(named[[0, 2]], expected[[0, 2]])
+    with model.disable_adapter():
+        off = model.generate(IDS, **settings)
+    assert torch.equal(named[1], off[1])
+    assert not torch.equal(off, expected)
+
+
+def logits_of(model, ids, **inputs):
+    with torch.no_grad():
+        return model(input_ids=ids, **inputs).logits
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_unload_gives_the_model_with_lora_back(order):
+    base = with_lora(order)
+    before, parameters = logits(base), {n: p.requires_grad for n, p in base.named_parameters()}
+    model = get_reft_model(base, config())
+    logits(model)
+    assert model.unload() is base
+    assert not hasattr(base, "reft")
+    assert {n: p.requires_grad for n, p in base.named_parameters()} == parameters
+    for module in base.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks_always_called
+    assert torch.equal(logits(base), before)
+
+
+def test_lora_that_was_loaded_frozen_stays_frozen(tmp_path):
+    with_lora("task").save_pretrained(tmp_path)
+    base = peft.PeftModel.from_pretrained(llama(), tmp_path)
+    model = get_reft_model(base, config())
+    assert kinds(model) == {"reft"}
+    for name, one in model.named_parameters():
+        assert one.requires_grad == (".reft." in name), name
+
+
+def test_lora_that_is_trained_can_be_frozen():
+    base = with_lora("task")
+    if "inference_mode" not in inspect.signature(base.set_adapter).parameters:
+        pytest.skip("this release of PEFT has no such switch")
+    base.set_adapter("default", inference_mode=True)
+    assert kinds(get_reft_model(base, config())) == {"reft"}
+
+
+def test_what_lora_was_merged_into_is_frozen():
+    merged = with_lora("task").merge_and_unload().requires_grad_(True)
+    merged.peft_config = {"default": peft.LoraConfig()}  # PEFT has left it there
+    model = get_reft_model(merged, config())
+    assert kinds(model) == {"reft"}
+    assert all(one.requires_grad for one in model.unload().parameters())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_adapter_holds_no_lora_and_fits_the_merged_model(order, tmp_path):
+    model = get_reft_model(with_lora(order), config())
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert set(read_adapter(tmp_path)[1]) == {"rotation", "weight", "bias"}
+    again = ReftModel.from_pretrained(with_lora(order), tmp_path)
+    torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-6)
+    if order != "transformers":
+        merged = ReftModel.from_pretrained(again.unload().merge_and_unload(), tmp_path)
+        torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 3
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_resumed_run_of_both_is_the_uninterrupted_one(order, make_trainer, word_llama, tmp_path):
+    word_llama.requires_grad_(False)
+    start = {name: value.clone() for name, value in word_llama.state_dict().items()}
+
+    def fresh(folder, **arguments):
+        base = with_lora(order, model=copy.deepcopy(word_llama), init_lora_weights=True)
+        torch.manual_seed(1)
+        model = get_reft_model(base, config(dropout=0.1))
+        return make_trainer(folder, model=model, max_steps=6, weight_decay=0.01, **arguments)
+
+    whole = fresh("whole")
+    first = {name: one.detach().clone() for name, one in trained(whole.model).items()}
+    whole.train()
+    expected = {name: one.detach().clone() for name, one in trained(whole.model).items()}
+    assert not any(torch.equal(first[name], expected[name]) for name in expected)
+
+    stopped = fresh("split", save_strategy="steps", save_steps=3)
+    stopped.add_callback(Stop())
+    stopped.train()
+    checkpoint = tmp_path / "split" / "checkpoint-3"
+    resumed = fresh("split")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for name, one in trained(resumed.model).items():
+        assert torch.equal(one, expected[name]), name
+
+    # PEFT itself reads what lies there.
+    base = peft.PeftModel.from_pretrained(word_llama, checkpoint / "lora")
+    model = ReftModel.from_pretrained(base, checkpoint)
+    ids = IDS % word_llama.config.vocab_size
+    torch.testing.assert_close(
+        logits_of(model, ids), logits_of(stopped.model.eval(), ids), rtol=1e-5, atol=1e-6
+    )
+    plain = model.unload().unload()
+    assert all(torch.equal(value, start[name]) for name, value in plain.state_dict().items())
+
+
+def test_the_best_of_both_comes_back_at_the_end(make_trainer, word_llama, color_records):
+    base = with_lora("task", model=word_llama, init_lora_weights=True)
+    trainer = make_trainer(
+        model=get_reft_model(base, config(), generator=torch.Generator().manual_seed(1)),
+        max_steps=4,
+        eval_data=color_records,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        learning_rate=0.3,  # far too much: the best step is not the last
+        lr_scheduler_type="constant",
+    )
+    trainer.train()
+    losses = {
+        row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row
+    }
+    best = min(losses, key=losses.__getitem__)
+    assert best != 4
+    assert trainer.evaluate()["eval_loss"] == losses[best]
+
+
+def test_lora_of_another_shape_is_refused(make_trainer, word_llama, tmp_path):
+    from reft.model.lora import save_lora
+    from reft.train.lora import read_lora, set_lora
+
+    model = get_reft_model(with_lora("task"), config())
+    save_lora(model, tmp_path)
+    other = get_reft_model(with_lora("task", r=3), config())
+    before = {name: one.detach().clone() for name, one in trained(other).items()}
+    with pytest.raises(ValueError, match=r"must hold the tensors of PEFT's adapter 'default'"):
+        set_lora(other, read_lora(other, tmp_path))
+    assert all(torch.equal(one, before[name]) for name, one in trained(other).items())
+    with pytest.raises(FileNotFoundError, match=r"PEFT's adapter 'default'"):
+        read_lora(other, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("order", ["task", "transformers"])
+def test_several_adapters_of_peft_are_all_stored(order, gathered, tmp_path):
+    from reft.model.lora import save_lora
+    from reft.train.lora import read_lora, set_lora
+
+    def two(seed):
+        base = with_lora(order, seed=seed)
+        again = peft.LoraConfig(r=3, target_modules=["v_proj"], init_lora_weights=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if order == "transformers":
+                base.add_adapter(again, "second")
+            else:
+                base.add_adapter("second", again)
+        return get_reft_model(base, config())
+
+    model, other = two(1), two(2)
+    stored = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    if gathered:  # an engine that shards parameters leaves nothing of them in the model
+        for one in model.parameters():
+            one.data.zero_()
+    save_lora(model, tmp_path, state if gathered else None)
+    set_lora(other, read_lora(other, tmp_path))
+    assert len(stored) == 2 * 3 * 3
+    for name, one in other.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(one, stored[name]), name
+
+
+def test_without_peft_nothing_asks_for_it(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    model = get_reft_model(llama(), config())
+    assert kinds(model) == {"reft"}
+    assert all(one.requires_grad for one in model.unload().parameters())
+
+
+# ------------------------------------------------------------------ heads
+
+
+def test_a_head_that_peft_trains_stays_pefts(tmp_path):
+    base = with_lora("wrapper", "bert", modules_to_save=["classifier"])
+    model = get_reft_model(base, config(positions="prompt", task_type="SEQ_CLS"))
+    model(input_ids=IDS, labels=torch.tensor([0, 1, 2])).loss.backward()
+    heads = [
+        name
+        for name, one in model.named_parameters()
+        if "classifier" in name and one.grad is not None
+    ]
+    assert [name.rpartition(".")[2] for name in heads] == ["weight", "bias"]
+    model.save_pretrained(tmp_path)
+    assert not [name for name in read_adapter(tmp_path)[1] if "classifier" in name]
+    with pytest.raises(ValueError, match=r"modules_to_save.*'classifier'"):
+        get_reft_model(model.unload(), config(modules_to_save=["classifier"]))
+
+
+# ------------------------------------------------------------------ the other order
+
+
+def test_lora_added_later_freezes_the_edits_until_they_are_set():
+    model = get_reft_model(llama(), config())
+    with_lora("transformers", model=model.base_model)
+    assert kinds(model) == {"lora"}
+    model.set_adapter("default")
+    assert kinds(model) == {"lora", "reft"}
+    both = logits(model)
+    with model.disable_adapter():
+        assert not torch.equal(logits(model), both)
+
+
+def test_lora_second_is_refused():
+    model = get_reft_model(llama(), config())
+    expected = logits(model)
+    with pytest.raises(ValueError, match=r"get_reft_model\(peft\.get_peft_model\(base"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    assert torch.equal(logits(model), expected)
+
+
+def test_virtual_tokens_are_refused():
+    base = peft.get_peft_model(
+        llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+    with pytest.raises(ValueError, match=r"virtual tokens.*'default'"):
+        get_reft_model(base, config())
