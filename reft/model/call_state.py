@@ -1,35 +1,33 @@
-"""Calls in progress: what belongs to one is kept for each thread, so that several may call one
-model."""
+"""The state of the calls in progress, one for each thread, so that several may call one model."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from reft.model.forward_plan import ForwardPlan
-    from reft.model.generation import Generation
+from reft.model.forward_plan import ForwardPlan
+from reft.model.generation import Generation
 
-#: This library's own arguments of a forward.
+#: Arguments of a forward that this library adds to the base model's.
 OPTIONS = ("prompt_lengths", "adapter_names", "adapter_scales", "edit_positions", "subspaces")
 
 
 @dataclass(frozen=True, eq=False)
-class Options:
-    """What a forward of the model was given that its blocks' stack does not see.
+class ForwardOptions:
+    """Arguments of a forward of the model that its stack of blocks does not get.
 
     Attributes:
-        prompt_lengths: int (B,).
-        adapter_names: one a sequence.
-        adapter_scales: one number for all or one a sequence.
+        prompt_lengths: int (B,), prompt tokens of each sequence.
+        adapter_names: one name per sequence.
+        adapter_scales: one factor for all sequences, or one per sequence.
         edit_positions: see :func:`reft.model.edit_positions.given_columns`; or a function of
-            (input_ids, attention_mask) that returns such.
-        subspaces: see :mod:`reft.subspaces`; one name, or one entry a sequence.
-        labels: those of the base's own arguments.
+            (input_ids, attention_mask) that returns such a value.
+        subspaces: see :mod:`reft.subspaces`; one name, or one entry per sequence.
+        labels: the base model's own argument.
     """
 
     prompt_lengths: Tensor | Sequence[int] | None = None
@@ -40,67 +38,77 @@ class Options:
     labels: Tensor | None = None
 
 
-class Call:
-    """The forward that a thread is in.
+class CallState:
+    """The forward that a thread runs.
 
     Attributes:
-        options: what it was given.
-        current: its plan.
-        restored: ``current`` is that of an earlier forward, a part of which is run again.
-        generation: the generate() that it belongs to.
-        disabled: how often the thread has switched adapters off.
-        watched: gets the plan of each forward that edits, while somebody asks for them.
+        options: arguments of the forward; None outside a forward of the model.
+        plan: the forward's plan.
+        restored: ``plan`` belongs to an earlier forward, a part of which runs again in backward.
+        generation: the ``generate`` that the forward belongs to.
+        disabled: depth of nested ``disable_adapter`` contexts in this thread.
+        watched: collects the plans of forwards that edit, while a caller wants them.
     """
 
     def __init__(self) -> None:
-        self.options: Options | None = None
-        self.current: ForwardPlan | None = None
+        self.options: ForwardOptions | None = None
+        self.plan: ForwardPlan | None = None
         self.restored = False
         self.generation: Generation | None = None
         self.disabled = 0
         self.watched: list[ForwardPlan] | None = None
 
 
-class Calls(threading.local):
-    """One :class:`Call` a thread. A copy has nothing in progress.
+class ThreadCallState(threading.local):
+    """One :class:`CallState` per thread. A copy starts with no call in progress.
 
     Attributes:
-        mine: that of the asking thread. What changes lies one step below the thread's own
-            attributes, whose changes Dynamo does not follow.
+        current: the state of the calling thread. It is an object of its own because Dynamo does
+            not follow changes of a ``threading.local``'s attributes.
     """
 
     def __init__(self) -> None:
-        self.mine = Call()
+        self.current = CallState()
 
-    def __reduce__(self) -> tuple[type[Calls], tuple[()]]:
-        return Calls, ()
+    def __reduce__(self) -> tuple[type[ThreadCallState], tuple[()]]:
+        return ThreadCallState, ()
 
 
-class Running:
-    """Which threads are in a forward of one model, or generate with it. A copy has none."""
+class ActiveThreads:
+    """The threads that run a forward of one model or generate with it. A copy starts empty.
+
+    Attributes:
+        threads: identifiers of threads inside a forward.
+        generations: the generations in progress.
+    """
 
     def __init__(self) -> None:
         self.threads: set[int] = set()
         self.generations: list[Generation] = []
 
-    def elsewhere(self) -> bool:
-        """Whether another thread is in one. A thread that ended in the middle of one is not."""
+    def others(self) -> bool:
+        """Whether another living thread is active."""
         alive = {thread.ident for thread in threading.enumerate()}
-        found = {*self.threads.copy(), *(one.thread for one in self.generations.copy())}
-        return bool(found & alive - {threading.get_ident()})
+        active = {
+            *self.threads.copy(),
+            *(generation.thread for generation in self.generations.copy()),
+        }
+        return bool(active & alive - {threading.get_ident()})
 
-    def check(self, what: str) -> None:
-        """Refuse what a forward in progress would be mixed up by.
+    def check_alone(self, action: str) -> None:
+        """Refuse an action that would change the model during another thread's forward.
+
+        Args:
+            action: what the caller wants to do, as the subject of the message.
 
         Raises:
-            RuntimeError: there is one in another thread.
+            RuntimeError: another thread is active.
         """
-        if self.elsewhere():
+        if self.others():
             raise RuntimeError(
-                f"{what} while another thread calls this model would change its call in the "
-                "middle; wait until that is over, or give each thread a model of its own "
-                "(copy.deepcopy)"
+                f"{action} would change the model while another thread calls it; wait until that "
+                "call ends, or give each thread its own model (copy.deepcopy)"
             )
 
-    def __reduce__(self) -> tuple[type[Running], tuple[()]]:
-        return Running, ()
+    def __reduce__(self) -> tuple[type[ActiveThreads], tuple[()]]:
+        return ActiveThreads, ()

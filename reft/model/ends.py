@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from reft.io.adapter_files import read_list
-from reft.model.generation import Generation, settings_of
+from reft.model.generate_arguments import settings_of
+from reft.model.generation import Generation
 
 if TYPE_CHECKING:
     from reft.model.registry import AdapterRegistry
