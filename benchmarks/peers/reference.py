@@ -76,14 +76,8 @@ def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
 
     def hook(place: int, module: nn.Module, args: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
-        effective = now["effective"]
-        edited = lowrank_edit(
-            hidden,
-            now["plan"],
-            effective.encode[place],
-            effective.bias[place],
-            effective.decode[place],
-        )
+        weights = now["weights"][place]
+        edited = lowrank_edit(hidden, now["plan"], weights.encode, weights.bias, weights.decode)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
     blocks = find_blocks(base).blocks
@@ -91,7 +85,7 @@ def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
         blocks[layer].register_forward_hook(partial(hook, place))
 
     def loss(batch: Mapping[str, Tensor]) -> Tensor:
-        now["effective"] = adapter()
+        now["weights"] = adapter()
         now["plan"] = edited_rows(case, batch, settings.num_groups)
         found: Tensor = base(**batch).loss
         return found

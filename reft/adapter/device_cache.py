@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reft.adapter.edit_weights import Effective
+from reft.adapter.edit_weights import LayerWeights, num_bytes
+from reft_kernels.spec import EditWeights
 
 #: Where an edit acts: block number and component.
 EditSite = tuple[int, str]
@@ -42,26 +43,27 @@ class CacheItem:
 
     Attributes:
         key: names the content: equal keys have equal edits, whatever adapter they came from.
-        effective: A, b and R of each site, (g, r, D) and (g, r), wherever they lie.
-        sites: where they act, in the order of ``effective``.
+        weights: A, b and R of each site, (g, r, D) and (g, r), wherever they lie.
+        sites: where they act, in the order of ``weights``.
     """
 
     key: Key
-    effective: Effective
+    weights: LayerWeights
     sites: tuple[EditSite, ...]
 
     @property
     def kind(self) -> EditKind:
-        return EditKind(self.effective.subtract, self.effective.activation, self.effective.dtype)
+        first = self.weights[0]
+        return EditKind(first.subtract, first.activation, first.decode.dtype)
 
     @property
     def groups(self) -> int:
         """Entries that it takes."""
-        return self.effective.bias[0].shape[0]
+        return self.weights[0].decode.shape[0]
 
 
 @dataclass(eq=False)
-class Table:
+class LayerSlots:
     """Parameters of one site: ``encode`` and ``decode`` (E, r, D), ``bias`` (E, r)."""
 
     encode: Tensor
@@ -70,22 +72,21 @@ class Table:
 
     @property
     def nbytes(self) -> int:
-        parts = (self.encode, self.bias, self.decode)
-        return sum(part.numel() * part.element_size() for part in parts)
+        return num_bytes(EditWeights(self.encode, self.bias, self.decode))
 
-    def grown(self, entries: int, rank: int) -> Table:
+    def grown(self, entries: int, rank: int) -> LayerSlots:
         """A larger table with the same values, zeros elsewhere."""
         more, wider = entries - self.bias.shape[0], rank - self.bias.shape[1]
-        return Table(
+        return LayerSlots(
             F.pad(self.encode, (0, 0, 0, wider, 0, more)),
             F.pad(self.bias, (0, wider, 0, more)),
             F.pad(self.decode, (0, 0, 0, wider, 0, more)),
         )
 
-    def write(self, entries: Tensor, encode: Tensor | None, bias: Tensor, decode: Tensor) -> None:
+    def write(self, entries: Tensor, weights: EditWeights) -> None:
         """Set entries (g,) to A, R (g, r, D) and b (g, r), padded to the rank of the table."""
-        missing = self.bias.shape[1] - bias.shape[1]
-        for target, value in ((self.encode, encode), (self.bias, bias), (self.decode, decode)):
+        missing = self.bias.shape[1] - weights.decode.shape[1]
+        for target, value in zip((self.encode, self.bias, self.decode), weights[:3], strict=True):
             if value is None:
                 target.index_fill_(0, entries, 0)
                 continue
@@ -139,7 +140,7 @@ class AdapterCache:
         self.capacity = capacity
         self._lock = Lock()
         self._device_of = device_of
-        self._tables: dict[tuple[EditSite, EditKind], Table] = {}
+        self._tables: dict[tuple[EditSite, EditKind], LayerSlots] = {}
         self._used: OrderedDict[Key, tuple[tuple[int, ...], CacheItem]] = OrderedDict()
         self._free: list[int] = []
         self._leases = Leases()
@@ -240,22 +241,23 @@ class AdapterCache:
         """Give up everything, memory too."""
         self.__init__(self.capacity, self._device_of)  # type: ignore[misc]
 
-    def at(self, site: EditSite, kind: EditKind) -> Table:
-        """The table of a site; there is one as soon as an adapter that edits it was admitted."""
-        return self._tables[site, kind]
+    def weights_at(self, site: EditSite, kind: EditKind) -> EditWeights:
+        """Return the weights of all slots of a site, (E, r, D) and (E, r); there are some as soon
+        as an adapter that edits it was admitted."""
+        slots = self._tables[site, kind]
+        return EditWeights(slots.encode, slots.bias, slots.decode, kind.subtract, kind.activation)
 
     # ---------------------------------------------------------------- filling
 
     def _load(self, one: CacheItem) -> None:
-        form = one.effective
-        self._grow(self._entries - len(self._free) + one.groups, one.kind, form.bias[0].shape[1])
+        rank = one.weights[0].decode.shape[1]
+        self._grow(self._entries - len(self._free) + one.groups, one.kind, rank)
         entries = tuple(self._free.pop() for _ in range(one.groups))
         numbers = torch.tensor(entries)
-        for place, site in enumerate(one.sites):
-            table = self._table(site, one.kind, form.decode[place].shape[-1])
+        for site, weights in zip(one.sites, one.weights, strict=True):
+            table = self._table(site, one.kind, weights.decode.shape[-1])
             numbers = numbers.to(table.bias.device)
-            encode = None if form.encode is None else form.encode[place]
-            table.write(numbers, encode, form.bias[place], form.decode[place])
+            table.write(numbers, weights)
         self._used[one.key] = (entries, one)
 
     def _grow(self, entries: int, kind: EditKind, rank: int) -> None:
@@ -274,7 +276,7 @@ class AdapterCache:
             if longer or (wider and of == kind):
                 self._tables[site, of] = table.grown(more, self._ranks[of])
 
-    def _table(self, site: EditSite, kind: EditKind, dim: int) -> Table:
+    def _table(self, site: EditSite, kind: EditKind, dim: int) -> LayerSlots:
         if (site, kind) not in self._tables:
             shape = (self._entries, self._ranks[kind], dim)
             device = self._device_of(site)
@@ -282,5 +284,5 @@ class AdapterCache:
             def zeros(*sizes: int) -> Tensor:
                 return torch.zeros(sizes, dtype=kind.dtype, device=device)
 
-            self._tables[site, kind] = Table(zeros(*shape), zeros(*shape[:2]), zeros(*shape))
+            self._tables[site, kind] = LayerSlots(zeros(*shape), zeros(*shape[:2]), zeros(*shape))
         return self._tables[site, kind]

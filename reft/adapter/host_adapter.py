@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from reft.adapter.edit_weights import Effective
+from reft.adapter.edit_weights import LayerWeights, num_bytes
 from reft.adapter.parameters import AdapterParameters
 from reft.adapter.tensor_checks import HEADS, bank_shape, check_adapter_tensors
 from reft.config import ReftConfig
@@ -27,22 +27,20 @@ class HostAdapter:
     Attributes:
         config: what it is.
         layers: the numbers of the blocks it edits.
-        effective: A, b and R of each of these, float32 (or wider) on the CPU.
+        weights: A, b and R of each of these, float32 (or wider) on the CPU.
         content: hexadecimal SHA-256 of all that its edits depend on; two adapters that differ in a
             bit have different ones, whatever their names.
     """
 
     config: ReftConfig
     layers: tuple[int, ...]
-    effective: Effective
+    weights: LayerWeights
     content: str
 
     @property
     def nbytes(self) -> int:
         """Bytes that it occupies here."""
-        form = self.effective
-        parts = (*(form.encode or ()), *form.bias, *form.decode)
-        return sum(part.numel() * part.element_size() for part in parts)
+        return sum(map(num_bytes, self.weights))
 
 
 @torch.no_grad()
@@ -73,7 +71,9 @@ def stored(
     adapter = adapter.to_empty(device="cpu").requires_grad_(False).eval()
     published = {k: v for k, v in tensors.items() if not k.startswith("rotation.")}
     adapter.load(published)
-    return HostAdapter(config, layers, adapter.effective(), content_of(config, layers, published))
+    return HostAdapter(
+        config, layers, adapter.edit_weights(), content_of(config, layers, published)
+    )
 
 
 def read_host_adapter(path: str | os.PathLike[str], *, num_layers: int, dim: int) -> HostAdapter:

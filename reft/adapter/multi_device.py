@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reft.adapter import init
-from reft.adapter.edit_weights import Effective
+from reft.adapter.edit_weights import LayerWeights
 from reft.adapter.parameters import AdapterParameters
 from reft.adapter.precision import compute_dtype
 from reft.adapter.state_dicts import check_state
@@ -93,22 +93,15 @@ class MultiDeviceParameters(nn.Module):
 
     # ---------------------------------------------------------------- what a forward needs
 
-    def forward(self) -> Effective:
-        """A, b and R of all layers, each on the device of its layer, in the order of layers."""
-        forms = [part() for part in self._banks()]
-        first = forms[0]
-        return Effective(
-            encode=None if first.encode is None else self._in_order([f.encode for f in forms]),
-            bias=self._in_order([f.bias for f in forms]),
-            decode=self._in_order([f.decode for f in forms]),
-            subtract=first.subtract,
-            activation=first.activation,
-        )
+    def forward(self) -> LayerWeights:
+        """Compute A, b and R of all layers, each on the device of its layer, in the order of
+        layers."""
+        return self._in_order([part() for part in self._banks()])
 
-    def effective(self) -> Effective:
-        """As :meth:`forward`."""
-        forms: Effective = self()
-        return forms
+    def edit_weights(self) -> LayerWeights:
+        """Return :meth:`forward`, through a call of the module."""
+        weights: LayerWeights = self()
+        return weights
 
     def rotation(self) -> Tensor:
         """R, (L, g, r, D), with a graph, on the device of the first part."""
@@ -116,7 +109,7 @@ class MultiDeviceParameters(nn.Module):
         first = rotations[0].device
         return torch.stack(self._in_order([rotation.to(first) for rotation in rotations]))
 
-    def _in_order(self, parts: Sequence[Any]) -> tuple[Tensor, ...]:
+    def _in_order(self, parts: Sequence[Any]) -> tuple[Any, ...]:
         """What the parts have for each of their layers, in the order of all layers."""
         found = {
             row: value

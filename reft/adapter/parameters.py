@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from reft.adapter import init
-from reft.adapter.edit_weights import Effective
+from reft.adapter.edit_weights import LayerWeights
 from reft.adapter.frames import EXACT, as_base, check_coordinates, check_frame, frame_error
 from reft.adapter.precision import applied, compute_dtype, no_autocast
 from reft.adapter.sharding import whole, write
@@ -28,6 +28,7 @@ from reft.adapter.tensor_checks import bank_shape, check_adapter_tensors, check_
 from reft.config import ReftConfig
 from reft_kernels import fold, orthonormalize, reflector_base, transforms
 from reft_kernels.activations import ALIASES, activate
+from reft_kernels.spec import EditWeights
 
 
 class AdapterParameters(nn.Module):
@@ -77,7 +78,7 @@ class AdapterParameters(nn.Module):
         self.config, self.layers, self.spec = config, layers, config.spec
         name = config.activation
         self.activation = None if name is None else ALIASES.get(name, name)
-        self._cached: tuple[tuple[Any, ...], Effective] | None = None
+        self._cached: tuple[tuple[Any, ...], LayerWeights] | None = None
         self._loaded_of: tuple[Any, ...] | None = None  # what free and base were then
         dtype = config.torch_dtype
         transposed = (*self.shape[:2], dim, config.rank)
@@ -175,15 +176,16 @@ class AdapterParameters(nn.Module):
         assert self.free is not None and self.base is not None
         return _version(self.free), _version(self.base)
 
-    def forward(self) -> Effective:
-        """:meth:`effective`; a call of the module, so that engines which gather parameters do."""
-        return self.effective()
+    def forward(self) -> LayerWeights:
+        """Return :meth:`edit_weights`. Call the module, so that engines which shard parameters
+        gather them; they find the tensors to watch in the tuples that it returns."""
+        return self.edit_weights()
 
-    def effective(self) -> Effective:
-        """A, b and R of all layers, in float32 or wider, from one batched call.
+    def edit_weights(self) -> LayerWeights:
+        """Compute A, b and R of all layers, in float32 or wider, in one batched call.
 
         No result shares memory with a parameter, so that an engine may free the parameters at once.
-        Without gradients and in eval mode it is kept until a parameter changes.
+        Without gradients and in eval mode the result is cached until a parameter changes.
         """
         if torch.is_grad_enabled() or self.training or _looked_through():
             self._cached = None
@@ -194,7 +196,7 @@ class AdapterParameters(nn.Module):
             self._cached = cached = (key, self._compute())
         return cached[1]
 
-    def _compute(self) -> Effective:
+    def _compute(self) -> LayerWeights:
         rotation = self.rotation()
         wide = rotation.dtype
         with no_autocast(rotation.device.type):
@@ -204,12 +206,12 @@ class AdapterParameters(nn.Module):
                 bias, activation = activate(activation, bias), None
             encode, subtract = fold(encode, rotation, subtract, activation)
         # unbind, not indexing: its backward is one stack, not one full-size gradient a layer.
-        return Effective(
-            encode=None if encode is None else _own(encode, self.weight).unbind(0),
-            bias=_own(bias, self.bias).unbind(0),
-            decode=_own(rotation, self.decode).unbind(0),
-            subtract=subtract,
-            activation=activation,
+        biases = _own(bias, self.bias).unbind(0)
+        encodes = [None] * len(biases) if encode is None else _own(encode, self.weight).unbind(0)
+        decodes = _own(rotation, self.decode).unbind(0)
+        return tuple(
+            EditWeights(*layer, subtract, activation)
+            for layer in zip(encodes, biases, decodes, strict=True)
         )
 
     def train(self, mode: bool = True) -> AdapterParameters:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from reft.adapter.device_cache import AdapterCache, CacheItem, EditSite, Lock
-from reft.adapter.edit_weights import Effective
+from reft.adapter.edit_weights import LayerWeights
 from reft.adapter.host_adapter import HostAdapter, read_host_adapter
 from reft.config import ReftConfig
 
@@ -152,15 +152,15 @@ class AdapterPool:
 
     # ---------------------------------------------------------------- adapters with parameters
 
-    def of_bank(self, name: str, effective: Effective, sites: tuple[EditSite, ...]) -> CacheItem:
+    def of_bank(self, name: str, weights: LayerWeights, sites: tuple[EditSite, ...]) -> CacheItem:
         """What is asked for an adapter of the model itself, whose values may change: as long as
-        ``effective`` is the same object, they did not."""
+        ``weights`` is the same object, they did not."""
         with self._lock:
             known = self._banks.get(name)
-            if known is None or known.effective is not effective:
+            if known is None or known.weights is not weights:
                 self.forget_bank(name)
                 self._versions += 1  # never the same key for other values
-                known = CacheItem((f"bank {name}", self._versions), effective, sites)
+                known = CacheItem((f"bank {name}", self._versions), weights, sites)
                 self._banks[name] = known
             return known
 

@@ -209,7 +209,7 @@ class EngineHost:
         for name, source in sources.items():
             sites = sites_of(source)
             if isinstance(source, HostAdapter):
-                residents[name] = CacheItem((source.content, None), source.effective, sites)
+                residents[name] = CacheItem((source.content, None), source.weights, sites)
             else:
                 residents[name] = registry.pool.of_bank(name, source(), sites)
         return [

@@ -7,18 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reft_kernels import RowPlan, lowrank_edit
+from reft_kernels import RowPlan
+from reft_kernels.functional import apply_edit
+from reft_kernels.spec import EditWeights
 
 
 def dropped_edit(
     hidden: Tensor,
     plan: RowPlan,
-    encode: Tensor | None,
-    bias: Tensor | None,
-    decode: Tensor,
+    weights: EditWeights,
     *,
-    subtract: bool,
-    activation: str | None,
     p: float,
     on: str,
     in_place: bool,
@@ -34,7 +32,7 @@ def dropped_edit(
     Args:
         hidden: (…, D).
         plan: the rows.
-        encode, bias, decode, subtract, activation: as in :func:`reft_kernels.lowrank_edit`.
+        weights: as :func:`reft_kernels.functional.apply_edit` takes them.
         p: probability of dropping an entry, in [0, 1).
         on: "delta" or "row".
         in_place: write ``hidden`` where its memory allows that, and return it.
@@ -44,7 +42,7 @@ def dropped_edit(
     rows = plan.rows.clamp(min=0)
     x = flat.index_select(0, rows).to(torch.promote_types(hidden.dtype, torch.float32))
     own = RowPlan(torch.arange(plan.num_rows, device=rows.device), plan.offsets, complete=True)
-    y = lowrank_edit(x, own, encode, bias, decode, subtract=subtract, activation=activation)
+    y = apply_edit(x, own, weights)
     step = F.dropout(y, p) - x if on == "row" else F.dropout(y - x, p)
     # A −1 borrowed row 0: it adds zeros there.
     step = step.masked_fill((plan.rows < 0).unsqueeze(1), 0).to(hidden.dtype)

@@ -15,31 +15,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from reft.adapter.device_cache import EditSite, Lease
-from reft.adapter.edit_weights import Effective, mask_ranks, scaled
+from reft.adapter.edit_weights import concatenate, mask_ranks, scale
 from reft.adapter.multi_device import MultiDeviceParameters
 from reft.adapter.parameters import AdapterParameters
 from reft.config import ReftConfig
 from reft.model.prompts import Prompt
 from reft.positions import covered, end_numbers
 from reft_kernels import RowPlan
+from reft_kernels.spec import EditWeights
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """One call of the operator: rows, weights (g, r, D), bias (g, r), how, and what keeps the
-    weights as they are meanwhile, where they are entries of tables."""
+    """One call of the operator.
+
+    Attributes:
+        rows: the edited rows.
+        weights: A, b and R of the groups of the rows.
+        dropout: probability of dropout of the edit.
+        dropout_on: "delta" or "row", see :func:`reft.model.dropout.dropped_edit`.
+        lease: keeps the weights as they are meanwhile, where they are slots of a cache.
+    """
 
     rows: RowPlan
-    encode: Tensor | None
-    bias: Tensor
-    decode: Tensor
-    subtract: bool
-    activation: str | None
-    dropout: float
-    dropout_on: str
+    weights: EditWeights
+    dropout: float = 0.0
+    dropout_on: str = "delta"
     lease: Lease | None = None
 
 
@@ -214,8 +217,8 @@ def _assemble(members: tuple[Member, ...]) -> dict[EditSite, tuple[Edit, ...]]:
         id(adapter): adapter()
         for adapter in {id(one.adapter): one.adapter for one in members}.values()
     }
-    effective = [
-        scaled(mask_ranks(whole[id(member.adapter)], member.kept), member.scale)
+    weights = [
+        scale(mask_ranks(whole[id(member.adapter)], member.kept), member.scale)
         for member in members
     ]
     by_site: dict[EditSite, list[int]] = {}
@@ -228,10 +231,10 @@ def _assemble(members: tuple[Member, ...]) -> dict[EditSite, tuple[Edit, ...]]:
         # Adapters whose edits have one form go into one call, as groups of it.
         kinds: dict[tuple[bool, str | None, float, str], list[int]] = {}
         for index in present:
-            form, member = effective[index], members[index]
+            first, member = weights[index][0], members[index]
             kind = (
-                form.subtract,
-                form.activation,
+                first.subtract,
+                first.activation,
                 member.dropout,
                 member.adapter.config.dropout_on,
             )
@@ -239,18 +242,18 @@ def _assemble(members: tuple[Member, ...]) -> dict[EditSite, tuple[Edit, ...]]:
         calls = []
         for kind, chosen in kinds.items():
             places = [members[index].adapter.layers.index(site[0]) for index in chosen]
-            encode, bias, decode = _stack([effective[index] for index in chosen], places)
+            joined = concatenate(
+                [weights[index][place] for index, place in zip(chosen, places, strict=True)]
+            )
+            device = joined.decode.device
             key: tuple[Any, ...] = tuple(chosen)
             if key not in plans:
                 plans[key] = _row_plan([rows for index in chosen for rows in members[index].rows])
             # Of a model spread over devices, each device gets the rows once.
-            key, there = (*key, decode.device), plans[key]
+            key, there = (*key, device), plans[key]
             if key not in plans:
-                plans[key] = there.to(decode.device)
-            subtract, activation, dropout, dropout_on = kind
-            calls.append(
-                Edit(plans[key], encode, bias, decode, subtract, activation, dropout, dropout_on)
-            )
+                plans[key] = there.to(device)
+            calls.append(Edit(plans[key], joined, dropout=kind[2], dropout_on=kind[3]))
         edits[site] = tuple(calls)
     return edits
 
@@ -259,38 +262,3 @@ def _row_plan(groups: list[Tensor]) -> RowPlan:
     if len(groups) == 1:
         return RowPlan.from_rows(groups[0])
     return RowPlan(torch.cat(groups), (0, *accumulate(rows.shape[0] for rows in groups)))
-
-
-def _stack(forms: list[Effective], places: list[int]) -> tuple[Tensor | None, Tensor, Tensor]:
-    """A, b and R of one layer over all groups of several adapters, ranks padded with zeros: a row
-    of zeros in R adds nothing, whatever code stands before it."""
-    bias = [form.bias[place] for form, place in zip(forms, places, strict=True)]
-    decode = [form.decode[place] for form, place in zip(forms, places, strict=True)]
-    encode = [
-        None if form.encode is None else form.encode[place]
-        for form, place in zip(forms, places, strict=True)
-    ]
-    if len(forms) == 1:
-        return encode[0], bias[0], decode[0]
-    rank = max(part.shape[1] for part in decode)
-    wide = decode[0].dtype
-    for part in decode[1:]:
-        wide = torch.promote_types(wide, part.dtype)
-
-    def padded(part: Tensor) -> Tensor:
-        missing = rank - part.shape[1]
-        return F.pad(part.to(wide), (0, missing) if part.ndim == 2 else (0, 0, 0, missing))
-
-    joined = None
-    if any(part is not None for part in encode):
-        joined = torch.cat(
-            [
-                padded(torch.zeros_like(decode[i]) if part is None else part)
-                for i, part in enumerate(encode)
-            ]
-        )
-    return (
-        joined,
-        torch.cat([padded(part) for part in bias]),
-        torch.cat([padded(p) for p in decode]),
-    )

@@ -127,8 +127,8 @@ def _mask(one: BatchAdapter, device: torch.device | str) -> Tensor | None:
 def _resident(registry: AdapterRegistry, one: BatchAdapter) -> CacheItem:
     sites = sites_of(one.source)
     if isinstance(one.source, HostAdapter):
-        form = mask_ranks(one.source.effective, _mask(one, "cpu"))
-        return CacheItem((one.source.content, one.kept), form, sites)
+        weights = mask_ranks(one.source.weights, _mask(one, "cpu"))
+        return CacheItem((one.source.content, one.kept), weights, sites)
     return registry.pool.of_bank(one.name, one.source(), sites)
 
 
@@ -189,7 +189,7 @@ def table_edits(
         layouts = list(dict.fromkeys(residents[index].sites for index in members))
         plans: dict[tuple[object, ...], RowPlan] = {}
         for site in dict.fromkeys(site for sites in layouts for site in sites):
-            table = tables.at(site, kind)
+            weights = tables.weights_at(site, kind)
             present = {sites for sites in layouts if site in sites}
             key: tuple[object, ...] = tuple(sites in present for sites in layouts)
             if key not in plans:
@@ -198,12 +198,10 @@ def table_edits(
                     for index, group in owners
                 ]
                 plans[key] = rows.using(torch.tensor(slots, device=device), factors)
-            there, key = plans[key], (*key, table.decode.device)
+            there, key = plans[key], (*key, weights.decode.device)
             if key not in plans:
-                plans[key] = there.to(table.decode.device)
-            weights = (table.encode, table.bias, table.decode)
-            how = (kind.subtract, kind.activation)
-            edits.setdefault(site, []).append(Edit(plans[key], *weights, *how, 0.0, "delta", lease))
+                plans[key] = there.to(weights.decode.device)
+            edits.setdefault(site, []).append(Edit(plans[key], weights, lease=lease))
     return edits
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reft.adapter.device_cache import EditSite
+from reft.adapter.edit_weights import map_tensors
 from reft.model.activation_checkpointing import keep_plans
 from reft.model.cached_edits import note_edits
 from reft.model.call_state import OPTIONS, Options
@@ -152,7 +153,7 @@ class EditOutput:
         if plan is None or not edits:
             return None
         hidden = output[0] if isinstance(output, (tuple, list)) else output
-        _check_output(self.site, hidden, plan, edits[0].decode.shape[-1])
+        _check_output(self.site, hidden, plan, edits[0].weights.decode.shape[-1])
         in_place = self.registry.in_place and _may_write(hidden, args)
         edited = hidden
         for edit in edits:
@@ -218,19 +219,18 @@ def _may_write(hidden: Tensor, args: tuple[Any, ...]) -> bool:
 
 
 def _apply(edit: Edit, hidden: Tensor, in_place: bool) -> Tensor:
-    weights: tuple[Tensor | None, ...] = (edit.encode, edit.bias, edit.decode)
-    if edit.decode.dtype not in (torch.float32, hidden.dtype):
-        weights = tuple(None if one is None else one.to(torch.float32) for one in weights)
-    encode, bias, decode = weights
-    assert decode is not None
-    how: dict[str, Any] = {"subtract": edit.subtract, "activation": edit.activation}
+    weights = edit.weights
+    if weights.decode.dtype not in (torch.float32, hidden.dtype):
+        weights = map_tensors(lambda tensor: tensor.to(torch.float32), weights)
     if edit.dropout:
         return dropped_edit(
-            hidden, edit.rows, encode, bias, decode,
-            p=edit.dropout, on=edit.dropout_on, in_place=in_place, **how,
-        )  # fmt: skip
+            hidden, edit.rows, weights, p=edit.dropout, on=edit.dropout_on, in_place=in_place
+        )
     operator = lowrank_edit_ if in_place else lowrank_edit
-    return operator(hidden, edit.rows, encode, bias, decode, **how)
+    encode, bias, decode, subtract, activation = weights
+    return operator(
+        hidden, edit.rows, encode, bias, decode, subtract=subtract, activation=activation
+    )
 
 
 def extended_signature(base_model: nn.Module) -> inspect.Signature:

@@ -142,7 +142,7 @@ class Rank:
         first = {name: one.clone() for name, one in adapter.training_state().items()}
         seen: list[Any] = []
         adapter.register_forward_hook(
-            lambda module, _, form: seen.append((module.weight.dtype, form.encode[0].clone()))
+            lambda module, _, form: seen.append((module.weight.dtype, form[0].encode.clone()))
         )
         found = trained(trainer)
         self.keep("fsdp2", "mixed", first=first, dtype=seen[0][0], encode=seen[0][1], **found)

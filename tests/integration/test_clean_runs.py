@@ -116,7 +116,7 @@ def test_padding_that_is_not_a_number_stays_padding():
     edit = plan.edits[0, "block_output"][0]
     from reft_kernels import lowrank_edit
 
-    args = (edit.rows, edit.encode, edit.bias, edit.decode)
+    args = (edit.rows, *edit.weights[:3])
     poisoned = embedded.masked_fill(~mask.bool().unsqueeze(-1), float("nan"))
     out, expected = lowrank_edit(poisoned, *args), lowrank_edit(embedded, *args)
     kept = mask.bool()
@@ -128,6 +128,6 @@ def test_padding_that_is_not_a_number_stays_padding():
             model.reft, base.model, {"inputs_embeds": hidden, "attention_mask": mask}
         )
         one = plan.edits[0, "block_output"][0]
-        lowrank_edit(hidden, one.rows, one.encode, one.bias, one.decode)[kept].sum().backward()
+        lowrank_edit(hidden, one.rows, *one.weights[:3])[kept].sum().backward()
         grads.append([p.grad.clone() for p in model.reft.adapter("default").parameters()])
     assert all(map(torch.equal, *grads))

@@ -17,7 +17,8 @@ from reft.model.forward_plan import Edit, ForwardPlan
 from reft.model.step_plan import plan_engine_step
 from reft.serving.vllm.request_adapter import Ticket
 from reft.serving.vllm.settings import Settings
-from reft_kernels import RowPlan, lowrank_edit_
+from reft_kernels import RowPlan
+from reft_kernels.functional import apply_edit
 
 #: What the operator follows: of the model whose forward is in progress in this process.
 _running: list[Worker] = []
@@ -73,7 +74,7 @@ class Worker:
                 self._hosted.popitem(last=False)
         self._hosted.move_to_end(content)
         sites = tuple((layer, "block_output") for layer in one.layers)
-        return CacheItem((content, None), one.effective, sites)
+        return CacheItem((content, None), one.weights, sites)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -118,17 +119,11 @@ def edit_block(hidden: Tensor, residual: Tensor | None, layer: int) -> None:
     worker = _running[-1]
     for edit in worker.edits(layer):
         if residual is None:
-            lowrank_edit_(
-                hidden, edit.rows, edit.encode, edit.bias, edit.decode,
-                subtract=edit.subtract, activation=edit.activation,
-            )  # fmt: skip
+            apply_edit(hidden, edit.rows, edit.weights, in_place=True)
             continue
         rows = edit.rows.rows
         h = hidden.index_select(0, rows) + residual.index_select(0, rows)
-        lowrank_edit_(
-            h, worker.dense(edit.rows), edit.encode, edit.bias, edit.decode,
-            subtract=edit.subtract, activation=edit.activation,
-        )  # fmt: skip
+        apply_edit(h, worker.dense(edit.rows), edit.weights, in_place=True)
         hidden.index_copy_(0, rows, h)
         residual.index_fill_(0, rows, 0)
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from reft import ReftConfig
 from reft.adapter.device_cache import AdapterCache, CacheItem, EditKind
-from reft.adapter.edit_weights import Effective
 from reft.adapter.token_positions import block_places, edited_places
 from reft.positions import padded_positions
+from reft_kernels.spec import EditWeights
 
 CPU = torch.device("cpu")
 
@@ -67,24 +67,21 @@ def resident(key, *, rank=2, groups=1, sites=((0, "block_output"),), activation=
     def normal(*shape):
         return torch.randn(*shape, generator=random)
 
-    each = range(len(sites))
-    form = Effective(
-        encode=tuple(normal(groups, rank, dim) for _ in each),
-        bias=tuple(normal(groups, rank) for _ in each),
-        decode=tuple(normal(groups, rank, dim) for _ in each),
-        subtract=False,
-        activation=activation,
+    wide, narrow = (groups, rank, dim), (groups, rank)
+    weights = tuple(
+        EditWeights(normal(*wide), normal(*narrow), normal(*wide), activation=activation)
+        for _ in sites
     )
-    return CacheItem((key, None), form, sites)
+    return CacheItem((key, None), weights, sites)
 
 
 def holds(tables, one, entries):
     """Whether the entries are the adapter's, padded with zeros."""
-    for place, site in enumerate(one.sites):
-        table = tables.at(site, one.kind)
+    for weights, site in zip(one.weights, one.sites, strict=True):
+        table = tables.weights_at(site, one.kind)
         for group, entry in enumerate(entries):
             for name in ("encode", "bias", "decode"):
-                value = getattr(one.effective, name)[place][group]
+                value = getattr(weights, name)[group]
                 found = getattr(table, name)[entry]
                 rank = value.shape[0]
                 assert torch.equal(found[:rank], value), (one.key, name)
@@ -129,12 +126,10 @@ class TestTables:
         tables = AdapterCache(1, lambda site: CPU)
         tables.admit([resident("wide", rank=4)])
         narrow = resident("narrow", rank=1)
-        form = narrow.effective
-        narrow = CacheItem(
-            narrow.key, Effective(None, form.bias, form.decode, False, None), narrow.sites
-        )
+        (weights,) = narrow.weights
+        narrow = CacheItem(narrow.key, (weights._replace(encode=None),), narrow.sites)
         (entries,) = tables.admit([narrow])
-        table = tables.at(narrow.sites[0], narrow.kind)
+        table = tables.weights_at(narrow.sites[0], narrow.kind)
         assert not table.encode[entries[0]].any()
         assert not table.decode[entries[0], 1:].any() and not table.bias[entries[0], 1:].any()
 
@@ -153,11 +148,11 @@ class TestTables:
         site = (3, "block_output")
         kind = EditKind(False, None, torch.float32)
         tables.reserve([site], kind, entries=8, rank=4, dim=5)
-        before = tables.at(site, kind).decode.data_ptr()
+        before = tables.weights_at(site, kind).decode.data_ptr()
         size = tables.nbytes
         assert size == 8 * (2 * 4 * 5 + 4) * 4
         for at in range(12):
             tables.admit([resident(f"a{at}", rank=1 + at % 4, sites=(site,))])
-        assert tables.at(site, kind).decode.data_ptr() == before and tables.nbytes == size
+        assert tables.weights_at(site, kind).decode.data_ptr() == before and tables.nbytes == size
         tables.clear()
         assert tables.nbytes == 0 and not tables.resident and tables.capacity == 8

@@ -33,7 +33,7 @@ def spread(monkeypatch):
         second = blocks[1]
         with monkeypatch.context() as patch:
             patch.setattr(
-                "reft.model.adapters.site_device",
+                "reft.model.adapters.block_device",
                 lambda block: SECOND if block is second else FIRST,
             )
             if path is not None:
@@ -147,13 +147,9 @@ def test_it_is_set_by_hand_as_a_bank(intervention, init, spread):
     two.assign(**values)
     torch.testing.assert_close(two.rotation(), one.rotation())
     torch.testing.assert_close(two.rotation(), values["rotation"])
-    first, second = one.effective(), two.effective()
-    assert (first.subtract, first.activation) == (second.subtract, second.activation)
-    for layer in range(LAYERS):
-        torch.testing.assert_close(second.bias[layer], first.bias[layer])
-        torch.testing.assert_close(second.decode[layer], first.decode[layer])
-        if first.encode is not None:
-            torch.testing.assert_close(second.encode[layer], first.encode[layer])
+    for expected, weights in zip(one.edit_weights(), two.edit_weights(), strict=True):
+        torch.testing.assert_close(weights[:3], expected[:3])
+        assert weights[3:] == expected[3:]
     two.rotation().pow(3).sum().backward()
     trained = "free" if one.spec.orthonormal else "decode"
     assert all(getattr(part, trained).grad.abs().max() > 0 for part in two.parts)
@@ -247,7 +243,7 @@ def test_several_adapters_and_deletion(spread, monkeypatch):
     model = spread(llama(), config(tied=True))
     second = model.base_model.model.layers[1]
     monkeypatch.setattr(
-        "reft.model.adapters.site_device", lambda block: SECOND if block is second else FIRST
+        "reft.model.adapters.block_device", lambda block: SECOND if block is second else FIRST
     )
     model.add_adapter("other", config(rank=2, layers=[1, 2], tied=True))
     ids, names = tokens(3, 6), ["other", "default", "__base__"]
@@ -282,8 +278,8 @@ def test_meta_blocks_get_meta_parameters(tmp_path):
     assert plan.edits[0, "block_output"][0].rows is plan.edits[1, "block_output"][0].rows
     for layer, kind in ((0, "cpu"), (1, "cpu"), (2, "meta")):
         (edit,) = plan.edits[layer, "block_output"]
-        assert {edit.rows.rows.device.type, edit.decode.device.type} == {kind}
-        assert edit.decode.shape == (2, 3, 24)
+        assert {edit.rows.rows.device.type, edit.weights.decode.device.type} == {kind}
+        assert edit.weights.decode.shape == (2, 3, 24)
     plain(llama(), config()).save_pretrained(tmp_path)
     base = model.unload()
     with pytest.raises(ValueError, match="base_model must be on a real device"):

@@ -75,36 +75,39 @@ def test_effective_weights_compute_the_edit(intervention, activation):
             if one.weight is not None:
                 code = code + h @ one.weight[layer, group].T
             code = act(code) - (h @ r[layer, group].T if spec.subtract else 0)
-            folded = out.bias[layer][group].expand(7, -1)
-            if out.encode is not None:
-                folded = folded + h @ out.encode[layer][group].T
-            if out.activation:
+            weights = out[layer]
+            folded = weights.bias[group].expand(7, -1)
+            if weights.encode is not None:
+                folded = folded + h @ weights.encode[group].T
+            if weights.activation:
                 folded = act(folded)
-            if out.subtract:
-                folded = folded - h @ out.decode[layer][group].T
+            if weights.subtract:
+                folded = folded - h @ weights.decode[group].T
             torch.testing.assert_close(folded, code, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(out.decode[layer][group], r[layer, group])
-    assert out.subtract == (activation is not None and spec.subtract and spec.has_encode)
+            torch.testing.assert_close(weights.decode[group], r[layer, group])
+            assert weights.subtract == (
+                activation is not None and spec.subtract and spec.has_encode
+            )
 
 
 def test_effective_weights_share_no_memory_with_parameters():
     for intervention in FAMILY:
         one = adapter(intervention)
         own = {p.untyped_storage().data_ptr() for p in one.parameters()}
-        out = one.effective()
-        for part in (*(out.encode or ()), *out.bias, *out.decode):
+        out = one.edit_weights()
+        for part in (tensor for layer in out for tensor in layer[:3] if tensor is not None):
             assert part.untyped_storage().data_ptr() not in own, intervention
 
 
 def test_low_precision_around_the_bank_does_not_reach_it():
     one = moved(adapter())
-    expected = one.effective()
+    expected = one.edit_weights()
     with torch.autocast("cpu", torch.bfloat16):
-        got = one.effective()
-    for name in ("encode", "bias", "decode"):
-        for mine, theirs in zip(getattr(got, name), getattr(expected, name), strict=True):
-            assert mine.dtype == torch.float32
-            assert torch.equal(mine, theirs)
+        got = one.edit_weights()
+    for layer, expected_layer in zip(got, expected, strict=True):
+        for tensor, value in zip(layer[:3], expected_layer[:3], strict=True):
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, value)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
@@ -112,8 +115,8 @@ def test_dtype_of_parameters_and_of_what_comes_out(dtype):
     one = adapter(dtype=dtype)
     assert {p.dtype for p in one.parameters()} == {getattr(torch, dtype)}
     wide = torch.promote_types(getattr(torch, dtype), torch.float32)
-    out = one.effective()
-    assert {part.dtype for part in (*out.encode, *out.bias, *out.decode)} == {wide}
+    out = one.edit_weights()
+    assert {tensor.dtype for layer in out for tensor in layer[:3]} == {wide}
     assert one.orthonormality_error() < 1e-5
 
 
@@ -164,15 +167,16 @@ class TestInit:
             with pytest.raises(ValueError, match=r"ReftConfig.init.*identity"):
                 adapter(intervention, **settings)
             return
-        out = adapter(intervention, **settings).effective()
+        out = adapter(intervention, **settings).edit_weights()
         h = torch.randn(9, DIM)
         for layer in range(3):
-            r, code = out.decode[layer][0], out.bias[layer][0].expand(9, -1)
-            if out.encode is not None:
-                code = code + h @ out.encode[layer][0].T
-            if out.activation:
-                code = getattr(torch, out.activation)(code)
-            if out.subtract:
+            weights = out[layer]
+            r, code = weights.decode[0], weights.bias[0].expand(9, -1)
+            if weights.encode is not None:
+                code = code + h @ weights.encode[0].T
+            if weights.activation:
+                code = getattr(torch, weights.activation)(code)
+            if weights.subtract:
                 code = code - h @ r.T
             assert torch.equal(code @ r, torch.zeros(9, DIM))
 
@@ -218,7 +222,7 @@ class TestAssign:
     def test_a_free_rotation_may_be_anything(self):
         one = adapter("direft")
         one.assign(rotation=torch.full((3, 2, RANK, DIM), 2.0))
-        assert torch.equal(one.effective().decode[0], torch.full((2, RANK, DIM), 2.0))
+        assert torch.equal(one.edit_weights()[0].decode, torch.full((2, RANK, DIM), 2.0))
 
     def test_a_rank_above_the_width_is_refused(self):
         with pytest.raises(ValueError, match=r"rank must be at most D = 20.*got 21"):
@@ -236,11 +240,8 @@ class TestState:
     def test_published(self, intervention):
         one, other = moved(adapter(intervention)), adapter(intervention, seed=3)
         other.load(one.export_state_dict())
-        mine, theirs = one.effective(), other.effective()
-        for name in ("encode", "bias", "decode"):
-            pairs = zip(getattr(mine, name) or (), getattr(theirs, name) or (), strict=True)
-            for a, b in pairs:
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        for weights, expected in zip(other.edit_weights(), one.edit_weights(), strict=True):
+            torch.testing.assert_close(weights[:3], expected[:3], rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize("intervention", FAMILY)
     def test_training_is_bit_for_bit(self, intervention):
@@ -282,43 +283,43 @@ class TestCache:
 
     @torch.no_grad()
     def test_it_is_kept_while_nothing_changes(self, one):
-        assert one.effective() is one.effective()
+        assert one.edit_weights() is one.edit_weights()
 
     @torch.no_grad()
     def test_any_write_ends_it(self, one):
         for name, tensor in (*one.named_parameters(), *one.named_buffers()):
-            before = one.effective()
+            before = one.edit_weights()
             tensor.mul_(1.0)
-            assert one.effective() is not before, name
+            assert one.edit_weights() is not before, name
 
     @torch.no_grad()
     def test_a_replaced_parameter_ends_it(self, one):
-        before = one.effective()
+        before = one.edit_weights()
         one.bias.data = torch.zeros_like(one.bias)
-        assert torch.equal(one.effective().bias[0], torch.zeros(2, RANK))
-        assert not torch.equal(before.bias[0], torch.zeros(2, RANK))
+        assert torch.equal(one.edit_weights()[0].bias, torch.zeros(2, RANK))
+        assert not torch.equal(before[0].bias, torch.zeros(2, RANK))
 
     @torch.no_grad()
     def test_writes_past_the_version_end_with_the_mode(self, one):
-        one.effective()
+        one.edit_weights()
         one.bias.data.zero_()
         one.train().eval()
-        assert torch.equal(one.effective().bias[0], torch.zeros(2, RANK))
+        assert torch.equal(one.edit_weights()[0].bias, torch.zeros(2, RANK))
 
     def test_gradients_are_never_cached(self, one):
         with torch.no_grad():
-            kept = one.effective()
-        out = one.effective()
+            kept = one.edit_weights()
+        out = one.edit_weights()
         assert out is not kept
-        assert out.decode[0].requires_grad
+        assert out[0].decode.requires_grad
         with torch.no_grad():
-            assert not one.effective().decode[0].requires_grad
+            assert not one.edit_weights()[0].decode.requires_grad
 
     def test_inference_mode_works(self, one):
         with torch.inference_mode():
-            first = one.effective()
+            first = one.edit_weights()
         with torch.no_grad():
-            assert torch.equal(one.effective().decode[0], first.decode[0])
+            assert torch.equal(one.edit_weights()[0].decode, first[0].decode)
 
 
 class TestLoadedRotation:

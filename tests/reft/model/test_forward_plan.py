@@ -112,11 +112,12 @@ class TestAssembly:
         (alone,), (joined,) = plan.edits[site(0)], plan.edits[site(2)]
         assert (alone.rows.offsets, joined.rows.offsets) == ((0, 2), (0, 2, 3, 4, 5))
         assert joined.rows.rows.tolist() == [0, 1, 3, 4, 6]
-        assert joined.decode.shape == joined.encode.shape == (4, 4, 8)
-        assert joined.bias.shape == (4, 4)
-        assert joined.decode[0, 2:].abs().max() == 0
-        assert joined.encode[3].abs().max() == 0
-        torch.testing.assert_close(joined.decode[1:3], members[1].adapter.rotation()[0])
+        weights = joined.weights
+        assert weights.decode.shape == weights.encode.shape == (4, 4, 8)
+        assert weights.bias.shape == (4, 4)
+        assert weights.decode[0, 2:].abs().max() == 0
+        assert weights.encode[3].abs().max() == 0
+        torch.testing.assert_close(weights.decode[1:3], members[1].adapter.rotation()[0])
 
     def test_forms_that_differ_stay_apart(self):
         members = [
@@ -125,14 +126,16 @@ class TestAssembly:
             member(layers=(0,), places=([7],), activation="relu", intervention="direft"),
         ]
         plan = ForwardPlan(members, (1, 9))
-        forms = [(one.subtract, one.activation) for one in plan.edits[site(0)]]
+        forms = [one.weights[3:] for one in plan.edits[site(0)]]
         assert forms == [(False, None), (True, "relu"), (False, "relu")]
 
     def test_fresh_weights_are_the_same_numbers(self):
         plan = ForwardPlan([member()], (1, 4))
         again = plan.again()
-        assert torch.equal(again.edits[site(0)][0].decode, plan.edits[site(0)][0].decode)
-        assert again.edits[site(0)][0].decode is not plan.edits[site(0)][0].decode
+        assert torch.equal(
+            again.edits[site(0)][0].weights.decode, plan.edits[site(0)][0].weights.decode
+        )
+        assert again.edits[site(0)][0].weights.decode is not plan.edits[site(0)][0].weights.decode
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -22,9 +22,9 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 
 from reft import ReftModel
 from reft.adapter.device_cache import CacheItem
-from reft.adapter.edit_weights import Effective
 from reft.adapter.requests import UNEDITED, Request, TokenKeys
 from reft.serving import continuous_manager as continuous
+from reft_kernels.spec import EditWeights
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +127,10 @@ class TestSharedBlocks:
 
 class TestKeys:
     def request(self, name, places, scale=1.0, everything=None):
-        part = (torch.zeros(1, 1, 2),)
-        form = Effective(part, (torch.zeros(1, 1),), part, False, None)
+        wide = torch.zeros(1, 1, 2)
+        weights = (EditWeights(wide, torch.zeros(1, 1), wide),)
         return Request(
-            CacheItem((name, None), form, ((0, "block_output"),)), scale, places, everything
+            CacheItem((name, None), weights, ((0, "block_output"),)), scale, places, everything
         )
 
     def test_equal_if_and_only_if_the_edits_are(self):
