@@ -15,6 +15,7 @@ from reft.adapter.parameters import AdapterParameters
 from reft.adapter.tensor_checks import HEADS, bank_shape, check_adapter_tensors
 from reft.config import ReftConfig
 from reft.io.adapter_files import read_adapter
+from reft.positions import Positions
 
 #: Fields of a configuration that change nothing about what is computed once an adapter is trained.
 _IDLE = frozenset({"base_model_name_or_path", "init", "dropout", "dropout_on", "block_path"})
@@ -36,6 +37,16 @@ class HostAdapter:
     layers: tuple[int, ...]
     weights: LayerWeights
     content: str
+
+    @property
+    def positions(self) -> Positions:
+        """The parsed positions of the configuration."""
+        return self.config.parsed_positions
+
+    @property
+    def sites(self) -> tuple[tuple[int, str], ...]:
+        """(block number, component) of each layer: the outputs that are edited."""
+        return tuple((layer, self.config.component) for layer in self.layers)
 
     @property
     def nbytes(self) -> int:

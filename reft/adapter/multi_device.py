@@ -47,6 +47,8 @@ class MultiDeviceParameters(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.layers, self.spec = config, layers, config.spec
+        self.positions = config.parsed_positions
+        self.sites = tuple((layer, config.component) for layer in layers)
         self.shape = bank_shape(config, len(layers), dim)
         rows: dict[torch.device, list[int]] = {}
         for row, device in enumerate(devices):

@@ -37,6 +37,8 @@ class AdapterParameters(nn.Module):
     Attributes:
         config: what the adapter is.
         layers: the numbers of the edited blocks, in the order of the stack.
+        positions: the parsed positions of ``config``.
+        sites: (block number, component) of each layer: the outputs that are edited.
         weight: W, (L, g, r, D), of ``config.dtype`` like every parameter, or wider where the model
             was cast to that; None where the family row has none.
         bias: b, (L, g, r).
@@ -76,6 +78,8 @@ class AdapterParameters(nn.Module):
         super().__init__()
         self.shape = bank_shape(config, len(layers), dim)
         self.config, self.layers, self.spec = config, layers, config.spec
+        self.positions = config.parsed_positions
+        self.sites = tuple((layer, config.component) for layer in layers)
         name = config.activation
         self.activation = None if name is None else ALIASES.get(name, name)
         self._cached: tuple[tuple[Any, ...], LayerWeights] | None = None

@@ -171,7 +171,7 @@ def save_pyreft(model: ReftModel, path: _Path, adapter_name: str | None = None) 
     registry = model._registry
     adapter = registry.adapter(name)
     heads = head_state(registry.heads.modules_of(model.get_base_model(), name))
-    names = {_by_pyreft(one, registry.sites): one for one in COMPONENTS}
+    names = {_by_pyreft(one, registry.blocks): one for one in COMPONENTS}
     component = names.get(adapter.config.component)
     if component is None and adapter.config.component in COMPONENTS:
         raise ValueError(
@@ -189,7 +189,7 @@ def _registry(
     """A model with a converted adapter; if it does not fit, the base model as it was."""
     model = ReftModel(base_model, converted.config.block_path)
     try:
-        sites = model._registry.sites
+        sites = model._registry.blocks
         if converted.dim != sites.dim:
             raise ValueError(
                 f"{os.fspath(path)}: base_model must have the width {converted.dim} of the "

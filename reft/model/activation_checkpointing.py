@@ -20,7 +20,7 @@ from torch import nn
 if TYPE_CHECKING:
     from reft.model.registry import AdapterRegistry
 
-_NAME = "_gradient_checkpointing_func"
+NAME = "_gradient_checkpointing_func"
 
 
 class KeepPlan:
@@ -32,12 +32,12 @@ class KeepPlan:
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.checkpoint(run, *args, **kwargs)
-        plan = self.registry.call.current
+        plan = self.registry.call.plan
 
         def planned(*inputs: Any, **named: Any) -> Any:
             if torch._C._current_graph_task_id() == -1:
                 return run(*inputs, **named)
-            with self.registry.running_again(plan):
+            with self.registry.restoring(plan):
                 return run(*inputs, **named)
 
         return self.checkpoint(planned, *args, **kwargs)
@@ -67,26 +67,26 @@ def keep_plans(registry: AdapterRegistry) -> None:
     Called in every forward that is recorded, since whoever trains may switch checkpointing off and
     on again, as TRL does; it looks at one block, and further only if that was switched on.
     """
-    present = registry.sites.blocks[0].__dict__.get(_NAME)
+    present = registry.blocks.blocks[0].__dict__.get(NAME)
     if present is None or isinstance(present, KeepPlan):
         return
-    for module in registry.sites.stack.modules():
-        function = module.__dict__.get(_NAME)
+    for module in registry.blocks.stack.modules():
+        function = module.__dict__.get(NAME)
         if function is not None and not isinstance(function, KeepPlan):
-            setattr(module, _NAME, KeepPlan(function, registry))
+            setattr(module, NAME, KeepPlan(function, registry))
 
 
 def forget_plans(base: nn.Module) -> None:
     """Undo :func:`keep_plans`."""
     for module in base.modules():
-        function = module.__dict__.get(_NAME)
+        function = module.__dict__.get(NAME)
         if isinstance(function, KeepPlan):
-            setattr(module, _NAME, function.checkpoint)
+            setattr(module, NAME, function.checkpoint)
 
 
 def _reentrant(base: nn.Module) -> bool:
     for module in base.modules():
-        function = getattr(module, _NAME, None)
+        function = getattr(module, NAME, None)
         if function is not None:
             if isinstance(function, KeepPlan):
                 function = function.checkpoint

@@ -17,10 +17,9 @@ from reft.adapter.parameters import AdapterParameters
 from reft.config import ReftConfig
 from reft.model import peft_compat as peft_base
 from reft.model import vocabulary
-from reft.model.batch import sites_of
 from reft.model.blocks import block_device
 from reft.model.frozen_heads import report_frozen_head
-from reft.model.hooks import EditOutput
+from reft.model.edit_hook import EditHook
 from reft.model.labels import give_back_labels
 from reft.model.modules_to_save import copy_heads
 from reft.model.origins import origin_of, warn_of_another_base
@@ -42,26 +41,26 @@ def build(
         ValueError: a name or configuration that does not fit.
     """
     registry.check_new_name(name)
-    sites = registry.sites
+    blocks = registry.blocks
     check_config(registry, config)
     if config.base_model_name_or_path is None:
         config = replace(config, base_model_name_or_path=origin_of(base))
-    layers = config.resolve_layers(len(sites.blocks))
+    layers = config.resolve_layers(len(blocks.blocks))
     with _originals(registry, base):
         paths = config.resolve_modules_to_save(_nameable(base))
         refuse_absent_heads(base, paths)
         _refuse_edited_heads(registry, base, [(layer, config.component) for layer in layers], paths)
         refuse_untying(base, paths)
         heads = copy_heads(base, paths)
-    devices = [block_device(sites.blocks[layer]) for layer in layers]
+    devices = [block_device(blocks.blocks[layer]) for layer in layers]
     adapter: AdapterParameters | MultiDeviceParameters
     if len(set(devices)) == 1:
         adapter = AdapterParameters(
-            config, layers, sites.dim, device=devices[0], generator=generator
+            config, layers, blocks.dim, device=devices[0], generator=generator
         )
     else:
         adapter = MultiDeviceParameters(
-            config, layers, sites.dim, devices=devices, generator=generator
+            config, layers, blocks.dim, devices=devices, generator=generator
         )
     return adapter, heads
 
@@ -107,7 +106,7 @@ def _refuse_edited_heads(
     Raises:
         ValueError: modules that are trained in full contain what is edited.
     """
-    inside = {registry.sites.module(*site): site for site in edited}
+    inside = {registry.blocks.module(*site): site for site in edited}
     for path in paths:
         for module in base.get_submodule(path).modules():
             if module in inside:
@@ -134,7 +133,7 @@ def attach(
         registry.heads.add(name, heads)
         vocabulary.guard(base, registry.heads)
         place_hooks(registry)
-    report_frozen_head(base, registry.sites.path, name, heads)
+    report_frozen_head(base, registry.blocks.path, name, heads)
 
 
 def detach(registry: AdapterRegistry, base: nn.Module, name: str) -> None:
@@ -171,18 +170,18 @@ def check_config(registry: AdapterRegistry, config: ReftConfig) -> None:
         ValueError: another list of blocks, a block or a component that is not there, image tokens
             where the model has none.
     """
-    sites = registry.sites
-    if config.block_path not in (None, sites.path):
+    blocks = registry.blocks
+    if config.block_path not in (None, blocks.path):
         raise ValueError(
-            f"ReftConfig.block_path must be {sites.path!r}, where this model's adapters are, "
+            f"ReftConfig.block_path must be {blocks.path!r}, where this model's adapters are, "
             f"or None; got {config.block_path!r}"
         )
-    for layer in config.resolve_layers(len(sites.blocks)):
-        sites.module(layer, config.component)
+    for layer in config.resolve_layers(len(blocks.blocks)):
+        blocks.module(layer, config.component)
     if config.positions == "image" and registry.image_token is None:
         raise ValueError(
             'ReftConfig.positions must not be "image" for a model whose configuration names no '
-            f"image_token_id, such as this {type(sites.stack).__name__}"
+            f"image_token_id, such as this {type(blocks.stack).__name__}"
         )
 
 
@@ -190,20 +189,20 @@ def place_hooks(registry: AdapterRegistry) -> None:
     """A hook where some adapter, request or generation edits, and nowhere else."""
     with registry.lock:
         sources = [*map(registry.adapter, registry.adapters), *registry.pool.adapters.values()]
-        for generation in registry.running.generations.copy():
+        for generation in registry.active_threads.generations.copy():
             sources.extend((generation.sources or {}).values())
-        wanted = {site for source in sources for site in sites_of(source)}
+        wanted = {site for source in sources for site in source.sites}
         for engine in registry.engines():
             for request in engine.requests():
                 wanted.update(() if request.resident is None else request.resident.sites)
         # A forward of another thread may have passed some of its blocks and not the others: what it
         # needs stays until the next change.
         unneeded = registry.handles.keys() - wanted
-        for site in () if registry.running.elsewhere() else unneeded:
+        for site in () if registry.active_threads.others() else unneeded:
             registry.handles.pop(site).remove()
         for site in wanted - registry.handles.keys():
-            registry.handles[site] = registry.sites.module(*site).register_forward_hook(
-                EditOutput(registry, site), with_kwargs=True
+            registry.handles[site] = registry.blocks.module(*site).register_forward_hook(
+                EditHook(registry, site), with_kwargs=True
             )
 
 
@@ -215,14 +214,14 @@ class PoolHost:
 
     @property
     def num_layers(self) -> int:
-        return len(self.registry.sites.blocks)
+        return len(self.registry.blocks.blocks)
 
     @property
     def dim(self) -> int:
-        return self.registry.sites.dim
+        return self.registry.blocks.dim
 
     def device_of(self, site: EditSite) -> torch.device:
-        return block_device(self.registry.sites.blocks[site[0]])
+        return block_device(self.registry.blocks.blocks[site[0]])
 
     def check_new_name(self, name: str) -> None:
         self.registry.check_new_name(name)

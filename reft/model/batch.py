@@ -1,31 +1,22 @@
-"""Who edits what in a batch: the adapters that it names, each with its sequences."""
+"""The adapters of a batch: which adapter edits which sequences, in which directions, how strongly."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from reft.adapter.device_cache import EditSite
-from reft.adapter.host_adapter import HostAdapter
-from reft.adapter.multi_device import MultiDeviceParameters
-from reft.adapter.parameters import AdapterParameters
+from reft.adapter.sources import AdapterSource
 from reft.config import ReftConfig
-from reft.subspaces import active_ranks, one_a_sequence
+from reft.subspaces import Subspaces, active_ranks, one_a_sequence
 
-if TYPE_CHECKING:
-    from reft.model.registry import AdapterRegistry
-
-#: The adapter name that means "no adapter", PEFT's.
+#: The adapter name that means "no adapter"; PEFT uses it too.
 BASE = "__base__"
 
 _LISTS = (list, tuple)
 
-_ONE_EACH = "one adapter edits a sequence"
-
-#: What a name stands for: parameters on the model, or an adapter of the pool.
-Source = AdapterParameters | MultiDeviceParameters | HostAdapter
+_ONE_ADAPTER = "one adapter edits a sequence"
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,139 +25,121 @@ class BatchAdapter:
 
     Attributes:
         name: its name.
-        source: what that stands for.
-        sequences: the numbers of its sequences; None for all of the batch.
-        kept: the directions of it that are used; None for all.
-        scale: what its edit is multiplied by.
+        source: its parameters, or the adapter of the pool.
+        sequences: the indices of its sequences; None for the whole batch.
+        active_ranks: the directions of its edit that are used; None for all.
+        scale: factor of its edit.
     """
 
     name: str
-    source: Source
-    sequences: tuple[int, ...] | None
-    kept: tuple[int, ...] | None
-    scale: float
+    source: AdapterSource
+    sequences: tuple[int, ...] | None = None
+    active_ranks: tuple[int, ...] | None = None
+    scale: float = 1.0
 
     @property
     def config(self) -> ReftConfig:
-        """What it is."""
+        """The adapter's configuration."""
         return self.source.config
 
 
-def choose(
-    registry: AdapterRegistry,
+def batch_adapters(
     names: Sequence[str] | None,
     scales: Any,
     subspaces: Any,
     batch: int,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, AdapterSource],
     active: str | None,
 ) -> list[BatchAdapter]:
-    """The adapters of a batch.
+    """The adapters of a batch, one for each combination of name, directions and scale.
 
     Args:
-        names: one a sequence, or None for ``active``.
-        scales: one number for all or one a sequence; None for 1.
+        names: one per sequence, or None for ``active``.
+        scales: one factor for all or one per sequence; None for 1.
         subspaces: see :mod:`reft.subspaces`.
         batch: sequences.
-        sources: what the names stand for.
+        sources: the adapters by name.
         active: the adapter of the whole batch where no names are given.
 
     Raises:
-        ValueError: not one a sequence, a scale that is no finite number.
+        ValueError: a list without exactly one entry per sequence, or a scale that is not finite.
     """
     if names is None and not isinstance(scales, _LISTS) and not isinstance(subspaces, _LISTS):
-        # Nothing here depends on the number of sequences: compiled models need no other graph.
+        # Nothing depends on the number of sequences, so that a compiled model needs one graph.
         assert active is not None
         part = None if subspaces is None else one_a_sequence(subspaces, 1)[0]
-        kept = active_ranks(sources[active].config.subspaces, part, active)  # type: ignore[arg-type]
-        return [BatchAdapter(active, sources[active], None, kept, scales_of(scales, 1)[0])]
-    listed = [str(active)] * batch if names is None else names_of(registry, names, batch)
+        ranks = active_ranks(_subspaces(sources[active]), part, active)
+        return [BatchAdapter(active, sources[active], None, ranks, scales_of(scales, 1)[0])]
+    listed = [str(active)] * batch if names is None else names_of(names, batch)
     factors = scales_of(scales, batch)
     parts = [None] * batch if subspaces is None else one_a_sequence(subspaces, batch)
-    found: dict[tuple[str, tuple[int, ...] | None, float], list[int]] = {}
+    sequences: dict[tuple[str, tuple[int, ...] | None, float], list[int]] = {}
     for index, (name, part, scale) in enumerate(zip(listed, parts, factors, strict=True)):
-        known = None if name == BASE else sources[name].config.subspaces
-        kept = active_ranks(known, part, name)  # type: ignore[arg-type]
+        known = None if name == BASE else _subspaces(sources[name])
+        ranks = active_ranks(known, part, name)
         if name != BASE:
-            found.setdefault((name, kept, scale), []).append(index)
-    if names is not None:
-        registry.heads.check_mixed(set(listed), registry.active)
-    everywhere = len(found) == 1 and BASE not in listed
+            sequences.setdefault((name, ranks, scale), []).append(index)
+    whole_batch = len(sequences) == 1 and BASE not in listed
     return [
-        BatchAdapter(name, sources[name], None if everywhere else tuple(numbers), kept, scale)
-        for (name, kept, scale), numbers in found.items()
+        BatchAdapter(name, sources[name], None if whole_batch else tuple(indices), ranks, scale)
+        for (name, ranks, scale), indices in sequences.items()
     ]
 
 
-def sources_by_name(registry: AdapterRegistry, names: Sequence[str]) -> dict[str, Source]:
-    """What names stand for, "__base__" left out.
+def _subspaces(source: AdapterSource) -> Subspaces | None:
+    return source.config.subspaces  # type: ignore[return-value]  # checked by ReftConfig
+
+
+def names_of(names: Sequence[str], batch: int) -> Sequence[str]:
+    """Check that there is one adapter name per sequence.
 
     Raises:
-        ValueError: there is no adapter of a name.
-    """
-    pool = registry.pool.adapters
-    found: dict[str, Source] = {}
-    for name in dict.fromkeys(names):
-        if name != BASE:
-            stored = pool.get(name)  # one look: another thread may remove it
-            found[name] = registry.adapter(name) if stored is None else stored
-    return found
-
-
-def sites_of(source: Source) -> tuple[EditSite, ...]:
-    """Where an adapter edits."""
-    return tuple((layer, source.config.component) for layer in source.layers)
-
-
-def names_of(registry: AdapterRegistry, names: Sequence[str], batch: int) -> Sequence[str]:
-    """One name a sequence.
-
-    Raises:
-        ValueError: there are more or fewer, or several for one sequence.
+        ValueError: the number of names is wrong, or an entry is not one name.
     """
     if isinstance(names, str) or not isinstance(names, Sized) or len(names) != batch:
         raise ValueError(
-            f"adapter_names must be a list of one name a sequence ({batch} of them), got {names!r}"
+            f"adapter_names must be a list of one name per sequence ({batch} of them), got "
+            f"{names!r}"
         )
     for index, name in enumerate(names):
         if not isinstance(name, str):
             raise ValueError(
-                f"adapter_names must be a list of one name a sequence, got {name!r} for sequence "
-                f"{index}; {_ONE_EACH}, {BASE!r} stands for none"
+                f"adapter_names must be a list of one name per sequence, got {name!r} for sequence "
+                f"{index}; {_ONE_ADAPTER}, {BASE!r} stands for none"
             )
     return names
 
 
 def one_name(name: object) -> str:
-    """The name of one adapter, as it is or alone in a list, as ``active_adapters`` gives it.
+    """The name of one adapter, given as a string or alone in a list, as ``active_adapters`` is.
 
     Raises:
         ValueError: several names, or none.
     """
-    if isinstance(name, (list, tuple)) and len(name) == 1:
+    if isinstance(name, _LISTS) and len(name) == 1:
         [name] = name
     if not isinstance(name, str):
         raise ValueError(
-            f"adapter_name must be one name, got {name!r}; {_ONE_EACH}, and a batch of several "
+            f"adapter_name must be one name, got {name!r}; {_ONE_ADAPTER}, and a batch of several "
             "adapters names one for each of its sequences in adapter_names"
         )
     return name
 
 
 def scales_of(scales: Any, batch: int) -> Sequence[float]:
-    """One factor a sequence.
+    """One factor per sequence.
 
     Raises:
-        ValueError: more or fewer of them, or one that is no finite number.
+        ValueError: the number of factors is wrong, or one is not a finite number.
     """
     if scales is None:
         return [1.0] * batch
-    listed = list(scales) if isinstance(scales, (list, tuple)) else [scales] * batch
+    listed = list(scales) if isinstance(scales, _LISTS) else [scales] * batch
     if len(listed) != batch:
         raise ValueError(
-            f"adapter_scales must be a number or one a sequence ({batch} of them), got {scales!r}"
+            f"adapter_scales must be a number or one per sequence ({batch} of them), got {scales!r}"
         )
-    for one in listed:
-        if isinstance(one, bool) or not isinstance(one, (int, float)) or not isfinite(one):
-            raise ValueError(f"adapter_scales must be finite numbers, got {one!r}")
-    return [float(one) for one in listed]
+    for scale in listed:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not isfinite(scale):
+            raise ValueError(f"adapter_scales must be finite numbers, got {scale!r}")
+    return [float(scale) for scale in listed]

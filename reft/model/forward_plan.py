@@ -1,30 +1,28 @@
-"""The plan of one forward: which rows are edited, with which weights.
+"""The plan of one forward: the edits of every block, each with its rows and weights.
 
-It is made once, on the device, before the first block runs, and shared by all blocks. No value is
-read on the host. It holds the effective weights of its forward too, so that a block that is run a
-second time, in backward, uses those of its own forward and of no other.
+It is made on the device before the first block runs, and all blocks share it. It holds the weights
+of its forward, so that a block that runs again in backward uses those of its own forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from reft.adapter.device_cache import EditSite, Lease
-from reft.adapter.edit_weights import concatenate, mask_ranks, scale
-from reft.adapter.multi_device import MultiDeviceParameters
-from reft.adapter.parameters import AdapterParameters
-from reft.config import ReftConfig
-from reft.model.prompts import Prompt
-from reft.positions import covered, end_numbers
+from reft.adapter.edit_weights import LayerWeights, concatenate, mask_ranks, scale
+from reft.adapter.host_adapter import HostAdapter
+from reft.model.batch import BatchAdapter
 from reft_kernels import RowPlan
 from reft_kernels.spec import EditWeights
+
+KindT = TypeVar("KindT", bound=Hashable)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +34,7 @@ class Edit:
         weights: A, b and R of the groups of the rows.
         dropout: probability of dropout of the edit.
         dropout_on: "delta" or "row", see :func:`reft.model.dropout.dropped_edit`.
-        lease: keeps the weights as they are meanwhile, where they are slots of a cache.
+        lease: keeps the weights from being overwritten, where they are slots of a cache.
     """
 
     rows: RowPlan
@@ -46,219 +44,169 @@ class Edit:
     lease: Lease | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Member:
-    """One adapter in a forward.
-
-    Attributes:
-        bank: its parameters.
-        rows: int64 (n,) rows of each of its groups, −1 for none, into the flattened window.
-        dropout: probability that is in force, 0.0 in eval mode.
-        kept: bool (r,), the directions that are edited; None for all.
-        scale: what its edit is multiplied by.
-    """
-
-    adapter: AdapterParameters | MultiDeviceParameters
-    rows: tuple[Tensor, ...]
-    dropout: float
-    kept: Tensor | None = None
-    scale: float = 1.0
-
-
-def member_rows(
-    config: ReftConfig,
-    prompt: Prompt,
-    *,
-    window_start: int | Tensor,
-    window: int,
-    sequences: Tensor | None = None,
-    chosen: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """The rows that an adapter edits in this forward, one vector for each of its groups.
-
-    Args:
-        config: of the adapter.
-        prompt: of all sequences of the batch.
-        window_start: columns that are in the cache already.
-        window: S, columns of this forward; of a packed batch all its rows.
-        sequences: which sequences are the adapter's; None for all.
-        chosen: columns that are edited instead of those that the configuration says: bool, of the
-            batch's shape, or int64 (B, P), −1 for none.
-
-    Raises:
-        ValueError: ``chosen`` for an adapter with a set of weights for each end of the prompt.
-    """
-    positions = config.parsed_positions
-    if chosen is not None:
-        if config.num_groups > 1:
-            raise ValueError(
-                f"edit_positions need one set of weights, and an adapter of {positions} with "
-                f'tied=False, untied_by="{config.untied_by}" has {config.num_groups}'
-            )
-        return (_chosen_rows(chosen, prompt, window_start, window, sequences).reshape(-1),)
-    if positions.kind != "ends":
-        return (_counted_rows(config, prompt, window_start, window, sequences).reshape(-1),)
-    mine = prompt.select(sequences)
-    number, wanted = end_numbers(
-        positions, mine.length.unsqueeze(1), config.short_prompts, config.prompt_end
-    )
-    places = mine.columns(number) - window_start
-    places = torch.where(wanted & (places >= 0) & (places < window), places, -1)
-    rows = places if prompt.packed else _in_batch(places, sequences, window)
-    if config.num_groups == 1:
-        return (rows.reshape(-1),)
-    # Untied: a group for each column, or one for prefix and one for suffix columns; groups lie one
-    # after the other.
-    if config.untied_by == "position":
-        return tuple(column.reshape(-1) for column in rows.unbind(dim=1))
-    first = positions.first
-    return rows[:, :first].reshape(-1), rows[:, first:].reshape(-1)
-
-
-def _counted_rows(
-    config: ReftConfig,
-    prompt: Prompt,
-    window_start: int | Tensor,
-    window: int,
-    sequences: Tensor | None,
-) -> Tensor:
-    """Rows of positions that a token's number in its sequence tells: of kind "prompt" or "all"."""
-    mine = prompt if prompt.packed else prompt.select(sequences)
-    number = mine.numbers(window_start, window)
-    column = torch.arange(window, device=number.device)
-    if prompt.packed:
-        owner = prompt.owner(window)
-        length: Tensor = prompt.length[owner]
-    else:
-        length = mine.length.unsqueeze(1)
-    wanted = covered(config.parsed_positions, number, length, config.prompt_end)
-    if prompt.packed:
-        return torch.where(wanted & _belongs(prompt, owner, sequences), column, -1)
-    return _in_batch(torch.where(wanted, column, -1), sequences, window)
-
-
-def _in_batch(places: Tensor, sequences: Tensor | None, window: int) -> Tensor:
-    """Places (B, P) in windows as rows of the flattened batch."""
-    if sequences is None:
-        sequences = torch.arange(places.shape[0], device=places.device)
-    return torch.where(places < 0, places, places + sequences.unsqueeze(1) * window)
-
-
-def _belongs(prompt: Prompt, owner: Tensor, sequences: Tensor | None) -> Tensor | bool:
-    """Whether each column of a packed batch is of one of these sequences."""
-    if sequences is None:
-        return True
-    member = torch.zeros_like(prompt.length, dtype=torch.bool)
-    return member.index_fill(0, sequences, True)[owner]
-
-
-def _chosen_rows(
-    chosen: Tensor,
-    prompt: Prompt,
-    window_start: int | Tensor,
-    window: int,
-    sequences: Tensor | None,
-) -> Tensor:
-    column = torch.arange(window, device=chosen.device)
-    if chosen.dtype != torch.bool:
-        mine = chosen if sequences is None else chosen[sequences]
-        place = mine - window_start
-        place = torch.where((mine >= 0) & (place >= 0) & (place < window), place, -1)
-        return place if prompt.packed else _in_batch(place, sequences, window)
-    if prompt.packed:
-        wanted = chosen.reshape(-1) & _belongs(prompt, prompt.owner(window), sequences)
-        return torch.where(wanted, column, -1)
-    mine = chosen if sequences is None else chosen[sequences]
-    absolute = column + window_start
-    inside = absolute < mine.shape[1]
-    wanted = mine[:, absolute.clamp(max=mine.shape[1] - 1)] & inside
-    return _in_batch(torch.where(wanted, column, -1), sequences, window)
-
-
 class ForwardPlan:
     """What one forward edits.
 
+    Args:
+        adapters: adapters that edit with their own parameters.
+        rows: for each of them one int64 vector of rows per group, −1 for none.
+        shape: (B, S) of the columns of the forward.
+        cached: edits with slots of the device cache, see :mod:`reft.model.grouped_edits`.
+
     Attributes:
-        shape: (B, S) of the window.
-        start: column of the batch at which the window begins: the length of the cache.
-        adapters: what tells whether another forward edits with the same ones.
-        cache: the cache that the forward was given, or None.
-        served: edits with entries of tables, see :mod:`reft.model.grouped_edits`.
         edits: (block number, component) -> the edits of its output, usually one.
-        recorded: whether gradients were recorded when it was made.
-        replayed: set by a hook that saw the first run of a checkpointed region without gradients;
-            the second run then needs weights with a graph of its own, see :meth:`again`.
+        start: first column of the forward in the batch: the length of the cache.
+        identity: equal for two forwards that edit with the same adapters in the same way.
+        cache: the cache that the forward was given, or None.
+        recorded: whether gradients were recorded when the plan was made.
+        replayed: a hook has seen the first run of a checkpointed region without gradients; the
+            second run needs weights with a graph of their own, see :meth:`again`.
     """
 
     def __init__(
         self,
-        members: Sequence[Member],
+        adapters: Sequence[BatchAdapter],
+        rows: Sequence[tuple[Tensor, ...]],
         shape: tuple[int, int],
-        served: Mapping[EditSite, Sequence[Edit]] = MappingProxyType({}),
+        cached: Mapping[EditSite, Sequence[Edit]] = MappingProxyType({}),
     ) -> None:
-        self.members, self.shape, self.served = tuple(members), shape, served
-        self.edits = _assemble(self.members)
-        for site, edits in served.items():
-            self.edits[site] = (*self.edits.get(site, ()), *edits)
+        self.adapters, self.rows, self.shape, self.cached = tuple(adapters), rows, shape, cached
+        self.edits = _edits_with_parameters(self.adapters, rows) if adapters else {}
+        for site, edits in cached.items():
+            self.edits[site] = [*self.edits.get(site, ()), *edits]
         self.recorded = torch.is_grad_enabled()
         self.replayed = False
         self.start: int | Tensor = 0
-        self.adapters: tuple[object, ...] = ()
+        self.identity: tuple[object, ...] = ()
         self.cache: Any = None
 
     def again(self) -> ForwardPlan:
-        """The same rows with freshly computed weights. The same numbers: no optimizer steps
+        """The same plan with newly computed weights. Their values are the same: no optimizer steps
         between a forward and its backward."""
-        return ForwardPlan(self.members, self.shape, self.served)
+        return ForwardPlan(self.adapters, self.rows, self.shape, self.cached)
 
 
-def _assemble(members: tuple[Member, ...]) -> dict[EditSite, tuple[Edit, ...]]:
-    whole = {
-        id(adapter): adapter()
-        for adapter in {id(one.adapter): one.adapter for one in members}.values()
-    }
-    weights = [
-        scale(mask_ranks(whole[id(member.adapter)], member.kept), member.scale)
-        for member in members
-    ]
-    by_site: dict[EditSite, list[int]] = {}
-    for index, member in enumerate(members):
-        for layer in member.adapter.layers:
-            by_site.setdefault((layer, member.adapter.config.component), []).append(index)
-    plans: dict[tuple[Any, ...], RowPlan] = {}
-    edits: dict[EditSite, tuple[Edit, ...]] = {}
-    for site, present in by_site.items():
-        # Adapters whose edits have one form go into one call, as groups of it.
-        kinds: dict[tuple[bool, str | None, float, str], list[int]] = {}
-        for index in present:
-            first, member = weights[index][0], members[index]
-            kind = (
-                first.subtract,
-                first.activation,
-                member.dropout,
-                member.adapter.config.dropout_on,
-            )
-            kinds.setdefault(kind, []).append(index)
-        calls = []
-        for kind, chosen in kinds.items():
-            places = [members[index].adapter.layers.index(site[0]) for index in chosen]
-            joined = concatenate(
-                [weights[index][place] for index, place in zip(chosen, places, strict=True)]
-            )
-            device = joined.decode.device
-            key: tuple[Any, ...] = tuple(chosen)
-            if key not in plans:
-                plans[key] = _row_plan([rows for index in chosen for rows in members[index].rows])
-            # Of a model spread over devices, each device gets the rows once.
-            key, there = (*key, device), plans[key]
-            if key not in plans:
-                plans[key] = there.to(device)
-            calls.append(Edit(plans[key], joined, dropout=kind[2], dropout_on=kind[3]))
-        edits[site] = tuple(calls)
+class EditGroup(Protocol):
+    """Adapters whose edits at one site are one call of the operator."""
+
+    def weights(self, site: EditSite, members: Sequence[int]) -> EditWeights:
+        """The weights of the adapters ``members`` at a site."""
+
+    def rows(self, members: Sequence[int]) -> RowPlan:
+        """The rows of the adapters ``members``, in the order of the weights."""
+
+    def edit(self, rows: RowPlan, weights: EditWeights) -> Edit:
+        """The edit of these rows."""
+
+
+def group_edits(
+    kinds: Sequence[KindT],
+    layouts: Sequence[tuple[EditSite, ...]],
+    group_of: Callable[[KindT, Sequence[int]], EditGroup],
+) -> dict[EditSite, list[Edit]]:
+    """Group the adapters of a batch into calls of the operator, one for each site and kind of edit.
+
+    Args:
+        kinds: of each adapter; adapters of one kind share calls.
+        layouts: the sites of each adapter.
+        group_of: (kind, indices of its adapters) -> their group.
+    """
+    edits: dict[EditSite, list[Edit]] = {}
+    by_kind: dict[KindT, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        by_kind.setdefault(kind, []).append(index)
+    for kind, indices in by_kind.items():
+        group = group_of(kind, indices)
+        # Many adapters have few layouts. The adapters at a site are listed once for each set of
+        # layouts that has the site.
+        distinct = {layouts[index]: frozenset(layouts[index]) for index in indices}
+        members: dict[tuple[bool, ...], list[int]] = {}
+        rows: dict[tuple[tuple[bool, ...], torch.device], RowPlan] = {}
+        for site in dict.fromkeys([site for layout in distinct for site in layout]):
+            having = tuple([site in layout for layout in distinct.values()])
+            if having not in members:
+                members[having] = [index for index in indices if site in distinct[layouts[index]]]
+            weights = group.weights(site, members[having])
+            device = weights.decode.device
+            if (having, device) not in rows:
+                rows[having, device] = group.rows(members[having]).to(device)
+            edits.setdefault(site, []).append(group.edit(rows[having, device], weights))
     return edits
 
 
-def _row_plan(groups: list[Tensor]) -> RowPlan:
-    if len(groups) == 1:
-        return RowPlan.from_rows(groups[0])
-    return RowPlan(torch.cat(groups), (0, *accumulate(rows.shape[0] for rows in groups)))
+@dataclass(frozen=True, eq=False)
+class _ParameterGroup:
+    """Adapters with parameters: their weights are concatenated, with a graph if they are trained.
+
+    Attributes:
+        layer_weights: (adapter) -> its weights at each of its layers.
+        layer_index: (adapter) -> layer number -> index in its weights.
+        adapter_rows: (adapter) -> one vector of rows per group.
+        dropout, dropout_on: see :class:`Edit`.
+    """
+
+    layer_weights: Sequence[LayerWeights]
+    layer_index: Sequence[Mapping[int, int]]
+    adapter_rows: Sequence[tuple[Tensor, ...]]
+    dropout: float
+    dropout_on: str
+
+    def weights(self, site: EditSite, members: Sequence[int]) -> EditWeights:
+        layer, _ = site
+        each = [self.layer_weights[index][self.layer_index[index][layer]] for index in members]
+        return each[0] if len(each) == 1 else concatenate(each)
+
+    def rows(self, members: Sequence[int]) -> RowPlan:
+        groups = [rows for index in members for rows in self.adapter_rows[index]]
+        if len(groups) == 1:
+            return RowPlan.from_rows(groups[0])
+        return RowPlan(torch.cat(groups), (0, *accumulate([rows.shape[0] for rows in groups])))
+
+    def edit(self, rows: RowPlan, weights: EditWeights) -> Edit:
+        return Edit(rows, weights, self.dropout, self.dropout_on)
+
+
+def _edits_with_parameters(
+    adapters: Sequence[BatchAdapter], rows: Sequence[tuple[Tensor, ...]]
+) -> dict[EditSite, list[Edit]]:
+    """The edits of adapters that use their own parameters.
+
+    Raises:
+        ValueError: a scale other than 1 for an edit that scaling R does not scale.
+    """
+    computed: dict[int, LayerWeights] = {}
+    weights = [_weights(adapter, computed) for adapter in adapters]
+    layer_index = [
+        {layer: index for index, layer in enumerate(adapter.source.layers)} for adapter in adapters
+    ]
+    kinds = []
+    for adapter, layers in zip(adapters, weights, strict=True):
+        source = adapter.source
+        dropout = source.config.dropout if source.training else 0.0
+        kinds.append((layers[0].subtract, layers[0].activation, dropout, source.config.dropout_on))
+
+    def group_of(kind: tuple[bool, str | None, float, str], members: Sequence[int]) -> EditGroup:
+        _, _, dropout, dropout_on = kind
+        return _ParameterGroup(weights, layer_index, rows, dropout, dropout_on)
+
+    return group_edits(kinds, [adapter.source.sites for adapter in adapters], group_of)
+
+
+def _weights(adapter: BatchAdapter, computed: dict[int, LayerWeights]) -> LayerWeights:
+    """The weights of an adapter with its directions and scale; its R is computed once a forward."""
+    source = adapter.source
+    assert not isinstance(source, HostAdapter)
+    if id(source) not in computed:
+        computed[id(source)] = source()
+    weights = computed[id(source)]
+    if adapter.active_ranks is not None:
+        weights = mask_ranks(weights, rank_mask(adapter, weights[0].decode.device))
+    return weights if adapter.scale == 1.0 else scale(weights, adapter.scale)
+
+
+def rank_mask(adapter: BatchAdapter, device: torch.device | str) -> Tensor | None:
+    """Whether each direction is used, bool (r,); None if all are."""
+    if adapter.active_ranks is None:
+        return None
+    used = [rank in adapter.active_ranks for rank in range(adapter.config.rank)]
+    return torch.tensor(used, device=device)

@@ -9,44 +9,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reft.model.batch import names_of, scales_of
 from reft.model.edit_positions import resolve_edit_positions
 from reft.model.generation import Generation
 from reft.model.peft_compat import transformers_model
 from reft.model.prompts import find_prompt
+from reft.model.registry import AdapterRegistry
 
 
 def capture(
+    registry: AdapterRegistry,
     model: nn.Module,
-    side: str,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    *,
     prompt_lengths: Tensor | Sequence[int] | None,
     adapter_names: Sequence[str] | None,
+    adapter_scales: Any,
     edit_positions: Any,
     subspaces: Any,
 ) -> Generation:
-    """Read the prompt of a call ``model.generate(*args, **kwargs)``.
+    """Read the prompt and the adapters of a call ``model.generate(*args, **kwargs)``.
 
     Without an ``attention_mask``, but with a padding token, the mask that ``generate`` would make
     is made here and put into ``kwargs``, so that both use the same mask.
 
-    Args:
-        side: the edited stack, see :class:`reft.model.blocks.ModelBlocks`.
-
     Raises:
         TypeError: the model cannot generate.
-        TypeError, ValueError: see :func:`reft.model.prompts.find_prompt` and
-            :func:`reft.model.edit_positions.given_columns`.
+        TypeError, ValueError: see :func:`reft.model.prompts.find_prompt`,
+            :func:`reft.model.edit_positions.given_columns` and
+            :func:`reft.model.batch.batch_adapters`.
     """
     if not hasattr(model, "generate"):
         raise TypeError(f"{type(model).__name__} cannot generate")
-    restarts = side == "decoder" and _generates_itself(model)
+    in_decoder = registry.blocks.side == "decoder"
+    restarts = in_decoder and _generates_itself(model)
     if restarts:
         _refuse_token_arguments(model, args, kwargs, prompt_lengths, edit_positions)
-    if side == "decoder":
-        tokens, mask = _decoder_prompt(model, args, kwargs)
-    else:
-        tokens, mask = _prompt(model, args, kwargs)
+    read_prompt = _decoder_prompt if in_decoder else _prompt
+    tokens, mask = read_prompt(model, args, kwargs)
     batch, width = tokens.shape[:2]
     if mask is not None:
         width = mask.shape[1]
@@ -55,10 +56,18 @@ def capture(
     )
     ids = tokens if tokens.ndim == 2 else None
     given = resolve_edit_positions(edit_positions, ids, mask, prompt, (batch, width))
-    return Generation(
+    scales_of(adapter_scales, batch)
+    generation = Generation(
         prompt, width, adapter_names, threading.get_ident(), ids, given, subspaces,
-        restarts=restarts,
+        adapter_scales, restarts=restarts,
     )  # fmt: skip
+    generation.check_alike()
+    if adapter_names is not None:
+        generation.sources = registry.sources(names_of(adapter_names, batch))
+    elif registry.active is not None:
+        generation.active = registry.active
+        generation.sources = registry.sources([registry.active])
+    return generation
 
 
 def _generates_itself(model: nn.Module) -> bool:

@@ -1,8 +1,8 @@
-"""Classifier-free guidance in ``generate``: its negative prompt is a prompt of its own, edited at
-its own first and last tokens.
+"""Classifier-free guidance in ``generate``: the negative prompt is edited at its own first and last
+tokens.
 
 transformers' logits processor runs the model on the negative prompt in the middle of a generation.
-Here it is given, in the place of the model, what runs the model with that prompt.
+Here the processor gets a stand-in for the model, which runs the model with that prompt.
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-from reft.model.generation import Generation, resolve_given, settings_of
+from reft.model.edit_positions import resolve_edit_positions
+from reft.model.generate_arguments import settings_of
+from reft.model.generation import Generation
 from reft.model.prompts import find_prompt
-
-if TYPE_CHECKING:
-    from reft.model.registry import AdapterRegistry
+from reft.model.registry import AdapterRegistry
 
 
 class NegativePrompt:
-    """The model, as the processor calls it: with the prompt that its first call shows.
+    """The model as the processor calls it: the processor's first call shows the negative prompt.
 
     Args:
         base: the model.
-        attached: its adapters.
-        generation: the generation that is guided, whose adapters edit the negative prompt too.
-        edit_positions: those of the generation's own prompt; a function is asked for the negative
-            prompt's.
+        registry: its adapters.
+        generation: the guided generation, whose adapters also edit the negative prompt.
+        edit_positions: as given to ``generate``; a function is called with the negative prompt.
     """
 
     def __init__(
@@ -49,7 +48,9 @@ class NegativePrompt:
         if self.generation is None:
             shape = (input_ids.shape[0], input_ids.shape[1])
             prompt = find_prompt(*shape, input_ids.device, attention_mask=attention_mask)
-            given = resolve_given(self.edit_positions, input_ids, attention_mask, prompt, shape)
+            given = resolve_edit_positions(
+                self.edit_positions, input_ids, attention_mask, prompt, shape
+            )
             self.generation = replace(
                 self.guided, prompt=prompt, width=shape[1], ids=input_ids, given=given, seen=0
             )
@@ -66,8 +67,8 @@ def guided(
     kwargs: dict[str, Any],
     edit_positions: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Give the keywords with which ``base.generate`` guides by a prompt of its own: ``kwargs``
-    where nothing is guided.
+    """Yield the keywords with which ``base.generate`` guides by a prompt of its own: ``kwargs``
+    without guidance.
 
     Raises:
         ValueError: ``edit_positions`` name tokens of one prompt, and there are two.
@@ -79,8 +80,8 @@ def guided(
     given = any(isinstance(processor, guiding) for processor in processors)
     setting = settings_of(base, args, kwargs)
     scale = setting("guidance_scale")
-    asked = isinstance(scale, (int, float)) and scale != 1
-    if generation.restarts or not (asked or given):
+    requested = isinstance(scale, (int, float)) and scale != 1
+    if generation.restarts or not (requested or given):
         yield kwargs
         return
     if edit_positions is not None and not callable(edit_positions):
@@ -89,12 +90,15 @@ def guided(
             "which runs a negative prompt too: one list cannot name tokens of both"
         )
     model: Any = NegativePrompt(base, registry, generation, edit_positions)
-    processors = [copy.copy(one) if isinstance(one, guiding) else one for one in processors]
+    processors = [
+        copy.copy(processor) if isinstance(processor, guiding) else processor
+        for processor in processors
+    ]
     for processor in processors:
         if isinstance(processor, guiding):
             processor.model = model
     if not given:
-        # One of transformers' own type takes the place of the one that generate() makes.
+        # A processor of transformers' own class replaces the one that generate() makes.
         processors.append(
             guiding(
                 scale,
@@ -113,7 +117,7 @@ def guided(
 
 
 class _NotReplaced(logging.Filter):
-    """Drops the warning that the processor above takes the place of transformers' own."""
+    """Drops the warning that the processor above replaces transformers' own."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "FreeGuidanceLogitsProcessor" not in record.getMessage()

@@ -1,250 +1,345 @@
-"""The plan of a forward: which adapters edit which sequences, and where.
+"""The plan of a forward: which adapters edit, in which rows, with which weights.
 
 Nothing is read from a device, so that a forward waits for none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from reft.config import ReftConfig
-from reft.model.batch import BatchAdapter, choose, names_of, sources_by_name
-from reft.model.call_state import Options
-from reft.model.forward_plan import ForwardPlan, member_rows
-from reft.model.generation import (
-    Generation,
-    behind_prompts,
-    expanded,
-    known_length,
-    past_length,
-    resolve_given,
-)
-from reft.model.grouped_edits import RowsOf, make_plan
-from reft.model.prompts import Prompt, cache_of, find_packed_prompt, find_prompt, packed_starts
+from reft.adapter.host_adapter import HostAdapter
+from reft.adapter.parameters import AdapterParameters
+from reft.adapter.sources import AdapterSource
+from reft.model.batch import BatchAdapter, batch_adapters, names_of
+from reft.model.edit_positions import resolve_edit_positions
+from reft.model.edited_rows import RowFinder
+from reft.model.forward_inputs import ForwardInputs, known_length
+from reft.model.forward_plan import ForwardPlan
+from reft.model.generation import Generation, expanded
+from reft.model.grouped_edits import batch_edits
+from reft.model.prompts import ColumnRange, PromptSpans, find_packed_prompt, find_prompt
+from reft.model.registry import AdapterRegistry
 from reft.model.step_plan import plan_engine_step
 
-if TYPE_CHECKING:
-    from reft.model.registry import AdapterRegistry
-
-#: Arguments that say that a cache of pages is used, as continuous batching does.
+#: Arguments of a forward on a paged cache, as in continuous batching.
 PAGED = ("write_index", "read_index", "block_table")
 
 
-def plan_forward(
-    registry: AdapterRegistry, stack: nn.Module, call: dict[str, Any]
-) -> ForwardPlan | None:
-    """The plan of a forward of ``stack`` with arguments ``call``, or None if nothing is edited.
+def plan_forward(registry: AdapterRegistry, inputs: ForwardInputs) -> ForwardPlan | None:
+    """Plan the edits of a forward.
 
-    Without gradients, a forward that lies behind every prompt, as in decoding, has none. While
-    gradients are recorded there is one even if every row is −1: in data-parallel training every
-    rank must reach every parameter.
+    Returns:
+        None if nothing is edited: without gradients, a forward behind every prompt, such as a
+        decoding step. While gradients are recorded there is a plan even if every row is −1: in
+        data-parallel training every rank must reach every parameter.
     """
-    if any(call.get(name) is not None for name in PAGED):
-        return _plan_paged(registry, call)
-    if registry.engine_refs and any(engine.busy() for engine in registry.engines()):
-        raise RuntimeError(
-            "a continuous batching manager runs this model in another thread; add a request to "
-            "it, stop it, or call the model inside its pause()"
-        )
-    options = registry.call.options or Options()
-    generation = registry.call.generation
-    if generation is not None and options.prompt_lengths is not None:
-        generation = None
-    if registry.call.disabled:
+    sources = _sources(registry, inputs)
+    if _lies_behind_prompts(inputs, sources.values()):
         return None
-    ids = call.get("input_ids")
-    tokens = call.get("inputs_embeds") if ids is None else ids
-    names, parts, scales = options.adapter_names, options.subspaces, options.adapter_scales
-    active = registry.active
-    if generation is not None:
-        names = names or generation.adapter_names
-        parts = parts or generation.subspaces
-        scales = generation.adapter_scales if scales is None else scales
-        active = active if generation.active is None else generation.active
-    if active is None and names is None:
+    adapters = select_adapters(registry, inputs, sources)
+    chunk, adapters = _in_chunk(registry, inputs, adapters)
+    if not adapters:
         return None
-    if not torch.compiler.is_compiling() and torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
-        raise RuntimeError(
-            "torch.jit.trace cannot record the edits of a ReftModel: use torch.export.export or "
-            "torch.compile, or trace the base inside disable_adapter()"
-        )
-    if not isinstance(tokens, Tensor) or tokens.ndim < 2:
-        raise ValueError(
-            f"{type(stack).__name__} must be called with input_ids or inputs_embeds of (batch, "
-            "columns, …) while an adapter is active: positions are counted in them"
-        )
-    batch, window = shape = (tokens.shape[0], tokens.shape[1])
-    starts = None
-    if generation is None:
-        past = past_length(call)
-        starts = packed_starts(call, shape) if isinstance(past, int) and not past else None
-    else:
-        generation.arrives(call, tokens)
-        names, parts, scales = (generation.repeated(one, batch) for one in (names, parts, scales))
-    sequences = batch if starts is None else starts.shape[0]
-    settled = generation if options.adapter_names is None else None
-    sources = None if settled is None else settled.sources
-    if sources is None:
-        sources = sources_by_name(
-            registry, [str(active)] if names is None else names_of(registry, names, sequences)
-        )
-    if starts is None and behind_prompts(call, options, generation, sources.values()):
-        return None
-    chosen = choose(registry, names, scales, parts, sequences, sources, active)
-    start: int | Tensor = 0
-    if starts is None:
-        start, chosen = _in_this_window(registry, chosen, call, options, generation, window)
-    if not chosen:
-        return None
-    if generation is not None:
-        rows_of = generation_rows(registry, generation, batch, start, window)
-    else:
-        prompt = _find_prompt(registry, call, tokens, starts, start, options)
-        columns = shape if not isinstance(start, int) else (batch, start + window)
-        mask = call.get("attention_mask")
-        given = resolve_given(options.edit_positions, ids, mask, prompt, columns)
-        width = window if starts is None else batch * window
-        rows_of = _rows_of(registry, prompt, given, ids, batch, start, width)
-    plan = make_plan(
-        registry, chosen, rows_of, shape,
-        sequences=sequences, device=tokens.device, packed=starts is not None,
-    )  # fmt: skip
-    plan.start, plan.adapters, plan.cache = start, edited_by(chosen), cache_of(call)
+    finder = _row_finder(registry, inputs, chunk, adapters)
+    plan = _build_plan(registry, inputs, adapters, finder)
+    plan.start, plan.cache = chunk.start, inputs.cache
     return plan
 
 
-def edited_by(chosen: list[BatchAdapter]) -> tuple[object, ...]:
-    """What tells whether two forwards edit with the same adapters in the same way."""
-    return tuple((one.name, one.sequences, one.kept, one.scale) for one in chosen)
-
-
-def generation_rows(
-    registry: AdapterRegistry, generation: Generation, batch: int, start: int | Tensor, window: int
-) -> RowsOf:
-    """What an adapter edits in some columns of a generation: ``window`` of them from ``start``."""
-    prompt = generation.prompt.expand(batch)
-    given = expanded(generation.given, batch)
-    return _rows_of(registry, prompt, given, generation.ids, batch, start, window)
-
-
-def _rows_of(
-    registry: AdapterRegistry,
-    prompt: Prompt,
-    given: Tensor | None,
-    ids: Tensor | None,
-    batch: int,
-    start: int | Tensor,
-    window: int,
-) -> RowsOf:
-    def rows(config: ReftConfig, sequences: Tensor | None) -> tuple[Tensor, ...]:
-        columns = given
-        if config.positions == "image":
-            columns = expanded(_images(registry, ids), batch)
-        if config.positions == "given" and given is None:
-            raise ValueError(
-                'edit_positions must be given: the adapter has positions "given", which every '
-                "call has to name"
-            )
-        return member_rows(
-            config, prompt,
-            window_start=start, window=window, sequences=sequences, chosen=columns,
-        )  # fmt: skip
-
-    return rows
-
-
-def _plan_paged(registry: AdapterRegistry, call: Mapping[str, Any]) -> ForwardPlan | None:
-    """The plan of a step of continuous batching.
+def plan_paged_step(
+    registry: AdapterRegistry, arguments: Mapping[str, Any]
+) -> ForwardPlan | None:
+    """Plan a forward on a paged cache: a step of continuous batching.
 
     Raises:
-        ValueError: nobody tells which requests the step computes.
+        ValueError: an adapter is active and no engine tells which requests the step computes.
     """
-    tokens = call.get("input_ids")
+    tokens = arguments.get("input_ids")
     for engine in registry.engines():
-        parts = engine.parts(call.get("cache"))
-        if parts is not None and isinstance(tokens, Tensor):
-            return plan_engine_step(registry.pool.tables, parts, tokens.shape[1], tokens.device)
+        chunks = engine.parts(arguments.get("cache"))
+        if chunks is not None and isinstance(tokens, Tensor):
+            return plan_engine_step(registry.pool.cache, chunks, tokens.shape[1], tokens.device)
     if registry.disabled or registry.active is None:
         return None
     raise ValueError(
         "continuous batching mixes the prompts and the generated tokens of many requests, and "
-        "the base model's manager does not tell which is whose; use ReftModel.generate_batch, "
-        "or ReftModel.init_continuous_batching"
+        "the base model's manager does not tell which belongs to which; use "
+        "ReftModel.generate_batch, or ReftModel.init_continuous_batching"
     )
 
 
-def _in_this_window(
-    registry: AdapterRegistry,
-    chosen: list[BatchAdapter],
-    call: dict[str, Any],
-    options: Options,
-    generation: Generation | None,
-    window: int,
-) -> tuple[int | Tensor, list[BatchAdapter]]:
-    """(first column of this forward, the adapters that may edit anything in it)."""
-    generated = [one.config.parsed_positions.generated for one in chosen]
-    if generation is not None:
-        start, beyond = generation.progress(call, window, max([0, *generated]))
+# ---------------------------------------------------------------- which adapters
+
+
+def _sources(registry: AdapterRegistry, inputs: ForwardInputs) -> Mapping[str, AdapterSource]:
+    """The adapters by name that the forward may edit with."""
+    if inputs.sources is not None:
+        return inputs.sources
+    names = inputs.options.adapter_names
+    if names is not None:
+        return registry.sources(names_of(names, inputs.sequences))
+    active = str(inputs.active)
+    return {active: registry.adapters[active]}  # type: ignore[dict-item]  # a ModuleDict
+
+
+def select_adapters(
+    registry: AdapterRegistry, inputs: ForwardInputs, sources: Mapping[str, AdapterSource]
+) -> list[BatchAdapter]:
+    """Select the adapters of the batch, with their sequences, directions and scales.
+
+    Raises:
+        ValueError: see :func:`reft.model.batch.batch_adapters`; or an adapter with
+            ``modules_to_save`` shares the batch with another.
+    """
+    options, active = inputs.options, inputs.active
+    names, scales, subspaces = options.adapter_names, options.adapter_scales, options.subspaces
+    if names is None and scales is None and subspaces is None:
+        assert active is not None
+        return [BatchAdapter(active, sources[active])]
+    adapters = batch_adapters(names, scales, subspaces, inputs.sequences, sources, active)
+    if names is not None:
+        registry.heads.check_mixed(set(names), registry.active)
+    return adapters
+
+
+def _lies_behind_prompts(inputs: ForwardInputs, sources: Collection[AdapterSource]) -> bool:
+    """Whether a forward is a decoding step that certainly edits nothing; a cheap check."""
+    past = inputs.past
+    if not isinstance(past, int) or not past:
+        return False
+    positions = [source.positions for source in sources]
+    if any(spec.kind == "all" for spec in positions):
+        return False
+    generated = max((spec.generated for spec in positions), default=0)
+    if inputs.generation is not None:
+        return past - inputs.generation.width >= generated
+    return not generated and not inputs.tells_prompt and inputs.options.labels is None
+
+
+def _in_chunk(
+    registry: AdapterRegistry, inputs: ForwardInputs, adapters: Sequence[BatchAdapter]
+) -> tuple[ColumnRange, Sequence[BatchAdapter]]:
+    """The columns of this forward, and the adapters that may edit any of them."""
+    if inputs.packed_starts is not None:
+        return ColumnRange(0, inputs.batch * inputs.seq_len), adapters
+    generated = [adapter.source.positions.generated for adapter in adapters]
+    if inputs.generation is not None:
+        start, behind = inputs.generation.progress(
+            inputs.past, inputs.seq_len, max([0, *generated])
+        )
     else:
-        known = known_length(past_length(call), window)
+        past = inputs.past
+        known = past if isinstance(past, int) else known_length(past, inputs.seq_len)
         start = 0 if known is None else known
-        # What follows a cache is not the prompt, unless the caller says how long that is.
-        said = options.prompt_lengths is not None or options.edit_positions is not None
-        at_start = said or (isinstance(known, int) and not known)
-        beyond = -1 if at_start else 0
-        if not at_start and any(generated):
-            raise ValueError(
-                "prompt_lengths must be given with a filled cache: the cache does not tell how "
-                'many tokens of it were generated, which positions "prompt+g…" count'
-            )
-        if not at_start and registry.causal and options.labels is not None:
-            raise ValueError(
-                "prompt_lengths must be given with labels and a filled cache: the labels do "
-                "not tell how much of the prompt the cache holds"
-            )
-    left = [
-        one
-        for one, more in zip(chosen, generated, strict=True)
-        if beyond < more or one.config.positions == "all"
+        # Tokens behind a cache are not the prompt, unless the call describes the prompt.
+        in_prompt = (isinstance(known, int) and not known) or inputs.tells_prompt
+        behind = -1 if in_prompt else 0
+        if not in_prompt:
+            _check_filled_cache(registry, inputs, any(generated))
+    editing = [
+        adapter
+        for adapter, count in zip(adapters, generated, strict=True)
+        if behind < count or adapter.source.positions.kind == "all"
     ]
-    return start, left
+    return ColumnRange(start, inputs.seq_len), editing
 
 
-def _find_prompt(
+def _check_filled_cache(registry: AdapterRegistry, inputs: ForwardInputs, generated: bool) -> None:
+    """Refuse a forward on a filled cache that needs the length of the prompt in it.
+
+    Raises:
+        ValueError: ``prompt_lengths`` is missing.
+    """
+    if generated:
+        raise ValueError(
+            "prompt_lengths must be given with a filled cache: the cache does not tell how "
+            'many tokens of it were generated, which positions "prompt+g…" count'
+        )
+    if registry.causal and inputs.options.labels is not None:
+        raise ValueError(
+            "prompt_lengths must be given with labels and a filled cache: the labels do "
+            "not tell how much of the prompt the cache holds"
+        )
+
+
+# ---------------------------------------------------------------- which rows
+
+
+def _row_finder(
     registry: AdapterRegistry,
-    call: dict[str, Any],
-    tokens: Tensor,
-    starts: Tensor | None,
-    start: int | Tensor,
-    options: Options,
-) -> Prompt:
-    """The prompt that a plain forward's own arguments tell."""
-    batch, window = tokens.shape[:2]
-    lengths, mask = options.prompt_lengths, call.get("attention_mask")
-    first = isinstance(start, int) and start == 0
-    labels = options.labels if registry.causal and lengths is None and first else None
+    inputs: ForwardInputs,
+    chunk: ColumnRange,
+    adapters: Sequence[BatchAdapter],
+) -> RowFinder:
+    """The spans of the prompts, and the columns that the call or the image tokens name."""
+    if inputs.generation is not None:
+        return generation_rows(registry, inputs.generation, inputs.batch, chunk, adapters)
+    spans = _prompt_spans(registry, inputs, chunk)
+    given = None
+    if inputs.options.edit_positions is not None:
+        padded = inputs.packed_starts is None and isinstance(chunk.start, int)
+        columns = chunk.start + inputs.seq_len if padded else inputs.seq_len
+        given = resolve_edit_positions(
+            inputs.options.edit_positions, inputs.ids, inputs.attention_mask, spans,
+            (inputs.batch, int(columns)),
+        )  # fmt: skip
+    images = _image_columns(registry, inputs.ids, inputs.batch, adapters)
+    return RowFinder(spans, chunk, given, images)
+
+
+def generation_rows(
+    registry: AdapterRegistry,
+    generation: Generation,
+    batch: int,
+    chunk: ColumnRange,
+    adapters: Sequence[BatchAdapter],
+) -> RowFinder:
+    """The row finder of some columns of a generation.
+
+    Args:
+        batch: sequences of the forward, beams included.
+    """
+    return RowFinder(
+        generation.prompt.expand(batch),
+        chunk,
+        expanded(generation.given, batch),
+        _image_columns(registry, generation.ids, batch, adapters),
+    )
+
+
+def _prompt_spans(
+    registry: AdapterRegistry, inputs: ForwardInputs, chunk: ColumnRange
+) -> PromptSpans:
+    """The prompts that a forward outside ``generate`` shows by its own arguments."""
+    options, starts, device = inputs.options, inputs.packed_starts, inputs.tokens.device
+    lengths = options.prompt_lengths
+    whole = isinstance(chunk.start, int) and chunk.start == 0
+    labels = options.labels if registry.causal and lengths is None and whole else None
     if starts is not None:
         return find_packed_prompt(
-            starts.to(tokens.device), batch * window,
-            attention_mask=mask, labels=labels, prompt_lengths=lengths,
+            starts.to(device), chunk.seq_len,
+            attention_mask=inputs.attention_mask, labels=labels, prompt_lengths=lengths,
         )  # fmt: skip
+    columns = inputs.seq_len
     return find_prompt(
-        batch,
-        start + window if isinstance(start, int) else window,
-        tokens.device,
-        attention_mask=mask,
+        inputs.batch,
+        chunk.start + columns if isinstance(chunk.start, int) else columns,
+        device,
+        attention_mask=inputs.attention_mask,
         labels=labels,
         prompt_lengths=lengths,
-        shifted=registry.sites.side == "decoder",
+        shifted=registry.blocks.side == "decoder",
     )
 
 
-def _images(registry: AdapterRegistry, ids: Tensor | None) -> Tensor:
+def _image_columns(
+    registry: AdapterRegistry,
+    ids: Tensor | None,
+    batch: int,
+    adapters: Sequence[BatchAdapter],
+) -> Tensor | None:
+    """Where image tokens are, bool (B, columns); None if no adapter edits them.
+
+    Raises:
+        ValueError: the call has embeddings instead of token ids.
+    """
+    if not any([adapter.source.positions.kind == "image" for adapter in adapters]):
+        return None
     if ids is None:
-        raise ValueError('positions "image" are told by input_ids, got inputs_embeds alone')
+        raise ValueError('positions="image" needs input_ids, got inputs_embeds only')
     assert registry.image_token is not None  # checked when the adapter was added
-    return ids == registry.image_token
+    return expanded(ids == registry.image_token, batch)
+
+
+# ---------------------------------------------------------------- with which weights
+
+
+def _build_plan(
+    registry: AdapterRegistry,
+    inputs: ForwardInputs,
+    adapters: Sequence[BatchAdapter],
+    finder: RowFinder,
+) -> ForwardPlan:
+    """Build the plan: adapters that are trained, or alone, edit with their own parameters, the
+    others with slots of the device cache.
+
+    Raises:
+        ValueError: an adapter of the pool in a compiled model, or beside one that is trained; more
+            adapters than the pool holds at once. Nothing was changed.
+    """
+    device, shape = inputs.tokens.device, (inputs.batch, inputs.seq_len)
+    in_cache: list[BatchAdapter] = []
+    direct: list[BatchAdapter] = []
+    for adapter in adapters:
+        (in_cache if _belongs_in_cache(adapter, len(adapters)) else direct).append(adapter)
+    if in_cache:
+        _check_pooled(adapters)
+    rows = []
+    for adapter in direct:
+        listed = adapter.sequences
+        sequences = None if listed is None else torch.tensor(listed, device=device)
+        rows.append(finder.rows(adapter.source, sequences))
+    if not in_cache:
+        plan = ForwardPlan(direct, rows, shape)
+    else:
+        cached = batch_edits(
+            registry.pool, in_cache, finder,
+            sequences=inputs.sequences, device=device, packed=inputs.packed_starts is not None,
+        )  # fmt: skip
+        plan = ForwardPlan(direct, rows, shape, cached)
+    plan.identity = edit_identity(adapters)
+    return plan
+
+
+def edit_identity(adapters: Sequence[BatchAdapter]) -> tuple[object, ...]:
+    """Equal for two forwards that edit with the same adapters in the same way."""
+    return tuple(
+        [
+            (adapter.name, adapter.sequences, adapter.active_ranks, adapter.scale)
+            for adapter in adapters
+        ]
+    )
+
+
+def _belongs_in_cache(adapter: BatchAdapter, adapters: int) -> bool:
+    """Whether an adapter's edits can come from the cache, and are faster from it."""
+    source = adapter.source
+    if isinstance(source, HostAdapter):
+        return True
+    if not isinstance(source, AdapterParameters) or torch.compiler.is_compiling():
+        return False
+    if source.training or adapter.active_ranks is not None or torch.is_grad_enabled():
+        return False
+    return adapters > 1 or adapter.scale != 1.0
+
+
+def _check_pooled(adapters: Sequence[BatchAdapter]) -> None:
+    """Refuse adapters of the pool where parameters are compiled or trained.
+
+    Raises:
+        ValueError: with the adapter's name.
+    """
+    pooled = [adapter for adapter in adapters if isinstance(adapter.source, HostAdapter)]
+    if not pooled:
+        return
+    name = pooled[0].name
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            f"adapter {name!r} is in the pool, which a compiled model cannot use: load it "
+            "with load_adapter before compiling, or do not compile"
+        )
+    trained = torch.is_grad_enabled() and [
+        adapter.name
+        for adapter in adapters
+        if not isinstance(adapter.source, HostAdapter)
+        and any(parameter.requires_grad for parameter in adapter.source.parameters())
+    ]
+    if trained:
+        raise ValueError(
+            f"adapter {name!r} is in the pool, which is for inference, and {trained[0]!r} "
+            "is trained in the same batch: use torch.no_grad(), or load it with load_adapter"
+        )

@@ -29,7 +29,7 @@ from reft.model.continuous_batching import ContinuousBatching
 from reft.model.distributed import broadcast_adapters
 from reft.model.ends import stop_at_ends
 from reft.model.foreign import RefusesTrl
-from reft.model.generation import capture
+from reft.model.generate_arguments import capture
 from reft.model.guidance import guided
 from reft.model.hooks import Forget, ForgetPlan, MakePlan, TakeOptions, extended_signature
 from reft.model.on_base import put_on_base
@@ -115,7 +115,7 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
             *peft_base.register(
                 peft_base.outer(base_model),
                 lambda module: TakeOptions(registry, module, module is base_model),
-                Forget(registry, "options"),
+                Forget(registry),
             ),
             *peft_base.register(
                 peft_base.callers(base_model, sites.stack),
@@ -167,10 +167,10 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
         """
         base, registry = self.base_model, self._registry
         generation = capture(
-            base, registry.sites.side, args, kwargs,
-            prompt_lengths, adapter_names, edit_positions, subspaces,
+            registry, base, args, kwargs,
+            prompt_lengths=prompt_lengths, adapter_names=adapter_names,
+            adapter_scales=adapter_scales, edit_positions=edit_positions, subspaces=subspaces,
         )  # fmt: skip
-        generation.settle(registry, adapter_scales)
         reuse_cache(registry, generation, kwargs)
         args, kwargs = stop_at_ends(registry, base, generation, args, kwargs)
         with (
@@ -303,7 +303,7 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
         """Detach everything and return the base model as it was before, its ``requires_grad``
         too."""
         registry, inner = self._registry, self.get_base_model()
-        registry.running.check("unload()")
+        registry.active_threads.check_alone("unload()")
         take_off(registry, inner, self._handles)
         checkpointing.forget_plans(self.base_model)
         for name, parameter in inner.named_parameters():

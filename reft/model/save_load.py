@@ -151,8 +151,8 @@ def put(
     registry, base = model._registry, model.get_base_model()
     try:
         # Before room is made for what the configuration says.
-        layers = config.resolve_layers(len(registry.sites.blocks))
-        check_layout(config, bank_shape(config, len(layers), registry.sites.dim), tensors)
+        layers = config.resolve_layers(len(registry.blocks.blocks))
+        check_layout(config, bank_shape(config, len(layers), registry.blocks.dim), tensors)
         # Whatever the configuration starts from, it is overwritten.
         adapter, heads = build(registry, base, name, replace(config, init="pyreft"))
         adapter.config = replace(adapter.config, init=config.init)

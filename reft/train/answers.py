@@ -31,7 +31,7 @@ MASKS = ("assistant_masks", "completion_mask")
 def counts_from_prompts(model: ReftModel) -> bool:
     """Whether the active adapter edits where a prompt lies that labels tell."""
     registry = model._registry
-    if registry.active is None or not registry.causal or registry.sites.side == "decoder":
+    if registry.active is None or not registry.causal or registry.blocks.side == "decoder":
         return False
     return registry.adapter(registry.active).config.parsed_positions.kind in ("ends", "prompt")
 

@@ -238,7 +238,7 @@ def why_nothing(model: ReftModel, inputs: Any) -> str:
     if config.positions == "image":
         return 'positions "image" edit image tokens, and the examples hold none'
     longest = _longest_prompt(batch, registry.causal)
-    if registry.causal and registry.sites.side == "decoder" and longest == 0:
+    if registry.causal and registry.blocks.side == "decoder" and longest == 0:
         longest = 1  # the token that a decoder starts from
     if longest == 0 and batch.get("prompt_lengths") is not None:
         return "prompt_lengths are all 0; give the number of prompt tokens of each example"

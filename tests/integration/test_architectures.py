@@ -77,7 +77,7 @@ def rows_of(name, spans, columns):
 def test_exactly_the_chosen_rows_of_the_chosen_blocks(name, component):
     layers = [0, 2]
     model = wrapped(name, component, layers=layers)
-    sites = model.reft.sites
+    sites = model.reft.blocks
     one = ARCHITECTURES[name]
     path = {"attention_output": one.attention, "mlp_output": one.mlp}.get(component)
     modules = [
@@ -108,7 +108,7 @@ def test_exactly_the_chosen_rows_of_the_chosen_blocks(name, component):
 @pytest.mark.parametrize(("name", "component"), CASES)
 def test_a_batch_equals_its_sequences(name, component):
     model, one = wrapped(name, component), ARCHITECTURES[name]
-    module = model.reft.sites.module(LAYERS - 1, component)
+    module = model.reft.blocks.module(LAYERS - 1, component)
     lengths = [8, 6, 5]
     for side in ("left", "right"):
         if not getattr(one, side):
@@ -229,7 +229,7 @@ class TestEncoderDecoders:
     def test_labels_end_the_decoders_prompt(self):
         """The start token and what comes before the first label: the rest is not edited."""
         model = wrapped("t5-decoder", "block_output")
-        block = model.reft.sites.blocks[0]
+        block = model.reft.blocks.blocks[0]
         source, labels = tokens(2, 5), tokens(2, 6, seed=4)
         labels[1, :2] = -100
         call = {"input_ids": source, "labels": labels}
@@ -251,7 +251,7 @@ class TestEncoderDecoders:
     def test_adapters_by_name_and_given_positions(self):
         model = wrapped("t5-encoder", "block_output")
         model.add_adapter("other", config_of("t5-encoder", "block_output", rank=1))
-        block = model.reft.sites.blocks[0]
+        block = model.reft.blocks.blocks[0]
         source = tokens(3, 6)
         call = {"input_ids": source, "decoder_input_ids": torch.zeros(3, 1, dtype=torch.long)}
         (edited,) = outputs(

@@ -130,8 +130,8 @@ def test_calls():
 
     assert_flat(generate, times=TIMES // 4)
     assert facts(model.base_model) == before
-    assert not model.reft.running.threads
-    assert not model.reft.running.generations
+    assert not model.reft.active_threads.threads
+    assert not model.reft.active_threads.generations
 
 
 @pytest.mark.parametrize("how", ["unloaded", "wrapped"])
@@ -177,6 +177,6 @@ def test_a_call_that_fails_leaves_nothing(wrong):
         with pytest.raises((ValueError, IndexError, RuntimeError)):
             model(**{"input_ids": ids, **wrong})
         call = model.reft.call
-        assert (call.options, call.current, call.generation) == (None, None, None)
-        assert not model.reft.running.threads
+        assert (call.options, call.plan, call.generation) == (None, None, None)
+        assert not model.reft.active_threads.threads
         assert torch.equal(model(ids).logits, expected)

@@ -167,7 +167,7 @@ class TestOneModel:
         expected = run(0), run(1)
         assert not torch.equal(*expected)
         stop = InTheMiddle(nn.Identity())
-        model.reft.sites.stack.register_forward_pre_hook(stop._stop, prepend=True)
+        model.reft.blocks.stack.register_forward_pre_hook(stop._stop, prepend=True)
         found = stop.during(lambda: run(0), lambda: run(1))
         assert all(map(torch.equal, found, expected))
 

@@ -125,7 +125,7 @@ class TestUnknownLayouts:
         assert find_blocks(odd, "right").blocks == tuple(odd.right)
         assert find_blocks(odd, "short").blocks == tuple(odd.short)
         model = get_reft_model(odd, ReftConfig(rank=2, block_path="right"))
-        assert model.base_model.reft.sites.path == "right"
+        assert model.base_model.reft.blocks.path == "right"
         with pytest.raises(ValueError, match=r"block_path must be 'right'.*got 'left'"):
             model.add_adapter("other", ReftConfig(rank=2, block_path="left"))
         model.add_adapter("other", ReftConfig(rank=2))

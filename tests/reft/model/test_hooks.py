@@ -148,11 +148,11 @@ def test_a_disabled_forward_can_be_run_again():
 def test_the_plan_is_forgotten_after_a_forward():
     model = get_reft_model(llama(), config())
     model(IDS)
-    assert model.base_model.reft.call.current is None
+    assert model.base_model.reft.call.plan is None
     model.base_model.model.layers[1].register_forward_hook(_raise)
     with pytest.raises(KeyError):
         model(IDS)
-    assert model.base_model.reft.call.current is None
+    assert model.base_model.reft.call.plan is None
 
 
 def _raise(*_):
