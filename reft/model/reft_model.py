@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from reft.adapter.fresh import mark_fresh
 from reft.adapter.parameter_counts import count_parameters, print_parameters
 from reft.adapter.pool import AdapterPool
-from reft.adapter.state_dicts import apart
+from reft.adapter.state_dict import apart
+from reft.adapter.untrained import mark_fresh
 from reft.config import ReftConfig
 from reft.foreign_names import WRAPPING, refusing_foreign_keywords
 from reft.model import activation_checkpointing as checkpointing
