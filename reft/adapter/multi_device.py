@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from reft.adapter import init
+from reft.adapter.casting import compute_dtype
 from reft.adapter.edit_weights import LayerWeights
 from reft.adapter.parameters import AdapterParameters
-from reft.adapter.precision import compute_dtype
-from reft.adapter.state_dicts import check_state
+from reft.adapter.state_dict import check_state
 from reft.adapter.tensor_checks import bank_shape, check_adapter_tensors
 from reft.config import ReftConfig
 
@@ -195,7 +195,7 @@ def check_banks(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: An
     """Refuse a state dict of a module, before any of the banks in it is loaded; a hook of torch's.
 
     Raises:
-        RuntimeError: see :func:`reft.adapter.state_dicts.check_state`.
+        RuntimeError: see :func:`reft.adapter.state_dict.check_state`.
     """
     for path, adapter in module.named_modules():
         if isinstance(adapter, AdapterParameters):

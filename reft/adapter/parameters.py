@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from reft.adapter import init
+from reft.adapter.casting import applied, compute_dtype, no_autocast
 from reft.adapter.edit_weights import LayerWeights
 from reft.adapter.frames import EXACT, as_base, check_coordinates, check_frame, frame_error
-from reft.adapter.precision import applied, compute_dtype, no_autocast
 from reft.adapter.sharding import whole, write
-from reft.adapter.state_dicts import beside, check_state
+from reft.adapter.state_dict import beside, check_state
 from reft.adapter.tensor_checks import bank_shape, check_adapter_tensors, check_shapes
 from reft.config import ReftConfig
 from reft_kernels import fold, orthonormalize, reflector_base, transforms
@@ -63,7 +63,7 @@ class AdapterParameters(nn.Module):
     decode: nn.Parameter | None
     base: Tensor | None
     loaded: Tensor | None
-    fresh: bytes | None = None  # see reft.adapter.fresh
+    fresh: bytes | None = None  # see reft.adapter.untrained
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from reft.adapter.fresh import is_fresh
+from reft.adapter.untrained import is_fresh
 from reft.model.reft_model import ReftModel
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from reft import ReftModel
 from reft.adapter.device_cache import CacheItem
 from reft.adapter.requests import UNEDITED, Request, TokenKeys
-from reft.serving import continuous_manager as continuous
+from reft.model import continuous_manager as continuous
 from reft_kernels.spec import EditWeights
 
 

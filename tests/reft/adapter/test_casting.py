@@ -9,9 +9,9 @@ from tiny_models import bert, llama, moved, tokens
 from transformers import TrainingArguments
 
 from reft import ReftConfig, ReftModel, ReftTrainer, get_reft_model, load_pyreft, save_pyreft
+from reft.adapter.casting import holds
 from reft.adapter.multi_device import MultiDeviceParameters
 from reft.adapter.parameters import AdapterParameters
-from reft.adapter.precision import holds
 from reft_kernels.spec import FAMILY
 
 IDS = tokens(2, 7)
