@@ -26,7 +26,7 @@ from reft.model.modules_to_save import copy_heads
 from reft.model.origins import origin_of, warn_of_another_base
 from reft.model.registry import SUBMODULE, AdapterRegistry
 from reft.model.tensor_parallel import refuse_absent_heads
-from reft.model.ties import refuse_untying, with_tied_modules
+from reft.model.tied_modules import refuse_untying, with_tied_modules
 
 
 def build(

@@ -19,7 +19,7 @@ from reft.model.batch import BASE, names_of, scales_of, sites_of, sources_by_nam
 from reft.model.registry import SUBMODULE, AdapterRegistry
 
 if TYPE_CHECKING:
-    from reft.serving.continuous_manager import AdapterManager
+    from reft.model.continuous_manager import AdapterManager
 
 
 class ContinuousBatching:
@@ -93,7 +93,7 @@ class ContinuousBatching:
             ValueError: CUDA graphs, asynchronous batching or a compiled forward; a model split by
                 tensors; a manager that the base model kept.
         """
-        from reft.serving.continuous_manager import AdapterManager, checked_config
+        from reft.model.continuous_manager import AdapterManager, checked_config
 
         own = _method(self, "init_continuous_batching")
         base: Any = self.get_base_model()
@@ -179,7 +179,7 @@ class _Call:
 
 
 class EngineHost:
-    """What a manager asks of the model; see :class:`reft.serving.continuous_manager.Host`."""
+    """What a manager asks of the model; see :class:`reft.model.continuous_manager.Host`."""
 
     def __init__(self, registry: AdapterRegistry, base: nn.Module) -> None:
         self.registry, self.base = registry, base

@@ -22,22 +22,22 @@ from reft.model import activation_checkpointing as checkpointing
 from reft.model import peft_compat as peft_base
 from reft.model.adapters import PoolHost, attach, build, detach, take_off, with_both_ends
 from reft.model.arguments import check_base, check_config, check_mode
+from reft.model.base_methods import put_on_base
 from reft.model.batch import one_name
 from reft.model.blocks import find_blocks
 from reft.model.cached_edits import reuse_cache
 from reft.model.continuous_batching import ContinuousBatching
 from reft.model.distributed import broadcast_adapters
-from reft.model.ends import stop_at_ends
-from reft.model.foreign import RefusesTrl
+from reft.model.end_tokens import stop_at_ends
 from reft.model.generation import capture
 from reft.model.guidance import guided
 from reft.model.hooks import Forget, ForgetPlan, MakePlan, TakeOptions, extended_signature
-from reft.model.on_base import put_on_base
 from reft.model.on_disk import OnDisk
 from reft.model.origins import origin_of
 from reft.model.pipelines import announce
 from reft.model.prompts import image_token
 from reft.model.registry import SUBMODULE, AdapterRegistry
+from reft.model.trl_guard import RefusesTrl
 
 logger = logging.getLogger(__name__)
 

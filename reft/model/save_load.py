@@ -16,7 +16,7 @@ from reft.config import ReftConfig
 from reft.io.adapter_files import read_adapter, write_adapter
 from reft.model.adapters import attach, build
 from reft.model.arguments import check_base
-from reft.model.ends import end_header, read_ends
+from reft.model.end_tokens import end_header, read_ends
 from reft.model.hub import local_folder
 from reft.model.keywords import check_saving, names_of, place_of
 from reft.model.labels import label_header, read_labels, take_labels

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from reft.adapter.parameters import AdapterParameters
 from reft.adapter.sharding import whole
-from reft.model.ends import learn_ends
+from reft.model.end_tokens import learn_ends
 from reft.model.reft_model import ReftModel
 from reft.train import checkpoints, deepspeed, fsdp2, run_settings
 from reft.train.answers import ChecksAnswers

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from reft.io.atomic_write import write_whole
-from reft.model.ends import listed_ids
+from reft.model.end_tokens import listed_ids
 from reft.train import tokens
 from reft.train.collate import ReftDataCollator
 

@@ -12,7 +12,7 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from reft.model import peft_compat as peft_base
-from reft.model.ends import listed_ids
+from reft.model.end_tokens import listed_ids
 from reft.model.reft_model import ReftModel
 from reft.train.adapter_trainer import AdapterTrainer, require_reft_model
 from reft.train.reference import Reference

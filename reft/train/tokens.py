@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from reft.model.ends import listed_ids
+from reft.model.end_tokens import listed_ids
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import can_return_loss, find_labels, is_accelerate_available
 
 from reft.model.call_state import OPTIONS
-from reft.model.ends import listed_ids
+from reft.model.end_tokens import listed_ids
 from reft.model.reft_model import ReftModel
 from reft.train.adapter_trainer import require_reft_model
 from reft.train.collate import ReftDataCollator

@@ -24,7 +24,7 @@ from reft import ReftModel
 from reft.adapter.device_cache import CacheItem
 from reft.adapter.edit_weights import Effective
 from reft.adapter.requests import UNEDITED, Request, TokenKeys
-from reft.serving import continuous_manager as continuous
+from reft.model import continuous_manager as continuous
 
 
 @pytest.fixture(scope="module")
