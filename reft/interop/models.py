@@ -13,8 +13,9 @@ from reft.interop.from_pyreft import read_pyreft
 from reft.interop.to_pyreft import write_pyreft
 from reft.interop.units import Converted
 from reft.model import peft_compat as peft_base
-from reft.model.blocks import MODULE, ModelBlocks, find_blocks
-from reft.model.modules_to_save import head_state
+from reft.model.blocks import ModelBlocks, find_blocks
+from reft.model.components import MODULE
+from reft.model.modules_to_save import module_tensors
 from reft.model.reft_model import ReftModel
 from reft.model.save_load import put
 
@@ -170,7 +171,7 @@ def save_pyreft(model: ReftModel, path: _Path, adapter_name: str | None = None) 
         raise ValueError("adapter_name must be given, no adapter is active")
     registry = model._registry
     adapter = registry.adapter(name)
-    heads = head_state(registry.heads.modules_of(model.get_base_model(), name))
+    heads = module_tensors(registry.modules_to_save.modules_of(model.get_base_model(), name))
     names = {_by_pyreft(one, registry.sites): one for one in COMPONENTS}
     component = names.get(adapter.config.component)
     if component is None and adapter.config.component in COMPONENTS:

@@ -90,7 +90,7 @@ def choose(
         if name != BASE:
             found.setdefault((name, kept, scale), []).append(index)
     if names is not None:
-        registry.heads.check_mixed(set(listed), registry.active)
+        registry.modules_to_save.check_mixed(set(listed), registry.active)
     everywhere = len(found) == 1 and BASE not in listed
     return [
         BatchAdapter(name, sources[name], None if everywhere else tuple(numbers), kept, scale)

@@ -202,7 +202,7 @@ class EngineHost:
             listed = names_of(registry, names, len(lengths))
         sources = sources_by_name(registry, listed)
         if names is not None:
-            registry.heads.check_mixed(set(listed), registry.active)
+            registry.modules_to_save.check_mixed(set(listed), registry.active)
         if registry.call.disabled:
             return [UNEDITED] * len(lengths)
         residents: dict[str, CacheItem] = {}

@@ -77,7 +77,7 @@ def _checksum(text: str) -> str:
 def _card(model: ReftModel, name: str, source: str) -> str:
     base, config = model.get_base_model(), model.configs[name]
     registry = model._registry
-    heads = registry.heads.modules_of(base, name)
+    heads = registry.modules_to_save.modules_of(base, name)
     own = count_parameters(nn.ModuleList([registry.adapter(name), *heads.values()]))[1]
     total = count_parameters(base)[1]
     origin = config.base_model_name_or_path

@@ -268,12 +268,12 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
         registry, adapter_name = self._registry, one_name(adapter_name)
         registry.adapter(adapter_name)
         if not registry.disabled:
-            registry.show_heads(self.get_base_model(), adapter_name)
+            registry.activate_modules(self.get_base_model(), adapter_name)
         registry.active = adapter_name
         for name in registry.adapters:
             trained = name == adapter_name and not inference_mode
             registry.adapter(name).requires_grad_(trained)
-            for module in registry.heads.modules_of(self.get_base_model(), name).values():
+            for module in registry.modules_to_save.modules_of(self.get_base_model(), name).values():
                 module.requires_grad_(trained)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -37,7 +37,7 @@ class AdapterRegistry(nn.Module):
 
     Attributes:
         adapters: name -> its bank.
-        heads: modules of the base that adapters train in full.
+        heads: :attr:`modules_to_save`, under the name that it has in state dicts.
         pool: adapters that are served and never trained.
         sites: the blocks of the base.
         causal: whether labels are next tokens, so that the first one ends the prompt.
@@ -75,6 +75,11 @@ class AdapterRegistry(nn.Module):
     def call(self) -> Call:
         """The forward that this thread is in."""
         return self.calls.mine
+
+    @property
+    def modules_to_save(self) -> ModulesToSave:
+        """Modules of the base that adapters train in full."""
+        return self.heads
 
     def adapter(self, name: str) -> AdapterParameters | MultiDeviceParameters:
         """The bank of an adapter.
@@ -163,8 +168,8 @@ class AdapterRegistry(nn.Module):
             RuntimeError: modules that the active adapter trains are out of the model.
         """
         with self.lock:
-            name, heads = self.active, self.heads
-            away = name is not None and heads.shown != name and heads.paths.get(name)
+            name, modules = self.active, self.modules_to_save
+            away = name is not None and modules.active != name and modules.paths.get(name)
             if away and not self.call.disabled:
                 raise RuntimeError(
                     f"adapter {name!r} trains whole modules, which disable_adapter() in another "
@@ -173,25 +178,25 @@ class AdapterRegistry(nn.Module):
                 )
             self.running.threads.add(threading.get_ident())
 
-    def show_heads(self, base: nn.Module, name: str | None) -> None:
-        """:meth:`ModulesToSave.show`.
+    def activate_modules(self, base: nn.Module, name: str | None) -> None:
+        """:meth:`ModulesToSave.activate`.
 
         Raises:
             RuntimeError: it would change the model under a forward of another thread.
         """
-        heads = self.heads
+        modules = self.modules_to_save
         with self.lock:
-            exchanged = set() if name == heads.shown else {name or "", heads.shown or ""}
-            if any(heads.paths.get(one) for one in exchanged):
+            exchanged = set() if name == modules.active else {name or "", modules.active or ""}
+            if any(modules.paths.get(adapter) for adapter in exchanged):
                 self.running.check("exchanging the modules that an adapter trains")
-            heads.show(base, name)
+            modules.activate(base, name)
 
     @contextmanager
     def disabling(self, base: nn.Module) -> Iterator[None]:
         """Inside, forwards of this thread are the base's."""
         mine = self.call  # it may be left in another thread, as of a generator
         with self.lock:
-            self.show_heads(base, None)
+            self.activate_modules(base, None)
             self.disabled += 1
             mine.disabled += 1
         try:
@@ -201,4 +206,4 @@ class AdapterRegistry(nn.Module):
                 self.disabled -= 1
                 mine.disabled -= 1
                 if not self.disabled:
-                    self.show_heads(base, self.active)
+                    self.activate_modules(base, self.active)

@@ -22,7 +22,7 @@ from reft.model.keywords import check_saving, names_of, place_of
 from reft.model.labels import label_header, read_labels, take_labels
 from reft.model.lora import save_lora, warn_of_absent_lora
 from reft.model.model_card import write_card
-from reft.model.modules_to_save import check_heads, head_state, load_heads
+from reft.model.modules_to_save import check_module_tensors, load_module_tensors, module_tensors
 from reft.model.origins import origin_of, warn_of_another_base
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _tensors(
     """What is stored of an adapter: of its edit, and of its heads."""
     registry = model._registry
     adapter = registry.adapter(name)
-    heads = registry.heads.modules_of(model.get_base_model(), name)
+    heads = registry.modules_to_save.modules_of(model.get_base_model(), name)
     own = stored_heads = None
     if state_dict is not None:
         names = {id(module): path for path, module in model.base_model.named_modules()}
@@ -82,10 +82,10 @@ def _tensors(
             for path, module in heads.items()
             for key, value in _part(state_dict, names[id(module)], inner[id(module)]).items()
         }
-        stored_heads = {key: found[key] for key in head_state(heads)}
+        stored_heads = {key: found[key] for key in module_tensors(heads)}
     tensors = adapter.training_state(own) if training_state else adapter.export_state_dict(own)
     return tensors | {
-        HEADS + key: whole(value) for key, value in (stored_heads or head_state(heads)).items()
+        HEADS + key: whole(value) for key, value in (stored_heads or module_tensors(heads)).items()
     }
 
 
@@ -158,11 +158,11 @@ def put(
         adapter.config = replace(adapter.config, init=config.init)
         if adapter.is_meta:
             raise ValueError("base_model must be on a real device, got meta tensors")
-        check_heads(heads, head_tensors)
+        check_module_tensors(heads, head_tensors)
         adapter.load(tensors)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from None
-    load_heads(heads, head_tensors)
+    load_module_tensors(heads, head_tensors)
     attach(registry, base, name, adapter, heads)
 
 
@@ -174,13 +174,13 @@ def restore(model: ReftModel, path: _Path, adapter_name: str | None) -> None:
     config, tensors = read_adapter(path)
     _check_same(path, config, adapter.config)
     edit, head_tensors = _split(tensors)
-    heads = registry.heads.modules_of(model.get_base_model(), name)
+    heads = registry.modules_to_save.modules_of(model.get_base_model(), name)
     try:
-        check_heads(heads, head_tensors)
+        check_module_tensors(heads, head_tensors)
         adapter.load(edit, training_state=True)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}{_why(tensors)}") from None
-    load_heads(heads, head_tensors)
+    load_module_tensors(heads, head_tensors)
     warn_of_another_base(path, config, origin_of(model.get_base_model()))
 
 

@@ -69,7 +69,7 @@ def _trained(model: ReftModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     registry, base, name = model._registry, model.get_base_model(), model.active_adapter
     assert name is not None
     edits = [one for one in registry.adapter(name).parameters() if one.requires_grad]
-    modules = list(registry.heads.modules_of(base, name).values())
+    modules = list(registry.modules_to_save.modules_of(base, name).values())
     beside = [one for part in modules for one in part.parameters() if one.requires_grad]
     if peft_base.has_layers(base):
         own = {id(one) for one in registry.parameters()}
