@@ -15,13 +15,12 @@ from reft.adapter.device_cache import EditSite
 from reft.adapter.multi_device import MultiDeviceParameters
 from reft.adapter.parameters import AdapterParameters
 from reft.config import ReftConfig
-from reft.model import peft_compat as peft_base
-from reft.model import vocabulary
+from reft.model import peft_compat, vocabulary
 from reft.model.batch import sites_of
 from reft.model.blocks import block_device
 from reft.model.frozen_heads import report_frozen_head
 from reft.model.hooks import EditOutput
-from reft.model.labels import give_back_labels
+from reft.model.labels import restore_labels
 from reft.model.modules_to_save import copy_modules
 from reft.model.origins import origin_of, warn_of_another_base
 from reft.model.registry import SUBMODULE, AdapterRegistry
@@ -91,7 +90,7 @@ def _originals(registry: AdapterRegistry, base: nn.Module) -> Iterator[None]:
 
 def _nameable(base: nn.Module) -> list[str]:
     """Paths of the modules that an adapter may train in full."""
-    others = (SUBMODULE, *peft_base.trained_modules(base))
+    others = (SUBMODULE, *peft_compat.trained_modules(base))
     return [
         path
         for path, _ in base.named_modules(remove_duplicate=False)
@@ -158,7 +157,7 @@ def take_off(registry: AdapterRegistry, base: nn.Module, handles: Iterable[Any])
     """
     registry.modules_to_save.activate(base, None)
     vocabulary.release(base)
-    give_back_labels(base, registry.unnamed_labels)
+    restore_labels(base, registry.unnamed_labels)
     for handle in (*handles, *registry.handles.values()):
         handle.remove()
     delattr(base, SUBMODULE)

@@ -122,24 +122,24 @@ def check_module_tensors(modules: Mapping[str, nn.Module], tensors: Mapping[str,
     for name, target in expected.items():
         if target.shape != tensors[name].shape:
             raise ValueError(
-                f"{name} of the stored modules_to_save must have shape {tuple(target.shape)}, "
+                f"stored modules_to_save: {name} must have shape {tuple(target.shape)}, "
                 f"got {tuple(tensors[name].shape)}; give the base the vocabulary or number of "
                 "labels that the adapter was trained with"
             )
         if target.dtype in FLOATS:
             if target.isfinite().all():  # a buffer may be a mask of −inf
-                check_numbers(f"{name} of the stored modules_to_save", tensors[name], target.dtype)
+                check_numbers(f"stored modules_to_save: {name}", tensors[name], target.dtype)
         elif tensors[name].dtype != target.dtype:
             raise ValueError(
-                f"{name} of the stored modules_to_save must be of {target.dtype}, "
+                f"stored modules_to_save: {name} must be of {target.dtype}, "
                 f"got {tensors[name].dtype}"
             )
     for name in sorted(aliases.keys() & tensors):
         first, second = tensors[aliases[name]], tensors[name]
         if first.dtype != second.dtype or not torch.equal(first, second):
             raise ValueError(
-                f"{aliases[name]} and {name} of the stored modules_to_save must be equal: they are "
-                "one parameter of this model; untie it before loading this adapter"
+                f"stored modules_to_save: {aliases[name]} and {name} must be equal, they are one "
+                "parameter of this model; untie it before loading this adapter"
             )
 
 

@@ -243,7 +243,7 @@ def test_a_file_of_torn_ends_says_what_to_do(tmp_path):
     ReftModel.from_pretrained(base, tmp_path / "torn")
     one = get_reft_model(tied(), config("embed_tokens"))
     one.save_pretrained(tmp_path / "one")
-    with pytest.raises(ValueError, match=r"missing: lm_head\.weight.*base they were trained on"):
+    with pytest.raises(ValueError, match=r"missing: lm_head\.weight.*base that it was trained on"):
         ReftModel.from_pretrained(llama(tie_word_embeddings=False), tmp_path / "one")
 
 
