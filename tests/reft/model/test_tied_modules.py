@@ -150,7 +150,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
 def test_what_is_trained_besides_is_said_and_written_down(caplog):
     with caplog.at_level(logging.WARNING, "reft"):
         model = get_reft_model(tied(), config("embed_tokens"))
-    assert "lm_head is trained too, tied with what was named" in caplog.text
+    assert "lm_head is trained too, because a parameter is shared" in caplog.text
     assert model.configs["default"].modules_to_save == ("embed_tokens", "lm_head")
     caplog.clear()
     untied = get_reft_model(llama(tie_word_embeddings=False), config("embed_tokens"))
