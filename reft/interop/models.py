@@ -12,11 +12,12 @@ from reft.interop.from_adapters import read_adapters
 from reft.interop.from_pyreft import read_pyreft
 from reft.interop.to_pyreft import write_pyreft
 from reft.interop.units import Converted
-from reft.model import peft_compat as peft_base
-from reft.model.blocks import MODULE, ModelBlocks, find_blocks
-from reft.model.modules_to_save import head_state
+from reft.model import peft_compat
+from reft.model.blocks import ModelBlocks, find_blocks
+from reft.model.components import MODULE
+from reft.model.modules_to_save import module_tensors
 from reft.model.reft_model import ReftModel
-from reft.model.save_load import put
+from reft.model.save_load import attach_tensors, name_or_active
 
 #: The modules that pyreft means by these names in blocks of Llama's kind.
 _PARTS = {"attention_output": "self_attn", "mlp_output": "mlp"}
@@ -88,7 +89,7 @@ def load_pyreft(
         prompt_end=prompt_end,
         block_path=block_path,
     )
-    sites = find_blocks(peft_base.transformers_model(base_model), converted.config.block_path)
+    sites = find_blocks(peft_compat.transformers_model(base_model), converted.config.block_path)
     component = _by_pyreft(converted.config.component, sites)
     converted = replace(converted, config=replace(converted.config, component=component))
     return _registry(converted, path, base_model, adapter_name, is_trainable)
@@ -165,12 +166,10 @@ def save_pyreft(model: ReftModel, path: _Path, adapter_name: str | None = None) 
         OSError: the folder is not empty or cannot be written.
         ValueError: no such adapter, or a component that pyreft has no name for.
     """
-    name = model.active_adapter if adapter_name is None else adapter_name
-    if name is None:
-        raise ValueError("adapter_name must be given, no adapter is active")
     registry = model._registry
+    name = name_or_active(registry, adapter_name)
     adapter = registry.adapter(name)
-    heads = head_state(registry.heads.modules_of(model.get_base_model(), name))
+    heads = module_tensors(registry.modules_to_save.modules_of(model.get_base_model(), name))
     names = {_by_pyreft(one, registry.blocks): one for one in COMPONENTS}
     component = names.get(adapter.config.component)
     if component is None and adapter.config.component in COMPONENTS:
@@ -195,7 +194,10 @@ def _registry(
                 f"{os.fspath(path)}: base_model must have the width {converted.dim} of the "
                 f"adapter, {type(base_model).__name__} has {sites.dim}"
             )
-        put(model, path, name, converted.config, converted.tensors, converted.heads)
+        attach_tensors(
+            model._registry, model.get_base_model(), path, name,
+            converted.config, converted.tensors, converted.heads,
+        )  # fmt: skip
         model.set_adapter(name, inference_mode=not is_trainable)
     except BaseException:
         model.unload()

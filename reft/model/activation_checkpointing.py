@@ -1,12 +1,11 @@
-"""Activation checkpointing of a frozen base: with the plan of each forward, and without the
-gradients that it does not need.
+"""Activation checkpointing of a frozen base with edits.
 
-A block that is run again in backward must follow the plan of its own forward, and what is run again
-differs: transformers before 5.23 checkpoints a block with its hooks, later ones without them, but
-with those of its parts. So the function that checkpoints is given the plan to restore.
+A block that is recomputed in backward must follow the plan of its own forward. transformers before
+5.23 recomputes a block with its hooks; later versions recompute it without its own hooks, but with
+those of its submodules. So the checkpointing function itself restores the plan.
 
-transformers makes the embeddings' output require grad when checkpointing is switched on, so that
-backward recomputes and walks every block down to the first. Only reentrant checkpointing needs it.
+transformers makes the embeddings' output require grad when checkpointing is enabled, so that
+backward recomputes every block down to the first. Only reentrant checkpointing needs that.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ NAME = "_gradient_checkpointing_func"
 
 
 class KeepPlan:
-    """A checkpointing function whose second run has the plan of the first."""
+    """A checkpointing function whose recomputation has the plan of its forward."""
 
     def __init__(self, checkpoint: Callable[..., Any], registry: AdapterRegistry) -> None:
         self.checkpoint, self.registry = checkpoint, registry
@@ -34,13 +33,13 @@ class KeepPlan:
             return self.checkpoint(run, *args, **kwargs)
         plan = self.registry.call.plan
 
-        def planned(*inputs: Any, **named: Any) -> Any:
+        def run_with_plan(*inputs: Any, **named: Any) -> Any:
             if torch._C._current_graph_task_id() == -1:
                 return run(*inputs, **named)
             with self.registry.restoring(plan):
                 return run(*inputs, **named)
 
-        return self.checkpoint(planned, *args, **kwargs)
+        return self.checkpoint(run_with_plan, *args, **kwargs)
 
 
 def enable(
@@ -49,23 +48,26 @@ def enable(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """Call ``base.<method>(*args, **kwargs)``, transformers' switch, and leave inputs as they were.
+    """Enable checkpointing by ``base.<method>(*args, **kwargs)``, transformers' own method.
+
+    Unless checkpointing is reentrant, the embeddings' output does not require grad because of it.
 
     Raises:
         AttributeError: the base has no such method.
     """
-    asked_for = bool(getattr(base, "_require_grads_hooks", None))
+    requested = bool(getattr(base, "_require_grads_hooks", None))
     getattr(base, method)(*args, **kwargs)
     disable = getattr(base, "disable_input_require_grads", None)
-    if not asked_for and disable is not None and not _reentrant(base):
+    if not requested and disable is not None and not _reentrant(base):
         disable()
 
 
 def keep_plans(registry: AdapterRegistry) -> None:
-    """Let every checkpointing function of the blocks restore plans.
+    """Make every checkpointing function of the blocks restore plans.
 
-    Called in every forward that is recorded, since whoever trains may switch checkpointing off and
-    on again, as TRL does; it looks at one block, and further only if that was switched on.
+    This is called in every forward that records gradients, because trainers such as TRL's may
+    disable and enable checkpointing during training. It looks at one block, and at the others only
+    if checkpointing was enabled in that one.
     """
     present = registry.blocks.blocks[0].__dict__.get(NAME)
     if present is None or isinstance(present, KeepPlan):
@@ -90,6 +92,6 @@ def _reentrant(base: nn.Module) -> bool:
         if function is not None:
             if isinstance(function, KeepPlan):
                 function = function.checkpoint
-            # Unsaid, torch decides, and torch has changed its mind before.
+            # Without the keyword torch decides, and its default may change: assume reentrant.
             return getattr(function, "keywords", {}).get("use_reentrant", True) is not False
     return True

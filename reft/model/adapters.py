@@ -15,16 +15,15 @@ from reft.adapter.device_cache import EditSite
 from reft.adapter.multi_device import MultiDeviceParameters
 from reft.adapter.parameters import AdapterParameters
 from reft.config import ReftConfig
-from reft.model import peft_compat as peft_base
-from reft.model import vocabulary
+from reft.model import peft_compat, vocabulary
 from reft.model.blocks import block_device
 from reft.model.frozen_heads import report_frozen_head
 from reft.model.edit_hook import EditHook
-from reft.model.labels import give_back_labels
-from reft.model.modules_to_save import copy_heads
+from reft.model.labels import restore_labels
+from reft.model.modules_to_save import copy_modules
 from reft.model.origins import origin_of, warn_of_another_base
 from reft.model.registry import SUBMODULE, AdapterRegistry
-from reft.model.tensor_parallel import refuse_absent_heads
+from reft.model.tensor_parallel import refuse_incomplete_modules
 from reft.model.tied_modules import refuse_untying, with_tied_modules
 
 
@@ -48,10 +47,10 @@ def build(
     layers = config.resolve_layers(len(blocks.blocks))
     with _originals(registry, base):
         paths = config.resolve_modules_to_save(_nameable(base))
-        refuse_absent_heads(base, paths)
+        refuse_incomplete_modules(base, paths)
         _refuse_edited_heads(registry, base, [(layer, config.component) for layer in layers], paths)
         refuse_untying(base, paths)
-        heads = copy_heads(base, paths)
+        heads = copy_modules(base, paths)
     devices = [block_device(blocks.blocks[layer]) for layer in layers]
     adapter: AdapterParameters | MultiDeviceParameters
     if len(set(devices)) == 1:
@@ -80,17 +79,17 @@ def with_both_ends(registry: AdapterRegistry, base: nn.Module, config: ReftConfi
 @contextmanager
 def _originals(registry: AdapterRegistry, base: nn.Module) -> Iterator[None]:
     """Inside, the base's own modules are in it."""
-    shown = registry.heads.shown
-    registry.show_heads(base, None)
+    active = registry.modules_to_save.active
+    registry.activate_modules(base, None)
     try:
         yield
     finally:
-        registry.show_heads(base, shown)
+        registry.activate_modules(base, active)
 
 
 def _nameable(base: nn.Module) -> list[str]:
     """Paths of the modules that an adapter may train in full."""
-    others = (SUBMODULE, *peft_base.trained_modules(base))
+    others = (SUBMODULE, *peft_compat.trained_modules(base))
     return [
         path
         for path, _ in base.named_modules(remove_duplicate=False)
@@ -130,8 +129,8 @@ def attach(
     with registry.lock:
         registry.check_new_name(name)
         registry.adapters[name] = adapter
-        registry.heads.add(name, heads)
-        vocabulary.guard(base, registry.heads)
+        registry.modules_to_save.add(name, heads)
+        vocabulary.guard(base, registry.modules_to_save)
         place_hooks(registry)
     report_frozen_head(base, registry.blocks.path, name, heads)
 
@@ -139,10 +138,10 @@ def attach(
 def detach(registry: AdapterRegistry, base: nn.Module, name: str) -> None:
     """Take an adapter off the model, with the hooks that no other needs."""
     with registry.lock:
-        if registry.heads.shown == name:
-            registry.show_heads(base, None)
-        registry.heads.remove(base, name)
-        vocabulary.guard(base, registry.heads)
+        if registry.modules_to_save.active == name:
+            registry.activate_modules(base, None)
+        registry.modules_to_save.remove(base, name)
+        vocabulary.guard(base, registry.modules_to_save)
         del registry.adapters[name]
         registry.ends.pop(name, None)
         registry.pool.forget_bank(name)
@@ -155,9 +154,9 @@ def take_off(registry: AdapterRegistry, base: nn.Module, handles: Iterable[Any])
     Args:
         handles: of what was put on it beside the hooks of adapters; each is removed.
     """
-    registry.heads.show(base, None)
+    registry.modules_to_save.activate(base, None)
     vocabulary.release(base)
-    give_back_labels(base, registry.unnamed_labels)
+    restore_labels(base, registry.unnamed_labels)
     for handle in (*handles, *registry.handles.values()):
         handle.remove()
     delattr(base, SUBMODULE)

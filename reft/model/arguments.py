@@ -1,4 +1,4 @@
-"""What a model with adapters is made from; a mistake is told before anything is touched."""
+"""Checks of the arguments that wrap a model or add an adapter, made before anything is changed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _ORDER = "get_reft_model(base_model, ReftConfig(…))"
 
 
 def check_base(base_model: object, block_path: object = None) -> None:
-    """Refuse what is no loaded model.
+    """Refuse a base that is not a loaded model.
 
     Raises:
-        TypeError: no module, such as a configuration, a name or a class; a ``block_path`` that is
-            no text.
+        TypeError: ``base_model`` is not a module but, say, a configuration, a name or a class; or
+            ``block_path`` is not a string.
     """
     if not isinstance(base_model, nn.Module):
         wanted = "base_model must be a torch.nn.Module"
@@ -38,14 +38,15 @@ def check_base(base_model: object, block_path: object = None) -> None:
 
 
 def check_config(config: object, adapter_name: object = None) -> None:
-    """Refuse what is no configuration of an adapter.
+    """Refuse a configuration that is not a :class:`reft.ReftConfig`.
 
     Args:
-        adapter_name: given beside it.
+        config: the argument to check.
+        adapter_name: the argument next to it, which may have been swapped with it.
 
     Raises:
-        TypeError: another library's configuration, a mapping, a class, a name; the name in the
-            place of the configuration and the other way round.
+        TypeError: ``config`` is another library's configuration, a mapping, a class or a name; or
+            ``adapter_name`` is the configuration.
     """
     if isinstance(adapter_name, ReftConfig):
         raise TypeError(
@@ -70,18 +71,18 @@ def check_config(config: object, adapter_name: object = None) -> None:
     elif isinstance(config, Mapping):
         instead = "; ReftConfig.from_dict makes one of a mapping"
     elif isinstance(config, (str, os.PathLike)):
-        instead = "; ReftModel.from_pretrained(base_model, path) loads a stored adapter"
+        instead = "; ReftModel.from_pretrained(base_model, path) loads a saved adapter"
     else:
         instead = ""
-    what = f"the class {origin}" if isinstance(config, type) else origin
-    raise TypeError(f"config must be a reft.ReftConfig, got {what}{instead}")
+    given = f"the class {origin}" if isinstance(config, type) else origin
+    raise TypeError(f"config must be a reft.ReftConfig, got {given}{instead}")
 
 
 def check_mode(inference_mode: object) -> None:
-    """Refuse what is no yes or no, such as a second name.
+    """Refuse an ``inference_mode`` that is not a bool, such as a second adapter's name.
 
     Raises:
-        TypeError: no bool.
+        TypeError: it is not a bool.
     """
     if not isinstance(inference_mode, bool):
         raise TypeError(

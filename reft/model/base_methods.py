@@ -1,25 +1,24 @@
-"""What a transformers model does by itself while adapters are on it: it saves and counts them, and
-refuses a state dict that would load half of one.
+"""Methods of a :class:`reft.ReftModel` that its base model gets while adapters are attached.
 
-Trainers, and whoever calls ``get_base_model()``, hold this model and not the wrapper. Its own
-``save_pretrained`` would write the base, with keys of adapters in it that nothing can load.
+Trainers, and users of ``get_base_model()``, hold the transformers model and not the wrapper. Its
+own ``save_pretrained`` would write the whole base, with keys of adapters that nothing can load. So
+the base saves and counts as the wrapper does, and refuses a state dict with half of an adapter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from reft.adapter.multi_device import check_banks
+from reft.model.peft_compat import transformers_model
 from reft.model.registry import SUBMODULE
 
-if TYPE_CHECKING:
-    from reft.model.reft_model import ReftModel
-
-#: Methods of the wrapper that stand on the transformers model too.
+#: Methods of the wrapper that its base gets.
 METHODS = (
     "save_pretrained",
     "push_to_hub",
@@ -29,42 +28,55 @@ METHODS = (
 
 
 class Handle(Protocol):
-    """What undoes something."""
+    """An object that undoes a change."""
 
     def remove(self) -> None: ...
 
 
-def put_on_base(model: ReftModel) -> list[Handle]:
-    """Let the base of a wrapper, and PEFT's wrapper around it, save what is trained.
+class Wrapper(Protocol):
+    """The attributes of :class:`reft.ReftModel` that its base uses, beside :data:`METHODS`."""
 
-    What is put there are partial objects, not closures, so that a copy or a pickle of the base has
-    the adapters of the copy.
+    base_model: nn.Module
+
+    @property
+    def configs(self) -> Mapping[str, Any]: ...
+
+    @property
+    def save_pretrained(self) -> Any: ...
+
+
+def put_on_base(wrapper: Wrapper) -> list[Handle]:
+    """Put :data:`METHODS` on the base of a wrapper, and ``save_pretrained`` on PEFT's wrapper.
+
+    The new attributes are partial objects, not closures, so that a copied or pickled base has the
+    adapters of its copy.
 
     Returns:
-        What takes it off again.
+        Handles that undo each change.
     """
-    base, inner = model.base_model, model.get_base_model()
-    made: list[Handle] = [inner.register_load_state_dict_pre_hook(check_banks)]
-    kind = type(model)
-    made += [_Attribute(inner, name, partial(getattr(kind, name), model)) for name in METHODS]
+    base = wrapper.base_model
+    inner = transformers_model(base)
+    handles: list[Handle] = [inner.register_load_state_dict_pre_hook(check_banks)]
+    for name in METHODS:
+        handles.append(_Attribute(inner, name, partial(getattr(type(wrapper), name), wrapper)))
     if base is not inner:
-        made.append(_Attribute(base, "save_pretrained", partial(_save_beside_peft, model)))
-    return made
+        handles.append(_Attribute(base, "save_pretrained", partial(_save_beside_peft, wrapper)))
+    return handles
 
 
-def _save_beside_peft(model: ReftModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-    """``save_pretrained`` of PEFT's wrapper: what PEFT writes, and every adapter of the edits in
-    the folder ``reft`` in it."""
-    peft: Any = type(model.base_model)
-    peft.save_pretrained(model.base_model, save_directory, *args, **kwargs)
-    names = list(model.configs)
-    shared = {one: kwargs[one] for one in ("state_dict", "is_main_process") if one in kwargs}
+def _save_beside_peft(wrapper: Wrapper, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    """``save_pretrained`` of PEFT's wrapper: write PEFT's files, and every adapter of this library
+    into the subfolder ``reft``."""
+    peft: Any = type(wrapper.base_model)
+    peft.save_pretrained(wrapper.base_model, save_directory, *args, **kwargs)
+    names = list(wrapper.configs)
+    shared = {name: kwargs[name] for name in ("state_dict", "is_main_process") if name in kwargs}
     if names:
-        model.save_pretrained(Path(save_directory) / SUBMODULE, selected_adapters=names, **shared)
+        wrapper.save_pretrained(Path(save_directory) / SUBMODULE, selected_adapters=names, **shared)
 
 
 class _Attribute:
-    """An attribute of a module, there until it is removed; what there was comes back then."""
+    """An attribute of a module that hides an earlier one until it is removed."""
 
     def __init__(self, module: nn.Module, name: str, value: Any) -> None:
         self.module, self.name = module, name
@@ -72,7 +84,7 @@ class _Attribute:
         setattr(module, name, value)
 
     def remove(self) -> None:
-        """Take it off."""
+        """Remove the attribute and restore the earlier one."""
         delattr(self.module, self.name)
         for name, value in self.before.items():
             setattr(self.module, name, value)

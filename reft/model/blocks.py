@@ -1,74 +1,23 @@
-"""Where the residual stream of a model leaves its blocks, and what their parts add to it.
+"""The blocks of a model, whose outputs are edited.
 
-Blocks are found by structure: the ``ModuleList`` that is as long as the configuration says the
-model has layers. No function, and no class, per architecture.
+Blocks are found by structure: the ``ModuleList`` with as many entries as the configuration has
+layers. There is no function or class per architecture.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reft.model.tensor_parallel import TensorParallelPlan, find_split, refuse_parts
-
-#: Paths in a block of the module whose output a part adds to the residual stream; the first that
-#: is there. Where attention or MLP add the residual themselves, or norm the sum, it is their last
-#: projection.
-COMPONENTS: dict[str, tuple[str, ...]] = {
-    "attention_output": (
-        "self_attention.dense",  # BLOOM, Falcon
-        "attention.output.dense",  # BERT and its kin
-        "attention.attn",  # MPNet
-        "self_attn",
-        "attn",
-        "self_attention",
-        "linear_attn",
-        "multi_head_attention",
-        "layer.0.SelfAttention",
-        "layer.0.LocalSelfAttention",
-        "layer.0.TransientGlobalSelfAttention",
-        "attention",
-    ),
-    "mlp_output": (
-        "mlp.dense_4h_to_h",  # BLOOM, Falcon, GPT-NeoX
-        "ffn.down_proj",  # MPT
-        "mlp",
-        "feed_forward",
-        "block_sparse_moe",
-        "shared_mlp",
-        "mlp_block",
-        "ffn",
-        "layer.2.DenseReluDense",
-        "layer.2.mlp",
-        "layer.1.DenseReluDense",
-        "layer.1.mlp",
-        "fc2",
-        "output.dense",  # BERT and its kin
-    ),
-}
-
-#: Norms, of attention and of MLP, that stand between a part and the residual sum, in blocks that
-#: have all modules of the row: then theirs is the output that is added. One name does not say it:
-#: Llama's ``post_attention_layernorm`` is the norm before the MLP, Nomic BERT's that of the sum.
-NORMED: tuple[tuple[str, ...], ...] = (
-    ("post_self_attn_layernorm", "post_mlp_layernorm"),  # GLM-4
-    ("post_self_attn_layernorm", "post_feedforward_layernorm"),  # T5Gemma
-    ("post_attention_layernorm", "post_feedforward_layernorm"),  # Gemma 2 to 4, OLMo 2, EXAONE 4
-    ("post_attention_layernorm", "post_mlp_layernorm", "pre_mlp_layernorm"),  # AFMoE
-    ("post_operator_norm", "post_ffn_norm"),  # LFM3
-    ("post_norm1", "post_norm2"),  # HyperCLOVA X
-)
-
-#: Modules of which a block adds up the outputs: none of them is what the part adds.
-SUMMED: dict[str, tuple[str, ...]] = {"mlp_output": ("block_sparse_moe", "shared_mlp")}
-
-#: Prefix of a component that names a submodule of the block by its path.
-MODULE = "module:"
+from reft.config import COMPONENTS
+from reft.model.components import callable_modules, find_component, list_modules
+from reft.model.peft_compat import transformers_model
+from reft.model.tensor_parallel import TensorParallelPlan, find_plan, refuse_partial_prompts
 
 
 @dataclass(frozen=True)
@@ -76,16 +25,16 @@ class ModelBlocks:
     """The blocks of a model.
 
     Attributes:
-        path: name of the block list in the model; in the transformers model inside where PEFT
-            has wrapped it, so that adapters fit the bare model too.
+        path: name of the block list in the transformers model, inside PEFT's wrapper if there is
+            one, so that adapters fit the model with and without it.
         blocks: the blocks, first to last.
         dim: D, the width of the residual stream.
-        stack: the module whose forward runs the blocks and is handed their tokens: the model
-            itself, the encoder or decoder of an encoder–decoder, or the encoder inside a model that
-            chooses among several texts.
-        side: "model", "encoder" or "decoder", which of these.
-        split: the tensor parallelism that the model is under, or None.
-        choices: whether the model is handed (batch, choices, tokens) and its stack one row a text.
+        stack: the module whose forward runs the blocks and receives their tokens: the model itself,
+            the encoder or decoder of an encoder–decoder, or the encoder inside a multiple-choice
+            model.
+        side: which of these it is: "model", "encoder" or "decoder".
+        tensor_parallel: the tensor parallelism that the model is under, or None.
+        choices: whether the model takes (batch, choices, tokens) and its stack one choice a row.
     """
 
     path: str
@@ -93,7 +42,7 @@ class ModelBlocks:
     dim: int
     stack: nn.Module
     side: str = "model"
-    split: TensorParallelPlan | None = None
+    tensor_parallel: TensorParallelPlan | None = None
     choices: bool = False
 
     def module(self, layer: int, component: str) -> nn.Module:
@@ -101,63 +50,33 @@ class ModelBlocks:
 
         Args:
             layer: number of the block.
-            component: "block_output", a key of :data:`COMPONENTS`, or "module:<path in the block>".
+            component: "block_output", "attention_output", "mlp_output", or
+                "module:<path in the block>".
 
         Raises:
-            ValueError: the block has none, with its modules; the part is the sum of several; or,
-                under tensor parallelism, no process has all of its output.
+            ValueError: the block has no such component, or it is a sum of several modules' outputs;
+                under tensor parallelism, the output is not replicated.
         """
         block = self.blocks[layer]
         if component == "block_output":
             return block
-        # A list of modules is never called: it has no output.
-        named: dict[str, nn.Module] = {
-            path: module
-            for path, module in block.named_modules()
-            if path and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
-        }
         where = f"of block {layer}, a {type(block).__name__}"
-        summed = SUMMED.get(component, ())
-        if summed and all(path in named for path in summed):
-            raise ValueError(
-                f"ReftConfig.component must not be {component!r} {where}, which adds up the "
-                f"outputs of {_modules(summed)}; name one of these"
-            )
-        for path in _candidates(component, named):
-            if path in named:
-                self._check_whole(component, path, named, where)
-                return named[path]
-        raise ValueError(
-            f"ReftConfig.component {component!r} is no part {where}; name one of its modules: "
-            f"{_modules(named)}"
-        )
+        path, module = find_component(block, component, where)
+        self._check_replicated(block, component, path, where)
+        return module
 
-    def _check_whole(
-        self, component: str, path: str, named: Mapping[str, nn.Module], where: str
-    ) -> None:
-        """Refuse a module whose output is spread over processes."""
-        split = self.split
-        obstacle = None if split is None else split.obstacle(self.path, component, path)
-        if split is not None and obstacle is not None:
-            whole = split.whole(self.path, named)
-            modules = f", {_modules(whole)}" if whole else ""
+    def _check_replicated(self, block: nn.Module, component: str, path: str, where: str) -> None:
+        """Refuse a module whose output is split between processes."""
+        plan = self.tensor_parallel
+        reason = None if plan is None else plan.why_not_replicated(self.path, component, path)
+        if plan is not None and reason is not None:
+            replicated = plan.replicated(self.path, callable_modules(block))
+            modules = f", {list_modules(replicated)}" if replicated else ""
             raise ValueError(
                 f"ReftConfig.component must not be {component!r} {where}, under tensor parallelism "
-                f"over {split.size} processes: {obstacle}, and an edit needs all of it; allowed: "
-                f"block_output, {', '.join(COMPONENTS)}{modules}"
+                f"over {plan.size} processes: {reason}, and an edit needs all of it; allowed: "
+                f"{', '.join(COMPONENTS)}{modules}"
             )
-
-
-def _candidates(component: str, named: Iterable[str]) -> list[str]:
-    if component not in COMPONENTS:
-        return [component.removeprefix(MODULE)]
-    side = list(COMPONENTS).index(component)
-    norms = [row[side] for row in NORMED if all(name in named for name in row)]
-    return [*norms, *COMPONENTS[component]]
-
-
-def _modules(paths: Iterable[str]) -> str:
-    return ", ".join(f"{MODULE}{path}" for path in paths) or "it has none"
 
 
 def find_blocks(model: nn.Module, block_path: str | None = None) -> ModelBlocks:
@@ -165,26 +84,27 @@ def find_blocks(model: nn.Module, block_path: str | None = None) -> ModelBlocks:
 
     Args:
         model: a transformers model, or a module with such a ``config``.
-        block_path: name of the block list, a ``ModuleList`` or ``Sequential``, for layouts that
-            structure does not tell, and to say which side of an encoder–decoder is edited.
+        block_path: name of the block list, a ``ModuleList`` or ``Sequential``. It is needed for
+            layouts that structure alone does not tell, and for an encoder–decoder, to choose the
+            side that is edited.
 
     Raises:
         TypeError: the model has no configuration.
-        ValueError: no list of that name, none or several lists that may be the blocks, then with
-            the candidates; an encoder–decoder without a path; a model of which this process has
-            some of the blocks or of the tokens.
+        ValueError: ``block_path`` names no list of modules; no list, or more than one, can be the
+            blocks; an encoder–decoder without ``block_path``; a model of which this process has
+            only some of the blocks or tokens.
     """
     config = _text_config(model)
-    inner = _inner(model)
-    refuse_parts(inner)
-    split = find_split(inner)
+    inner = transformers_model(model)
+    refuse_partial_prompts(inner)
+    plan = find_plan(inner)
     lists = {
         name: module
         for name, module in inner.named_modules()
         if isinstance(module, nn.ModuleList) and len(module)
     }
-    path = block_path
     two_sided = _is_encoder_decoder(inner)
+    path = block_path
     if path is None and two_sided:
         sides = [f'"{name}"' for name in lists if not _inside_another(name, lists)]
         raise ValueError(
@@ -199,20 +119,20 @@ def find_blocks(model: nn.Module, block_path: str | None = None) -> ModelBlocks:
             f"ReftConfig.block_path must name a list of modules of {type(inner).__name__}, got "
             f"{path!r}; it has {_listing(lists)}"
         )
-    if not two_sided:
-        # What chooses among several texts hands them, one a row, to the encoder inside it.
-        choices = type(inner).__name__.endswith("ForMultipleChoice")
-        top = _stack(inner, path)[0] if choices else model
-        return ModelBlocks(path, tuple(blocks), _width(config), top, "model", split, choices)
-    stack, side = _stack(inner, path)
-    # The sides of some encoder–decoders have configurations, and widths, of their own.
-    own = _text_config(stack) if hasattr(stack, "config") else config
-    return ModelBlocks(path, tuple(blocks), _width(own), stack, side, split)
+    if two_sided:
+        stack, side = _stack(inner, path)
+        # The sides of some encoder–decoders have configurations, and widths, of their own.
+        config = _text_config(stack) if hasattr(stack, "config") else config
+        return ModelBlocks(path, tuple(blocks), _width(config), stack, side, plan)
+    # A multiple-choice model hands the choices, one a row, to the encoder inside it.
+    choices = type(inner).__name__.endswith("ForMultipleChoice")
+    stack = _stack(inner, path)[0] if choices else model
+    return ModelBlocks(path, tuple(blocks), _width(config), stack, "model", plan, choices)
 
 
 def block_device(block: nn.Module) -> torch.device:
-    """Where a block computes: the device of its output, which its parameters may not be on."""
-    # accelerate hooks the parts alone where a device map names parts of blocks.
+    """The device of a block's output, which may differ from that of its parameters."""
+    # If a device map names parts of blocks, accelerate hooks these parts and not the block.
     for module in block.modules():
         execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if execution is not None:
@@ -236,48 +156,42 @@ def _width(config: Any) -> int:
     dim = getattr(config, "hidden_size", None)
     if not isinstance(dim, int):
         raise ValueError(
-            f"base_model.config must say hidden_size, the width of the blocks' output; "
-            f"{type(config).__name__} says {dim!r}"
+            f"base_model.config must have hidden_size, the width of the blocks' output, as an int; "
+            f"{type(config).__name__} has {dim!r}"
         )
     return dim
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
-    # The whole model's configuration says it: that of its text may be its decoder's alone.
+    # The flag is read from the whole model's configuration: the text's may be the decoder's alone.
     if not getattr(model.config, "is_encoder_decoder", False):
         return False
-    # The encoder of such a model alone, as T5EncoderModel, keeps the flag or not.
+    # The encoder of such a model alone, such as T5EncoderModel, may keep the flag.
     return "decoder_input_ids" in inspect.signature(model.forward).parameters
 
 
-def _inner(model: nn.Module) -> nn.Module:
-    """The transformers model in a model that PEFT has wrapped."""
-    get_base_model = getattr(model, "get_base_model", None)
-    return model if get_base_model is None else get_base_model()
-
-
 def _stack(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The encoder or decoder that holds the list ``path``."""
+    """The encoder or decoder that holds the list ``path``, and which of the two it is."""
     parts = path.split(".")
     for end in range(len(parts) - 1, 0, -1):
         module = model.get_submodule(".".join(parts[:end]))
-        takes = inspect.signature(module.forward).parameters
-        if "input_ids" in takes or "inputs_embeds" in takes:
+        parameters = inspect.signature(module.forward).parameters
+        if "input_ids" in parameters or "inputs_embeds" in parameters:
             side = "decoder" if any("decoder" in part for part in parts[:end]) else "encoder"
             return module, side
     raise ValueError(
         f"ReftConfig.block_path must name blocks of the encoder or of the decoder, got {path!r}, "
-        f"which lie in no module of {type(model).__name__} that is handed tokens"
+        f"which lie in no module of {type(model).__name__} that takes tokens"
     )
 
 
 def _inside_another(name: str, lists: Mapping[str, nn.ModuleList]) -> bool:
-    """A list inside a block is part of that block."""
+    """Whether a list lies inside an entry of another, so that it is part of a block."""
     return any(name.startswith(f"{other}.") for other in lists if other != name)
 
 
 def _by_length(model: nn.Module, lists: dict[str, nn.ModuleList], num_layers: int | None) -> str:
-    fitting = {name: found for name, found in lists.items() if len(found) == num_layers}
+    fitting = [name for name, modules in lists.items() if len(modules) == num_layers]
     outer = [name for name in fitting if not _inside_another(name, lists)]
     if len(outer) > 1:
         # A composite model, such as vision and text: transformers knows its text decoder.
@@ -299,5 +213,5 @@ def _decoder(model: nn.Module) -> nn.Module | None:
     return decoder if isinstance(decoder, nn.Module) and decoder is not model else None
 
 
-def _listing(lists: dict[str, nn.ModuleList]) -> str:
-    return ", ".join(f"{name} ({len(found)})" for name, found in lists.items()) or "none"
+def _listing(lists: Mapping[str, nn.ModuleList]) -> str:
+    return ", ".join(f"{name} ({len(modules)})" for name, modules in lists.items()) or "none"

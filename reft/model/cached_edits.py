@@ -131,16 +131,16 @@ def _agreeing(
     identity = edit_identity(adapters)
     foreign = torch.zeros_like(wanted)
     for note in notes:
-        start, (sequences, columns) = int(note.start), note.shape
+        start, (noted_batch, columns) = int(note.start), note.shape
         end = min(start + columns, past)
-        other = note.identity != identity or batch % sequences != 0
+        other = note.identity != identity or batch % noted_batch != 0
         window = torch.zeros(note.shape, dtype=torch.bool, device=device)
-        for rows in note.rows:
-            _mark(window, rows.to(device))
+        for noted in note.rows:
+            _mark(window, noted.to(device))
         if other:
             window = window.any(dim=0, keepdim=True).expand(batch, -1)
         else:
-            window = window.repeat_interleave(batch // sequences, dim=0)
+            window = window.repeat_interleave(batch // noted_batch, dim=0)
         # A later forward overwrites columns that were cropped before it.
         made[:, start:] = foreign[:, start:] = False
         if start < end:

@@ -1,4 +1,4 @@
-"""transformers' continuous batching of a model with adapters: one adapter a request."""
+"""Continuous batching of transformers for a model with adapters: one adapter per request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reft.adapter.device_cache import CacheItem
 from reft.adapter.host_adapter import HostAdapter
 from reft.adapter.requests import UNEDITED, Request, request_of
 from reft.model.adapters import place_hooks
-from reft.model.batch import BASE, names_of, scales_of, sites_of, sources_by_name
+from reft.model.batch import BASE, names_of, scales_of
 from reft.model.registry import SUBMODULE, AdapterRegistry
 
 if TYPE_CHECKING:
@@ -42,39 +42,39 @@ class ContinuousBatching:
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The base model's ``generate_batch``: continuous batching of many prompts, each with its
-        own adapter. Edits happen while prompts are read, in whatever chunks; decoding costs nothing
-        unless positions are "all" or "prompt+g…".
+        own adapter.
 
-        Requests share blocks of the cache where tokens and edits are the same.
+        Prompts are edited during prefill, whatever the chunks. Decoding steps cost nothing extra
+        unless positions are "all" or "prompt+g…". Requests share blocks of the KV cache if their
+        tokens and edits are the same.
 
         Args:
-            inputs: token ids of each prompt, not padded.
-            generation_config: what it leaves open, such as the tokens that end an answer, is the
-                base's, as in ``generate``. It and the rest are transformers' own.
-            adapter_names: one a prompt, "__base__" for none; None for the active adapter. What the
-                names stand for is settled now, whatever is replaced meanwhile. Any number of
-                adapters will do; more in one step than ``pool.capacity`` cost time.
-            adapter_scales: what edits are multiplied by, one number or one a prompt.
+            inputs: token ids of each prompt, without padding.
+            generation_config: transformers' own, like all further arguments. Settings that it
+                leaves open, such as the end tokens, are the base's, as in ``generate``.
+            adapter_names: one name per prompt, "__base__" for no adapter; None for the active one.
+                The adapters are read now: replacing them meanwhile changes nothing. Any number is
+                allowed; more than ``pool.capacity`` in one step cost time.
+            adapter_scales: factors of the edits, one number or one per prompt.
 
         Returns:
             transformers' ``GenerationOutput`` by request id, in the order of the inputs.
 
         Raises:
             TypeError: the model cannot generate.
-            ValueError: an unknown adapter, one whose positions a prompt's length does not tell,
-                names or scales that are not one a prompt; CUDA graphs, asynchronous batching or a
+            ValueError: an unknown adapter; an adapter whose positions do not follow from a prompt's
+                length; not one name or scale per prompt; CUDA graphs, asynchronous batching or a
                 compiled forward. Nothing was computed.
-            RuntimeError: another manager of this model runs.
+            RuntimeError: another manager of this model is running.
         """
-        own = _method(self, "generate_batch")
-        lengths = [len(one) for one in inputs]
+        generate_batch = _method(self, "generate_batch")
         requests = EngineHost(self._registry, self.get_base_model()).settle(
-            lengths, adapter_names, adapter_scales
+            [len(prompt) for prompt in inputs], adapter_names, adapter_scales
         )
-        found: dict[str, Any] = own(
-            _Call(self, requests), inputs, generation_config, *args, **kwargs
+        outputs: dict[str, Any] = generate_batch(
+            _ModelProxy(self, requests), inputs, generation_config, *args, **kwargs
         )
-        return found
+        return outputs
 
     def init_continuous_batching(
         self,
@@ -83,40 +83,40 @@ class ContinuousBatching:
         *args: Any,
         **kwargs: Any,
     ) -> AdapterManager:
-        """The base model's ``init_continuous_batching``: a manager to which requests are added at
-        any time, ``add_request(input_ids, adapter_name=…, streaming=True)``. What
-        ``generation_config`` leaves open, such as the tokens that end an answer, is the base's, as
+        """The base model's ``init_continuous_batching``: make a manager that takes requests at any
+        time, ``add_request(input_ids, adapter_name=…, streaming=True)``.
+
+        Settings that ``generation_config`` leaves open, such as the end tokens, are the base's, as
         in ``generate``.
 
         Raises:
             TypeError: the model cannot generate.
-            ValueError: CUDA graphs, asynchronous batching or a compiled forward; a model split by
-                tensors; a manager that the base model kept.
+            ValueError: CUDA graphs, asynchronous batching or a compiled forward; a model under
+                tensor parallelism; a manager that the base model has cached.
         """
         from reft.model.continuous_manager import AdapterManager, checked_config
 
-        own = _method(self, "init_continuous_batching")
+        make_manager = _method(self, "init_continuous_batching")
         base: Any = self.get_base_model()
         if getattr(base, "tp_size", None) not in (None, 1):
             raise ValueError(
                 "continuous batching with adapters needs the whole model in one process, got one "
-                f"that is split by tensors over {base.tp_size}"
+                f"under tensor parallelism over {base.tp_size} processes"
             )
         registry = self._registry
-        # transformers leaves the model in eval mode.
         generation_config = _completed(generation_config, base.generation_config)
         config = checked_config(base, generation_config, continuous_batching_config)
         modes = {module: module.training for module in base.modules()}
-        base.eval()
+        base.eval()  # transformers does it too, and does not undo it
         try:
-            made = own(base, generation_config, config, *args, **kwargs)
+            made = make_manager(base, generation_config, config, *args, **kwargs)
         except BaseException:
             for module, mode in modes.items():
                 module.training = mode
             raise
         vocabulary = base.config.get_text_config().vocab_size
         manager = AdapterManager.of(made, EngineHost(registry, base), vocabulary, modes)
-        if all(one is not manager for one in registry.engines()):
+        if all(engine is not manager for engine in registry.engines()):
             registry.engine_refs.append(weakref.ref(manager))
         return manager
 
@@ -125,28 +125,29 @@ class ContinuousBatching:
         *args: Any,
         **kwargs: Any,
     ) -> AbstractContextManager[AdapterManager]:
-        """The base model's ``continuous_batching_context_manager``, with the manager of
+        """The base model's ``continuous_batching_context_manager``: the manager of
         :meth:`init_continuous_batching`, started, and stopped at the end."""
-        own: Callable[..., AbstractContextManager[AdapterManager]]
-        own = _method(self, "continuous_batching_context_manager")
-        return own(_Call(self, None), *args, **kwargs)
+        return _ModelProxy(self, None).continuous_batching_context_manager(*args, **kwargs)
 
 
-def _completed(given: Any, own: Any) -> Any:
-    """A copy of the settings ``given``, into which transformers writes, with what they leave open
-    from the model's ``own``: continuous batching would run without, past the end of an answer."""
-    settings = copy.deepcopy(own if given is None else given)
-    for name, value in own.to_dict().items():
+def _completed(given: Any, defaults: Any) -> Any:
+    """A copy of generation settings, filled up from the model's ``defaults``.
+
+    Continuous batching itself ignores the defaults and would generate past the end of an answer. It
+    is a copy because transformers writes into the settings.
+    """
+    settings = copy.deepcopy(defaults if given is None else given)
+    for name, value in defaults.to_dict().items():
         if value is not None and getattr(settings, name, None) is None:
             setattr(settings, name, copy.deepcopy(value))
     return settings
 
 
 def _method(model: ContinuousBatching, name: str) -> Any:
-    """transformers' own function, to be called with whatever stands for the model.
+    """A method of the base model's class, unbound, so that a proxy can be its ``self``.
 
     Raises:
-        TypeError: it has none.
+        TypeError: the base model's class has no such method.
     """
     base = model.get_base_model()
     if not hasattr(base, name):
@@ -154,9 +155,14 @@ def _method(model: ContinuousBatching, name: str) -> Any:
     return getattr(type(base), name)
 
 
-class _Call:
-    """The model, as transformers' functions see it in one call: they make and use the manager of
-    the :class:`reft.ReftModel`."""
+class _ModelProxy:
+    """A stand-in for the base model in transformers' methods, which makes them use the manager of
+    the :class:`reft.ReftModel`.
+
+    Args:
+        model: the wrapped model.
+        requests: requests that the manager reserves; None for none.
+    """
 
     def __init__(self, model: ContinuousBatching, requests: list[Request] | None) -> None:
         self.model, self.requests = model, requests
@@ -173,13 +179,13 @@ class _Call:
     def continuous_batching_context_manager(
         self, *args: Any, **kwargs: Any
     ) -> AbstractContextManager[AdapterManager]:
-        own: Callable[..., AbstractContextManager[AdapterManager]]
-        own = _method(self.model, "continuous_batching_context_manager")
-        return own(self, *args, **kwargs)
+        open_manager: Callable[..., AbstractContextManager[AdapterManager]]
+        open_manager = _method(self.model, "continuous_batching_context_manager")
+        return open_manager(self, *args, **kwargs)
 
 
 class EngineHost:
-    """What a manager asks of the model; see :class:`reft.model.continuous_manager.Host`."""
+    """The model's side of a manager; see :class:`reft.model.continuous_manager.Host`."""
 
     def __init__(self, registry: AdapterRegistry, base: nn.Module) -> None:
         self.registry, self.base = registry, base
@@ -188,7 +194,17 @@ class EngineHost:
     def settle(
         self, lengths: Sequence[int], names: Sequence[str] | None, scales: Any
     ) -> list[Request]:
-        """What edits each request."""
+        """Find the adapter, scale and edited tokens of each request.
+
+        Args:
+            lengths: number of prompt tokens of each request.
+            names: adapter name of each request; None for the active adapter.
+            scales: one factor, one per request, or None.
+
+        Raises:
+            RuntimeError: the adapters were detached from the model.
+            ValueError: see :meth:`ContinuousBatching.generate_batch`.
+        """
         registry = self.registry
         if self.base._modules.get(SUBMODULE) is not registry:
             raise RuntimeError(
@@ -199,34 +215,37 @@ class EngineHost:
         if names is None:
             listed: Sequence[str] = [registry.active or BASE] * len(lengths)
         else:
-            listed = names_of(registry, names, len(lengths))
-        sources = sources_by_name(registry, listed)
+            listed = names_of(names, len(lengths))
+        sources = registry.sources(listed)
         if names is not None:
-            registry.heads.check_mixed(set(listed), registry.active)
+            registry.modules_to_save.check_mixed(set(listed), registry.active)
         if registry.call.disabled:
             return [UNEDITED] * len(lengths)
-        residents: dict[str, CacheItem] = {}
+        items: dict[str, CacheItem] = {}
         for name, source in sources.items():
-            sites = sites_of(source)
             if isinstance(source, HostAdapter):
-                residents[name] = CacheItem((source.content, None), source.weights, sites)
+                items[name] = CacheItem((source.content, None), source.weights, source.sites)
             else:
-                residents[name] = registry.pool.of_bank(name, source(), sites)
+                items[name] = registry.pool.of_bank(name, source(), source.sites)
         return [
             UNEDITED
             if name == BASE
-            else request_of(sources[name].config, residents[name], factor, length, name)
+            else request_of(sources[name].config, items[name], factor, length, name)
             for name, factor, length in zip(listed, factors, lengths, strict=True)
         ]
 
     def starts(self, manager: AdapterManager) -> None:
-        """Refuse a second manager."""
-        if any(one is not manager and one.is_running() for one in self.registry.engines()):
+        """Refuse to start a manager while another one is running.
+
+        Raises:
+            RuntimeError: another manager of this model is running.
+        """
+        if any(engine is not manager and engine.is_running() for engine in self.registry.engines()):
             raise RuntimeError(
                 "another continuous batching manager of this model is running; stop it first, or "
                 "add the requests to it"
             )
 
     def stopped(self) -> None:
-        """Take away hooks that only requests needed."""
+        """Remove hooks that only requests needed."""
         place_hooks(self.registry)

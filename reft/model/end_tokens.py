@@ -1,7 +1,7 @@
-"""Tokens that an adapter was trained to end with and its base does not stop at: they are kept with
-the adapter, and ``generate`` stops there too.
+"""End tokens of an adapter: tokens that its training data end with and the base does not stop at.
 
-They lie in the header of the weights file, where a reader that does not know them passes them by.
+``generate`` stops at them too. They are stored in the header of the weights file, which readers
+that do not know them ignore.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from reft.model.generation import Generation
 if TYPE_CHECKING:
     from reft.model.registry import AdapterRegistry
 
-#: Where the header keeps them: a JSON list of token ids.
+#: Key of the header: a JSON list of token ids.
 METADATA_KEY = "end_tokens"
 
 
 def end_header(ends: Iterable[int]) -> dict[str, str]:
-    """What the header of an adapter says of its ends; nothing if it has none of its own."""
+    """The header entry for an adapter's end tokens; empty if it has none."""
     listed = list(ends)
     return {METADATA_KEY: json.dumps(listed)} if listed else {}
 
 
 def read_ends(path: str | os.PathLike[str]) -> tuple[int, ...]:
-    """The ends that are stored with an adapter.
+    """Read the end tokens that are stored with an adapter.
 
     Args:
         path: a folder that :func:`reft.io.adapter_files.read_adapter` has read.
 
     Raises:
-        ValueError: something else stands in their place.
+        ValueError: the header's entry is not a list of token ids.
     """
     ends = read_list(path, METADATA_KEY, "token ids", lambda end: type(end) is int and end >= 0)
     return tuple(ends or ())
 
 
 def learn_ends(registry: AdapterRegistry, base: nn.Module, taught: Iterable[int]) -> None:
-    """Keep with the active adapter the ends that training teaches and the base does not know."""
+    """Add end tokens of training data to the active adapter, but for those of the base."""
     known = listed_ids(getattr(getattr(base, "generation_config", None), "eos_token_id", None))
     name = registry.active
     new = [end for end in taught if end not in known]
@@ -60,8 +60,10 @@ def stop_at_ends(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of ``generate`` with the ends of the adapters that take part in it. An
-    ``eos_token_id`` of the call itself is left alone."""
+    """Add the end tokens of the adapters in a batch to the arguments of ``generate``.
+
+    An explicit ``eos_token_id`` in the call takes precedence: nothing is added then.
+    """
     if registry.call.disabled or generation.restarts or "eos_token_id" in kwargs:
         return args, kwargs
     ends = [end for name in generation.sources or () for end in registry.ends.get(name, ())]
@@ -80,7 +82,7 @@ def stop_at_ends(
 
 
 def listed_ids(value: Any) -> list[int]:
-    """Token ids as a list, whether there are several, one or none (None)."""
+    """Token ids as a list, given a list, a tensor, a single id or None."""
     if isinstance(value, Tensor):
         value = value.tolist()
     if value is None:

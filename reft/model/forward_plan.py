@@ -182,6 +182,7 @@ def _edits_with_parameters(
     kinds = []
     for adapter, layers in zip(adapters, weights, strict=True):
         source = adapter.source
+        assert not isinstance(source, HostAdapter)
         dropout = source.config.dropout if source.training else 0.0
         kinds.append((layers[0].subtract, layers[0].activation, dropout, source.config.dropout_on))
 

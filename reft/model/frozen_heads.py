@@ -1,4 +1,4 @@
-"""Heads of classifiers that an adapter leaves frozen, which is right only if they were trained."""
+"""Warning about a frozen classification head, which is a mistake if the head is untrained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reft.model.registry import SUBMODULE
 
 logger = logging.getLogger(__name__)
 
-#: What the names of classes with a head of their own end in -> PEFT's name of the task.
+#: End of the name of a class with a head -> PEFT's name of the task.
 _TASKS = {
     "SequenceClassification": "SEQ_CLS",
     "TokenClassification": "TOKEN_CLS",
@@ -23,23 +23,30 @@ _WITH_HEAD = re.compile(r"For\w*?(\w+Classification|QuestionAnswering|MultipleCh
 
 
 def report_frozen_head(base: nn.Module, blocks: str, name: str, trained: Collection[str]) -> None:
-    """Log a warning if a classifier's head is new, or may be, and nothing trains it.
+    """Log a warning if a classifier's head is, or may be, newly initialised and stays frozen.
 
     Args:
-        base: a transformers model, frozen but for what PEFT trains.
+        base: a transformers model, frozen except for PEFT's trainable parameters.
         blocks: path of the blocks that are edited.
-        name: of the adapter.
+        name: name of the adapter.
         trained: paths of the modules that the adapter trains in full.
     """
     kind = type(base).__name__
     if not _WITH_HEAD.search(kind):
         return
     new = any(map(_loaded, base.parameters()))
-    others = {SUBMODULE, blocks.partition(".")[0], *(one.partition(".")[0] for one in trained)}
-    heads = [path for path, one in base.named_children() if path not in others and _frozen(one)]
-    if new:  # a head on another kind of checkpoint has a new pooler below it
-        poolers = (one for one in base.named_modules() if one[0].endswith(".pooler"))
-        heads += [path for path, one in poolers if path not in {*trained} and _frozen(one)]
+    others = {SUBMODULE, blocks.partition(".")[0], *(path.partition(".")[0] for path in trained)}
+    heads = [
+        path
+        for path, module in base.named_children()
+        if path not in others and _is_new_and_frozen(module)
+    ]
+    if new:  # a checkpoint of another task lacks the pooler below the head, too
+        heads += [
+            path
+            for path, module in base.named_modules()
+            if path.endswith(".pooler") and path not in trained and _is_new_and_frozen(module)
+        ]
     if not heads:
         return
     tasks = (task for end, task in _TASKS.items() if kind.endswith(end))
@@ -56,10 +63,10 @@ def report_frozen_head(base: nn.Module, blocks: str, name: str, trained: Collect
     )  # fmt: skip
 
 
-def _frozen(module: nn.Module) -> bool:
-    """Whether a module has parameters, none of them trained, and not all read from a file."""
+def _is_new_and_frozen(module: nn.Module) -> bool:
+    """Whether a module has parameters, none of them trainable, and not all read from a file."""
     parameters = list(module.parameters())
-    trained = any(one.requires_grad for one in parameters)
+    trained = any(parameter.requires_grad for parameter in parameters)
     return bool(parameters) and not trained and not all(map(_loaded, parameters))
 
 

@@ -154,7 +154,7 @@ def _enter(registry: AdapterRegistry) -> None:
     if torch.compiler.is_compiling():
         return
     with registry.lock:
-        if registry.heads.paths:
+        if registry.modules_to_save.paths:
             registry.check_modules_present()
         registry.active_threads.threads.add(threading.get_ident())
 

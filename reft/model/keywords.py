@@ -1,5 +1,8 @@
-"""Keywords with which users of PEFT and transformers save and load: those that mean something here
-are taken, those that change nothing are passed over, and the others are refused."""
+"""Keywords of PEFT and transformers for saving and loading.
+
+Keywords with a meaning here are used, keywords without effect are ignored, and unsupported ones are
+refused.
+"""
 
 from __future__ import annotations
 
@@ -39,26 +42,29 @@ class Saving(TypedDict, total=False):
     save_peft_format: bool
 
 
-#: What says where on the hub, or in which folder of it, an adapter is.
+#: Keywords of loading that say where an adapter is: on the hub, or in which subfolder.
 PLACE = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
 
-#: Of loading, without effect: an adapter is small, is put where its blocks are, and has the dtype
-#: that its configuration says.
-_IDLE_IN_LOADING = (
+#: Keywords of loading without effect: an adapter is small, is put on the device of its blocks, and
+#: has the dtype of its configuration.
+_IGNORED_IN_LOADING = (
     "autocast_adapter_dtype",
     "ephemeral_gpu_offload",
     "low_cpu_mem_usage",
     "torch_device",
 )
 
-#: Of saving, without effect: the file is one, and it is always of safetensors.
-_IDLE_IN_SAVING = ("max_shard_size", "save_function", "save_original_format", "save_peft_format")
+#: Keywords of saving that are used.
+_USED_IN_SAVING = ("selected_adapters", "is_main_process")
 
-#: Of saving: keyword -> the values that change nothing, and what to do instead of another.
-_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+#: Keywords of saving without effect: there is one file, and its format is always safetensors.
+_IGNORED_IN_SAVING = ("max_shard_size", "save_function", "save_original_format", "save_peft_format")
+
+#: Keyword of saving -> the values that change nothing, and what to do instead of another value.
+_UNSUPPORTED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "safe_serialization": (
         (True, None),
-        "no pickle is written, a file of safetensors is what every reader takes",
+        "no pickle is written; every reader takes a safetensors file",
     ),
     "push_to_hub": ((False, None), "call ReftModel.push_to_hub(repo_id) instead"),
     "save_embedding_layers": (
@@ -70,41 +76,41 @@ _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 
 
 def place_of(method: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """What keywords of loading say of the place of an adapter.
+    """The keywords of loading that say where an adapter is.
 
     Args:
-        method: whose keywords they are, for the message.
-        keywords: as they were given.
+        method: the method that got the keywords, for the message.
+        keywords: all keywords it got.
 
     Raises:
-        TypeError: a keyword that is not known.
+        TypeError: a keyword is unknown.
     """
-    _refuse_unknown(method, keywords, (*PLACE, *_IDLE_IN_LOADING))
+    _refuse_unknown(method, keywords, (*PLACE, *_IGNORED_IN_LOADING))
     return {name: value for name, value in keywords.items() if name in PLACE}
 
 
 def check_saving(method: str, keywords: Mapping[str, Any]) -> None:
-    """Refuse keywords of saving that would not be obeyed.
+    """Refuse keywords of saving that are unknown or have an unsupported value.
 
     Raises:
-        TypeError: one that is not known.
-        ValueError: one that is, with a value that has no meaning here.
+        TypeError: a keyword is unknown.
+        ValueError: a keyword has an unsupported value.
     """
-    _refuse_unknown(method, keywords, (*_IDLE_IN_SAVING, *_REFUSED))
-    for name, (allowed, instead) in _REFUSED.items():
-        if name in keywords and not any(keywords[name] == one for one in allowed):
+    _refuse_unknown(method, keywords, (*_USED_IN_SAVING, *_IGNORED_IN_SAVING, *_UNSUPPORTED))
+    for name, (allowed, instead) in _UNSUPPORTED.items():
+        if name in keywords and not any(keywords[name] == value for value in allowed):
             listed = " or ".join(map(repr, allowed))
             raise ValueError(
                 f"{name} of {method} must be {listed}, got {shown(keywords[name])}: {instead}"
             )
 
 
-def names_of(selected: Sequence[str] | None, adapter_name: str | None) -> list[str | None]:
-    """The adapters that are to be saved, None for the active one.
+def names_to_save(selected: Sequence[str] | None, adapter_name: str | None) -> list[str | None]:
+    """The adapters to save, None for the active one.
 
     Raises:
-        TypeError: a string in the place of a list.
-        ValueError: both are given, or an empty list.
+        TypeError: ``selected_adapters`` is a string instead of a list.
+        ValueError: both arguments are given, or the list is empty.
     """
     if selected is None:
         return [adapter_name]

@@ -1,9 +1,8 @@
-"""The model card of a published adapter: ``README.md`` with what the hub reads, the configuration
-as a table, and lines of Python that load it.
+"""The model card of an adapter, ``README.md``: metadata for the hub, a table of the configuration,
+and Python code that loads the adapter.
 
-A card that somebody wrote or edited is theirs and stays as it is. One that this module wrote says
-so in its last line, with a checksum of the lines above, and is rewritten with the adapter for as
-long as that is true.
+A card that this module wrote ends with a checksum of its lines. It is rewritten with the adapter as
+long as the checksum is right; a card that somebody wrote or edited is never overwritten.
 """
 
 from __future__ import annotations
@@ -12,24 +11,21 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
 from huggingface_hub import ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from reft.adapter.parameter_counts import count_parameters
 from reft.config import ReftConfig
 from reft.io.atomic_write import write_whole
-
-if TYPE_CHECKING:
-    from reft.model.reft_model import ReftModel
+from reft.io.hub_status import is_hub_name
+from reft.model.registry import AdapterRegistry
 
 CARD_FILE = "README.md"
 
-#: PEFT's task name -> the hub's.
+#: PEFT's name of a task -> the hub's.
 _PIPELINES = {
     "CAUSAL_LM": "text-generation",
     "SEQ_CLS": "text-classification",
@@ -41,23 +37,31 @@ _PIPELINES = {
 _MARK = re.compile(r"<!-- written by reft, sha256 ([0-9a-f]{64}), .*-->\n\Z")
 
 
-def write_card(folder: str | os.PathLike[str], model: ReftModel, name: str, source: str) -> None:
-    """Write the card of an adapter, unless the one that is there is somebody's own.
+def write_card(
+    folder: str | os.PathLike[str],
+    registry: AdapterRegistry,
+    base: nn.Module,
+    name: str,
+    source: str,
+) -> None:
+    """Write the card of an adapter, unless there is a card that somebody wrote or edited.
 
     Args:
-        folder: of the adapter.
-        model: it is on.
-        name: of the adapter.
-        source: where the card says that the adapter is: a name on the hub, or "." for its folder.
+        folder: the adapter's folder.
+        registry: the adapters of the model.
+        base: the transformers model.
+        name: name of the adapter.
+        source: where the card's code loads the adapter from: a name on the hub, or "." for the
+            folder of the card.
     """
     target = Path(folder) / CARD_FILE
-    if target.exists() and not is_ours(target):
+    if target.exists() and not is_generated(target):
         return
-    write_whole(target, _signed(_card(model, name, source)))
+    write_whole(target, _signed(_card(registry, base, name, source)))
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a card is as :func:`write_card` wrote it, to the letter."""
+def is_generated(path: Path) -> bool:
+    """Whether a card is exactly as :func:`write_card` wrote it."""
     if not path.is_file():
         return False
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -74,11 +78,11 @@ def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _card(model: ReftModel, name: str, source: str) -> str:
-    base, config = model.get_base_model(), model.configs[name]
-    registry = model._registry
-    heads = registry.heads.modules_of(base, name)
-    own = count_parameters(nn.ModuleList([registry.adapter(name), *heads.values()]))[1]
+def _card(registry: AdapterRegistry, base: nn.Module, name: str, source: str) -> str:
+    adapter = registry.adapter(name)
+    config = adapter.config
+    modules = registry.modules_to_save.modules_of(base, name)
+    trained = count_parameters(nn.ModuleList([adapter, *modules.values()]))[1]
     total = count_parameters(base)[1]
     origin = config.base_model_name_or_path
     rows = {
@@ -87,7 +91,7 @@ def _card(model: ReftModel, name: str, source: str) -> str:
         if key not in ("base_model_name_or_path", "format_version")
     }
     table = "\n".join(f"| `{key}` | {_code(ascii(value))} |" for key, value in rows.items())
-    saved = f", those of {', '.join(map(_code, heads))} included" if heads else ""
+    saved = f", those of {', '.join(map(_code, modules))} included" if modules else ""
     kind = type(base).__name__
     what = f"{_code(origin)} ({_code(kind)})" if origin else _code(kind)
     return f"""---
@@ -100,10 +104,10 @@ A [representation finetuning](https://arxiv.org/abs/2404.03592) adapter of {what
 Python package `reft`. The model's own weights are untouched: its hidden vectors are edited at \
 chosen tokens.
 
-{own:,d} trained parameters{saved}: {100 * own / total:.4f} % of the model's {total:,d}.
+{trained:,d} trained parameters{saved}: {100 * trained / total:.4f} % of the model's {total:,d}.
 
 ```python
-{_snippet(base, config, bool(heads), source)}
+{_snippet(base, config, bool(modules), source)}
 ```
 
 | field of `ReftConfig` | value |
@@ -114,10 +118,9 @@ chosen tokens.
 
 
 def _metadata(config: ReftConfig, base: nn.Module) -> ModelCardData:
-    """What the hub reads. It refuses a base model that is not on the hub."""
+    """The metadata that the hub reads. The hub rejects base models that are not on it."""
     pipeline = _PIPELINES.get(config.task_type or "")
-    can_generate = getattr(base, "can_generate", None)
-    if pipeline is None and can_generate is not None and can_generate():
+    if pipeline is None and _generates(base):
         pipeline = "text-generation"
     origin = config.base_model_name_or_path
     base_model: dict[str, Any] = {}
@@ -131,25 +134,20 @@ def _metadata(config: ReftConfig, base: nn.Module) -> ModelCardData:
     )
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether a name can be one on the hub, and is no file or folder here."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).exists()
-
-
-def _snippet(base: nn.Module, config: ReftConfig, heads: bool, source: str) -> str:
-    """Lines that load the base and the adapter and run them once."""
-    kind, options = type(base).__name__, ""
+def _generates(base: nn.Module) -> bool:
     can_generate = getattr(base, "can_generate", None)
-    generates = can_generate is not None and can_generate()
+    return can_generate is not None and can_generate()
+
+
+def _snippet(base: nn.Module, config: ReftConfig, saves_modules: bool, source: str) -> str:
+    """Python code that loads the base and the adapter and runs them once."""
+    kind, options = type(base).__name__, ""
+    generates = _generates(base)
     if not hasattr(transformers, kind):  # the code is in the model's own repository
         kind = "AutoModelForCausalLM" if generates else "AutoModel"
         options = ", trust_remote_code=True"
     labels = getattr(getattr(base, "config", None), "num_labels", None)
-    if heads and "Classification" in kind:
+    if saves_modules and "Classification" in kind:
         options += f", num_labels={labels}"
     first, second = sorted(("AutoTokenizer", kind))
     origin = config.base_model_name_or_path or "the model's folder or name on the hub"
@@ -175,7 +173,7 @@ model = ReftModel.from_pretrained(base, {source!a}){where}
 
 
 def _code(text: str) -> str:
-    """A code span, which no character of the text can leave."""
+    """A code span in Markdown that no character of the text can end."""
     if not (text.isascii() and text.isprintable()):
         text = ascii(text)
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))

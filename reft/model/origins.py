@@ -1,4 +1,4 @@
-"""Which base an adapter was made for, and whether this is another one."""
+"""Comparison of the base model that an adapter was trained on with the present one."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from torch import nn
 from reft.config import ReftConfig
 from reft.safe_read import shown
 
-#: A folder of the hub's cache -> the name on the hub.
+#: A folder of the hub's cache, which contains the name on the hub.
 _CACHED = re.compile(r"^models--(.+)$")
 
 
 def origin_of(base: nn.Module) -> str | None:
-    """Where a base came from, as its own configuration says it; None if it does not."""
-    told: Any = getattr(getattr(base, "config", None), "_name_or_path", None)
-    return told or None
+    """The name or path that a base was loaded from, in its configuration; None if it has none."""
+    name: Any = getattr(getattr(base, "config", None), "_name_or_path", None)
+    return name or None
 
 
 def warn_of_another_base(
     path: str | os.PathLike[str], config: ReftConfig, base_name: str | None
 ) -> None:
-    """Warn where an adapter was made for a base of another name than the one that gets it: a model
-    of the same shape takes it, and edits that mean nothing there.
+    """Warn if an adapter was trained on a base of another name than the present one.
+
+    Any model of the same shape accepts the adapter, but its edits mean nothing in another model.
 
     Args:
-        path: of the adapter.
-        config: its own.
-        base_name: where the base came from, None if that is not known.
+        path: path of the adapter.
+        config: configuration of the adapter.
+        base_name: the name or path that the present base was loaded from; None if unknown.
     """
     theirs = config.base_model_name_or_path
     if theirs is None or base_name is None or is_same(theirs, base_name):
@@ -45,19 +46,22 @@ def warn_of_another_base(
     )
 
 
-def is_same(one: str, other: str) -> bool:
-    """Whether two names may stand for one base: equal, the same folder, or ending alike, as a name
-    on the hub and a folder into which it was copied do. Small and capital letters are alike."""
-    if one == other or _short(one) == _short(other):
+def is_same(name: str, other: str) -> bool:
+    """Whether two names may be of one base.
+
+    They may if they are equal, are the same folder, or have the same last part, such as a name on
+    the hub and a folder with a copy. Case is ignored.
+    """
+    if name == other or _short(name) == _short(other):
         return True
     try:
-        return Path(one).samefile(other)
+        return Path(name).samefile(other)
     except (OSError, ValueError):
         return False
 
 
 def _short(name: str) -> str:
-    """The last part of a name on the hub or of a path, in small letters."""
+    """The last part of a name on the hub or of a path, in lower case."""
     parts = [part for part in re.split(r"[/\\]+", name) if part not in ("", ".")]
     for part in parts:
         cached = _CACHED.match(part)

@@ -1,20 +1,18 @@
-"""A base model into which PEFT has put layers of its own, LoRA's for one.
+"""Base models that contain layers of PEFT, such as LoRA.
 
-Either PEFT's wrapper is around it (``peft.get_peft_model``), or the layers are in the transformers
-model itself (its ``add_adapter``). Adapters of this library go to the transformers model, so that
-they fit it with and without the wrapper; what PEFT trains goes on being trained.
+Either the base is in PEFT's wrapper (``peft.get_peft_model``), or the layers are in the
+transformers model itself (its ``add_adapter``). Adapters of this library are attached to the
+transformers model, so that they fit it with and without the wrapper. PEFT's trainable parameters
+stay trainable.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-
-if TYPE_CHECKING:
-    from reft.model.reft_model import ReftModel
 
 
 def is_wrapper(base: nn.Module) -> bool:
@@ -23,10 +21,10 @@ def is_wrapper(base: nn.Module) -> bool:
 
 
 def transformers_model(base: nn.Module) -> nn.Module:
-    """The model inside PEFT's wrapper; without one, the model that was given.
+    """The model inside PEFT's wrapper; without a wrapper, the model itself.
 
     Raises:
-        ValueError: PEFT puts virtual tokens in front of the prompt.
+        ValueError: an adapter of PEFT puts virtual tokens in front of the prompt.
     """
     if not is_wrapper(base):
         return base
@@ -42,8 +40,8 @@ def transformers_model(base: nn.Module) -> nn.Module:
 
 
 def has_layers(base: nn.Module) -> bool:
-    """Whether PEFT's layers are in the model."""
-    if not getattr(base, "peft_config", None):  # some releases leave it behind after a merge
+    """Whether the model contains layers of PEFT."""
+    if not getattr(base, "peft_config", None):  # some releases keep it after a merge
         return False
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -51,7 +49,7 @@ def has_layers(base: nn.Module) -> bool:
 
 
 def trained_modules(base: nn.Module) -> list[str]:
-    """Paths of the modules that PEFT trains in full, its ``modules_to_save``."""
+    """Paths of the modules that PEFT trains in full, PEFT's own ``modules_to_save``."""
     return [
         path
         for path, module in base.named_modules()
@@ -60,31 +58,34 @@ def trained_modules(base: nn.Module) -> list[str]:
 
 
 def freeze(model: nn.Module) -> frozenset[str]:
-    """Freeze a transformers model, unless PEFT has frozen what it does not train.
+    """Freeze a transformers model. With layers of PEFT in it nothing changes: PEFT has frozen it.
 
     Returns:
-        Names of the parameters that were not frozen before.
+        Names of the parameters that were trainable before.
     """
     if has_layers(model):
         return frozenset()
-    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
-    for parameter in trained.values():
+    trainable = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    for parameter in trainable.values():
         parameter.requires_grad_(False)
-    return frozenset(trained)
+    return frozenset(trainable)
 
 
-# -------------------------------------------------------------------- ways of a call
+# -------------------------------------------------------------------- hooks on wrapped models
 
 
 def outer(base: nn.Module) -> list[nn.Module]:
-    """The modules that users and ``generate`` call: PEFT's wrapper if there is one, the model."""
+    """The modules that users and ``generate`` call: the model, and PEFT's wrapper if it has one."""
     return [base, transformers_model(base)] if is_wrapper(base) else [base]
 
 
 def callers(base: nn.Module, stack: nn.Module) -> list[nn.Module]:
-    """The modules whose call, with the arguments of ``stack``, runs the forward of ``stack``.
+    """The modules that run the forward of ``stack`` when called with its arguments.
 
-    PEFT's tuner, in the wrapper, calls the model's ``forward`` past the model's hooks, until 0.19.
+    Up to PEFT 0.19, the tuner in PEFT's wrapper calls the model's ``forward`` directly, so that
+    hooks on the model do not run.
     """
     if is_wrapper(base) and stack is transformers_model(base):
         tuner = base.base_model
@@ -96,8 +97,8 @@ def callers(base: nn.Module, stack: nn.Module) -> list[nn.Module]:
 def register(
     modules: Sequence[nn.Module], before: Callable[[nn.Module], Any], after: Any
 ) -> list[RemovableHandle]:
-    """Put a forward pre-hook that takes keywords, ``before(module)``, and a forward hook that is
-    run even if the forward fails on each module."""
+    """Register two hooks on each module: ``before(module)``, a forward pre-hook with keywords, and
+    ``after``, a forward hook that runs even if the forward fails."""
     handles = []
     for module in modules:
         handles.append(module.register_forward_pre_hook(before(module), with_kwargs=True))
@@ -105,10 +106,10 @@ def register(
     return handles
 
 
-# -------------------------------------------------------------------- the other order
+# -------------------------------------------------------------------- PEFT's attributes
 
 
-#: Attributes of PEFT's models, and of transformers' with PEFT's layers -> what stands here instead.
+#: Attributes of models with layers of PEFT -> what a ReftModel has instead.
 _INSTEAD = {
     "peft_config": "the configurations of its adapters are ReftModel.configs",
     "active_peft_config": "the configuration is ReftModel.configs[ReftModel.active_adapter]",
@@ -124,10 +125,10 @@ _INSTEAD = {
 
 
 def attribute(base: nn.Module, name: str) -> Any:
-    """An attribute of the base. Those of PEFT are there only if PEFT's layers are.
+    """An attribute of the base; attributes of PEFT only if the base contains layers of PEFT.
 
     Raises:
-        AttributeError: it has none of that name.
+        AttributeError: the base has no attribute of that name.
     """
     if name in _INSTEAD and not has_layers(base):
         raise AttributeError(
@@ -137,12 +138,12 @@ def attribute(base: nn.Module, name: str) -> Any:
 
 
 class Config:
-    """``ReftModel.peft_config``: that of the base. PEFT sets it at the end of wrapping a model."""
+    """Descriptor of ``ReftModel.peft_config``: the base's. PEFT sets it after wrapping a model."""
 
-    def __get__(self, model: ReftModel | None, owner: object = None) -> Any:
+    def __get__(self, model: Any, owner: object = None) -> Any:
         return self if model is None else attribute(model.base_model, "peft_config")
 
-    def __set__(self, model: ReftModel, value: object) -> None:
+    def __set__(self, model: object, value: object) -> None:
         raise ValueError(
             "PEFT comes first: reft.get_reft_model(peft.get_peft_model(base, …), …). PEFT has put "
             "its layers into the base of this ReftModel and frozen all else, so load the base anew"

@@ -1,4 +1,4 @@
-"""The wrapper in transformers' table of adapter models that its pipelines take."""
+"""Registration of the wrapper's class with transformers' pipelines."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import sys
 
 
 def announce(name: str) -> None:
-    """Enter a class of wrappers beside PEFT's for every task.
+    """Add a wrapper's class, for every task, to the table of PEFT's classes in the pipelines.
 
-    A pipeline logs an error, two hundred class names long, about a class that no table has, and
-    then runs. Importing the pipelines takes seconds, so they are not imported for this: what is
-    imported after the model was wrapped still logs it.
+    A pipeline logs an error of two hundred class names about a class that is in no table, and then
+    runs. Importing the pipelines takes seconds, so they are not imported here: pipelines that are
+    imported after the model was wrapped still log the error.
     """
     pipelines = sys.modules.get("transformers.pipelines.base")
     for names in getattr(pipelines, "SUPPORTED_PEFT_TASKS", {}).values():

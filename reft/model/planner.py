@@ -40,8 +40,8 @@ def plan_forward(registry: AdapterRegistry, inputs: ForwardInputs) -> ForwardPla
     sources = _sources(registry, inputs)
     if _lies_behind_prompts(inputs, sources.values()):
         return None
-    adapters = select_adapters(registry, inputs, sources)
-    chunk, adapters = _in_chunk(registry, inputs, adapters)
+    selected = select_adapters(registry, inputs, sources)
+    chunk, adapters = _in_chunk(registry, inputs, selected)
     if not adapters:
         return None
     finder = _row_finder(registry, inputs, chunk, adapters)
@@ -62,7 +62,7 @@ def plan_paged_step(
     for engine in registry.engines():
         chunks = engine.parts(arguments.get("cache"))
         if chunks is not None and isinstance(tokens, Tensor):
-            return plan_engine_step(registry.pool.cache, chunks, tokens.shape[1], tokens.device)
+            return plan_engine_step(registry.pool.tables, chunks, tokens.shape[1], tokens.device)
     if registry.disabled or registry.active is None:
         return None
     raise ValueError(
@@ -102,7 +102,7 @@ def select_adapters(
         return [BatchAdapter(active, sources[active])]
     adapters = batch_adapters(names, scales, subspaces, inputs.sequences, sources, active)
     if names is not None:
-        registry.heads.check_mixed(set(names), registry.active)
+        registry.modules_to_save.check_mixed(set(names), registry.active)
     return adapters
 
 

@@ -5,21 +5,25 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Unpack
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
+from reft.adapter.untrained import mark_fresh
 from reft.adapter.parameter_counts import count_parameters, print_parameters
 from reft.adapter.pool import AdapterPool
 from reft.adapter.state_dict import apart
-from reft.adapter.untrained import mark_fresh
 from reft.config import ReftConfig
 from reft.foreign_names import WRAPPING, refusing_foreign_keywords
+from reft.io.adapter_files import read_adapter
 from reft.model import activation_checkpointing as checkpointing
 from reft.model import peft_compat as peft_base
+from reft.model import save_load
 from reft.model.adapters import PoolHost, attach, build, detach, take_off, with_both_ends
 from reft.model.arguments import check_base, check_config, check_mode
 from reft.model.base_methods import put_on_base
@@ -32,7 +36,8 @@ from reft.model.end_tokens import stop_at_ends
 from reft.model.generate_arguments import capture
 from reft.model.guidance import guided
 from reft.model.hooks import Forget, ForgetPlan, MakePlan, TakeOptions, extended_signature
-from reft.model.on_disk import OnDisk
+from reft.model.hub import local_folder, push_adapter
+from reft.model.keywords import Loading, Saving, check_saving, names_to_save, place_of
 from reft.model.origins import origin_of
 from reft.model.pipelines import announce
 from reft.model.prompts import image_token
@@ -76,7 +81,7 @@ def get_reft_model(
     return model
 
 
-class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
+class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
     """A base model and its adapters. Made by :func:`get_reft_model` or :meth:`from_pretrained`.
 
     It is called as the base model is, with five more keywords: ``prompt_lengths``, int (B,), the
@@ -268,12 +273,12 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
         registry, adapter_name = self._registry, one_name(adapter_name)
         registry.adapter(adapter_name)
         if not registry.disabled:
-            registry.show_heads(self.get_base_model(), adapter_name)
+            registry.activate_modules(self.get_base_model(), adapter_name)
         registry.active = adapter_name
         for name in registry.adapters:
             trained = name == adapter_name and not inference_mode
             registry.adapter(name).requires_grad_(trained)
-            for module in registry.heads.modules_of(self.get_base_model(), name).values():
+            for module in registry.modules_to_save.modules_of(self.get_base_model(), name).values():
                 module.requires_grad_(trained)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -325,9 +330,176 @@ class ReftModel(ContinuousBatching, OnDisk, RefusesTrl, nn.Module):
 
     merge_adapter = merge_and_unload
 
-    # ---------------------------------------------------------------- reports and ranks
+    # ---------------------------------------------------------------- saving and loading
 
-    broadcast_adapters = broadcast_adapters
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        adapter_name: str | None = None,
+        training_state: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **keywords: Unpack[Saving],
+    ) -> None:
+        """Write an adapter: its configuration, R, W, b and ``modules_to_save``; PEFT's adapters in
+        the base, if any; and a model card, ``README.md``.
+
+        Args:
+            save_directory: made if missing.
+            adapter_name: None for the active one.
+            training_state: write what :meth:`restore` needs to resume bit for bit, and no card. A
+                card that somebody wrote or edited is never overwritten.
+            state_dict: the full state dict of this model or of the base model, if an engine that
+                shards parameters has gathered it; None to read the parameters.
+            keywords: PEFT's and transformers'. ``is_main_process=False`` writes nothing;
+                ``selected_adapters``, a list, writes these adapters, all but "default" into
+                subfolders of their names. Keywords without effect are ignored, see
+                :mod:`reft.model.keywords`.
+
+        Raises:
+            OSError, RuntimeError, TypeError, ValueError: the adapter cannot be written,
+                ``state_dict`` lacks some of it, or a keyword is unknown or unsupported.
+        """
+        check_saving("save_pretrained", keywords)
+        registry, selected = self._registry, keywords.get("selected_adapters")
+        names = names_to_save(selected, adapter_name)
+        save_load.save_adapters(
+            registry,
+            self.base_model,
+            save_directory,
+            [save_load.name_or_active(registry, name) for name in names],
+            subfolders=selected is not None,
+            training_state=training_state,
+            state_dict=state_dict,
+            is_main_process=keywords.get("is_main_process", True),
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        adapter_name: str | None = None,
+        commit_message: str = "Upload adapter",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Upload an adapter to the hub: what :meth:`save_pretrained` writes, never the base model.
+
+        A model card in the repository is kept unless this library wrote it.
+
+        Args:
+            repo_id: "name" or "namespace/name"; the repository is created if it does not exist.
+            adapter_name: None for the active one.
+            commit_message: message of the commit.
+            commit_description: description of the commit.
+            private: visibility of a new repository; None for the account's default.
+            token: token of the hub; None or True for the one that is logged in.
+            revision: branch to upload to, created if it does not exist; None for "main".
+            create_pr: open a pull request instead.
+
+        Returns:
+            The commit, with its address and that of the pull request.
+
+        Raises:
+            ValueError: there is no such adapter. Nothing was uploaded.
+            OSError: the hub refused, or cannot be reached.
+        """
+        return push_adapter(
+            self._registry,
+            self.base_model,
+            save_load.name_or_active(self._registry, adapter_name),
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            commit_description=commit_description,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base_model: nn.Module,
+        path: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        **keywords: Unpack[Loading],
+    ) -> ReftModel:
+        """Attach a saved adapter to a model, in eval mode and frozen unless ``is_trainable``.
+
+        Args:
+            base_model: a transformers model, or one in PEFT's wrapper; changed in place.
+            path: the adapter's folder; a string that names no folder may be a name on the hub.
+            adapter_name: the name that the adapter gets.
+            is_trainable: leave the model in its mode and make the adapter trainable.
+            keywords: PEFT's: ``subfolder``, locally or on the hub; ``revision``, ``token``,
+                ``cache_dir``, ``force_download``, ``local_files_only`` for the hub. Keywords
+                without effect are ignored, see :mod:`reft.model.keywords`.
+
+        Raises:
+            OSError, TypeError, ValueError: nothing was changed.
+        """
+        check_base(base_model)
+        folder = local_folder(path, **place_of("from_pretrained", keywords))
+        config, _ = read_adapter(folder)
+        model = cls(base_model, config.block_path)
+        try:
+            model.load_adapter(folder, adapter_name, is_trainable)
+        except BaseException:
+            model.unload()
+            raise
+        return model if is_trainable else model.eval()
+
+    def load_adapter(
+        self,
+        path: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        **keywords: Unpack[Loading],
+    ) -> None:
+        """Add a saved adapter; active only if there is no other. See :meth:`from_pretrained`.
+
+        Raises:
+            OSError, TypeError, ValueError: nothing was changed.
+        """
+        folder = local_folder(path, **place_of("load_adapter", keywords))
+        save_load.load_adapter(self._registry, self.get_base_model(), folder, adapter_name)
+        if self.active_adapter is None:
+            self.set_adapter(adapter_name, inference_mode=not is_trainable)
+
+    def restore(self, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+        """Set an adapter, None for the active one, to what was saved with ``training_state=True``.
+
+        Raises:
+            OSError: there is no adapter in this folder.
+            ValueError: it has another configuration, or was saved without its training state.
+                Nothing was changed.
+        """
+        name = save_load.name_or_active(self._registry, adapter_name)
+        save_load.restore_adapter(self._registry, self.get_base_model(), path, name)
+
+    # ---------------------------------------------------------------- reports
+
+    def broadcast_adapters(self, source: int = 0, group: Any = None) -> None:
+        """Give every rank the adapters, and all other trainable parameters, of one rank.
+
+        Every rank must call this, before an engine shards the model. If ranks initialised their
+        adapters from different seeds, they would train different adapters, and FSDP2 would mix
+        them; DDP broadcasts by itself. Values that are equal already are not written. Outside
+        torch.distributed nothing happens.
+
+        Args:
+            source: the global rank whose values are sent.
+            group: the ranks that take part; None for all.
+
+        Raises:
+            RuntimeError: the adapter is sharded already. Nothing was changed.
+        """
+        broadcast_adapters(self, source, group)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trained parameters, all parameters), the adapters' included."""

@@ -53,7 +53,7 @@ class AdapterRegistry(nn.Module):
 
     Attributes:
         adapters: name -> its parameters.
-        heads: modules of the base that adapters train in full.
+        heads: :attr:`modules_to_save`, under its name in state dicts.
         pool: adapters for inference.
         blocks: the blocks of the base.
         causal: labels are next tokens, so that the first one ends the prompt.
@@ -91,6 +91,11 @@ class AdapterRegistry(nn.Module):
     def call(self) -> CallState:
         """The state of the calling thread's forward."""
         return self.calls.current
+
+    @property
+    def modules_to_save(self) -> ModulesToSave:
+        """Modules of the base that adapters train in full."""
+        return self.heads
 
     # ---------------------------------------------------------------- adapters by name
 
@@ -197,8 +202,8 @@ class AdapterRegistry(nn.Module):
         Raises:
             RuntimeError: another thread has disabled adapters.
         """
-        name, heads = self.active, self.heads
-        missing = name is not None and heads.shown != name and heads.paths.get(name)
+        name, modules = self.active, self.modules_to_save
+        missing = name is not None and modules.active != name and modules.paths.get(name)
         if missing and not self.call.disabled:
             raise RuntimeError(
                 f"adapter {name!r} trains whole modules, which disable_adapter() in another "
@@ -206,25 +211,25 @@ class AdapterRegistry(nn.Module):
                 "thread a model of its own (in a copy made inside it: set_adapter)"
             )
 
-    def show_heads(self, base: nn.Module, name: str | None) -> None:
+    def activate_modules(self, base: nn.Module, name: str | None) -> None:
         """Put the modules that an adapter trains into the base; None for the base's own.
 
         Raises:
             RuntimeError: another thread is in a forward, which the exchange would change.
         """
-        heads = self.heads
+        modules = self.modules_to_save
         with self.lock:
-            exchanged = set() if name == heads.shown else {name or "", heads.shown or ""}
-            if any(heads.paths.get(adapter) for adapter in exchanged):
+            exchanged = set() if name == modules.active else {name or "", modules.active or ""}
+            if any(modules.paths.get(adapter) for adapter in exchanged):
                 self.active_threads.check_alone("exchanging the modules that an adapter trains")
-            heads.show(base, name)
+            modules.activate(base, name)
 
     @contextmanager
     def disabling(self, base: nn.Module) -> Iterator[None]:
         """Inside, forwards of this thread are the base's."""
         call = self.call  # the context may be left in another thread, as that of a generator
         with self.lock:
-            self.show_heads(base, None)
+            self.activate_modules(base, None)
             self.disabled += 1
             call.disabled += 1
         try:
@@ -234,7 +239,7 @@ class AdapterRegistry(nn.Module):
                 self.disabled -= 1
                 call.disabled -= 1
                 if not self.disabled:
-                    self.show_heads(base, self.active)
+                    self.activate_modules(base, self.active)
 
     # ---------------------------------------------------------------- copies
 

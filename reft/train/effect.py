@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reft.model import peft_compat as peft_base
+from reft.adapter.host_adapter import HostAdapter
 from reft.model.forward_plan import ForwardPlan
 from reft.model.prompts import IGNORED
 from reft.model.reft_model import ReftModel
@@ -69,7 +70,7 @@ def _trained(model: ReftModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     registry, base, name = model._registry, model.get_base_model(), model.active_adapter
     assert name is not None
     edits = [one for one in registry.adapter(name).parameters() if one.requires_grad]
-    modules = list(registry.heads.modules_of(base, name).values())
+    modules = list(registry.modules_to_save.modules_of(base, name).values())
     beside = [one for part in modules for one in part.parameters() if one.requires_grad]
     if peft_base.has_layers(base):
         own = {id(one) for one in registry.parameters()}
@@ -164,10 +165,11 @@ def _edits_trained(plans: Sequence[ForwardPlan]) -> bool:
     """Whether a forward with gradients edits a token by parameters that are trained."""
     return any(
         plan.recorded
-        and any(one.requires_grad for one in member.adapter.parameters())
-        and any(bool((rows >= 0).any()) for rows in member.rows)
+        and not isinstance(adapter.source, HostAdapter)
+        and any(parameter.requires_grad for parameter in adapter.source.parameters())
+        and any(bool((vector >= 0).any()) for vector in rows)
         for plan in plans
-        for member in plan.members
+        for adapter, rows in zip(plan.adapters, plan.rows, strict=True)
     )
 
 

@@ -24,7 +24,7 @@ def read_lora(model: ReftModel, checkpoint: str | os.PathLike[str]) -> dict[str,
             finite.
     """
     base, found = model.base_model, {}
-    for name in adapters_of(model):
+    for name in adapters_of(base):
         file = folder_of(checkpoint, name) / WEIGHTS
         if not file.is_file():
             raise FileNotFoundError(

@@ -17,7 +17,12 @@ from reft.adapter.multi_device import MultiDeviceParameters
 from reft.adapter.parameters import AdapterParameters
 from reft.adapter.tensor_checks import HEADS
 from reft.io.adapter_files import read_adapter, write_adapter
-from reft.model.modules_to_save import ModulesToSave, check_heads, head_state, load_heads
+from reft.model.modules_to_save import (
+    ModulesToSave,
+    check_module_tensors,
+    load_module_tensors,
+    module_tensors,
+)
 from reft.model.reft_model import ReftModel
 from reft.model.registry import SUBMODULE
 from reft.train.fsdp2 import is_sharded
@@ -95,7 +100,9 @@ class Reference(nn.Module):
     def _copy(self, name: str) -> _Frozen:
         (model,) = self._model
         registry, base = model._registry, model.get_base_model()
-        return _Frozen.of(name, registry.adapter(name), registry.heads.modules_of(base, name))
+        return _Frozen.of(
+            name, registry.adapter(name), registry.modules_to_save.modules_of(base, name)
+        )
 
     @contextmanager
     def _acting(self) -> Iterator[nn.Module]:
@@ -109,22 +116,22 @@ class Reference(nn.Module):
             return
         registry, (frozen,) = model._registry, self._taken
         name, before = frozen.name, registry.active
-        present = registry.adapters[name], registry.heads
-        _follow(frozen, registry.adapter(name), registry.heads.modules_of(base, name))
-        registry.show_heads(base, None)
+        present = registry.adapters[name], registry.modules_to_save
+        _follow(frozen, registry.adapter(name), registry.modules_to_save.modules_of(base, name))
+        registry.activate_modules(base, None)
         registry.adapters[name], registry.heads, registry.active = (
             frozen.adapter,
             frozen.heads,
             name,
         )
-        registry.show_heads(base, name)
+        registry.activate_modules(base, name)
         try:
             yield base
         finally:
-            registry.show_heads(base, None)
+            registry.activate_modules(base, None)
             registry.adapters[name], registry.heads = present
             registry.active = before
-            registry.show_heads(base, before)
+            registry.activate_modules(base, before)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward. Whatever is put around :attr:`forward` is in the base's already."""
@@ -160,7 +167,7 @@ class Reference(nn.Module):
         """
         self.take()
         for frozen in self._taken:
-            heads = {HEADS + key: value for key, value in head_state(frozen.modules).items()}
+            heads = {HEADS + key: value for key, value in module_tensors(frozen.modules).items()}
             tensors = frozen.adapter.training_state() | heads
             write_adapter(Path(checkpoint) / FOLDER, frozen.adapter.config, tensors)
 
@@ -213,11 +220,11 @@ class Reference(nn.Module):
         }
         edit = {key: value for key, value in tensors.items() if not key.startswith(HEADS)}
         try:
-            check_heads(made.modules, heads)
+            check_module_tensors(made.modules, heads)
             made.adapter.load(edit, training_state=True)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
-        load_heads(made.modules, heads)
+        load_module_tensors(made.modules, heads)
         return made
 
 

@@ -297,7 +297,7 @@ def test_lora_of_another_shape_is_refused(make_trainer, word_llama, tmp_path):
     from reft.train.lora import read_lora, set_lora
 
     model = get_reft_model(with_lora("task"), config())
-    save_lora(model, tmp_path)
+    save_lora(model.base_model, tmp_path)
     other = get_reft_model(with_lora("task", r=3), config())
     before = {name: one.detach().clone() for name, one in trained(other).items()}
     with pytest.raises(ValueError, match=r"must hold the tensors of PEFT's adapter 'default'"):
@@ -330,7 +330,7 @@ def test_several_adapters_of_peft_are_all_stored(order, gathered, tmp_path):
     if gathered:  # an engine that shards parameters leaves nothing of them in the model
         for one in model.parameters():
             one.data.zero_()
-    save_lora(model, tmp_path, state if gathered else None)
+    save_lora(model.base_model, tmp_path, state if gathered else None)
     set_lora(other, read_lora(other, tmp_path))
     assert len(stored) == 2 * 3 * 3
     for name, one in other.named_parameters():

@@ -90,7 +90,7 @@ class TestRefusals:
         base = transformers.WhisperForConditionalGeneration(config).eval()
         config = ReftConfig(rank=2, positions="prompt", block_path=f"model.{side}.layers")
         if side == "encoder":
-            with pytest.raises(ValueError, match=r"lie in no module .* that is handed tokens"):
+            with pytest.raises(ValueError, match=r"lie in no module .* that takes tokens"):
                 get_reft_model(base, config)
             return
         model = get_reft_model(base, config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -87,7 +87,7 @@ class Worker:
             _running.pop()
             self.plan = None
 
-    def edits(self, layer: int) -> tuple[Edit, ...]:
+    def edits(self, layer: int) -> Sequence[Edit]:
         """The edits after a block."""
         if self.plan is None:
             return ()

@@ -25,8 +25,8 @@ from tiny_models import tokens
 from torch import Tensor, nn
 
 from reft import ReftConfig, get_reft_model
-from reft.model import blocks as sites_module
 from reft.model.blocks import find_blocks
+from reft.model.components import COMPONENT_PATHS, POST_NORMS
 
 PARTS = ("attention_output", "mlp_output")
 T5GEMMA = {
@@ -269,10 +269,10 @@ def test_every_row_of_the_tables_is_some_models():
     if not all(hasattr(transformers, one.model) for one in BLOCKS.values()):
         pytest.skip("this version of transformers has not all of these models")
     used = {path for one in BLOCKS.values() for path in (one.attention, one.mlp)}
-    rows = {path for paths in sites_module.COMPONENTS.values() for path in paths}
+    rows = {path for paths in COMPONENT_PATHS.values() for path in paths}
     assert rows <= used
     pairs = {(one.attention, one.mlp) for one in BLOCKS.values()}
-    assert {row[:2] for row in sites_module.NORMED} <= pairs
+    assert {row[:2] for row in POST_NORMS} <= pairs
 
 
 def test_experts_beside_a_shared_mlp_are_edited_by_name():

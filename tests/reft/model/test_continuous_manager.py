@@ -298,7 +298,7 @@ class TestManager:
     def test_tensor_parallel_is_refused(self, model):
         with (
             mock.patch.object(type(model.get_base_model()), "tp_size", 2),
-            pytest.raises(ValueError, match="split by tensors over 2"),
+            pytest.raises(ValueError, match="tensor parallelism over 2"),
         ):
             model.init_continuous_batching()
 

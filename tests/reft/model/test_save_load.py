@@ -155,7 +155,7 @@ def test_lora_and_edits_are_both_saved(door, tmp_path):
 def test_edits_without_the_lora_they_were_trained_beside_are_reported(tmp_path):
     model = wrapped(lora(llama()))
     model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"trained beside the LoRA in .*lora.*PeftModel"):
+    with pytest.warns(UserWarning, match=r"trained together with the LoRA in .*lora.*PeftModel"):
         ReftModel.from_pretrained(llama(), tmp_path)
 
 

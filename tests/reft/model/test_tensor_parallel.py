@@ -10,7 +10,7 @@ import torch
 from tiny_models import llama, tokens
 
 from reft import ReftConfig, get_reft_model
-from reft.model.tensor_parallel import TensorParallelPlan, find_split
+from reft.model.tensor_parallel import TensorParallelPlan, find_plan
 
 LLAMA = {
     "lm_head": "colwise_gather_output",
@@ -32,9 +32,9 @@ def distributed(base, plan=LLAMA, **sizes):
 
 def test_only_a_base_that_was_loaded_so_is_split():
     base = llama()
-    assert base.tp_plan and find_split(base) is None
-    assert find_split(distributed(base, tp_size=4)) == TensorParallelPlan(4, LLAMA)
-    assert find_split(distributed(base, fsdp_size=4)) is None
+    assert base.tp_plan and find_plan(base) is None
+    assert find_plan(distributed(base, tp_size=4)) == TensorParallelPlan(4, LLAMA)
+    assert find_plan(distributed(base, fsdp_size=4)) is None
 
 
 def test_a_plan_says_what_is_whole():
@@ -48,16 +48,15 @@ def test_a_plan_says_what_is_whole():
     }
     whole = ["self_attn", "self_attn.o_proj", "mlp", "mlp.experts", "input_layernorm"]
     parts = ["self_attn.q_proj", "self_attn.q_norm", "mlp.experts.down_proj", "mlp.shared"]
-    assert (
-        TensorParallelPlan(2, plan).whole("model.layers", [*whole, *parts, "mlp.router"]) == whole
-    )
+    split = TensorParallelPlan(2, plan)
+    assert split.replicated("model.layers", [*whole, *parts, "mlp.router"]) == whole
 
 
 def test_projections_of_the_block_itself():
     """A norm that stands between them may see a slice."""
     plan = {"layers.*.fc1": "colwise", "layers.*.fc2": "rowwise"}
     paths = ["fc1", "fc2", "activation"]
-    assert TensorParallelPlan(2, plan).whole("layers", paths) == ["fc2"]
+    assert TensorParallelPlan(2, plan).replicated("layers", paths) == ["fc2"]
 
 
 @pytest.mark.parametrize(

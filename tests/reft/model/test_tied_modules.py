@@ -150,7 +150,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
 def test_what_is_trained_besides_is_said_and_written_down(caplog):
     with caplog.at_level(logging.WARNING, "reft"):
         model = get_reft_model(tied(), config("embed_tokens"))
-    assert "lm_head is trained too, tied with what was named" in caplog.text
+    assert "lm_head is trained too, because a parameter is shared" in caplog.text
     assert model.configs["default"].modules_to_save == ("embed_tokens", "lm_head")
     caplog.clear()
     untied = get_reft_model(llama(tie_word_embeddings=False), config("embed_tokens"))
@@ -243,7 +243,7 @@ def test_a_file_of_torn_ends_says_what_to_do(tmp_path):
     ReftModel.from_pretrained(base, tmp_path / "torn")
     one = get_reft_model(tied(), config("embed_tokens"))
     one.save_pretrained(tmp_path / "one")
-    with pytest.raises(ValueError, match=r"missing: lm_head\.weight.*base they were trained on"):
+    with pytest.raises(ValueError, match=r"missing: lm_head\.weight.*base that it was trained on"):
         ReftModel.from_pretrained(llama(tie_word_embeddings=False), tmp_path / "one")
 
 
