@@ -146,7 +146,7 @@ def detach(registry: AdapterRegistry, base: nn.Module, name: str) -> None:
         vocabulary.guard(base, registry.heads)
         del registry.adapters[name]
         registry.ends.pop(name, None)
-        registry.pool.forget_bank(name)
+        registry.pool.cache.forget(name)
         place_hooks(registry)
 
 
@@ -195,7 +195,7 @@ def place_hooks(registry: AdapterRegistry) -> None:
         wanted = {site for source in sources for site in sites_of(source)}
         for engine in registry.engines():
             for request in engine.requests():
-                wanted.update(() if request.resident is None else request.resident.sites)
+                wanted.update(() if request.item is None else request.item.sites)
         # A forward of another thread may have passed some of its blocks and not the others: what it
         # needs stays until the next change.
         unneeded = registry.handles.keys() - wanted

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
-from reft.adapter.multi_device import check_banks
+from reft.adapter.multi_device import check_adapter_states
 from reft.model.registry import SUBMODULE
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def put_on_base(model: ReftModel) -> list[Handle]:
         What takes it off again.
     """
     base, inner = model.base_model, model.get_base_model()
-    made: list[Handle] = [inner.register_load_state_dict_pre_hook(check_banks)]
+    made: list[Handle] = [inner.register_load_state_dict_pre_hook(check_adapter_states)]
     kind = type(model)
     made += [_Attribute(inner, name, partial(getattr(kind, name), model)) for name in METHODS]
     if base is not inner:

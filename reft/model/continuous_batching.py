@@ -13,7 +13,7 @@ from torch import nn
 
 from reft.adapter.device_cache import CacheItem
 from reft.adapter.host_adapter import HostAdapter
-from reft.adapter.requests import UNEDITED, Request, request_of
+from reft.adapter.requests import UNEDITED, Request, make_request
 from reft.model.adapters import place_hooks
 from reft.model.batch import BASE, names_of, scales_of, sites_of, sources_by_name
 from reft.model.registry import SUBMODULE, AdapterRegistry
@@ -209,13 +209,13 @@ class EngineHost:
         for name, source in sources.items():
             sites = sites_of(source)
             if isinstance(source, HostAdapter):
-                residents[name] = CacheItem((source.content, None), source.weights, sites)
+                residents[name] = CacheItem((source.content_hash, None), source.weights, sites)
             else:
-                residents[name] = registry.pool.of_bank(name, source(), sites)
+                residents[name] = registry.pool.cache.current_item(name, source(), sites)
         return [
             UNEDITED
             if name == BASE
-            else request_of(sources[name].config, residents[name], factor, length, name)
+            else make_request(sources[name].config, residents[name], factor, length, name)
             for name, factor, length in zip(listed, factors, lengths, strict=True)
         ]
 

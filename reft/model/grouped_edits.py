@@ -97,7 +97,7 @@ def make_plan(
         return _layout(asked, indices, rows_of, sequences, device, packed)
 
     served = table_edits(
-        registry.pool.tables,
+        registry.pool.cache,
         [item.resident for item in asked],
         [item.scale for item in asked],
         layout,
@@ -128,8 +128,8 @@ def _resident(registry: AdapterRegistry, one: BatchAdapter) -> CacheItem:
     sites = sites_of(one.source)
     if isinstance(one.source, HostAdapter):
         weights = mask_ranks(one.source.weights, _mask(one, "cpu"))
-        return CacheItem((one.source.content, one.kept), weights, sites)
-    return registry.pool.of_bank(one.name, one.source(), sites)
+        return CacheItem((one.source.content_hash, one.kept), weights, sites)
+    return registry.pool.cache.current_item(one.name, one.source(), sites)
 
 
 @dataclass(frozen=True, eq=False)

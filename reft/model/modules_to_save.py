@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reft.adapter.sharding import gathered, write
+from reft.adapter.sharding import copy_full_tensor, gathered
 from reft.adapter.tensor_checks import FLOATS, check_numbers
 
 
@@ -136,7 +136,7 @@ def check_heads(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor])
 def load_heads(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
     """Set heads from tensors that :func:`check_heads` has accepted."""
     for name, target in head_state(modules).items():
-        write(target, tensors[name])
+        copy_full_tensor(target, tensors[name])
 
 
 def head_state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -167,7 +167,7 @@ def _plan_paged(registry: AdapterRegistry, call: Mapping[str, Any]) -> ForwardPl
     for engine in registry.engines():
         parts = engine.parts(call.get("cache"))
         if parts is not None and isinstance(tokens, Tensor):
-            return plan_engine_step(registry.pool.tables, parts, tokens.shape[1], tokens.device)
+            return plan_engine_step(registry.pool.cache, parts, tokens.shape[1], tokens.device)
     if registry.disabled or registry.active is None:
         return None
     raise ValueError(

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from reft.adapter.device_cache import EditSite, Lock
+from reft.adapter.device_cache import EditSite
+from reft.adapter.locks import Lock
 from reft.adapter.multi_device import MultiDeviceParameters
 from reft.adapter.parameters import AdapterParameters
 from reft.adapter.pool import AdapterPool

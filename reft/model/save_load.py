@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from reft.adapter.sharding import whole
-from reft.adapter.tensor_checks import FLOATS, HEADS, bank_shape, check_layout
+from reft.adapter.sharding import full_tensor
+from reft.adapter.tensor_checks import FLOATS, MODULES_PREFIX, check_layout, stack_shape
 from reft.config import ReftConfig
 from reft.io.adapter_files import read_adapter, write_adapter
 from reft.model.adapters import attach, build
@@ -85,7 +85,8 @@ def _tensors(
         stored_heads = {key: found[key] for key in head_state(heads)}
     tensors = adapter.training_state(own) if training_state else adapter.export_state_dict(own)
     return tensors | {
-        HEADS + key: whole(value) for key, value in (stored_heads or head_state(heads)).items()
+        MODULES_PREFIX + key: full_tensor(value)
+        for key, value in (stored_heads or head_state(heads)).items()
     }
 
 
@@ -152,7 +153,7 @@ def put(
     try:
         # Before room is made for what the configuration says.
         layers = config.resolve_layers(len(registry.sites.blocks))
-        check_layout(config, bank_shape(config, len(layers), registry.sites.dim), tensors)
+        check_layout(config, stack_shape(config, len(layers), registry.sites.dim), tensors)
         # Whatever the configuration starts from, it is overwritten.
         adapter, heads = build(registry, base, name, replace(config, init="pyreft"))
         adapter.config = replace(adapter.config, init=config.init)
@@ -208,9 +209,13 @@ def _part(state: Mapping[str, Tensor], module: str, inner: str) -> dict[str, Ten
 def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The edit's tensors, and those of heads without their prefix."""
     heads = {
-        key.removeprefix(HEADS): value for key, value in tensors.items() if key.startswith(HEADS)
+        key.removeprefix(MODULES_PREFIX): value
+        for key, value in tensors.items()
+        if key.startswith(MODULES_PREFIX)
     }
-    return {key: value for key, value in tensors.items() if not key.startswith(HEADS)}, heads
+    return {
+        key: value for key, value in tensors.items() if not key.startswith(MODULES_PREFIX)
+    }, heads
 
 
 def _why(tensors: Mapping[str, Tensor]) -> str:

@@ -52,7 +52,7 @@ def plan_engine_step(
     found = step_rows(parts)
     if not found:
         return None
-    there = set(tables.resident)
+    there = set(tables.keys)
     keys = sorted({key for key, _ in found}, key=lambda key: key not in there)
     fitting = set(keys[: tables.capacity])
     edits: dict[EditSite, list[Edit]] = {}
@@ -63,7 +63,7 @@ def plan_engine_step(
         residents = [found[one][0] for one in chosen]
         rows = [found[one][1] for one in chosen]
         scales = [scale for _, scale in chosen]
-        where = tables if inside else tables.aside(len(chosen))
+        where = tables if inside else tables.temporary(len(chosen))
         more = _edits(where, residents, rows, scales, device)
         for site, calls in more.items():
             edits.setdefault(site, []).extend(calls)
