@@ -1,42 +1,35 @@
-"""The precision of an adapter, whatever its model is cast to and whatever surrounds it."""
+"""Casts of a model that keep the precision of its adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What R and A are made in, of parameters of ``dtype``: float32 or wider."""
-    return torch.promote_types(dtype, torch.float32)
+def can_represent(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether ``wide`` has every number of ``narrow``; both are floating-point dtypes."""
+    outer, inner = torch.finfo(wide), torch.finfo(narrow)
+    return outer.eps <= inner.eps and outer.max >= inner.max and outer.tiny <= inner.tiny
 
 
-def no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """R is orthonormal and A exact in float32 only, whatever precision surrounds the model."""
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
-    """Whether every number of a floating-point dtype is one of another."""
-    ours, theirs = torch.finfo(wide), torch.finfo(narrow)
-    return ours.eps <= theirs.eps and ours.max >= theirs.max and ours.tiny <= theirs.tiny
-
-
-def applied(function: Callable[[Tensor], Tensor], tensor: Tensor, least: torch.dtype) -> Tensor:
-    """``function(tensor)``, as ``nn.Module.to`` and its like have it, with every number kept.
+def apply_keeping_precision(
+    function: Callable[[Tensor], Tensor], tensor: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Move or cast a tensor as ``nn.Module.to`` and its like do, without losing precision.
 
     Args:
-        function: moves or casts.
+        function: moves or casts a tensor.
         tensor: of a floating-point dtype.
-        least: a dtype that the result of a cast can hold every number of; where it could not, what
-            comes out is the tensor in this dtype, on the device where ``function`` put it.
+        dtype: the least precision of the result. If ``function`` casts to a dtype that cannot
+            represent all numbers of this one, only the device of its result is used.
+
+    Returns:
+        The tensor on the device where ``function`` put it.
     """
     moved = function(tensor)
-    if moved.dtype == tensor.dtype or not moved.is_floating_point() or holds(moved.dtype, least):
+    is_cast = moved.dtype != tensor.dtype and moved.is_floating_point()
+    if not is_cast or can_represent(moved.dtype, dtype):
         return moved
-    return tensor.to(device=moved.device, dtype=least)
+    return tensor.to(device=moved.device, dtype=dtype)

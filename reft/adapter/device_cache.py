@@ -1,14 +1,14 @@
-"""Adapters on the device: tables of A, b and R that one call of the operator picks entries of.
+"""A cache of adapters on the device, for batches that mix adapters.
 
-A table holds E entries, (E, r, D), for one place in the model. An adapter that is resident owns one
-entry for each of its sets of weights, the same numbers in the tables of all its layers. Ranks are
-padded with zeros to the table's: a row of zeros in R adds nothing. When there is no room, the
-adapters that were used longest ago go.
+For each edited layer and kind of edit, the cache holds the weights of all its adapters in tensors
+of E slots, (E, r, D), so that one call of the operator edits rows of any of them. An adapter takes
+one slot for each of its groups, with the same number in every layer. Smaller ranks are padded with
+zeros: a zero row of R adds nothing. If the cache is full, the least recently used adapters are
+evicted.
 """
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -20,17 +20,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reft.adapter.edit_weights import LayerWeights, num_bytes
+from reft.adapter.locks import Lock
 from reft_kernels.spec import EditWeights
 
 #: Where an edit acts: block number and component.
 EditSite = tuple[int, str]
 
-#: Names what is resident: its content, and what else decides which edit that is.
-Key = tuple[str, object]
+#: Identifies weights: the content hash of an adapter, and its active ranks or version.
+CacheKey = tuple[str, object]
+
+#: Slots that the cache begins with, if its capacity allows.
+_FIRST_SLOTS = 8
 
 
 class EditKind(NamedTuple):
-    """What edits must share to be done in one call."""
+    """What edits must share to be computed in one call."""
 
     subtract: bool
     activation: str | None
@@ -39,15 +43,15 @@ class EditKind(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class CacheItem:
-    """What is asked to be on the device.
+    """The weights of one adapter, to be held in the cache.
 
     Attributes:
-        key: names the content: equal keys have equal edits, whatever adapter they came from.
-        weights: A, b and R of each site, (g, r, D) and (g, r), wherever they lie.
+        key: identifies the weights; equal keys mean equal edits, whichever adapter they came from.
+        weights: of each site, (g, r, D) and (g, r), on any device.
         sites: where they act, in the order of ``weights``.
     """
 
-    key: Key
+    key: CacheKey
     weights: LayerWeights
     sites: tuple[EditSite, ...]
 
@@ -58,13 +62,13 @@ class CacheItem:
 
     @property
     def groups(self) -> int:
-        """Entries that it takes."""
+        """The number of slots that it takes."""
         return self.weights[0].decode.shape[0]
 
 
 @dataclass(eq=False)
 class LayerSlots:
-    """Parameters of one site: ``encode`` and ``decode`` (E, r, D), ``bias`` (E, r)."""
+    """The slots of one site: ``encode`` and ``decode`` (E, r, D), ``bias`` (E, r)."""
 
     encode: Tensor
     bias: Tensor
@@ -74,63 +78,49 @@ class LayerSlots:
     def nbytes(self) -> int:
         return num_bytes(EditWeights(self.encode, self.bias, self.decode))
 
-    def grown(self, entries: int, rank: int) -> LayerSlots:
-        """A larger table with the same values, zeros elsewhere."""
-        more, wider = entries - self.bias.shape[0], rank - self.bias.shape[1]
+    def enlarged(self, slots: int, rank: int) -> LayerSlots:
+        """Copy the slots into larger tensors, padded with zeros."""
+        new_slots, new_ranks = slots - self.bias.shape[0], rank - self.bias.shape[1]
         return LayerSlots(
-            F.pad(self.encode, (0, 0, 0, wider, 0, more)),
-            F.pad(self.bias, (0, wider, 0, more)),
-            F.pad(self.decode, (0, 0, 0, wider, 0, more)),
+            F.pad(self.encode, (0, 0, 0, new_ranks, 0, new_slots)),
+            F.pad(self.bias, (0, new_ranks, 0, new_slots)),
+            F.pad(self.decode, (0, 0, 0, new_ranks, 0, new_slots)),
         )
 
-    def write(self, entries: Tensor, weights: EditWeights) -> None:
-        """Set entries (g,) to A, R (g, r, D) and b (g, r), padded to the rank of the table."""
+    def write(self, slots: Tensor, weights: EditWeights) -> None:
+        """Write weights of g groups into slots (g,), padded with zeros to the rank of the slots."""
         missing = self.bias.shape[1] - weights.decode.shape[1]
         for target, value in zip((self.encode, self.bias, self.decode), weights[:3], strict=True):
             if value is None:
-                target.index_fill_(0, entries, 0)
+                target.index_fill_(0, slots, 0)
                 continue
-            pad = (0, missing) if value.ndim == 2 else (0, 0, 0, missing)
-            target.index_copy_(0, entries, F.pad(value.to(target.device), pad))
-
-
-class Lock:
-    """A lock that a copied or pickled model gets anew."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
-        return Lock, ()
-
-
-class Leases(weakref.WeakSet["Lease"]):
-    """Those that live; a copied or pickled model has none."""
-
-    def __reduce__(self) -> tuple[type[Leases], tuple[()]]:
-        return Leases, ()
+            padding = (0, missing) if value.ndim == 2 else (0, 0, 0, missing)
+            target.index_copy_(0, slots, F.pad(value.to(target.device), padding))
 
 
 class Lease:
-    """As long as it lives, its entries are given to nobody else."""
+    """Keeps slots from being overwritten as long as it lives."""
 
-    def __init__(self, entries: Iterable[tuple[int, ...]]) -> None:
-        self.entries = frozenset(number for group in entries for number in group)
+    def __init__(self, slots: Iterable[tuple[int, ...]]) -> None:
+        self.slots = frozenset(slot for item in slots for slot in item)
+
+
+class _Leases(weakref.WeakSet[Lease]):
+    """The live leases. A copied or pickled model has none."""
+
+    def __reduce__(self) -> tuple[type[_Leases], tuple[()]]:
+        return _Leases, ()
 
 
 class AdapterCache:
-    """The adapters on the device. Several threads may use them while others change the pool: what
-    forwards in progress together need beyond the capacity takes more entries for that time.
+    """The adapters on the device.
+
+    Threads may use it at once. Forwards in progress that need more adapters together than the
+    capacity take additional slots for that time.
 
     Args:
-        capacity: adapters that may be there at once, at least 1.
-        device_of: site -> its device.
+        capacity: the number of adapters that may be cached at once, at least 1.
+        device_of: site to its device.
 
     Raises:
         ValueError: a capacity below 1.
@@ -140,17 +130,22 @@ class AdapterCache:
         self.capacity = capacity
         self._lock = Lock()
         self._device_of = device_of
-        self._tables: dict[tuple[EditSite, EditKind], LayerSlots] = {}
-        self._used: OrderedDict[Key, tuple[tuple[int, ...], CacheItem]] = OrderedDict()
+        self._current: dict[str, CacheItem] = {}
+        self._versions = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._layers: dict[tuple[EditSite, EditKind], LayerSlots] = {}
+        self._cached: OrderedDict[CacheKey, tuple[int, ...]] = OrderedDict()
         self._free: list[int] = []
-        self._leases = Leases()
-        self._leased: list[int] = []  # given up, and still read by somebody
-        self._entries, self._ranks = 0, dict[EditKind, int]()
+        self._leases = _Leases()
+        self._evicted: list[int] = []  # slots of evicted items that a lease may still protect
+        self._num_slots, self._ranks = 0, dict[EditKind, int]()
 
     @property
     def capacity(self) -> int:
-        """Adapters that may be resident at once. Lowered, it takes effect when the next one
-        comes."""
+        """The number of adapters that may be cached at once. A lower value takes effect at the next
+        insertion."""
         return self._capacity
 
     @capacity.setter
@@ -160,129 +155,150 @@ class AdapterCache:
         self._capacity = value
 
     @property
-    def resident(self) -> list[Key]:
-        """Keys of what is on the device, least recently used first."""
-        return list(self._used)
+    def keys(self) -> list[CacheKey]:
+        """Keys of the cached items, least recently used first."""
+        return list(self._cached)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tables."""
-        return sum(table.nbytes for table in self._tables.values())
+        """Bytes of all slots, free ones included."""
+        return sum(layer.nbytes for layer in self._layers.values())
 
-    def reserve(
-        self, sites: Iterable[EditSite], kind: EditKind, *, entries: int, rank: int, dim: int
-    ) -> None:
-        """Allocate tables now, for engines whose graphs keep their addresses."""
-        self._grow(entries, kind, rank)
-        for site in sites:
-            self._table(site, kind, dim)
+    # ---------------------------------------------------------------- insertion and eviction
 
     @torch.no_grad()
-    def admit(self, wanted: Sequence[CacheItem]) -> list[tuple[int, ...]]:
-        """Bring adapters onto the device, together.
+    def insert(self, items: Sequence[CacheItem]) -> list[tuple[int, ...]]:
+        """Bring the adapters of one batch onto the device.
 
         Args:
-            wanted: of one batch; equal keys once or more.
+            items: of the batch; keys may repeat.
 
         Returns:
-            The entries of each, one a group.
+            The slots of each item, one for each of its groups.
 
         Raises:
-            ValueError: more different ones than the capacity. Nothing was changed.
+            ValueError: more different keys than the capacity. Nothing was changed.
         """
-        keys = {one.key for one in wanted}
+        keys = {item.key for item in items}
         if len(keys) > self.capacity:
             raise ValueError(
                 f"a batch may use at most {self.capacity} different adapters, the capacity of the "
                 f"pool; this one uses {len(keys)}"
             )
         with self._lock:
-            return self._admit(wanted, keys)
+            self._reclaim()
+            missing = {item.key: item for item in items if item.key not in self._cached}
+            for key in keys & self._cached.keys():
+                self._cached.move_to_end(key)
+            excess = max(len(self._cached) + len(missing) - self.capacity, 0)
+            for key in [key for key in self._cached if key not in keys][:excess]:
+                self.evict(key)
+            for item in missing.values():
+                self._load(item)
+            return [self._cached[item.key] for item in items]
 
-    def lease(self, wanted: Sequence[CacheItem]) -> tuple[list[tuple[int, ...]], Lease]:
-        """:meth:`admit`, and what keeps the entries from being written until it is forgotten."""
+    def lease(self, items: Sequence[CacheItem]) -> tuple[list[tuple[int, ...]], Lease]:
+        """Insert items, and return with their slots a lease that protects these slots."""
         with self._lock:
-            entries = self.admit(wanted)
-            lease = Lease(entries)
+            slots = self.insert(items)
+            lease = Lease(slots)
             self._leases.add(lease)
-            return entries, lease
+            return slots, lease
 
-    def _admit(self, wanted: Sequence[CacheItem], keys: set[Key]) -> list[tuple[int, ...]]:
-        if self._leased:
-            self._reclaim()
-        missing = {one.key: one for one in wanted if one.key not in self._used}
-        for key in keys & self._used.keys():
-            self._used.move_to_end(key)
-        over = len(self._used) + len(missing) - self.capacity
-        for key in [key for key in self._used if key not in keys][: max(over, 0)]:
-            self.drop(key)
-        for one in missing.values():
-            self._load(one)
-        return [self._used[one.key][0] for one in wanted]
-
-    def drop(self, key: Key) -> None:
-        """Give up the entries of an adapter; nothing happens if it is not there."""
+    def evict(self, key: CacheKey) -> None:
+        """Free the slots of an item; do nothing if it is not cached."""
         with self._lock:
-            entries, _ = self._used.pop(key, ((), None))
-            self._leased.extend(entries)
+            self._evicted.extend(self._cached.pop(key, ()))
             self._reclaim()
-
-    def _reclaim(self) -> None:
-        """Entries that were given up and that nobody reads any more are free."""
-        read = {number for lease in list(self._leases) for number in lease.entries}
-        self._free.extend(number for number in self._leased if number not in read)
-        self._leased = [number for number in self._leased if number in read]
-
-    def aside(self, capacity: int) -> AdapterCache:
-        """Empty tables on the same devices, for one batch that needs more than fit here."""
-        return AdapterCache(capacity, self._device_of)
 
     def clear(self) -> None:
-        """Give up everything, memory too."""
-        self.__init__(self.capacity, self._device_of)  # type: ignore[misc]
+        """Evict everything and free the memory."""
+        with self._lock:
+            self._reset()
+
+    def _reclaim(self) -> None:
+        """Free the evicted slots that no lease protects any more."""
+        if not self._evicted:
+            return
+        leased = {slot for lease in list(self._leases) for slot in lease.slots}
+        self._free.extend(slot for slot in self._evicted if slot not in leased)
+        self._evicted = [slot for slot in self._evicted if slot in leased]
+
+    # ---------------------------------------------------------------- adapters with parameters
+
+    def current_item(
+        self, name: str, weights: LayerWeights, sites: tuple[EditSite, ...]
+    ) -> CacheItem:
+        """Return the item of an adapter whose parameters may change.
+
+        A new ``weights`` object gets a new key, and the old weights are evicted.
+        """
+        with self._lock:
+            item = self._current.get(name)
+            if item is None or item.weights is not weights:
+                self.forget(name)
+                self._versions += 1  # never the same key for other values
+                item = CacheItem((f"parameters of {name}", self._versions), weights, sites)
+                self._current[name] = item
+            return item
+
+    def forget(self, name: str) -> None:
+        """Evict an adapter whose parameters may change."""
+        item = self._current.pop(name, None)
+        if item is not None:
+            self.evict(item.key)
+
+    # ---------------------------------------------------------------- use
 
     def weights_at(self, site: EditSite, kind: EditKind) -> EditWeights:
-        """Return the weights of all slots of a site, (E, r, D) and (E, r); there are some as soon
-        as an adapter that edits it was admitted."""
-        slots = self._tables[site, kind]
-        return EditWeights(slots.encode, slots.bias, slots.decode, kind.subtract, kind.activation)
+        """Return the weights of all slots of a site, (E, r, D) and (E, r).
 
-    # ---------------------------------------------------------------- filling
+        Raises:
+            KeyError: no cached adapter has edited this site in this way.
+        """
+        layer = self._layers[site, kind]
+        return EditWeights(layer.encode, layer.bias, layer.decode, kind.subtract, kind.activation)
 
-    def _load(self, one: CacheItem) -> None:
-        rank = one.weights[0].decode.shape[1]
-        self._grow(self._entries - len(self._free) + one.groups, one.kind, rank)
-        entries = tuple(self._free.pop() for _ in range(one.groups))
-        numbers = torch.tensor(entries)
-        for site, weights in zip(one.sites, one.weights, strict=True):
-            table = self._table(site, one.kind, weights.decode.shape[-1])
-            numbers = numbers.to(table.bias.device)
-            table.write(numbers, weights)
-        self._used[one.key] = (entries, one)
+    def temporary(self, capacity: int) -> AdapterCache:
+        """Make an empty cache on the same devices, for one batch that needs more than fits here."""
+        return AdapterCache(capacity, self._device_of)
 
-    def _grow(self, entries: int, kind: EditKind, rank: int) -> None:
-        """Make room for so many entries in all tables, of such a rank in those of ``kind``."""
-        wider = rank > self._ranks.get(kind, 0)
-        if wider:
+    # ---------------------------------------------------------------- memory
+
+    def _load(self, item: CacheItem) -> None:
+        rank = item.weights[0].decode.shape[1]
+        self._grow(self._num_slots - len(self._free) + item.groups, item.kind, rank)
+        slots = tuple(self._free.pop() for _ in range(item.groups))
+        numbers = torch.tensor(slots)
+        for site, weights in zip(item.sites, item.weights, strict=True):
+            layer = self._layer(site, item.kind, weights.decode.shape[-1])
+            numbers = numbers.to(layer.bias.device)
+            layer.write(numbers, weights)
+        self._cached[item.key] = slots
+
+    def _grow(self, slots: int, kind: EditKind, rank: int) -> None:
+        """Make room for this many slots in all layers, and for this rank in those of ``kind``."""
+        more_ranks = rank > self._ranks.get(kind, 0)
+        if more_ranks:
             self._ranks[kind] = rank
-        more = self._entries
-        if entries > more:
-            more = max(entries, min(2 * more, self.capacity), min(8, self.capacity))
-            self._free.extend(reversed(range(self._entries, more)))
-            longer, self._entries = True, more
-        else:
-            longer = False
-        for (site, of), table in self._tables.items():
-            if longer or (wider and of == kind):
-                self._tables[site, of] = table.grown(more, self._ranks[of])
+        more_slots = slots > self._num_slots
+        if more_slots:
+            doubled = min(2 * self._num_slots, self.capacity)
+            grown = max(slots, doubled, min(_FIRST_SLOTS, self.capacity))
+            self._free.extend(reversed(range(self._num_slots, grown)))
+            self._num_slots = grown
+        for (site, layer_kind), layer in self._layers.items():
+            if more_slots or (more_ranks and layer_kind == kind):
+                enlarged = layer.enlarged(self._num_slots, self._ranks[layer_kind])
+                self._layers[site, layer_kind] = enlarged
 
-    def _table(self, site: EditSite, kind: EditKind, dim: int) -> LayerSlots:
-        if (site, kind) not in self._tables:
-            shape = (self._entries, self._ranks[kind], dim)
-            device = self._device_of(site)
+    def _layer(self, site: EditSite, kind: EditKind, dim: int) -> LayerSlots:
+        """Return the slots of a site, allocated on first use."""
+        if (site, kind) not in self._layers:
+            shape = (self._num_slots, self._ranks[kind], dim)
 
             def zeros(*sizes: int) -> Tensor:
-                return torch.zeros(sizes, dtype=kind.dtype, device=device)
+                return torch.zeros(sizes, dtype=kind.dtype, device=self._device_of(site))
 
-            self._tables[site, kind] = LayerSlots(zeros(*shape), zeros(*shape[:2]), zeros(*shape))
-        return self._tables[site, kind]
+            self._layers[site, kind] = LayerSlots(zeros(*shape), zeros(*shape[:2]), zeros(*shape))
+        return self._layers[site, kind]

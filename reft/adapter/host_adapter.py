@@ -1,4 +1,4 @@
-"""An adapter in host memory: what an edit needs of it and no more, named by its content."""
+"""An adapter for inference in host memory: the weights of its edits, identified by a hash."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ from torch import Tensor
 
 from reft.adapter.edit_weights import LayerWeights, num_bytes
 from reft.adapter.parameters import AdapterParameters
-from reft.adapter.tensor_checks import HEADS, bank_shape, check_adapter_tensors
+from reft.adapter.tensor_checks import MODULES_PREFIX, check_adapter_tensors, stack_shape
 from reft.config import ReftConfig
 from reft.io.adapter_files import read_adapter
 from reft.positions import Positions
 
-#: Fields of a configuration that change nothing about what is computed once an adapter is trained.
-_IDLE = frozenset({"base_model_name_or_path", "init", "dropout", "dropout_on", "block_path"})
+#: Fields of a configuration that do not affect what a trained adapter computes.
+_WITHOUT_EFFECT = frozenset(
+    {"base_model_name_or_path", "init", "dropout", "dropout_on", "block_path"}
+)
 
 
 @dataclass(frozen=True, eq=False)
 class HostAdapter:
-    """An adapter as it is served.
+    """An adapter of a pool or of an engine.
 
     Attributes:
-        config: what it is.
-        layers: the numbers of the blocks it edits.
-        weights: A, b and R of each of these, float32 (or wider) on the CPU.
-        content: hexadecimal SHA-256 of all that its edits depend on; two adapters that differ in a
-            bit have different ones, whatever their names.
+        config: its configuration.
+        layers: the numbers of the blocks that it edits.
+        weights: of each of these blocks, in float32 or wider, on the CPU.
+        content_hash: SHA-256, in hexadecimal, of everything that its edits depend on. Adapters that
+            differ in one bit have different hashes, whatever their names.
     """
 
     config: ReftConfig
     layers: tuple[int, ...]
     weights: LayerWeights
-    content: str
+    content_hash: str
 
     @property
     def positions(self) -> Positions:
@@ -50,63 +52,63 @@ class HostAdapter:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it occupies here."""
+        """Bytes in host memory."""
         return sum(map(num_bytes, self.weights))
 
 
 @torch.no_grad()
-def stored(
+def host_adapter(
     config: ReftConfig, tensors: Mapping[str, Tensor], *, num_layers: int, dim: int
 ) -> HostAdapter:
-    """The adapter of a configuration and of the tensors that it is saved as.
+    """Compute the weights of an adapter from the tensors of its file.
 
     Args:
-        config: what it is.
+        config: its configuration.
         tensors: ``rotation``, ``weight`` and ``bias`` on the CPU, named as
             :meth:`AdapterParameters.export_state_dict` names them.
         num_layers: blocks of the model.
         dim: D, the width of its residual stream.
 
     Raises:
-        ValueError: heads, a layer that the model has not, a wrong shape, rows that are not
-            orthonormal where they must be, a value that is not finite.
+        ValueError: modules that are trained in full, a layer that the model does not have, a wrong
+            shape, rows that must be orthonormal and are not, a value that is not finite.
     """
-    if config.modules_to_save or any(name.startswith(HEADS) for name in tensors):
+    if config.modules_to_save or any(name.startswith(MODULES_PREFIX) for name in tensors):
         raise ValueError(
-            "an adapter that is served beside others must be edits alone; this one has "
+            "an adapter of a pool or an engine must consist of edits only; this one has "
             f"modules_to_save = {config.modules_to_save!r}: load it with load_adapter"
         )
     layers = config.resolve_layers(num_layers)
-    check_adapter_tensors(config, bank_shape(config, len(layers), dim), tensors)
+    check_adapter_tensors(config, stack_shape(config, len(layers), dim), tensors)
     adapter = AdapterParameters(config, layers, dim, device="meta")
     adapter = adapter.to_empty(device="cpu").requires_grad_(False).eval()
-    published = {k: v for k, v in tensors.items() if not k.startswith("rotation.")}
-    adapter.load(published)
-    return HostAdapter(
-        config, layers, adapter.edit_weights(), content_of(config, layers, published)
-    )
+    exported = {k: v for k, v in tensors.items() if not k.startswith("rotation.")}
+    adapter.load(exported)
+    content_hash = hash_content(config, layers, exported)
+    return HostAdapter(config, layers, adapter.edit_weights(), content_hash)
 
 
 def read_host_adapter(path: str | os.PathLike[str], *, num_layers: int, dim: int) -> HostAdapter:
-    """The adapter in a folder; see :func:`stored`.
+    """Read an adapter from a folder; see :func:`host_adapter`.
 
     Raises:
         OSError: no such folder, or no adapter in it.
-        ValueError: a damaged file, or as :func:`stored`, with the path.
+        ValueError: a damaged file, or as :func:`host_adapter`, with the path.
     """
     config, tensors = read_adapter(path)
     try:
-        return stored(config, tensors, num_layers=num_layers, dim=dim)
+        return host_adapter(config, tensors, num_layers=num_layers, dim=dim)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from None
 
 
-def content_of(config: ReftConfig, layers: tuple[int, ...], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256, hexadecimal, of the layers, the switches and the values of an adapter."""
+def hash_content(config: ReftConfig, layers: tuple[int, ...], tensors: Mapping[str, Tensor]) -> str:
+    """Compute SHA-256, in hexadecimal, of an adapter's layers, switches and values."""
     digest = hashlib.sha256()
     values = config.to_dict()
-    chosen = {f.name: values[f.name] for f in fields(config) if f.name not in (*_IDLE, "layers")}
-    digest.update(repr((layers, sorted(chosen.items()))).encode())
+    ignored = {*_WITHOUT_EFFECT, "layers"}
+    switches = {f.name: values[f.name] for f in fields(config) if f.name not in ignored}
+    digest.update(repr((layers, sorted(switches.items()))).encode())
     for name, value in sorted(tensors.items()):
         digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)

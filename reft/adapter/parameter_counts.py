@@ -1,4 +1,4 @@
-"""How large a model is and how much of it is trained."""
+"""Counts of the parameters of a model."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from torch import Tensor, nn
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained parameters, all parameters), each one counted once."""
-    trained = total = 0
+    """Count (trainable parameters, all parameters); shared ones count once."""
+    trainable = total = 0
     for parameter in model.parameters():
-        number = _entries(parameter)
-        total += number
-        trained += number if parameter.requires_grad else 0
-    return trained, total
+        size = _size(parameter)
+        total += size
+        trainable += size if parameter.requires_grad else 0
+    return trainable, total
 
 
-def print_parameters(trained: int, total: int) -> None:
-    """Print how many parameters are trained, in PEFT's words."""
+def print_parameters(trainable: int, total: int) -> None:
+    """Print the number of trainable parameters in PEFT's format."""
     Console().print(
-        f"trainable params: {trained:,d} || all params: {total:,d} || "
-        f"trainable%: {100 * trained / total:.4f}",
+        f"trainable params: {trainable:,d} || all params: {total:,d} || "
+        f"trainable%: {100 * trainable / total:.4f}",
         highlight=False,
         soft_wrap=True,
     )
 
 
-def _entries(parameter: Tensor) -> int:
-    """Entries of a parameter, also of one that DeepSpeed has sharded or bitsandbytes has packed."""
-    number = parameter.numel()
-    if number == 0 and hasattr(parameter, "ds_numel"):
-        number = int(parameter.ds_numel)
+def _size(parameter: Tensor) -> int:
+    """Count the entries of a parameter that DeepSpeed may shard or bitsandbytes may pack."""
+    size = parameter.numel()
+    if size == 0 and hasattr(parameter, "ds_numel"):
+        size = int(parameter.ds_numel)
     if type(parameter).__name__ == "Params4bit":
-        number *= 2 * getattr(parameter, "quant_storage", torch.uint8).itemsize
-    return number
+        size *= 2 * getattr(parameter, "quant_storage", torch.uint8).itemsize
+    return size

@@ -1,13 +1,12 @@
-"""The trained parameters of one adapter, all its layers stacked.
+"""The trainable parameters of one adapter, stacked over its layers.
 
-One bank holds W, b and R of every edited layer and group as (L, g, …) tensors, so that what a
-forward needs of them, R orthonormal and A = W − R folded, comes from one batched call whatever L
-is.
+W, b and R of all edited layers and groups are (L, g, …) tensors. One batched call computes what a
+forward needs of them, whatever L is: R orthonormal, and W − R folded into A.
 
-An orthonormal R is not stored: the trained parameter is ``free``, (L, g, D, r), around a fixed
-``base`` of r reflectors, and R = orthonormalize(free, base). Both are keys of the state dict. A new
-or loaded bank has free = 0, R in the base; until it is trained, the R that was loaded is used as it
-is, bit for bit.
+An orthonormal R is not a parameter itself. The parameter is ``free``, (L, g, D, r), around a fixed
+``base`` of r reflectors, with R = orthonormalize(free, base). Both are keys of the state dict.
+After initialisation or loading, free = 0 and ``base`` holds R. A loaded R is used bit for bit until
+it is trained.
 """
 
 from __future__ import annotations
@@ -19,39 +18,48 @@ import torch
 from torch import Tensor, nn
 
 from reft.adapter import init
-from reft.adapter.casting import applied, compute_dtype, no_autocast
+from reft.adapter.casting import apply_keeping_precision
 from reft.adapter.edit_weights import LayerWeights
-from reft.adapter.frames import EXACT, as_base, check_coordinates, check_frame, frame_error
-from reft.adapter.sharding import whole, write
-from reft.adapter.state_dict import beside, check_state
-from reft.adapter.tensor_checks import bank_shape, check_adapter_tensors, check_shapes
+from reft.adapter.sharding import copy_full_tensor, full_tensor
+from reft.adapter.state_dict import check_state_dict, replicated_like
+from reft.adapter.tensor_checks import (
+    EXACT,
+    check_adapter_tensors,
+    check_coordinates,
+    check_orthonormal,
+    check_shapes,
+    orthonormality_error,
+    restore_signs,
+    stack_shape,
+)
 from reft.config import ReftConfig
 from reft_kernels import fold, orthonormalize, reflector_base, transforms
 from reft_kernels.activations import ALIASES, activate
+from reft_kernels.precision import compute_dtype, no_autocast
 from reft_kernels.spec import EditWeights
 
 
 class AdapterParameters(nn.Module):
-    """Parameters of one adapter.
+    """The parameters of one adapter.
 
     Attributes:
-        config: what the adapter is.
+        config: the configuration of the adapter.
         layers: the numbers of the edited blocks, in the order of the stack.
         positions: the parsed positions of ``config``.
         sites: (block number, component) of each layer: the outputs that are edited.
-        weight: W, (L, g, r, D), of ``config.dtype`` like every parameter, or wider where the model
-            was cast to that; None where the family row has none.
+        weight: W, (L, g, r, D), or None if the family row has none. Every parameter has the dtype
+            ``config.dtype``, or a wider one that the model was cast to.
         bias: b, (L, g, r).
-        free: (L, g, D, r), around ``base`` (a buffer), where R is orthonormal; else None.
-        decode: R, (L, g, r, D), where R is free; else None.
+        free: (L, g, D, r), around the buffer ``base``, if R is orthonormal; else None.
+        decode: R, (L, g, r, D), if R is free; else None.
 
     Args:
         config: as above.
         layers: as above.
         dim: D, the width of the residual stream.
-        device: where the parameters live; on "meta" nothing is allocated or drawn.
+        device: where the parameters are; on "meta" nothing is allocated or drawn.
         generator: the source of randomness.
-        start: what was drawn already, for these layers.
+        initial: values of these layers to take instead of drawing them.
 
     Raises:
         ValueError: a rank above D, an impossible "identity".
@@ -63,7 +71,7 @@ class AdapterParameters(nn.Module):
     decode: nn.Parameter | None
     base: Tensor | None
     loaded: Tensor | None
-    fresh: bytes | None = None  # see reft.adapter.untrained
+    initial_digest: bytes | None = None  # see reft.adapter.untrained
 
     def __init__(
         self,
@@ -73,17 +81,17 @@ class AdapterParameters(nn.Module):
         *,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
-        start: init.Start | None = None,
+        initial: init.InitialValues | None = None,
     ) -> None:
         super().__init__()
-        self.shape = bank_shape(config, len(layers), dim)
+        self.shape = stack_shape(config, len(layers), dim)
         self.config, self.layers, self.spec = config, layers, config.spec
         self.positions = config.parsed_positions
         self.sites = tuple((layer, config.component) for layer in layers)
         name = config.activation
         self.activation = None if name is None else ALIASES.get(name, name)
         self._cached: tuple[tuple[Any, ...], LayerWeights] | None = None
-        self._loaded_of: tuple[Any, ...] | None = None  # what free and base were then
+        self._loaded_versions: tuple[Any, ...] | None = None  # of free and base, on loading
         dtype = config.torch_dtype
         transposed = (*self.shape[:2], dim, config.rank)
         spec = self.spec
@@ -95,94 +103,100 @@ class AdapterParameters(nn.Module):
         self.register_parameter("bias", parameter(self.shape[:3]))
         self.register_parameter("free", parameter(transposed) if spec.orthonormal else None)
         self.register_parameter("decode", None if spec.orthonormal else parameter(self.shape))
-        # Its signs and reflectors stay in full precision, whatever is trained around them.
+        # The base keeps full precision, whatever the dtype of the parameters.
         wide = compute_dtype(dtype)
         base = torch.empty(transposed, dtype=wide, device=device) if spec.orthonormal else None
         self.register_buffer("base", base)
         self.register_buffer("loaded", None, persistent=False)
-        self.reset_parameters(generator, start)
+        self.reset_parameters(generator, initial)
 
     @property
     def is_meta(self) -> bool:
-        """Whether there are no values yet."""
+        """Whether the parameters have no values yet."""
         return self.bias.is_meta
 
     def extra_repr(self) -> str:
         return "{}, layers={}, groups={}, rank={}, dim={}".format(self.spec.name, *self.shape)
 
-    # ---------------------------------------------------------------- first values
+    # ---------------------------------------------------------------- initialisation
 
     @torch.no_grad()
     def reset_parameters(
-        self, generator: torch.Generator | None = None, start: init.Start | None = None
+        self,
+        generator: torch.Generator | None = None,
+        initial: init.InitialValues | None = None,
     ) -> None:
-        """Draw first values, or take those of ``start``, as ``config.init`` says; on the meta
-        device there is nothing to draw.
+        """Initialise the parameters as ``config.init`` says; on the meta device nothing is drawn.
+
+        Args:
+            generator: the source of randomness.
+            initial: values to take instead of drawing them.
 
         Raises:
             ValueError: "identity" for a row of the family whose edit cannot be zero.
         """
         dtype, kind = self.bias.dtype, self.config.init
         if kind == "identity":
-            obstacle = init.identity_obstacle(self.spec, self.activation, dtype)
-            if obstacle is not None:
+            reason = init.why_not_identity(self.spec, self.activation, dtype)
+            if reason is not None:
                 raise ValueError(
                     f'ReftConfig.init must be "pyreft" for this {self.spec.name}, got "identity": '
-                    f"{obstacle}"
+                    f"{reason}"
                 )
         if self.is_meta:
             return
-        if start is None:
+        if initial is None:
             wide = compute_dtype(dtype)
             device = self.bias.device if generator is None else generator.device
-            start = init.pyreft(
+            initial = init.draw(
                 self.spec, self.shape, dtype=wide, device=device, generator=generator
             )
-        self.assign(rotation=start.rotation, weight=start.weight, bias=start.bias)
+        self.assign(rotation=initial.rotation, weight=initial.weight, bias=initial.bias)
         if kind == "identity":
-            self.assign(**init.identity(self.spec, start, self.rotation()))
+            self.assign(**init.identity_values(self.spec, initial, self.rotation()))
 
-    # ---------------------------------------------------------------- what a forward needs
+    # ---------------------------------------------------------------- weights of a forward
 
     def rotation(self) -> Tensor:
-        """R, (L, g, r, D), in float32 or wider, orthonormal where the family row says so; with a
-        graph."""
+        """Compute R, (L, g, r, D), with a graph, in float32 or wider; orthonormal if the family row
+        says so."""
         wide = compute_dtype(self.bias.dtype)
         with no_autocast(self.bias.device.type):
             if self.free is None:
                 assert self.decode is not None
                 return self.decode.to(wide)
             learns = torch.is_grad_enabled() and self.free.requires_grad
-            if not learns and (loaded := self._still_loaded()) is not None:
+            if not learns and (loaded := self._current_loaded()) is not None:
                 return loaded
             assert self.base is not None
             return orthonormalize(self.free.to(wide), self.base.to(wide))
 
-    def _keep(self, rotation: Tensor) -> None:
-        """Use this very R, where it is one to rounding, until it is trained."""
+    def _keep_loaded(self, rotation: Tensor) -> None:
+        """Use this very R until it is trained, if it is orthonormal to rounding."""
         if self.base is None or rotation.dtype != self.base.dtype or self.base.is_meta:
             return
-        if frame_error(rotation) <= EXACT:
+        if orthonormality_error(rotation) <= EXACT:
             self.loaded = rotation.to(self.base.device, copy=True)
-            self._loaded_of = self._frame_of()
+            self._loaded_versions = self._rotation_versions()
 
-    def _still_loaded(self) -> Tensor | None:
-        """The R that was loaded, if nothing has changed it since."""
+    def _current_loaded(self) -> Tensor | None:
+        """Return the R that was loaded, if nothing has changed it since."""
         loaded = self.loaded
-        if loaded is None or _looked_through():
+        if loaded is None or _is_traced():
             return None
         assert self.base is not None
-        if self._loaded_of != self._frame_of() or loaded.dtype != self.base.dtype:
+        changed = self._loaded_versions != self._rotation_versions()
+        if changed or loaded.dtype != self.base.dtype:
             self.loaded = loaded = None
         return loaded
 
-    def _frame_of(self) -> tuple[Any, ...]:
+    def _rotation_versions(self) -> tuple[Any, ...]:
         assert self.free is not None and self.base is not None
         return _version(self.free), _version(self.base)
 
     def forward(self) -> LayerWeights:
         """Return :meth:`edit_weights`. Call the module, so that engines which shard parameters
-        gather them; they find the tensors to watch in the tuples that it returns."""
+        gather them; they look for the tensors of backward in the tuples that it returns."""
         return self.edit_weights()
 
     def edit_weights(self) -> LayerWeights:
@@ -191,13 +205,13 @@ class AdapterParameters(nn.Module):
         No result shares memory with a parameter, so that an engine may free the parameters at once.
         Without gradients and in eval mode the result is cached until a parameter changes.
         """
-        if torch.is_grad_enabled() or self.training or _looked_through():
+        if torch.is_grad_enabled() or self.training or _is_traced():
             self._cached = None
             return self._compute()
-        key = tuple(_version(tensor) for tensor in (*self.parameters(), *self.buffers()))
-        cached = self._cached  # one look: threads may share a bank
-        if cached is None or cached[0] != key:
-            self._cached = cached = (key, self._compute())
+        versions = tuple(_version(tensor) for tensor in (*self.parameters(), *self.buffers()))
+        cached = self._cached  # read once: threads may share the adapter
+        if cached is None or cached[0] != versions:
+            self._cached = cached = (versions, self._compute())
         return cached[1]
 
     def _compute(self) -> LayerWeights:
@@ -210,38 +224,43 @@ class AdapterParameters(nn.Module):
                 bias, activation = activate(activation, bias), None
             encode, subtract = fold(encode, rotation, subtract, activation)
         # unbind, not indexing: its backward is one stack, not one full-size gradient a layer.
-        biases = _own(bias, self.bias).unbind(0)
-        encodes = [None] * len(biases) if encode is None else _own(encode, self.weight).unbind(0)
-        decodes = _own(rotation, self.decode).unbind(0)
+        biases = _in_new_memory(bias, self.bias).unbind(0)
+        decodes = _in_new_memory(rotation, self.decode).unbind(0)
+        encodes: tuple[Tensor | None, ...] = (None,) * len(biases)
+        if encode is not None:
+            encodes = _in_new_memory(encode, self.weight).unbind(0)
         return tuple(
             EditWeights(*layer, subtract, activation)
             for layer in zip(encodes, biases, decodes, strict=True)
         )
 
     def train(self, mode: bool = True) -> AdapterParameters:
-        # Some optimizers write past the version counters; between two modes nothing is trusted.
+        # Some optimizers write without raising the version counter: a mode change ends the cache.
         self._cached = None
         if mode and self.bias.requires_grad:
             self.loaded = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None, "_loaded_of": self._still_loaded() is not None}
+        is_current = self._current_loaded() is not None
+        return {**self.__dict__, "_cached": None, "_loaded_versions": is_current}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._loaded_of = self._frame_of() if self._loaded_of else None
+        self._loaded_versions = self._rotation_versions() if self._loaded_versions else None
 
-    # ---------------------------------------------------------------- torch's own ways
+    # ---------------------------------------------------------------- overrides of nn.Module
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterParameters:
-        own = self.config.torch_dtype
+        dtype = self.config.torch_dtype
 
-        def keeping(tensor: Tensor) -> Tensor:
-            fixed = tensor is self.base or tensor is self.loaded
-            return applied(fn, tensor, compute_dtype(own) if fixed else own)
+        def apply(tensor: Tensor) -> Tensor:
+            is_rotation = tensor is self.base or tensor is self.loaded
+            return apply_keeping_precision(
+                fn, tensor, compute_dtype(dtype) if is_rotation else dtype
+            )
 
-        super()._apply(keeping, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _save_to_state_dict(
@@ -249,23 +268,23 @@ class AdapterParameters(nn.Module):
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.base is not None:
-            destination[f"{prefix}base"] = beside(self.base, self.free)
+            destination[f"{prefix}base"] = replicated_like(self.base, self.free)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        check_state(self, state_dict, prefix)
-        self.fresh = None
+        check_state_dict(self, state_dict, prefix)
+        self.initial_digest = None
         key = f"{prefix}base"
         if self.base is not None and key in state_dict:
-            # A dictionary of torch's own, made for this call.
-            state_dict[key] = as_base(whole(state_dict[key]), self.base.dtype)
+            # torch made this dict for the call: it may be written.
+            state_dict[key] = restore_signs(full_tensor(state_dict[key]), self.base.dtype)
             self.loaded = None
         self._cached = None
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @torch.no_grad()
     def orthonormality_error(self) -> float:
-        """max |R Rᵀ − I| over layers and groups; 0.0 where R is not kept orthonormal."""
-        return frame_error(self.rotation()) if self.spec.orthonormal else 0.0
+        """Return max |R Rᵀ − I| over layers and groups; 0.0 if R is free."""
+        return orthonormality_error(self.rotation()) if self.spec.orthonormal else 0.0
 
     # ---------------------------------------------------------------- values by name
 
@@ -277,122 +296,124 @@ class AdapterParameters(nn.Module):
         weight: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> None:
-        """Set parameters by hand; what is None keeps its value.
+        """Set parameters; None keeps the value of a parameter.
 
         Args:
-            rotation: R, (L, g, r, D). Where R is orthonormal its rows must be; it becomes the
-                base point and ``free`` is cleared.
+            rotation: R, (L, g, r, D). If R is orthonormal, its rows must be orthonormal; it becomes
+                the base point and ``free`` becomes 0.
             weight: W, (L, g, r, D).
             bias: b, (L, g, r).
 
         Raises:
-            ValueError: a wrong shape, a W where the family row has none, rows that are not
+            ValueError: a wrong shape, a W although the family row has none, rows that are not
                 orthonormal. Nothing was changed.
         """
-        given = {"rotation": rotation, "weight": weight, "bias": bias}
-        new = {name: value for name, value in given.items() if value is not None}
-        check_shapes(self.config, self.shape, new)
-        self._cached = self.fresh = None
+        values = {"rotation": rotation, "weight": weight, "bias": bias}
+        given = {name: value for name, value in values.items() if value is not None}
+        check_shapes(self.config, self.shape, given)
+        self._cached = self.initial_digest = None
         if rotation is not None:
             self._assign_rotation(rotation.to(self.bias.device))
-        for target, given_value in ((self.weight, weight), (self.bias, bias)):
-            if given_value is not None:
+        for target, value in ((self.weight, weight), (self.bias, bias)):
+            if value is not None:
                 assert target is not None
-                write(target, given_value)
+                copy_full_tensor(target, value)
 
     def _assign_rotation(self, rotation: Tensor) -> None:
         if self.decode is not None:
-            write(self.decode, rotation)
+            copy_full_tensor(self.decode, rotation)
             return
         assert self.free is not None and self.base is not None
         wide = rotation.to(self.base.dtype)
-        check_frame(rotation, wide.dtype, self.spec.name)
+        check_orthonormal(rotation, wide.dtype, self.spec.name)
         self.base.copy_(reflector_base(wide))
-        write(self.free, torch.zeros_like(self.base))
+        copy_full_tensor(self.free, torch.zeros_like(self.base))
         self.loaded = None
 
     @torch.no_grad()
-    def export_state_dict(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """What an adapter is to its users: ``rotation`` (R), ``weight`` (W), ``bias`` (b), new
-        tensors.
+    def export_state_dict(
+        self, state_dict: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return copies of ``rotation`` (R), ``weight`` (W) and ``bias`` (b), as they are saved.
 
         Args:
-            state: the module's state dict, as an engine that shards parameters gathers it; None to
-                read the module.
+            state_dict: the module's state dict, gathered by an engine that shards parameters; None
+                to read the module.
 
         Raises:
-            RuntimeError: a state that lacks something, or does not fit.
+            RuntimeError: a state dict that lacks a key or does not fit.
         """
-        own = self._gathered(state)
-        published = {"bias": own["bias"].clone()}
+        state = self._full_state(state_dict)
+        exported = {"bias": state["bias"].clone()}
         if self.weight is not None:
-            published["weight"] = own["weight"].clone()
+            exported["weight"] = state["weight"].clone()
         if self.free is None:
-            published["rotation"] = own["decode"].clone()
-        elif state is None and (loaded := self._still_loaded()) is not None:
-            published["rotation"] = loaded.clone()
+            exported["rotation"] = state["decode"].clone()
+        elif state_dict is None and (loaded := self._current_loaded()) is not None:
+            exported["rotation"] = loaded.clone()
         else:
-            free, base = own["free"], own["base"]
+            free, base = state["free"], state["base"]
             wide = compute_dtype(free.dtype)
-            published["rotation"] = orthonormalize(free.to(wide), base.to(free.device, wide))
-        return published
+            exported["rotation"] = orthonormalize(free.to(wide), base.to(free.device, wide))
+        return exported
 
     @torch.no_grad()
-    def training_state(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """:meth:`export_state_dict`, and ``rotation.free`` and ``rotation.base``, with which a
-        training run continues bit for bit."""
-        saved, own = self.export_state_dict(state), self._gathered(state)
+    def training_state(self, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return :meth:`export_state_dict` and ``rotation.free`` and ``rotation.base``, from which
+        training resumes bit for bit."""
+        exported, state = self.export_state_dict(state_dict), self._full_state(state_dict)
         for name in ("free", "base") if self.base is not None else ():
-            saved[f"rotation.{name}"] = own[name].clone()
-        return saved
+            exported[f"rotation.{name}"] = state[name].clone()
+        return exported
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], *, training_state: bool = False) -> None:
         """Set every value from :meth:`export_state_dict` or :meth:`training_state`.
 
         Args:
-            tensors: by name. Without ``training_state`` the tensors of a training run may be
-                there and are not read.
-            training_state: take ``rotation.free`` and ``rotation.base``, bit for bit.
+            tensors: by name. Without ``training_state``, ``rotation.free`` and ``rotation.base``
+                are optional and ignored.
+            training_state: load ``rotation.free`` and ``rotation.base``, bit for bit.
 
         Raises:
             ValueError: a missing or unknown name, numbers that are not finite, or as
                 :meth:`assign`. Nothing was changed.
         """
         check_adapter_tensors(self.config, self.shape, tensors, training_state=training_state)
-        needed = [name for name in ("rotation", "weight", "bias") if name in tensors]
+        names = [name for name in ("rotation", "weight", "bias") if name in tensors]
         if not training_state or not self.spec.orthonormal:
-            self.assign(**{name: tensors[name] for name in needed})
-            self._keep(tensors["rotation"])
+            self.assign(**{name: tensors[name] for name in names})
+            self._keep_loaded(tensors["rotation"])
             return
         assert self.free is not None and self.base is not None
         check_coordinates(tensors, self.base.dtype, self.spec.name)
-        self.assign(**{name: tensors[name] for name in needed if name != "rotation"})
+        self.assign(**{name: tensors[name] for name in names if name != "rotation"})
         self.base.copy_(tensors["rotation.base"])
-        write(self.free, tensors["rotation.free"])
+        copy_full_tensor(self.free, tensors["rotation.free"])
 
-    def _gathered(self, state: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
-        """The state by name, whole where an engine holds shards (then every rank has to call)."""
-        if state is not None:
-            check_state(self, state, "", whole=True)
+    def _full_state(self, state_dict: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        """Return the state dict, gathered if it is sharded (every rank must call this then)."""
+        if state_dict is not None:
+            check_state_dict(self, state_dict, "", complete=True)
             if self.base is None:
-                return state
-            return {**state, "base": as_base(state["base"], compute_dtype(state["free"].dtype))}
-        own = {name: whole(value) for name, value in self.named_parameters()}
-        return own if self.base is None else {**own, "base": self.base}
+                return state_dict
+            wide = compute_dtype(state_dict["free"].dtype)
+            return {**state_dict, "base": restore_signs(state_dict["base"], wide)}
+        state = {name: full_tensor(parameter) for name, parameter in self.named_parameters()}
+        return state if self.base is None else {**state, "base": self.base}
 
 
-def _own(value: Tensor, parameter: Tensor | None) -> Tensor:
-    """``value`` in memory of its own."""
+def _in_new_memory(value: Tensor, parameter: Tensor | None) -> Tensor:
+    """Copy ``value`` if it is the parameter itself."""
     return value.clone() if value is parameter else value
 
 
-def _looked_through() -> bool:
-    """Whether what is kept would hide a parameter from a tracer or a transform: a tangent changes
+def _is_traced() -> bool:
+    """Whether a cached value would hide a parameter from a tracer or a transform: a tangent changes
     neither the memory nor the version of a tensor."""
     return torch.compiler.is_compiling() or transforms.active()
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:
-    """What changes when a tensor is written or replaced."""
+    """Return what changes when a tensor is written or replaced."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

@@ -1,4 +1,4 @@
-"""Adapters by name in host memory, for batches that mix any of them."""
+"""Adapters by name in host memory, for inference with batches that mix them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Protocol
 
 import torch
 
-from reft.adapter.device_cache import AdapterCache, CacheItem, EditSite, Lock
-from reft.adapter.edit_weights import LayerWeights
+from reft.adapter.device_cache import AdapterCache, EditSite
 from reft.adapter.host_adapter import HostAdapter, read_host_adapter
+from reft.adapter.locks import Lock
 from reft.config import ReftConfig
 
-#: Adapters on the device at once, unless said otherwise.
+#: Default number of adapters on the device at once.
 CAPACITY = 64
 
 
 class Host(Protocol):
-    """What a pool needs of the model that it serves."""
+    """The model of a pool, as the pool needs it."""
 
     @property
     def num_layers(self) -> int: ...
@@ -29,153 +29,131 @@ class Host(Protocol):
     def device_of(self, site: EditSite) -> torch.device: ...
 
     def check_new_name(self, name: str) -> None:
-        """Raises ValueError."""
+        """Raise ValueError if an adapter may not get this name."""
 
     def check_config(self, config: ReftConfig) -> None:
-        """Raises ValueError."""
+        """Raise ValueError if the model cannot be edited in this way."""
 
     def check_origin(self, path: str | os.PathLike[str], config: ReftConfig) -> None:
-        """Warns where the adapter was made for another base."""
+        """Warn if the adapter was trained for another base model."""
 
     def pool_changed(self) -> None:
-        """Adapters came or went."""
+        """Update the hooks after adapters were added or removed."""
 
 
 class AdapterPool:
-    """Adapters that are served, thousands of them; a few at a time are on the device.
+    """Adapters for inference, thousands of them in host memory and a few on the device at a time.
 
-    ``adapter_names`` of a forward or a ``generate`` may name them beside those that were loaded
-    with ``load_adapter``. They are for inference: nothing of them is trained.
+    ``adapter_names`` of a forward or of ``generate`` may name them beside the adapters that were
+    loaded with ``load_adapter``. Adapters of the pool cannot be trained.
 
     Attributes:
-        tables: what is on the device.
+        cache: the adapters on the device.
     """
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._stored: dict[str, HostAdapter] = {}
-        self._banks: dict[str, CacheItem] = {}
-        self._versions = 0
+        self._adapters: dict[str, HostAdapter] = {}
         self._lock = Lock()
-        self.tables = AdapterCache(CAPACITY, host.device_of)
+        self.cache = AdapterCache(CAPACITY, host.device_of)
 
     # ---------------------------------------------------------------- names
 
     def add(self, name: str, path: str | os.PathLike[str], *, replace: bool = False) -> None:
-        """Read an adapter's folder and keep it under a name.
+        """Read an adapter's folder and keep the adapter under a name.
 
-        A generation that is in progress goes on with the adapter that it started with.
+        A generation in progress continues with the adapter that it started with.
 
         Args:
             name: new among the model's adapters, unless ``replace``.
-            path: what ``save_pretrained`` wrote.
-            replace: whether the pool may have an adapter of this name; it is replaced.
+            path: a folder that ``save_pretrained`` wrote.
+            replace: replace the pool's adapter of this name, if there is one.
 
         Raises:
             OSError: no such folder, or no adapter in it.
             ValueError: a name that is taken or not allowed, a damaged file, an adapter that does
-                not fit the model or has heads. Nothing was changed.
+                not fit the model or has ``modules_to_save``. Nothing was changed.
         """
-        if not (replace and name in self._stored):
+        if not (replace and name in self._adapters):
             self._host.check_new_name(name)
-        one = read_host_adapter(path, num_layers=self._host.num_layers, dim=self._host.dim)
+        adapter = read_host_adapter(path, num_layers=self._host.num_layers, dim=self._host.dim)
         try:
-            self._host.check_config(one.config)
+            self._host.check_config(adapter.config)
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from None
         with self._lock:
-            old = self._stored.get(name)
-            if old is None:
+            replaced = self._adapters.get(name)
+            if replaced is None:
                 self._host.check_new_name(name)
-            self._stored[name] = one
-            self._forget(old)
+            self._adapters[name] = adapter
+            if replaced is not None:
+                self._evict(replaced)
             self._host.pool_changed()
-        self._host.check_origin(path, one.config)
+        self._host.check_origin(path, adapter.config)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter.
+        """Remove an adapter from host memory and from the device.
 
         Raises:
-            ValueError: there is none of this name in the pool.
+            ValueError: the pool has no adapter of this name.
         """
         with self._lock:
             if name not in self:
                 raise ValueError(
                     f"name must be one of the pool's {len(self)} adapters, got {name!r}"
                 )
-            self._forget(self._stored.pop(name))
+            self._evict(self._adapters.pop(name))
             self._host.pool_changed()
 
     def __len__(self) -> int:
-        return len(self._stored)
+        return len(self._adapters)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name in self._stored
+        return isinstance(name, str) and name in self._adapters
 
     @property
     def names(self) -> list[str]:
-        """All adapters, oldest first."""
-        return list(self._stored)
+        """Names of all adapters, oldest first."""
+        return list(self._adapters)
 
     @property
     def adapters(self) -> MappingProxyType[str, HostAdapter]:
-        """name -> what is kept of it, read-only."""
-        return MappingProxyType(self._stored)
+        """Adapters by name, read-only."""
+        return MappingProxyType(self._adapters)
 
     # ---------------------------------------------------------------- sizes
 
     @property
     def capacity(self) -> int:
-        """Adapters that may be on the device at once, and so in one batch; may be set. Those that
-        were used longest ago make room."""
-        return self.tables.capacity
+        """The number of adapters that may be on the device at once, and so in one batch. It may be
+        set. The least recently used adapters are evicted."""
+        return self.cache.capacity
 
     @capacity.setter
     def capacity(self, value: int) -> None:
-        self.tables.capacity = value
+        self.cache.capacity = value
 
     @property
     def resident(self) -> list[str]:
-        """Names of those that are on the device now."""
-        there = {key[0] for key in self.tables.resident}
-        return [name for name, one in self._stored.items() if one.content in there]
+        """Names of the adapters that are on the device now."""
+        hashes = {key[0] for key in self.cache.keys}
+        return [name for name, adapter in self._adapters.items() if adapter.content_hash in hashes]
 
     @property
     def nbytes(self) -> int:
         """Bytes in host memory."""
-        return sum({one.content: one.nbytes for one in self._stored.values()}.values())
+        sizes = {adapter.content_hash: adapter.nbytes for adapter in self._adapters.values()}
+        return sum(sizes.values())
 
     @property
     def resident_nbytes(self) -> int:
-        """Bytes of the tables on the device, free entries included."""
-        return self.tables.nbytes
+        """Bytes on the device, free slots included."""
+        return self.cache.nbytes
 
-    # ---------------------------------------------------------------- adapters with parameters
-
-    def of_bank(self, name: str, weights: LayerWeights, sites: tuple[EditSite, ...]) -> CacheItem:
-        """What is asked for an adapter of the model itself, whose values may change: as long as
-        ``weights`` is the same object, they did not."""
-        with self._lock:
-            known = self._banks.get(name)
-            if known is None or known.weights is not weights:
-                self.forget_bank(name)
-                self._versions += 1  # never the same key for other values
-                known = CacheItem((f"bank {name}", self._versions), weights, sites)
-                self._banks[name] = known
-            return known
-
-    def forget_bank(self, name: str) -> None:
-        """Free the entries of an adapter of the model itself."""
-        known = self._banks.pop(name, None)
-        if known is not None:
-            self.tables.drop(known.key)
-
-    def _forget(self, one: HostAdapter | None) -> None:
-        """Free the entries of an adapter that has no name any more."""
-        if one is None or any(
-            other.content == one.content for other in list(self._stored.values())
-        ):
+    def _evict(self, adapter: HostAdapter) -> None:
+        """Evict an adapter that has no name any more from the device."""
+        if any(other.content_hash == adapter.content_hash for other in [*self._adapters.values()]):
             return
-        for key in self.tables.resident:
-            if key[0] == one.content:
-                self.tables.drop(key)
+        for key in self.cache.keys:
+            if key[0] == adapter.content_hash:
+                self.cache.evict(key)

@@ -1,5 +1,7 @@
-"""The requests of an engine that mixes chunks of many prompts in one step: what edits each of them,
-and at which of its tokens. All of it is told on the host, once for each request."""
+"""Requests of an engine that computes chunks of many prompts in one step.
+
+The adapter and the edited tokens of a request are determined on the host, once a request.
+"""
 
 from __future__ import annotations
 
@@ -7,133 +9,137 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from reft.adapter.device_cache import CacheItem, Key
-from reft.adapter.token_positions import Places, block_places, edited_places
+from reft.adapter.device_cache import CacheItem, CacheKey
+from reft.adapter.token_positions import TokenPositions, positions_between, token_positions
 from reft.config import ReftConfig
 
-#: Ids below this one stand for edited tokens; transformers uses −1 itself.
-_LAST = -2
+#: The largest id of an edited token is the next smaller one; transformers uses −1 itself.
+_BELOW_TOKENS = -2
 
-#: Ids are hashed as signed integers of 32 bits.
+#: Engines hash ids as signed integers of 32 bits.
 _SMALLEST = -(2**31)
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What edits one request, settled when it came.
+    """The edit of one request, determined when the request is added.
 
     Attributes:
-        resident: A, b and R and where they act; None for no adapter.
-        scale: what the edit is multiplied by.
-        places: the edited tokens of which the number is known: of the prompt, and those of
-            "prompt+g…" behind it.
-        everything_from: every token from here on is edited too ("all"); None otherwise.
+        item: the weights of its adapter and where they act; None for no adapter.
+        scale: multiplies the edit.
+        positions: the edited tokens of the prompt, and of "prompt+g…" those generated behind it.
+        all_from: every token from this position on is edited too (positions "all"); else None.
     """
 
-    resident: CacheItem | None = None
+    item: CacheItem | None = None
     scale: float = 1.0
-    places: Places = ()
-    everything_from: int | None = None
+    positions: TokenPositions = ()
+    all_from: int | None = None
 
     def edited(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """(token, group) of the edited ones among tokens ``start`` to ``stop`` − 1, ascending."""
-        places = self.places
-        if places and start <= places[-1][0]:
-            yield from block_places(places, start, stop)
-        if self.everything_from is not None:
-            for at in range(max(start, self.everything_from), stop):
-                yield at, 0
+        """Yield (position, group) of the edited tokens ``start`` to ``stop`` − 1, ascending."""
+        if self.positions and start <= self.positions[-1][0]:
+            yield from positions_between(self.positions, start, stop)
+        if self.all_from is not None:
+            for position in range(max(start, self.all_from), stop):
+                yield position, 0
 
 
 #: A request without an adapter.
 UNEDITED = Request()
 
 
-def request_of(
-    config: ReftConfig, resident: CacheItem, scale: float, prompt_length: int, name: str
+def make_request(
+    config: ReftConfig, item: CacheItem | None, scale: float, prompt_length: int, name: str
 ) -> Request:
-    """The request of a prompt.
+    """Make the request of a prompt.
 
     Args:
-        config: of its adapter, whose name is ``name``.
-        resident: what edits.
-        scale: what the edit is multiplied by.
+        config: of its adapter.
+        item: the weights of its adapter; None if only the edited tokens are needed.
+        scale: multiplies the edit.
         prompt_length: tokens of the prompt.
+        name: of its adapter, for the error.
 
     Raises:
-        ValueError: positions "image" or "given", which no length tells.
+        ValueError: positions "image" or "given", which do not follow from token ids.
     """
     spec = config.parsed_positions
     if spec.kind in ("image", "given"):
         raise ValueError(
             f'adapter {name!r} has positions "{spec.kind}", which a request of token ids does not '
-            "tell; use generate"
+            "determine; use generate"
         )
-    n = prompt_length
-    places = edited_places(config, n)
-    if spec.generated:
-        places = (*places, *((at, 0) for at in range(n, n + spec.generated)))
-    return Request(resident, scale, places, n if spec.kind == "all" else None)
+    positions = token_positions(config, prompt_length)
+    generated = range(prompt_length, prompt_length + spec.generated)
+    positions = (*positions, *((position, 0) for position in generated))
+    return Request(item, scale, positions, prompt_length if spec.kind == "all" else None)
 
 
 class Chunk(NamedTuple):
-    """Tokens ``start`` to ``stop`` − 1 of a request, which a step computes."""
+    """The tokens ``start`` to ``stop`` − 1 of a request, computed in one step."""
 
     request: Request
     start: int
     stop: int
 
 
-def step_rows(
-    parts: Sequence[Chunk],
-) -> dict[tuple[Key, float], tuple[CacheItem, dict[int, list[int]]]]:
-    """The rows of a step that are edited.
+#: (key, scale) of an adapter to its item, and to the edited rows of the step for each group.
+StepRows = dict[tuple[CacheKey, float], tuple[CacheItem, dict[int, list[int]]]]
+
+
+def step_rows(chunks: Sequence[Chunk]) -> StepRows:
+    """Collect the edited rows of a step, for each adapter and scale.
 
     Args:
-        parts: in the order in which they lie behind one another.
-
-    Returns:
-        (key, scale) of each adapter that edits any -> what edits, and group -> rows of the step.
+        chunks: in the order in which the step concatenates them.
     """
-    found: dict[tuple[Key, float], tuple[CacheItem, dict[int, list[int]]]] = {}
-    first = 0
-    for request, start, stop in parts:
-        resident = request.resident
-        if resident is not None:
-            for at, group in request.edited(start, stop):
-                key = resident.key, request.scale
-                if key not in found:
-                    found[key] = resident, {}
-                found[key][1].setdefault(group, []).append(first + at - start)
-        first += stop - start
-    return found
+    by_adapter: StepRows = {}
+    first_row = 0
+    for request, start, stop in chunks:
+        if request.item is not None:
+            for position, group in request.edited(start, stop):
+                _, rows = by_adapter.setdefault(
+                    (request.item.key, request.scale), (request.item, {})
+                )
+                rows.setdefault(group, []).append(first_row + position - start)
+        first_row += stop - start
+    return by_adapter
 
 
 class TokenKeys:
-    """Token ids for engines that share what they computed between requests with equal ids.
+    """Token ids that distinguish edits, for engines that share blocks between equal ids.
 
-    In place of every edited token stands a number below −1, for its adapter, the set of weights,
-    the scale and the token: equal lists were computed with equal edits at equal places.
+    An edited token gets a number below −1 that stands for its adapter, group, scale and token.
+    Equal lists are then computed with equal edits at equal positions.
 
     Args:
-        vocabulary: more than any token id.
+        vocabulary: larger than any token id.
     """
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
-        self._numbers: dict[tuple[Key, float, int], int] = {}
+        self._edit_numbers: dict[tuple[CacheKey, float, int], int] = {}
 
-    def keyed(self, request: Request, tokens: Sequence[int]) -> list[int] | None:
-        """The ids of a request's first tokens; None if there are no numbers left for its adapter,
-        or a token outside the vocabulary: then nothing of it may be shared."""
+    def replace_edited(self, request: Request, tokens: Sequence[int]) -> list[int] | None:
+        """Replace the ids of the edited tokens of a request.
+
+        Args:
+            request: the edit.
+            tokens: ids of its first tokens.
+
+        Returns:
+            None if no numbers are left for its adapter, or a token is outside the vocabulary. Its
+            blocks must not be shared then.
+        """
         ids = list(tokens)
-        if request.resident is None:
+        if request.item is None:
             return ids
-        for at, group in request.edited(0, len(ids)):
-            edit = request.resident.key, request.scale, group
-            number = self._numbers.setdefault(edit, len(self._numbers))
-            stand_in = _LAST - (number * self.vocabulary + ids[at])
-            if stand_in < _SMALLEST or not 0 <= ids[at] < self.vocabulary:
+        for position, group in request.edited(0, len(ids)):
+            edit = request.item.key, request.scale, group
+            number = self._edit_numbers.setdefault(edit, len(self._edit_numbers))
+            replacement = _BELOW_TOKENS - (number * self.vocabulary + ids[position])
+            if replacement < _SMALLEST or not 0 <= ids[position] < self.vocabulary:
                 return None
-            ids[at] = stand_in
+            ids[position] = replacement
         return ids

@@ -1,4 +1,4 @@
-"""Reading and writing tensors that an engine may hold in parts, one on each rank."""
+"""Reading and writing of tensors that FSDP2 or DeepSpeed ZeRO-3 may have sharded over ranks."""
 
 from __future__ import annotations
 
@@ -10,49 +10,50 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def in_parts(value: Tensor) -> bool:
-    """Whether an engine, FSDP2 or DeepSpeed's ZeRO-3, holds a part of a tensor on each rank."""
-    return isinstance(value, DTensor) or hasattr(value, "ds_id")
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each rank holds a shard of this tensor."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
 
 
-def whole(value: Tensor) -> Tensor:
-    """All of a tensor, without a graph; of one in parts every rank has to ask."""
-    if hasattr(value, "ds_id"):
-        with gathered(value):
-            return value.detach().clone()
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a tensor, without a graph. If it is sharded, every rank must call this."""
+    if hasattr(tensor, "ds_id"):
+        with gathered(tensor):
+            return tensor.detach().clone()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 @contextmanager
-def gathered(*values: Tensor, written: bool = False) -> Iterator[None]:
-    """Inside, those of the tensors that DeepSpeed holds in parts are whole; all ranks together.
+def gathered(*tensors: Tensor, written: bool = False) -> Iterator[None]:
+    """Gather the parameters that DeepSpeed has sharded, while the context is entered. Every rank
+    must enter it.
 
     Args:
-        values: any tensors.
-        written: what rank 0 writes inside is kept, on every rank.
+        tensors: any tensors; those that are not sharded stay as they are.
+        written: keep on every rank what rank 0 writes inside.
     """
-    parts = [one for one in values if hasattr(one, "ds_id")]
-    if not parts:
+    sharded = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    if not sharded:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(parts, modifier_rank=0 if written else None):
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if written else None):
         yield
 
 
-def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """Of ``value``, which every rank has whole, what this rank holds of ``like``."""
+def local_shard(value: Tensor, like: Tensor) -> Tensor:
+    """Shard ``value``, which every rank holds in full, as ``like`` is sharded."""
     if not isinstance(like, DTensor):
         return value
-    # Without a source nothing is sent: each rank cuts its own part.
+    # Without a source nothing is sent: each rank cuts its shard from its copy.
     return distribute_tensor(
         value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
     )
 
 
 @torch.no_grad()
-def write(target: Tensor, value: Tensor) -> None:
-    """``target.copy_(value)``, of this rank's part if ``target`` is in parts."""
+def copy_full_tensor(target: Tensor, value: Tensor) -> None:
+    """Copy ``value``, which every rank holds in full, into ``target``, which may be sharded."""
     with gathered(target, written=True):
-        target.copy_(part_of(value, target))
+        target.copy_(local_shard(value, target))

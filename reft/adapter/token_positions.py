@@ -1,5 +1,7 @@
-"""Which tokens of a prompt an adapter edits, told on the host by the length of the prompt alone:
-what engines need that cut prompts into chunks and share blocks of them."""
+"""The edited tokens of a prompt, computed on the host from the length of the prompt.
+
+Engines need them this way: they cut prompts into chunks and share cached blocks between prompts.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +13,20 @@ import torch
 from reft.config import ReftConfig
 from reft.positions import padded_positions
 
-#: (position in the prompt, group), ascending.
-Places = tuple[tuple[int, int], ...]
+#: (position in the prompt, group of weights) of each edited token, ascending.
+TokenPositions = tuple[tuple[int, int], ...]
 
 
-def edited_places(config: ReftConfig, prompt_length: int) -> Places:
-    """Every prompt token that is edited, with the set of weights that edits it.
+def token_positions(config: ReftConfig, prompt_length: int) -> TokenPositions:
+    """Return the edited tokens of a prompt, with the group of weights that edits each.
 
-    The rule is :func:`reft.positions.padded_positions`, asked for one prompt without padding.
+    The rule is :func:`reft.positions.padded_positions`, applied to one prompt without padding.
 
     Raises:
-        ValueError: positions "image" or "given", which no length tells.
+        ValueError: positions "image" or "given", which do not follow from the length.
     """
     spec = config.parsed_positions
-    places = padded_positions(
+    positions = padded_positions(
         spec,
         torch.zeros(1, dtype=torch.int64),
         torch.tensor([prompt_length]),
@@ -35,10 +37,11 @@ def edited_places(config: ReftConfig, prompt_length: int) -> Places:
     if spec.kind == "ends":
         groups: Iterable[int] = spec.columns(config.tied, config.untied_by)
     else:
-        groups = [0] * len(places)
-    return tuple(sorted((at, k) for at, k in zip(places, groups, strict=True) if at >= 0))
+        groups = [0] * len(positions)
+    pairs = zip(positions, groups, strict=True)
+    return tuple(sorted((position, group) for position, group in pairs if position >= 0))
 
 
-def block_places(places: Places, start: int, stop: int) -> Places:
-    """Those of positions ``start`` to ``stop`` − 1."""
-    return places[bisect_left(places, (start,)) : bisect_left(places, (stop,))]
+def positions_between(positions: TokenPositions, start: int, stop: int) -> TokenPositions:
+    """Select the edited tokens from position ``start`` to ``stop`` − 1."""
+    return positions[bisect_left(positions, (start,)) : bisect_left(positions, (stop,))]

@@ -1,4 +1,4 @@
-"""Whether an adapter still has the values that were drawn for it."""
+"""Whether an adapter still has its initialisation."""
 
 from __future__ import annotations
 
@@ -8,31 +8,35 @@ import torch
 from torch import nn
 
 from reft.adapter.parameters import AdapterParameters
-from reft.adapter.sharding import in_parts
+from reft.adapter.sharding import is_sharded
 
 
-def mark_fresh(adapter: nn.Module) -> None:
-    """Remember the values of a bank, or of the parts of one, as drawn and nothing else yet."""
-    for bank in _banks(adapter):
-        bank.fresh = _digest(bank)
+def mark_untrained(adapter: nn.Module) -> None:
+    """Record that the values of an adapter are its initialisation."""
+    for part in _parts(adapter):
+        part.initial_digest = _digest(part)
 
 
-def is_fresh(adapter: nn.Module) -> bool:
-    """Whether the values are those that :func:`mark_fresh` saw, and nobody has set them since."""
-    return all(bank.fresh is not None and bank.fresh == _digest(bank) for bank in _banks(adapter))
+def is_untrained(adapter: nn.Module) -> bool:
+    """Whether the values are those that :func:`mark_untrained` recorded, and were not assigned or
+    loaded since."""
+    return all(
+        part.initial_digest is not None and part.initial_digest == _digest(part)
+        for part in _parts(adapter)
+    )
 
 
 @torch.no_grad()
-def _digest(bank: AdapterParameters) -> bytes | None:
-    """Of all numbers, on whatever device; None where this process has not all of them."""
-    tensors = [*bank.parameters(), *([] if bank.base is None else [bank.base])]
-    if any(one.is_meta or in_parts(one) for one in tensors):
+def _digest(part: AdapterParameters) -> bytes | None:
+    """Hash all values; None if this process does not hold all of them."""
+    tensors = [*part.parameters(), *([] if part.base is None else [part.base])]
+    if any(tensor.is_meta or is_sharded(tensor) for tensor in tensors):
         return None
     digest = hashlib.blake2b(digest_size=16)
-    for one in tensors:
-        digest.update(one.detach().double().cpu().contiguous().numpy().tobytes())
+    for tensor in tensors:
+        digest.update(tensor.detach().double().cpu().contiguous().numpy().tobytes())
     return digest.digest()
 
 
-def _banks(adapter: nn.Module) -> list[AdapterParameters]:
-    return [one for one in adapter.modules() if isinstance(one, AdapterParameters)]
+def _parts(adapter: nn.Module) -> list[AdapterParameters]:
+    return [module for module in adapter.modules() if isinstance(module, AdapterParameters)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from reft.adapter.tensor_checks import HEADS, TRAINING
+from reft.adapter.tensor_checks import MODULES_PREFIX, TRAINING_STATE
 from reft.config import ReftConfig
 from reft.interop.from_adapters import read_adapters, stored_config
 from reft.interop.from_pyreft import find_pyreft, read_pyreft
@@ -62,9 +62,9 @@ def read_reft(path: str | os.PathLike[str]) -> Converted:
     config, tensors = read_adapter(path)
     heads, edit = {}, {}
     for name, value in tensors.items():
-        if name.startswith(HEADS):
-            heads[name.removeprefix(HEADS)] = value
-        elif name not in TRAINING:
+        if name.startswith(MODULES_PREFIX):
+            heads[name.removeprefix(MODULES_PREFIX)] = value
+        elif name not in TRAINING_STATE:
             edit[name] = value
     try:
         return Converted(config, edit, heads)
@@ -74,7 +74,7 @@ def read_reft(path: str | os.PathLike[str]) -> Converted:
 
 def write_reft(path: str | os.PathLike[str], converted: Converted) -> None:
     """Write an adapter of this library without a model."""
-    heads = {HEADS + name: value for name, value in converted.heads.items()}
+    heads = {MODULES_PREFIX + name: value for name, value in converted.heads.items()}
     write_adapter(path, converted.config, {**converted.tensors, **heads})
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reft.adapter.tensor_checks import FLOATS, bank_shape, check_adapter_tensors, check_numbers
+from reft.adapter.tensor_checks import FLOATS, check_adapter_tensors, check_numbers, stack_shape
 from reft.config import ReftConfig
 from reft_kernels import FAMILY
 from reft_kernels.activations import ALIASES
@@ -70,7 +70,7 @@ class Converted:
             raise ValueError(f"rotation must be (L, g, r, D), got {tuple(rotation.shape)}")
         # Of "all" layers, and of an R that is not there, any number does: no model says how many.
         count, _, _, dim = (1, 1, 1, self.config.rank) if rotation is None else rotation.shape
-        shape = bank_shape(self.config, count if layers == "all" else len(layers), dim)
+        shape = stack_shape(self.config, count if layers == "all" else len(layers), dim)
         check_adapter_tensors(self.config, shape, self.tensors)
         for name, value in self.heads.items():
             if value.dtype in FLOATS:

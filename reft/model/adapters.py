@@ -17,8 +17,8 @@ from reft.adapter.parameters import AdapterParameters
 from reft.config import ReftConfig
 from reft.model import peft_compat, vocabulary
 from reft.model.blocks import block_device
-from reft.model.frozen_heads import report_frozen_head
 from reft.model.edit_hook import EditHook
+from reft.model.frozen_heads import report_frozen_head
 from reft.model.labels import restore_labels
 from reft.model.modules_to_save import copy_modules
 from reft.model.origins import origin_of, warn_of_another_base
@@ -144,7 +144,7 @@ def detach(registry: AdapterRegistry, base: nn.Module, name: str) -> None:
         vocabulary.guard(base, registry.modules_to_save)
         del registry.adapters[name]
         registry.ends.pop(name, None)
-        registry.pool.forget_bank(name)
+        registry.pool.cache.forget(name)
         place_hooks(registry)
 
 
@@ -193,7 +193,7 @@ def place_hooks(registry: AdapterRegistry) -> None:
         wanted = {site for source in sources for site in source.sites}
         for engine in registry.engines():
             for request in engine.requests():
-                wanted.update(() if request.resident is None else request.resident.sites)
+                wanted.update(() if request.item is None else request.item.sites)
         # A forward of another thread may have passed some of its blocks and not the others: what it
         # needs stays until the next change.
         unneeded = registry.handles.keys() - wanted

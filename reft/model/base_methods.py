@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from reft.adapter.multi_device import check_banks
+from reft.adapter.multi_device import check_adapter_states
 from reft.model.peft_compat import transformers_model
 from reft.model.registry import SUBMODULE
 
@@ -56,7 +56,7 @@ def put_on_base(wrapper: Wrapper) -> list[Handle]:
     """
     base = wrapper.base_model
     inner = transformers_model(base)
-    handles: list[Handle] = [inner.register_load_state_dict_pre_hook(check_banks)]
+    handles: list[Handle] = [inner.register_load_state_dict_pre_hook(check_adapter_states)]
     for name in METHODS:
         handles.append(_Attribute(inner, name, partial(getattr(type(wrapper), name), wrapper)))
     if base is not inner:

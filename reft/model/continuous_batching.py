@@ -13,7 +13,7 @@ from torch import nn
 
 from reft.adapter.device_cache import CacheItem
 from reft.adapter.host_adapter import HostAdapter
-from reft.adapter.requests import UNEDITED, Request, request_of
+from reft.adapter.requests import UNEDITED, Request, make_request
 from reft.model.adapters import place_hooks
 from reft.model.batch import BASE, names_of, scales_of
 from reft.model.registry import SUBMODULE, AdapterRegistry
@@ -224,13 +224,13 @@ class EngineHost:
         items: dict[str, CacheItem] = {}
         for name, source in sources.items():
             if isinstance(source, HostAdapter):
-                items[name] = CacheItem((source.content, None), source.weights, source.sites)
+                items[name] = CacheItem((source.content_hash, None), source.weights, source.sites)
             else:
-                items[name] = registry.pool.of_bank(name, source(), source.sites)
+                items[name] = registry.pool.cache.current_item(name, source(), source.sites)
         return [
             UNEDITED
             if name == BASE
-            else request_of(sources[name].config, items[name], factor, length, name)
+            else make_request(sources[name].config, items[name], factor, length, name)
             for name, factor, length in zip(listed, factors, lengths, strict=True)
         ]
 

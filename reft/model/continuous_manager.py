@@ -315,13 +315,15 @@ def share_by_edits(
     search, register = getattr(cache, SEARCH), getattr(cache, name)
 
     def search_keyed(request_id: str, prompt_ids: list[int]) -> int:
-        ids = keys.keyed(requests[request_id], prompt_ids)
+        ids = keys.replace_edited(requests[request_id], prompt_ids)
         return 0 if ids is None else search(request_id, ids)
 
     def register_keyed(state: Any, complete: Any) -> None:
         if not complete:
             return
-        ids = keys.keyed(requests[state.request_id], state.initial_tokens + state.generated_tokens)
+        ids = keys.replace_edited(
+            requests[state.request_id], state.initial_tokens + state.generated_tokens
+        )
         if ids is not None:
             register(_Keyed(state, ids), complete)
 

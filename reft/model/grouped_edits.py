@@ -122,7 +122,7 @@ def batch_edits(
         return _row_layout(adapters, owned, members, finder, sequences, device, packed)
 
     return cached_edits(
-        pool.tables,
+        pool.cache,
         [_cache_item(pool, adapter) for adapter in adapters],
         [adapter.scale for adapter in adapters],
         layout_of,
@@ -134,8 +134,8 @@ def _cache_item(pool: AdapterPool, adapter: BatchAdapter) -> CacheItem:
     source = adapter.source
     if isinstance(source, HostAdapter):
         weights = mask_ranks(source.weights, rank_mask(adapter, "cpu"))
-        return CacheItem((source.content, adapter.active_ranks), weights, source.sites)
-    return pool.of_bank(adapter.name, source(), source.sites)
+        return CacheItem((source.content_hash, adapter.active_ranks), weights, source.sites)
+    return pool.cache.current_item(adapter.name, source(), source.sites)
 
 
 def _row_layout(

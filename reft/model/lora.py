@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from reft.adapter.sharding import whole
+from reft.adapter.sharding import full_tensor
 from reft.io.atomic_write import write_whole
 from reft.model import peft_compat
 
@@ -43,7 +43,7 @@ def save_lora(
     for name, config in adapters_of(base).items():
         folder = folder_of(checkpoint, name)
         tensors = {
-            key: whole(value).to("cpu", copy=True).contiguous()
+            key: full_tensor(value).to("cpu", copy=True).contiguous()
             for key, value in state_of(base, name, state_dict).items()
         }
         if not writes:

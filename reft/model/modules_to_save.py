@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reft.adapter.sharding import gathered, write
+from reft.adapter.sharding import copy_full_tensor, gathered
 from reft.adapter.tensor_checks import FLOATS, check_numbers
 
 
@@ -147,7 +147,7 @@ def check_module_tensors(modules: Mapping[str, nn.Module], tensors: Mapping[str,
 def load_module_tensors(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
     """Set modules to tensors that :func:`check_module_tensors` has accepted."""
     for name, target in module_tensors(modules).items():
-        write(target, tensors[name])
+        copy_full_tensor(target, tensors[name])
 
 
 def module_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

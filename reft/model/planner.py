@@ -50,9 +50,7 @@ def plan_forward(registry: AdapterRegistry, inputs: ForwardInputs) -> ForwardPla
     return plan
 
 
-def plan_paged_step(
-    registry: AdapterRegistry, arguments: Mapping[str, Any]
-) -> ForwardPlan | None:
+def plan_paged_step(registry: AdapterRegistry, arguments: Mapping[str, Any]) -> ForwardPlan | None:
     """Plan a forward on a paged cache: a step of continuous batching.
 
     Raises:
@@ -62,7 +60,7 @@ def plan_paged_step(
     for engine in registry.engines():
         chunks = engine.parts(arguments.get("cache"))
         if chunks is not None and isinstance(tokens, Tensor):
-            return plan_engine_step(registry.pool.tables, chunks, tokens.shape[1], tokens.device)
+            return plan_engine_step(registry.pool.cache, chunks, tokens.shape[1], tokens.device)
     if registry.disabled or registry.active is None:
         return None
     raise ValueError(

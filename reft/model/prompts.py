@@ -201,7 +201,9 @@ def find_prompt(
     # A column lies before the first target if no target was seen so far.
     before = (labels.to(device) != IGNORED).cumsum(dim=1) == 0
     length = (before if attended is None else attended & before).sum(dim=1)
-    return PromptSpans(start, torch.minimum(length + 1, total) if shifted else length, total, seen=seen)
+    return PromptSpans(
+        start, torch.minimum(length + 1, total) if shifted else length, total, seen=seen
+    )
 
 
 def find_packed_prompt(

@@ -14,10 +14,10 @@ import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
-from reft.adapter.untrained import mark_fresh
 from reft.adapter.parameter_counts import count_parameters, print_parameters
 from reft.adapter.pool import AdapterPool
-from reft.adapter.state_dict import apart
+from reft.adapter.state_dict import unshare_memory
+from reft.adapter.untrained import mark_untrained
 from reft.config import ReftConfig
 from reft.foreign_names import WRAPPING, refusing_foreign_keywords
 from reft.io.adapter_files import read_adapter
@@ -129,7 +129,7 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
             ),
             *put_on_base(self),
         ]
-        self.register_state_dict_post_hook(apart)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(unshare_memory)  # type: ignore[no-untyped-call]
         announce(type(self).__name__)
         registry.train(base_model.training)
         self.training = base_model.training
@@ -257,7 +257,7 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
         adapter, heads = build(registry, base, adapter_name, config, generator)
         attach(registry, base, adapter_name, adapter, heads)
         if generator is None:
-            mark_fresh(adapter)  # a Trainer may draw it anew, from its own seed
+            mark_untrained(adapter)  # a Trainer may draw it anew, from its own seed
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make an adapter the active one, and the only one that is trained.

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from reft.adapter.sharding import whole
-from reft.adapter.tensor_checks import FLOATS, HEADS, bank_shape, check_layout
+from reft.adapter.sharding import full_tensor
+from reft.adapter.tensor_checks import FLOATS, MODULES_PREFIX, check_layout, stack_shape
 from reft.config import ReftConfig
 from reft.io.adapter_files import read_adapter, write_adapter
 from reft.model.adapters import attach, build
@@ -121,7 +121,9 @@ def _collect_tensors(
         }
         saved = {key: gathered[key] for key in module_tensors(modules)}
     collect = adapter.training_state if training_state else adapter.export_state_dict
-    return collect(edit_state) | {HEADS + key: whole(value) for key, value in saved.items()}
+    return collect(edit_state) | {
+        MODULES_PREFIX + key: full_tensor(value) for key, value in saved.items()
+    }
 
 
 def _entries(state: Mapping[str, Tensor], module: str, inner: str) -> dict[str, Tensor]:
@@ -201,7 +203,7 @@ def attach_tensors(
         # Check before memory is allocated for sizes that a file claims.
         blocks = registry.blocks
         layers = config.resolve_layers(len(blocks.blocks))
-        check_layout(config, bank_shape(config, len(layers), blocks.dim), edit)
+        check_layout(config, stack_shape(config, len(layers), blocks.dim), edit)
         # All values are overwritten, so any initialisation will do.
         adapter, copies = build(registry, base, name, replace(config, init="pyreft"))
         adapter.config = replace(adapter.config, init=config.init)
@@ -233,9 +235,11 @@ def restore_adapter(registry: AdapterRegistry, base: nn.Module, folder: _Path, n
 
 def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors of the edit, and those of ``modules_to_save`` without their prefix."""
-    edit = {key: value for key, value in tensors.items() if not key.startswith(HEADS)}
+    edit = {key: value for key, value in tensors.items() if not key.startswith(MODULES_PREFIX)}
     modules = {
-        key.removeprefix(HEADS): value for key, value in tensors.items() if key.startswith(HEADS)
+        key.removeprefix(MODULES_PREFIX): value
+        for key, value in tensors.items()
+        if key.startswith(MODULES_PREFIX)
     }
     return edit, modules
 

@@ -36,7 +36,7 @@ def plan_engine_step(
     edited = step_rows(chunks)
     if not edited:
         return None
-    present = set(cache.resident)
+    present = set(cache.keys)
     keys = sorted({key for key, _ in edited}, key=lambda key: key not in present)
     fitting = set(keys[: cache.capacity])
     edits: dict[EditSite, list[Edit]] = {}
@@ -44,7 +44,7 @@ def plan_engine_step(
         chosen = [entry for entry in edited if (entry[0] in fitting) == fits]
         if not chosen:
             continue
-        step_cache = cache if fits else cache.aside(len(chosen))
+        step_cache = cache if fits else cache.temporary(len(chosen))
         step_edits = _edits(
             step_cache,
             [edited[entry][0] for entry in chosen],

@@ -19,7 +19,7 @@ from transformers.trainer import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from reft.adapter.parameters import AdapterParameters
-from reft.adapter.sharding import whole
+from reft.adapter.sharding import full_tensor
 from reft.model.end_tokens import learn_ends
 from reft.model.reft_model import ReftModel
 from reft.train import checkpoints, deepspeed, fsdp2, run_settings
@@ -194,7 +194,7 @@ class AdapterTrainer(ChecksAnswers):
         self.accelerator.wait_for_everyone()
 
     def _gathered(self, model: ReftModel) -> dict[str, Tensor]:
-        read = deepspeed.precise if self.is_deepspeed_enabled else whole
+        read = deepspeed.precise if self.is_deepspeed_enabled else full_tensor
         return fsdp2.gather_trained(model, read)
 
     def create_accelerator_and_postprocess(self) -> None:

@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reft.adapter.sharding import whole
+from reft.adapter.sharding import full_tensor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,7 +51,7 @@ def precise(value: Tensor) -> Tensor:
 
     trained = value.is_leaf and value.requires_grad
     full = safe_get_full_fp32_param(value) if trained else None
-    return whole(value) if full is None else full.detach().clone()
+    return full_tensor(value) if full is None else full.detach().clone()
 
 
 def check_checkpoint(folder: str, under_deepspeed: bool) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from reft.model import peft_compat as peft_base
 from reft.adapter.host_adapter import HostAdapter
+from reft.model import peft_compat as peft_base
 from reft.model.forward_plan import ForwardPlan
 from reft.model.prompts import IGNORED
 from reft.model.reft_model import ReftModel

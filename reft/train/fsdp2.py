@@ -13,8 +13,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_accelerate_available
 
+from reft.adapter import sharding
 from reft.adapter.parameters import AdapterParameters
-from reft.adapter.sharding import in_parts, part_of, whole
+from reft.adapter.sharding import full_tensor, local_shard
 from reft.model.distributed import broadcast_adapters
 from reft.model.reft_model import ReftModel
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 or ZeRO-3 holds parameters of this model in parts."""
-    return any(map(in_parts, model.parameters()))
+    return any(map(sharding.is_sharded, model.parameters()))
 
 
 #: What a Trainer is that can train a base which transformers sharded while it loaded it.
@@ -98,7 +99,9 @@ def _refuse_reentrant(args: TrainingArguments) -> None:
         )
 
 
-def gather_trained(model: nn.Module, read: Callable[[Tensor], Tensor] = whole) -> dict[str, Tensor]:
+def gather_trained(
+    model: nn.Module, read: Callable[[Tensor], Tensor] = full_tensor
+) -> dict[str, Tensor]:
     """name -> whole tensor of what is trained, and of buffers, as ``read`` finds it; to be called
     by every rank."""
     every = model.named_parameters(remove_duplicate=False)  # tied weights under all their names
@@ -110,7 +113,7 @@ def gather_trained(model: nn.Module, read: Callable[[Tensor], Tensor] = whole) -
 def gather_optimizer(optimizer: Any) -> dict[str, Any]:
     """``optimizer.state_dict()`` as one process has it; to be called by every rank."""
     state = optimizer.state_dict()
-    return {**state, "state": {key: _each(whole, one) for key, one in state["state"].items()}}
+    return {**state, "state": {key: _each(full_tensor, one) for key, one in state["state"].items()}}
 
 
 def scatter_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
@@ -119,7 +122,7 @@ def scatter_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
 
     def placed(key: int, value: Tensor) -> Tensor:
         like = parameters[key]
-        return part_of(value, like) if value.shape == like.shape else value
+        return local_shard(value, like) if value.shape == like.shape else value
 
     parts = {key: _each(partial(placed, key), one) for key, one in state["state"].items()}
     optimizer.load_state_dict({**state, "state": parts})

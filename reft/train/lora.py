@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from reft.adapter.sharding import part_of
+from reft.adapter.sharding import local_shard
 from reft.adapter.tensor_checks import check_numbers
 from reft.io.tensor_files import read_tensors
 from reft.model import peft_compat as peft_base
@@ -41,7 +41,7 @@ def read_lora(model: ReftModel, checkpoint: str | os.PathLike[str]) -> dict[str,
             )
         for key, value in tensors.items():
             check_numbers(f"{file}: {key}", value)
-        found[name] = {key: part_of(value, present[key]) for key, value in tensors.items()}
+        found[name] = {key: local_shard(value, present[key]) for key, value in tensors.items()}
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from reft.adapter.multi_device import MultiDeviceParameters
 from reft.adapter.parameters import AdapterParameters
-from reft.adapter.tensor_checks import HEADS
+from reft.adapter.tensor_checks import MODULES_PREFIX
 from reft.io.adapter_files import read_adapter, write_adapter
 from reft.model.modules_to_save import (
     ModulesToSave,
@@ -167,7 +167,9 @@ class Reference(nn.Module):
         """
         self.take()
         for frozen in self._taken:
-            heads = {HEADS + key: value for key, value in module_tensors(frozen.modules).items()}
+            heads = {
+                MODULES_PREFIX + key: value for key, value in module_tensors(frozen.modules).items()
+            }
             tensors = frozen.adapter.training_state() | heads
             write_adapter(Path(checkpoint) / FOLDER, frozen.adapter.config, tensors)
 
@@ -214,11 +216,11 @@ class Reference(nn.Module):
                 "against it; it has another"
             )
         heads = {
-            key.removeprefix(HEADS): value
+            key.removeprefix(MODULES_PREFIX): value
             for key, value in tensors.items()
-            if key.startswith(HEADS)
+            if key.startswith(MODULES_PREFIX)
         }
-        edit = {key: value for key, value in tensors.items() if not key.startswith(HEADS)}
+        edit = {key: value for key, value in tensors.items() if not key.startswith(MODULES_PREFIX)}
         try:
             check_module_tensors(made.modules, heads)
             made.adapter.load(edit, training_state=True)

@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from reft.adapter.untrained import is_fresh
+from reft.adapter.untrained import is_untrained
 from reft.model.reft_model import ReftModel
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def draw_from_seed(model: ReftModel, seed: int) -> None:
     if name is None:
         return
     adapter = model._registry.adapter(name)
-    if not is_fresh(adapter):
+    if not is_untrained(adapter):
         return
     adapter.reset_parameters(torch.Generator().manual_seed(seed))
     logger.info("the first values of adapter %r are drawn from seed %d", name, seed)

@@ -96,8 +96,8 @@ def test_a_wrong_edit_is_no_number(monkeypatch):
     """The gate compares sequences of the mixed batch with their adapter alone."""
     from reft.adapter.device_cache import AdapterCache
 
-    admit = AdapterCache.admit
-    monkeypatch.setattr(AdapterCache, "admit", lambda self, wanted: admit(self, wanted)[::-1])
+    insert = AdapterCache.insert
+    monkeypatch.setattr(AdapterCache, "insert", lambda self, items: insert(self, items)[::-1])
     (case,) = SUITE.cases("ci")
     ours = [peer for peer in peers() if peer.name == "ours"]
     options = Options(torch.device("cpu"), ours, Effort(0.1, min_rounds=2, warmup=1))

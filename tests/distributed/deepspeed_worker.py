@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from reft.adapter.sharding import in_parts, whole
+from reft.adapter.sharding import full_tensor, is_sharded
 
 #: Stage -> the cases that are trained under it.
 STAGES = {
@@ -91,7 +91,7 @@ class Rank:
         for name in STAGES[stage]:
             trainer = self.trainer(stage, name, (CASES | MORE)[name])
             trainer.train()
-            shards = sum(map(in_parts, trainer.model.parameters()))
+            shards = sum(map(is_sharded, trainer.model.parameters()))
             self.keep(stage, name, trainer, shards=shards)
             if name == "plain" and stage in PUBLISHED:
                 texts, logits = outputs(trainer.model)
@@ -135,9 +135,9 @@ class Rank:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """What is trained, whole; every rank has to ask."""
+    """The trainable parameters, gathered; every rank must call this."""
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
-    return {short(name): whole(one).clone() for name, one in trained.items()}
+    return {short(name): full_tensor(one).clone() for name, one in trained.items()}
 
 
 def outputs(model: Any) -> tuple[list[Tensor], Tensor]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from reft import ReftConfig, ReftModel, get_reft_model
-from reft.adapter.init import identity_obstacle
+from reft.adapter.init import why_not_identity
 from reft_kernels.spec import FAMILY
 
 IDS = tokens(4, 9)
@@ -210,7 +210,7 @@ def test_a_state_dict_brings_the_same_wrapper_back():
 @pytest.mark.parametrize("intervention", FAMILY)
 def test_a_start_as_identity_learns(intervention, activation, make_trainer, word_llama):
     settings = {"intervention": intervention, "activation": activation, "init": "identity"}
-    if identity_obstacle(FAMILY[intervention], activation, torch.float32):
+    if why_not_identity(FAMILY[intervention], activation, torch.float32):
         with pytest.raises(ValueError, match=r"ReftConfig.init.*identity"):
             get_reft_model(word_llama, config(**settings))
         return

@@ -53,8 +53,8 @@ def test_the_settings_of_the_page_are_those_of_the_plugin():
     text = PAGE.read_text()
     for name in Settings.__dataclass_fields__:
         assert f"`{name}`" in text or f'"{name}"' in text, name
-    for name in ("resident", "hosted", "max_rank"):
+    for name in ("max_adapters", "max_cpu_adapters", "max_rank"):
         assert f"`{name}` ({getattr(Settings('.'), name)})" in text, name
-    from reft.serving.vllm.compatibility import REFUSED
+    from reft.serving.vllm.compatibility import UNSUPPORTED
 
-    assert len(REFUSED) == 16
+    assert len(UNSUPPORTED) == 16

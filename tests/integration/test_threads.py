@@ -316,7 +316,7 @@ class TestPool:
         model = self.served(tmp_path)
         expected = [logits(model, SHORT, adapter_names=[name] * 2) for name in ("a", "b")]
         assert not torch.equal(*expected)
-        model.pool.tables.clear()
+        model.pool.cache.clear()
         model.pool.capacity = capacity
         found = middle(model).during(
             lambda: logits(model, SHORT, adapter_names=["a"] * 2),

@@ -19,7 +19,7 @@ from witnesses import assert_same, files_of, nothing_happens, state_of
 
 from reft import ReftConfig, ReftModel, get_reft_model
 from reft.io.adapter_files import CONFIG_FILE, METADATA_KEY, WEIGHTS_FILE
-from reft.serving.vllm.resolver import Admission
+from reft.serving.vllm.resolver import Resolver
 from reft.serving.vllm.settings import Settings
 
 CONFIG = ReftConfig(rank=3, positions="f2+l2")
@@ -210,7 +210,7 @@ def test_every_door_refuses_it(name, model, marker, tmp_path):
     path = make(tmp_path / "folders" / "new")
     fresh = llama()
     settings = Settings(str(path.parent), cache=str(tmp_path / "cache"))
-    admission = Admission(settings, LAYERS, DIM)
+    resolver = Resolver(settings, LAYERS, DIM)
     doors: dict[str, Callable[[], object]] = {
         "load_adapter": lambda: model.load_adapter(path, "new"),
         "pool": lambda: model.pool.add("new", path),
@@ -231,7 +231,7 @@ def test_every_door_refuses_it(name, model, marker, tmp_path):
     # The engine copies before it reads, so that files are written: into its cache, and away again.
     if name != "a path as block_path":  # which the engine has no use for
         with pytest.raises(ValueError, match="adapter 'new' can"):
-            admission.ticket("new")
+            resolver.resolve("new")
         assert not list((tmp_path / "cache").glob("*"))
     for one in (model, fresh):
         assert_same(before[id(one)], state_of(one))
@@ -347,8 +347,8 @@ def test_a_good_folder_goes_through_every_door(tmp_path):
     model = ReftModel(llama())
     model.load_adapter(path, "new")
     model.pool.add("served", path)
-    admission = Admission(Settings(str(path.parent), cache=str(tmp_path / "c")), LAYERS, DIM)
-    assert admission.ticket("new").content
+    resolver = Resolver(Settings(str(path.parent), cache=str(tmp_path / "c")), LAYERS, DIM)
+    assert resolver.resolve("new").content_hash
     assert model(tokens(1, 6)).logits.isfinite().all()
     assert load_file(path / WEIGHTS_FILE).keys() == tensors().keys()
     save_file(tensors(), path / WEIGHTS_FILE)

@@ -18,7 +18,7 @@ from payloads import put
 from safetensors.torch import save
 
 from reft import ReftConfig
-from reft.adapter.host_adapter import stored
+from reft.adapter.host_adapter import host_adapter
 from reft.io.adapter_files import WEIGHTS_FILE, read_adapter
 from reft.paper import presets
 from reft.paper.presets.load import read as read_preset
@@ -181,7 +181,7 @@ def test_any_number_in_a_tensor(tmp_path_factory, at: int, number: float):
     finite = torch.tensor(number).isfinite().item()
     frame = torch.dist(tensors["rotation"][0, 0] @ tensors["rotation"][0, 0].T, torch.eye(2)) < 1e-4
     try:
-        stored(*read_adapter(folder), num_layers=1, dim=8)
+        host_adapter(*read_adapter(folder), num_layers=1, dim=8)
     except ValueError as error:
         assert (not finite and f"{name} must be finite" in str(error)) or not frame
     else:

@@ -102,8 +102,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "W of NaN": (tensor("weight", lambda t: t * NAN), "weight must be finite.*had diverged"),
     "free of NaN": (tensor("rotation.free", lambda t: t * NAN), "rotation.free must be .*diverged"),
     "base of NaN": (tensor("rotation.base", lambda t: t * NAN), "rotation.base must be .*diverged"),
-    "another base": (tensor("rotation.base", lambda t: t * 5), "must stand for the rotation"),
-    "another R": (tensor("rotation", lambda t: t.flip(2).clone()), "must stand for the rotation"),
+    "another base": (tensor("rotation.base", lambda t: t * 5), "must give the rotation"),
+    "another R": (tensor("rotation", lambda t: t.flip(2).clone()), "must give the rotation"),
     "free of another shape": (
         tensor("rotation.free", lambda t: t[..., :1].clone()), "rotation.free must have shape"),
     "another configuration": (

@@ -22,11 +22,13 @@ def main() -> None:
     import reft.serving.vllm.worker as worker
 
     calls = []
-    original = worker.lowrank_edit_
-    worker.lowrank_edit_ = lambda hidden, plan, *rest, **how: (
-        calls.append(plan.num_rows),
-        original(hidden, plan, *rest, **how),
-    )[1]
+    original = worker.apply_edit
+
+    def apply_edit(hidden, plan, weights, **options):
+        calls.append(plan.num_rows)
+        return original(hidden, plan, weights, **options)
+
+    worker.apply_edit = apply_edit
     llm = LLM(**job["options"])
     results = []
     for one in job["rounds"]:

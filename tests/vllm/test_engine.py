@@ -41,7 +41,7 @@ ENGINES = {
     "llama-two-ranks": {
         "tensor_parallel_size": 2, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     },
-    "llama-few-slots": {"reft": {"resident": 1, "hosted": 2}},
+    "llama-few-slots": {"reft": {"max_adapters": 1, "max_cpu_adapters": 2}},
     "llama-salted": {"reft": {"prefix_keys": "salt"}},
     "transformers": {"architecture": "ReftTransformersForCausalLM"},
     "transformers-compiled": {
@@ -223,13 +223,13 @@ def test_bad_requests_are_refused_in_front_and_the_engine_goes_on(
     assert out[0]["tokens"] == out[-1]["tokens"] == tokens
 
 
-def test_a_client_cannot_write_its_own_ticket(engine, references):
+def test_a_client_cannot_name_a_copy_itself(engine, references):
     (ids,) = prompts([40], seed=10)
-    ticket = {
-        "content": "0" * 64,
+    adapter = {
+        "content_hash": "0" * 64,
         "scale": 1.0,
-        "where": [["positions", "prompt"]],
+        "position_fields": [["positions", "prompt"]],
         "salted": False,
     }
-    out = engine([[request(ids, None, reft_ticket=ticket)]])["rounds"]
+    out = engine([[request(ids, None, reft_resolved=adapter)]])["rounds"]
     assert out[0]["tokens"] == [references().tokens(ids)]

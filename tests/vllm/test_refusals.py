@@ -15,9 +15,8 @@ import vllm
 from tiny_decoders import environment
 from vllm.v1.worker.gpu import input_batch
 
-from reft.serving.vllm import patches as seams
-from reft.serving.vllm import register
-from reft.serving.vllm.compatibility import OPERATOR, REFUSED
+from reft.serving.vllm import patches, register
+from reft.serving.vllm.compatibility import OPERATOR, UNSUPPORTED
 
 ASKING = {
     "speculative decoding": {
@@ -63,10 +62,11 @@ def test_refused_by_name(bases, folder, name):
     ("settings", "words"),
     [
         ({}, 'needs additional_config={"reft": {"folder": "adapters"}}'),
-        ({"reft": {}}, "reft.folder must be a directory"),
+        ({"reft": {}}, "reft.folder must be given"),
         ({"reft": {"folder": "/nothing/here"}}, "reft.folder must be a directory"),
-        ({"reft": {"folder": ".", "residents": 3}}, "got 'residents'"),
-        ({"reft": {"folder": ".", "resident": 0}}, "reft.resident must be an integer"),
+        ({"reft": {"folder": ".", "residents": 3}}, "has no field 'residents'"),
+        ({"reft": {"folder": ".", "max_adapters": 0}}, "reft.max_adapters must be an integer"),
+        ({"reft": {"folder": ".", "hosted": 2}}, "reft.hosted is called reft.max_cpu_adapters now"),
         ({"reft": {"folder": ".", "prefix_keys": "none"}}, "reft.prefix_keys must be"),
     ],
 )
@@ -82,11 +82,11 @@ def test_an_engine_that_starts(bases, folder):
 
 
 def test_every_refusal_reads_settings_that_vllm_has():
-    """Each reads attributes by name: of a real configuration none is missing and none is asked."""
+    """Each reads attributes by name: a default configuration has them all and uses no feature."""
     config = vllm.config.VllmConfig()
-    for name, asked in REFUSED.items():
-        if "model_config" not in inspect.getsource(asked):
-            assert asked(config) is False, name
+    for name, is_used in UNSUPPORTED.items():
+        if "model_config" not in inspect.getsource(is_used):
+            assert is_used(config) is False, name
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size", "enable_dbo"):
         assert hasattr(config.parallel_config, name)
     assert hasattr(type(config.parallel_config), "use_sequence_parallel_moe")
@@ -96,9 +96,9 @@ def test_every_refusal_reads_settings_that_vllm_has():
 class TestSeams:
     def test_they_are_wrapped_once(self):
         register()
-        before = seams.InputProcessor.process_inputs
+        before = patches.InputProcessor.process_inputs
         register()
-        assert seams.InputProcessor.process_inputs is before
+        assert patches.InputProcessor.process_inputs is before
         from vllm.v1.core import block_pool, kv_cache_utils
 
         wrapped = kv_cache_utils.generate_block_hash_extra_keys
@@ -111,9 +111,9 @@ class TestSeams:
                 pass
 
         with pytest.raises(RuntimeError, match=r"no .*Owner\.gone"):
-            seams._wrap(Owner, "gone", ("self",), lambda original: original)
+            patches._wrap(Owner, "gone", ("self",), lambda original: original)
         with pytest.raises(RuntimeError, match=r"takes \('self', 'one', 'two'\)"):
-            seams._wrap(Owner, "known", ("self", "other"), lambda original: original)
+            patches._wrap(Owner, "known", ("self", "other"), lambda original: original)
 
     def test_model_runner_v2_has_what_its_state_uses(self):
         """Not run here, where there is no GPU: held to vLLM's source."""

@@ -1,4 +1,4 @@
-"""What an engine must not be asked for beside adapters, each refused by its name."""
+"""Features of vLLM that adapters do not support; an engine that uses one does not start."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Callable
 from typing import Any
 
 
-def _parallel(name: str) -> Callable[[Any], bool]:
+def _is_parallel(name: str) -> Callable[[Any], bool]:
     return lambda config: getattr(config.parallel_config, name, 1) > 1
 
 
-def _environment(name: str) -> bool:
-    """A switch of vLLM's, in the environment."""
-    return os.environ.get(name, "0").lower() in ("1", "true")
+def _is_set(variable: str) -> bool:
+    """Whether a boolean environment variable of vLLM is set."""
+    return os.environ.get(variable, "0").lower() in ("1", "true")
 
 
-#: What is refused -> whether an engine asks for it.
-REFUSED: dict[str, Callable[[Any], bool]] = {
+#: Feature to a predicate: whether an engine's configuration uses it.
+UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "speculative decoding": lambda c: c.speculative_config is not None,
-    "pipeline parallelism": _parallel("pipeline_parallel_size"),
-    "data parallelism inside one engine": _parallel("data_parallel_size"),
-    "prefill context parallelism": _parallel("prefill_context_parallel_size"),
-    "decode context parallelism": _parallel("decode_context_parallel_size"),
+    "pipeline parallelism": _is_parallel("pipeline_parallel_size"),
+    "data parallelism inside one engine": _is_parallel("data_parallel_size"),
+    "prefill context parallelism": _is_parallel("prefill_context_parallel_size"),
+    "decode context parallelism": _is_parallel("decode_context_parallel_size"),
     "dual batch overlap": lambda c: bool(getattr(c.parallel_config, "enable_dbo", False)),
     "KV transfer between engines": lambda c: c.kv_transfer_config is not None,
     "KV events": lambda c: bool(getattr(c.kv_events_config, "enable_kv_cache_events", False)),
@@ -32,27 +32,27 @@ REFUSED: dict[str, Callable[[Any], bool]] = {
     "encoder-decoder models": lambda c: bool(c.model_config.is_encoder_decoder),
     "state-space and hybrid models": lambda c: bool(c.model_config.is_hybrid),
     "KV sharing fast prefill": lambda c: bool(c.cache_config.kv_sharing_fast_prefill),
-    "breakable CUDA graphs": lambda c: _environment("VLLM_USE_BREAKABLE_CUDAGRAPH"),
+    "breakable CUDA graphs": lambda c: _is_set("VLLM_USE_BREAKABLE_CUDAGRAPH"),
     "sequence parallelism": lambda c: bool(
         getattr(c.parallel_config, "use_sequence_parallel_moe", False)
     ),
 }
 
-#: The operator, as a piece that CUDA graphs leave out.
+#: The operator of the edit, at which CUDA graphs are split.
 OPERATOR = "reft::edit_block"
 
 
 def check_engine(config: Any) -> None:
-    """Refuse what was not proved; keep the operator out of CUDA graphs.
+    """Refuse unsupported features, and keep the operator out of CUDA graphs.
 
-    A captured graph of a whole decode step would also be replayed for the last token of a prompt
-    that came in chunks, without its edit: graphs are cut at the operator (PIECEWISE).
+    A graph of a whole decoding step would also be replayed for the last token of a chunked prompt,
+    without its edit. Graphs are therefore split at the operator (PIECEWISE).
 
     Raises:
-        ValueError: naming what cannot be had beside adapters.
+        ValueError: an unsupported feature, by name.
     """
-    for name, asked in REFUSED.items():
-        if asked(config):
+    for name, is_used in UNSUPPORTED.items():
+        if is_used(config):
             raise ValueError(f"{name} cannot be used with reft adapters in vLLM; switch it off")
     compilation = config.compilation_config
     mode = compilation.cudagraph_mode
@@ -65,10 +65,10 @@ def check_engine(config: Any) -> None:
 
 
 def check_graphs(config: Any) -> None:
-    """Refuse graphs of whole steps, whoever asked for them after :func:`check_engine`.
+    """Refuse full CUDA graphs that were enabled after :func:`check_engine`.
 
     Raises:
-        ValueError: CUDA graphs of whole steps.
+        ValueError: full CUDA graphs.
     """
     mode = config.compilation_config.cudagraph_mode
     if mode is not None and mode.has_full_cudagraphs():
@@ -78,7 +78,7 @@ def check_graphs(config: Any) -> None:
 
 
 def piecewise() -> Any:
-    """vLLM's name for graphs cut at operators."""
+    """Return vLLM's mode for graphs that are split at operators."""
     from vllm.config.compilation import CUDAGraphMode
 
     return CUDAGraphMode.PIECEWISE

@@ -1,4 +1,4 @@
-"""The two architectures: vLLM's own classes with a hook behind each block."""
+"""The two architectures: vLLM's classes with a hook on each block."""
 
 from __future__ import annotations
 
@@ -18,25 +18,30 @@ from reft.serving.vllm.worker import Worker
 
 
 class EditBlock:
-    """Forward hook of a block. Its output is h, a tuple that starts with h, or vLLM's pair
-    (hidden, residual) whose sum is h."""
+    """Forward hook that edits the output of a block.
 
-    def __init__(self, layer: int, split: bool) -> None:
-        self.layer, self.split = layer, split
+    Args:
+        layer: the number of the block.
+        has_residual: whether the output is vLLM's pair (hidden, residual), whose sum is h;
+            otherwise it is h, or a tuple that starts with h.
+    """
+
+    def __init__(self, layer: int, has_residual: bool) -> None:
+        self.layer, self.has_residual = layer, has_residual
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        residual = output[1] if self.split else None
+        residual = output[1] if self.has_residual else None
         torch.ops.reft.edit_block(hidden, residual, self.layer)
 
 
-def edited(blocks: Any, vllm_config: VllmConfig, *, split: bool) -> Worker:
-    """Put the hooks in place."""
+def add_hooks(blocks: Any, vllm_config: VllmConfig, *, has_residual: bool) -> Worker:
+    """Register a hook on each block, and make the worker that plans the edits."""
     check_graphs(vllm_config)
     install_runner()
     text = vllm_config.model_config.hf_text_config
     for layer, block in enumerate(blocks):
-        block.register_forward_hook(EditBlock(layer, split))
+        block.register_forward_hook(EditBlock(layer, has_residual))
     return Worker(
         Settings.of(vllm_config.additional_config),
         text.num_hidden_layers,
@@ -50,14 +55,14 @@ class ReftLlamaForCausalLM(LlamaForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.reft = edited(self.model.layers, vllm_config, split=True)
+        self.reft = add_hooks(self.model.layers, vllm_config, has_residual=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self.reft.running():
             return super().forward(*args, **kwargs)
 
     def get_model_state_cls(self) -> type:
-        """The seam of Model Runner V2."""
+        """Return the state class for Model Runner V2."""
         from reft.serving.vllm.runner_v2 import ReftModelState
 
         return ReftModelState
@@ -69,7 +74,7 @@ class ReftTransformersForCausalLM(TransformersForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         blocks = find_blocks(self.model).blocks
-        self.reft = edited(blocks, vllm_config, split=False)
+        self.reft = add_hooks(blocks, vllm_config, has_residual=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.reft.running():

@@ -1,15 +1,15 @@
-"""Where vLLM has no official seam: its functions are wrapped, each for one reason.
+"""Patches of vLLM: functions are wrapped where vLLM has no extension point.
 
-* ``InputProcessor.process_inputs``: a request is refused, or its adapter's content settled, in the
-  front end, on the request's own copy of its parameters.
-* ``to_beam_search_params`` of the server's requests: beam search passes a client's arguments on to
-  nobody, so a request that names an adapter is refused there.
-* ``generate_block_hash_extra_keys``: a cached block is another one if other tokens of it were
-  edited, or by another adapter.
-* ``GPUModelRunner._prepare_inputs`` of Model Runner V1, the one on CPUs: which tokens a step
-  computes. V2 has a seam of its own, :mod:`reft.serving.vllm.runner_v2`.
+* ``InputProcessor.process_inputs`` resolves the adapter of a request in the front end, on the
+  request's copy of its parameters, or refuses the request.
+* ``to_beam_search_params`` of the server's requests refuses a request with an adapter: beam search
+  drops a client's ``extra_args``.
+* ``generate_block_hash_extra_keys`` adds the adapter and the edited tokens to the key of a cached
+  block.
+* ``GPUModelRunner._prepare_inputs`` of Model Runner V1, used on CPUs, plans the edits of a step. V2
+  has an extension point, see :mod:`reft.serving.vllm.runner_v2`.
 
-They do nothing for a request without an adapter.
+Without an adapter a request passes unchanged.
 """
 
 from __future__ import annotations
@@ -27,32 +27,33 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from reft.serving.vllm import ARCHITECTURES
 from reft.serving.vllm.compatibility import check_engine
-from reft.serving.vllm.request_adapter import SCALE, Ticket, asked_for
-from reft.serving.vllm.resolver import Admission
+from reft.serving.vllm.request_adapter import SCALE, RequestAdapter, requested_adapter
+from reft.serving.vllm.resolver import Resolver
 from reft.serving.vllm.settings import KEY, Settings
 
-#: Under which an admitted request's ticket travels in its ``extra_args``.
-TICKET = "reft_ticket"
+#: The key in ``extra_args`` of an accepted request that holds its :class:`RequestAdapter`.
+RESOLVED = "reft_resolved"
 
-_OURS = frozenset({KEY, SCALE, TICKET})
+_REFT_KEYS = frozenset({KEY, SCALE, RESOLVED})
 
-_MARK = "_reft_wraps"
+#: Attribute that marks a wrapped function.
+_PATCHED = "_reft_wraps"
 
 
 def install() -> None:
-    """Wrap the functions, once a process.
+    """Install the patches of the front end and the scheduler, once a process.
 
     Raises:
-        RuntimeError: one of them is not there, or takes other arguments.
+        RuntimeError: a function is missing, or takes other arguments.
     """
     for name in ARCHITECTURES:
         MODELS_CONFIG_MAP.setdefault(name, ReftEngineConfig)
-    _wrap(InputProcessor, "process_inputs", ("self", "request_id", "prompt", "params"), _admitting)
-    _wrap(InputProcessor, "__init__", ("self", "vllm_config"), _starting)
+    _wrap(InputProcessor, "process_inputs", ("self", "request_id", "prompt", "params"), _resolving)
+    _wrap(InputProcessor, "__init__", ("self", "vllm_config"), _refusing_beam_search)
     name = "generate_block_hash_extra_keys"
     arguments = ("request", "start_token_idx", "end_token_idx", "start_mm_idx")
     _wrap(kv_cache_utils, name, arguments, _keying)
-    # Modules that imported the function by its name before.
+    # Modules that imported the function itself before.
     wrapped = getattr(kv_cache_utils, name)
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("vllm.") and hasattr(module, name):
@@ -60,22 +61,22 @@ def install() -> None:
 
 
 def install_runner() -> None:
-    """Wrap Model Runner V1's function; only workers import that."""
+    """Install the patch of Model Runner V1, which only workers import."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     arguments = ("self", "scheduler_output", "num_scheduled_tokens")
     _wrap(GPUModelRunner, "_prepare_inputs", arguments, _preparing)
 
 
-def ticket_of(params: Any) -> Ticket | None:
-    """The ticket of an admitted request."""
+def request_adapter_of(params: Any) -> RequestAdapter | None:
+    """Return the adapter of an accepted request."""
     extra = getattr(params, "extra_args", None)
-    plain = None if not extra else extra.get(TICKET)
-    return None if plain is None else Ticket.from_plain(plain)
+    values = None if not extra else extra.get(RESOLVED)
+    return None if values is None else RequestAdapter.from_dict(values)
 
 
 class ReftEngineConfig(VerifyAndUpdateConfig):
-    """What vLLM asks of an architecture before an engine starts."""
+    """The check that vLLM calls for an architecture before an engine starts."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
@@ -87,80 +88,85 @@ def _wrap(
     owner: Any, name: str, arguments: tuple[str, ...], make: Callable[[Any], Callable[..., Any]]
 ) -> None:
     original = getattr(owner, name, None)
-    if getattr(original, _MARK, False):
+    if getattr(original, _PATCHED, False):
         return
-    where = f"{getattr(owner, '__module__', '')}.{getattr(owner, '__name__', owner)}.{name}"
+    path = f"{getattr(owner, '__module__', '')}.{getattr(owner, '__name__', owner)}.{name}"
     if original is None:
-        raise RuntimeError(f"this vLLM has no {where}, which reft's plugin needs; use vllm 0.32")
-    found = tuple(inspect.signature(original).parameters)
-    if found[: len(arguments)] != arguments:
+        raise RuntimeError(f"this vLLM has no {path}, which reft's plugin needs; use vllm 0.32")
+    parameters = tuple(inspect.signature(original).parameters)
+    if parameters[: len(arguments)] != arguments:
         raise RuntimeError(
-            f"{where} of this vLLM takes {found}, reft's plugin knows {arguments}; use vllm 0.32"
+            f"{path} of this vLLM takes {parameters}, reft's plugin expects {arguments}; use vllm "
+            "0.32"
         )
     wrapped = functools.wraps(original)(make(original))
-    setattr(wrapped, _MARK, True)
+    setattr(wrapped, _PATCHED, True)
     setattr(owner, name, wrapped)
 
 
 # ---------------------------------------------------------------- the front end
 
 
-def _admitting(original: Any) -> Callable[..., Any]:
+def _resolving(original: Any) -> Callable[..., Any]:
     def process_inputs(
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        ticket = _admit(self, prompt, params, kwargs)
+        adapter = _resolve(self, prompt, params, kwargs)
         request = original(self, request_id, prompt, params, *args, **kwargs)
-        own = request.sampling_params
-        if (
-            own is not None
-            and own.extra_args
-            and (KEY in own.extra_args or TICKET in own.extra_args)
-        ):
-            # On the request's own copy: the client may use its object again.
-            rest = {k: v for k, v in own.extra_args.items() if k not in (KEY, TICKET)}
-            if ticket is not None:
-                rest[TICKET] = ticket.to_plain()
-                if ticket.salted:
-                    salt = ticket.salt(len(request.prompt_token_ids))
+        sampling = request.sampling_params
+        extra = None if sampling is None else sampling.extra_args
+        if extra and (KEY in extra or RESOLVED in extra):
+            # Written into the request's copy: the client may reuse its object.
+            rest = {key: value for key, value in extra.items() if key not in (KEY, RESOLVED)}
+            if adapter is not None:
+                rest[RESOLVED] = adapter.to_dict()
+                if adapter.salted:
+                    salt = adapter.salt(len(request.prompt_token_ids))
                     request.cache_salt = f"{request.cache_salt or ''}{salt}"
-            own.extra_args = rest or None
+            sampling.extra_args = rest or None
         return request
 
     return process_inputs
 
 
-def _starting(original: Any) -> Callable[..., Any]:
+def _refusing_beam_search(original: Any) -> Callable[..., Any]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        # Only a front end makes one, and only a front end has requests of these kinds.
+        # Only a front end makes an InputProcessor and gets requests of these classes.
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
         for kind in (ChatCompletionRequest, CompletionRequest):
-            _wrap(kind, "to_beam_search_params", ("self",), _refusing_beams)
+            _wrap(kind, "to_beam_search_params", ("self",), _refusing_adapters)
         original(self, *args, **kwargs)
 
     return __init__
 
 
-def _refusing_beams(original: Any) -> Callable[..., Any]:
+def _refusing_adapters(original: Any) -> Callable[..., Any]:
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm.exceptions import VLLMValidationError
 
-        if not _OURS.isdisjoint(self.vllm_xargs or ()):
+        if not _REFT_KEYS.isdisjoint(self.vllm_xargs or ()):
             raise VLLMValidationError("beam search cannot be edited: leave reft out", parameter=KEY)
         return original(self, *args, **kwargs)
 
     return to_beam_search_params
 
 
-def _admit(processor: Any, prompt: Any, params: Any, options: dict[str, Any]) -> Ticket | None:
+def _resolve(
+    processor: Any, prompt: Any, params: Any, options: dict[str, Any]
+) -> RequestAdapter | None:
+    """Resolve the adapter that a client's request names; None if it names none.
+
+    Raises:
+        VLLMValidationError: the request cannot be served.
+    """
     from vllm.exceptions import VLLMValidationError
 
     extra = getattr(params, "extra_args", None) or {}
     try:
-        asked = asked_for(extra)
-        if asked is None:
+        requested = requested_adapter(extra)
+        if requested is None:
             return None
         if processor.model_config.architecture not in ARCHITECTURES:
             raise ValueError(
@@ -175,14 +181,14 @@ def _admit(processor: Any, prompt: Any, params: Any, options: dict[str, Any]) ->
             raise ValueError(
                 "a resumable request cannot be edited: the length of its prompt changes"
             )
-        admission = processor.__dict__.get("_reft_admission")
-        if admission is None:
+        resolver: Resolver | None = processor.__dict__.get("_reft_resolver")
+        if resolver is None:
             text = processor.model_config.hf_text_config
             settings = Settings.of(processor.vllm_config.additional_config)
-            admission = Admission(settings, text.num_hidden_layers, text.hidden_size)
-            processor._reft_admission = admission
-        ticket: Ticket = admission.ticket(*asked)
-        return replace(ticket, salted=admission.settings.prefix_keys == "salt")
+            resolver = Resolver(settings, text.num_hidden_layers, text.hidden_size)
+            processor._reft_resolver = resolver
+        adapter = resolver.resolve(*requested)
+        return replace(adapter, salted=resolver.settings.prefix_keys == "salt")
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter=KEY) from None
 
@@ -195,13 +201,13 @@ def _keying(original: Any) -> Callable[..., Any]:
         request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
     ) -> Any:
         keys, index = original(request, start_token_idx, end_token_idx, start_mm_idx)
-        ticket = ticket_of(request.sampling_params)
-        if ticket is None or ticket.salted:
+        adapter = request_adapter_of(request.sampling_params)
+        if adapter is None or adapter.salted:
             return keys, index
-        own = ticket.block_key(request.num_prompt_tokens, start_token_idx, end_token_idx)
-        if own is None:
+        block_key = adapter.block_key(request.num_prompt_tokens, start_token_idx, end_token_idx)
+        if block_key is None:
             return keys, index
-        return (*(keys or ()), (KEY, own)), index
+        return (*(keys or ()), (KEY, block_key)), index
 
     return generate_block_hash_extra_keys
 
@@ -219,10 +225,10 @@ def _preparing(original: Any) -> Callable[..., Any]:
             batch = self.input_batch
             chunks = []
             for index, req_id in enumerate(batch.req_ids[: batch.num_reqs]):
-                ticket = ticket_of(self.requests[req_id].sampling_params)
+                adapter = request_adapter_of(self.requests[req_id].sampling_params)
                 start = int(batch.num_computed_tokens_cpu[index])
                 count = int(num_scheduled_tokens[index])
-                chunks.append((ticket, int(batch.num_prompt_tokens[index]), start, count))
+                chunks.append((adapter, int(batch.num_prompt_tokens[index]), start, count))
             worker.prepare(chunks, int(scheduler_output.total_num_scheduled_tokens))
         return prepared
 

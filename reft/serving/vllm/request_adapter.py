@@ -1,4 +1,4 @@
-"""What a request carries from the front end to the scheduler and the workers."""
+"""The adapter of a request, as it travels from the front end to the scheduler and the workers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import lru_cache
 from math import isfinite
 from typing import Any
 
-from reft.adapter.requests import Request, request_of
+from reft.adapter.requests import Request, make_request
 from reft.config import ReftConfig
 from reft.serving.vllm.settings import KEY
 
@@ -18,71 +18,87 @@ SCALE = "reft_scale"
 #: The name that means "no adapter".
 BASE = "__base__"
 
-#: Fields of a configuration that say which tokens are edited.
-_WHERE = ("positions", "tied", "untied_by", "short_prompts", "prompt_end")
+#: Fields of a configuration that determine the edited tokens.
+_POSITION_FIELDS = ("positions", "tied", "untied_by", "short_prompts", "prompt_end")
 
 
 @dataclass(frozen=True)
-class Ticket:
-    """An admitted request's adapter.
+class RequestAdapter:
+    """The adapter of an accepted request.
 
     Attributes:
-        content: what its edits depend on, hashed; names the copy that the workers read.
-        scale: what the edit is multiplied by.
-        where: the fields of the configuration that say which tokens are edited.
-        salted: whether a salt tells its cached blocks apart, so that they need no keys.
+        content_hash: of the adapter; names the copy that the workers read.
+        scale: multiplies the edit.
+        position_fields: the fields of the configuration that determine the edited tokens.
+        salted: whether a salt separates its cached blocks, so that they need no keys.
     """
 
-    content: str
+    content_hash: str
     scale: float
-    where: tuple[tuple[str, Any], ...]
+    position_fields: tuple[tuple[str, Any], ...]
     salted: bool = False
 
     @classmethod
-    def of(cls, config: ReftConfig, content: str, scale: float) -> Ticket:
-        """The ticket of an adapter."""
-        return cls(content, scale, tuple((name, getattr(config, name)) for name in _WHERE))
+    def from_config(cls, config: ReftConfig, content_hash: str, scale: float) -> RequestAdapter:
+        """Take the position fields from a configuration."""
+        values = tuple((name, getattr(config, name)) for name in _POSITION_FIELDS)
+        return cls(content_hash, scale, values)
 
-    def to_plain(self) -> dict[str, Any]:
-        """As values that travel between processes."""
-        where = [list(pair) for pair in self.where]
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to values that travel between processes."""
         return {
-            "content": self.content, "scale": self.scale, "where": where, "salted": self.salted
-        }  # fmt: skip
+            "content_hash": self.content_hash,
+            "scale": self.scale,
+            "position_fields": [list(pair) for pair in self.position_fields],
+            "salted": self.salted,
+        }
 
     @classmethod
-    def from_plain(cls, value: Mapping[str, Any]) -> Ticket:
-        """The inverse of :meth:`to_plain`."""
-        where = tuple((str(name), given) for name, given in value["where"])
-        return cls(value["content"], float(value["scale"]), where, value["salted"])
+    def from_dict(cls, values: Mapping[str, Any]) -> RequestAdapter:
+        """Invert :meth:`to_dict`."""
+        position_fields = tuple((str(name), value) for name, value in values["position_fields"])
+        return cls(
+            values["content_hash"], float(values["scale"]), position_fields, values["salted"]
+        )
 
     def request(self, prompt_length: int) -> Request:
-        """Which tokens of a prompt are edited, without what edits them."""
-        return replace(_request(self.where, prompt_length), scale=self.scale)
+        """Determine the edited tokens of a prompt; the request has no weights."""
+        return replace(_request(self.position_fields, prompt_length), scale=self.scale)
 
     def block_key(self, prompt_length: int, start: int, stop: int) -> Any:
-        """What a block of tokens ``start`` to ``stop`` − 1 depends on beside its tokens; None if
-        nothing in it is edited. What came before is in the hash of the block before."""
-        places = tuple(self.request(prompt_length).edited(start, stop))
-        return (self.content, self.scale, places) if places else None
+        """Return what the block of tokens ``start`` to ``stop`` − 1 depends on beside its tokens.
+
+        None if no token of the block is edited. Earlier tokens are covered by the hash of the block
+        before.
+        """
+        edited = tuple(self.request(prompt_length).edited(start, stop))
+        return (self.content_hash, self.scale, edited) if edited else None
 
     def salt(self, prompt_length: int) -> str:
-        """A ``cache_salt`` under which prompts share blocks rightly without keys: the content alone
-        would not do, since the edited tokens move with the length of the prompt."""
-        return f"reft:{self.content}:{self.scale!r}:{prompt_length}"
+        """Return a ``cache_salt`` with which prompts share blocks correctly without block keys.
+
+        The content hash alone is not enough: the edited tokens depend on the length of the prompt.
+        """
+        return f"reft:{self.content_hash}:{self.scale!r}:{prompt_length}"
 
 
 @lru_cache(maxsize=4096)
-def _request(where: tuple[tuple[str, Any], ...], prompt_length: int) -> Request:
-    return request_of(ReftConfig(**dict(where)), None, 1.0, prompt_length, "")  # type: ignore[arg-type]
+def _request(position_fields: tuple[tuple[str, Any], ...], prompt_length: int) -> Request:
+    return make_request(ReftConfig(**dict(position_fields)), None, 1.0, prompt_length, "")
 
 
-def asked_for(extra: Mapping[str, Any]) -> tuple[str, float] | None:
-    """(name, scale) of what a client wrote into ``extra_args``, under "reft" and "reft_scale"; None
-    for no adapter.
+def requested_adapter(extra: Mapping[str, Any]) -> tuple[str, float] | None:
+    """Read the adapter's name and scale from a client's ``extra_args``.
+
+    Args:
+        extra: the name under "reft", the scale under "reft_scale".
+
+    Returns:
+        None for no adapter.
 
     Raises:
-        ValueError: a name that is no text, a scale that is no finite number or has no adapter.
+        ValueError: a name that is not a string, a scale that is not a finite number or has no
+            adapter.
     """
     name, scale = extra.get(KEY), extra.get(SCALE, 1.0)
     if name is not None and not isinstance(name, str):

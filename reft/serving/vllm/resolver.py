@@ -1,4 +1,4 @@
-"""The front end's part: names become contents, and what cannot be served is refused here."""
+"""Resolution of adapter names in the front end; adapters that cannot be served are refused here."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 
-from reft.adapter.host_adapter import stored
+from reft.adapter.host_adapter import host_adapter
 from reft.config import ReftConfig
 from reft.io.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter
-from reft.serving.vllm.request_adapter import SCALE, Ticket
+from reft.serving.vllm.request_adapter import SCALE, RequestAdapter
 from reft.serving.vllm.settings import Settings
 
-#: Positions that a request of token ids does not tell.
-_UNTOLD = ("given", "image")
+#: Positions that do not follow from a request's token ids.
+_UNSUPPORTED_POSITIONS = ("given", "image")
 
 
-class Admission:
-    """Adapters by name, as they lie in the folder now.
+class Resolver:
+    """Resolves names to the adapters that are in the engine's folder at this moment.
 
     Args:
         settings: of the engine.
@@ -30,14 +30,14 @@ class Admission:
 
     def __init__(self, settings: Settings, num_layers: int, dim: int) -> None:
         self.settings, self.num_layers, self.dim = settings, num_layers, dim
-        self._known: dict[str, tuple[tuple[int, ...], Ticket]] = {}
+        self._resolved: dict[str, tuple[tuple[int, ...], RequestAdapter]] = {}
 
-    def ticket(self, name: str, scale: float = 1.0) -> Ticket:
-        """The ticket of an adapter, copied to where workers read it.
+    def resolve(self, name: str, scale: float = 1.0) -> RequestAdapter:
+        """Resolve a name, and copy the adapter to the folder that the workers read.
 
         Raises:
-            ValueError: an unknown name or one that is no name, a damaged folder, an adapter that
-                the engine cannot serve, a scale beyond the allowed.
+            ValueError: an unknown or invalid name, a damaged folder, an adapter that the engine
+                cannot serve, a scale above the limit.
         """
         if abs(scale) > self.settings.max_scale:
             raise ValueError(
@@ -48,52 +48,58 @@ class Admission:
         try:
             if not folder.is_dir():
                 raise ValueError(f"there is no adapter {name!r}")
-            state = _state(folder / WEIGHTS_FILE)
-            known = self._known.get(name)
-            if known is None or known[0] != state or not self._copied(known[1].content, state):
-                known = self._known[name] = (state, self._read(name, folder))
+            state = _file_state(folder / WEIGHTS_FILE)
+            known_state, adapter = self._resolved.get(name, (None, None))
+            if (
+                adapter is None
+                or known_state != state
+                or not self._is_copied(adapter.content_hash, state)
+            ):
+                adapter = self._read(name, folder)
+                self._resolved[name] = state, adapter
         except OSError as error:
-            self._known.pop(name, None)
+            self._resolved.pop(name, None)
             raise ValueError(f"adapter {name!r} cannot be read: {error.strerror}") from None
-        return Ticket(known[1].content, scale, known[1].where)
+        return RequestAdapter(adapter.content_hash, scale, adapter.position_fields)
 
     def _folder(self, name: str) -> Path:
-        plain = name and name not in (".", "..") and not set(name) & set("/\\\0")
-        if not plain or name.startswith(".") or len(name.encode()) > 200:
+        is_plain = name and name not in (".", "..") and not set(name) & set("/\\\0")
+        if not is_plain or name.startswith(".") or len(name.encode()) > 200:
             raise ValueError(f"reft must name an adapter, a folder's plain name; got {name!r:.80}")
         return Path(self.settings.folder) / name
 
-    def _copied(self, content: str, state: tuple[int, ...]) -> bool:
-        """Whether the workers' copy is there, and whole."""
-        path = self.settings.cache_folder / content / WEIGHTS_FILE
+    def _is_copied(self, content_hash: str, state: tuple[int, ...]) -> bool:
+        """Whether the workers' copy exists and is complete."""
+        path = self.settings.cache_folder / content_hash / WEIGHTS_FILE
         return path.is_file() and path.stat().st_size == state[1]
 
-    def _read(self, name: str, folder: Path) -> Ticket:
-        # A copy first: what is read, hashed and handed to the workers is one file.
+    def _read(self, name: str, folder: Path) -> RequestAdapter:
+        # Copy first: the file that is checked and hashed must be the one that the workers read.
         cache = self.settings.cache_folder
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=".", dir=cache))
+        copy = Path(tempfile.mkdtemp(prefix=".", dir=cache))
         try:
             for file in (WEIGHTS_FILE, CONFIG_FILE):
                 if (folder / file).is_file():
-                    _copy(folder / file, beside / file)
-            config, tensors = read_adapter(beside)
+                    _copy_durably(folder / file, copy / file)
+            config, tensors = read_adapter(copy)
             self._check(config)
-            one = stored(config, tensors, num_layers=self.num_layers, dim=self.dim)
-            target = cache / one.content
-            if not self._copied(one.content, _state(beside / WEIGHTS_FILE)):
-                shutil.rmtree(target, ignore_errors=True)  # cut short, or cleaned in part
+            adapter = host_adapter(config, tensors, num_layers=self.num_layers, dim=self.dim)
+            content_hash = adapter.content_hash
+            target = cache / content_hash
+            if not self._is_copied(content_hash, _file_state(copy / WEIGHTS_FILE)):
+                shutil.rmtree(target, ignore_errors=True)  # truncated or partly deleted
                 try:
-                    beside.replace(target)
+                    copy.replace(target)
                 except OSError:  # another front end was faster
-                    if not self._copied(one.content, _state(beside / WEIGHTS_FILE)):
+                    if not self._is_copied(content_hash, _file_state(copy / WEIGHTS_FILE)):
                         raise
         except (ValueError, RecursionError) as error:
-            reason = str(error).removeprefix(f"{beside}: ").replace(str(beside), repr(name))
+            reason = str(error).removeprefix(f"{copy}: ").replace(str(copy), repr(name))
             raise ValueError(f"adapter {name!r} cannot be served: {reason}") from None
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
-        return Ticket.of(config, one.content, 1.0)
+            shutil.rmtree(copy, ignore_errors=True)
+        return RequestAdapter.from_config(config, content_hash, 1.0)
 
     def _check(self, config: ReftConfig) -> None:
         if config.rank > self.settings.max_rank:
@@ -102,21 +108,21 @@ class Admission:
             )
         if config.component != "block_output":
             raise ValueError(f'component must be "block_output", got {config.component!r}')
-        if config.positions in _UNTOLD:
+        if config.positions in _UNSUPPORTED_POSITIONS:
             raise ValueError(f'positions must not be "given" or "image", got "{config.positions}"')
         if config.torch_dtype == torch.float64:
             raise ValueError('dtype must not be "float64"')
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file onto the disk, not only into its cache."""
+def _copy_durably(source: Path, target: Path) -> None:
+    """Copy a file and wait until the copy is on disk."""
     with source.open("rb") as read, target.open("wb") as written:
         shutil.copyfileobj(read, written)
         written.flush()
         os.fsync(written.fileno())
 
 
-def _state(path: Path) -> tuple[int, ...]:
-    """What changes when a file is replaced."""
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+def _file_state(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file is replaced."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -9,7 +9,7 @@ from tiny_models import bert, llama, moved, tokens
 from transformers import TrainingArguments
 
 from reft import ReftConfig, ReftModel, ReftTrainer, get_reft_model, load_pyreft, save_pyreft
-from reft.adapter.casting import holds
+from reft.adapter.casting import can_represent
 from reft.adapter.multi_device import MultiDeviceParameters
 from reft.adapter.parameters import AdapterParameters
 from reft_kernels.spec import FAMILY
@@ -117,9 +117,11 @@ def test_what_holds_what():
     order = (torch.float64, torch.float32, torch.bfloat16), (torch.float32, torch.float16)
     for row in order:
         for place, one in enumerate(row):
-            assert all(holds(one, other) for other in row[place:])
-            assert not any(holds(one, other) for other in row[:place])
-    assert not holds(torch.bfloat16, torch.float16) and not holds(torch.float16, torch.bfloat16)
+            assert all(can_represent(one, other) for other in row[place:])
+            assert not any(can_represent(one, other) for other in row[:place])
+    assert not can_represent(torch.bfloat16, torch.float16) and not can_represent(
+        torch.float16, torch.bfloat16
+    )
 
 
 def test_moves_and_copies_are_no_casts():

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reft import ReftConfig
-from reft.adapter.device_cache import AdapterCache, CacheItem, EditKind
-from reft.adapter.token_positions import block_places, edited_places
+from reft.adapter.device_cache import AdapterCache, CacheItem
+from reft.adapter.token_positions import positions_between, token_positions
 from reft.positions import padded_positions
 from reft_kernels.spec import EditWeights
 
@@ -40,25 +40,25 @@ class TestPlaces:
             prompt_end=end,
         )[0].tolist()
         prompt = [at - 2 for at in window if 0 <= at - 2 < length]
-        places = edited_places(config, length)
+        places = token_positions(config, length)
         assert [at for at, _ in places] == sorted(prompt)
         assert all(0 <= group < config.num_groups for _, group in places)
 
     def test_which_weights_edit_which_token(self):
         config = ReftConfig(positions="f2+l2", tied=False)
-        assert edited_places(config, 9) == ((0, 0), (1, 0), (7, 1), (8, 1))
+        assert token_positions(config, 9) == ((0, 0), (1, 0), (7, 1), (8, 1))
         apart = ReftConfig(positions="f2+l2", tied=False, untied_by="position")
-        assert edited_places(apart, 9) == ((0, 0), (1, 1), (7, 2), (8, 3))
-        assert edited_places(apart, 3) == ((0, 0), (2, 3))
+        assert token_positions(apart, 9) == ((0, 0), (1, 1), (7, 2), (8, 3))
+        assert token_positions(apart, 3) == ((0, 0), (2, 3))
         with pytest.raises(ValueError, match="not told by the length"):
-            edited_places(ReftConfig(positions="given"), 9)
+            token_positions(ReftConfig(positions="given"), 9)
 
     def test_those_in_a_block(self):
         places = ((0, 0), (1, 0), (7, 1), (8, 1))
-        assert block_places(places, 0, 4) == places[:2]
-        assert block_places(places, 1, 8) == places[1:3]
-        assert block_places(places, 2, 7) == ()
-        assert block_places(places, 8, 16) == places[3:]
+        assert positions_between(places, 0, 4) == places[:2]
+        assert positions_between(places, 1, 8) == places[1:3]
+        assert positions_between(places, 2, 7) == ()
+        assert positions_between(places, 8, 16) == places[3:]
 
 
 def resident(key, *, rank=2, groups=1, sites=((0, "block_output"),), activation=None, dim=5):
@@ -99,21 +99,21 @@ class TestTables:
                 activation="gelu" if at % 5 == 0 else None,
             )  # fmt: skip
             all_of_them.append(one)
-            places += tables.admit([one])
+            places += tables.insert([one])
         assert len({entry for entries in places for entry in entries}) == sum(
             one.groups for one in all_of_them
         )
         for one, entries in zip(all_of_them, places, strict=True):
             holds(tables, one, entries)
-        assert tables.admit(all_of_them) == places
+        assert tables.insert(all_of_them) == places
 
     @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), max_size=12))
     def test_what_was_asked_for_is_there_and_no_more_than_the_capacity(self, batches):
         tables = AdapterCache(4, lambda site: CPU)
         known = [resident(f"a{at}", rank=1 + at % 3, groups=1 + at % 2) for at in range(10)]
         for batch in batches:
-            entries = tables.admit([known[at] for at in batch])
-            assert len(tables.resident) <= 4
+            entries = tables.insert([known[at] for at in batch])
+            assert len(tables.keys) <= 4
             owned = {}
             for at, mine in zip(batch, entries, strict=True):
                 holds(tables, known[at], mine)
@@ -124,11 +124,11 @@ class TestTables:
     def test_a_new_tenant_leaves_nothing_of_the_old(self):
         """A wide adapter goes, a narrow one without W comes into its entry."""
         tables = AdapterCache(1, lambda site: CPU)
-        tables.admit([resident("wide", rank=4)])
+        tables.insert([resident("wide", rank=4)])
         narrow = resident("narrow", rank=1)
         (weights,) = narrow.weights
         narrow = CacheItem(narrow.key, (weights._replace(encode=None),), narrow.sites)
-        (entries,) = tables.admit([narrow])
+        (entries,) = tables.insert([narrow])
         table = tables.weights_at(narrow.sites[0], narrow.kind)
         assert not table.encode[entries[0]].any()
         assert not table.decode[entries[0], 1:].any() and not table.bias[entries[0], 1:].any()
@@ -136,23 +136,9 @@ class TestTables:
     def test_too_many_change_nothing(self):
         tables = AdapterCache(2, lambda site: CPU)
         first = [resident("a"), resident("b")]
-        entries = tables.admit(first)
+        entries = tables.insert(first)
         with pytest.raises(ValueError, match=r"at most 2 different adapters.*uses 3"):
-            tables.admit([resident("c"), resident("a"), resident("d")])
-        assert tables.resident == [("a", None), ("b", None)]
-        assert tables.admit(first) == entries
-        assert len(tables.admit([resident("c"), resident("c"), resident("a")])) == 3
-
-    def test_reserved_tables_keep_their_addresses(self):
-        tables = AdapterCache(8, lambda site: CPU)
-        site = (3, "block_output")
-        kind = EditKind(False, None, torch.float32)
-        tables.reserve([site], kind, entries=8, rank=4, dim=5)
-        before = tables.weights_at(site, kind).decode.data_ptr()
-        size = tables.nbytes
-        assert size == 8 * (2 * 4 * 5 + 4) * 4
-        for at in range(12):
-            tables.admit([resident(f"a{at}", rank=1 + at % 4, sites=(site,))])
-        assert tables.weights_at(site, kind).decode.data_ptr() == before and tables.nbytes == size
-        tables.clear()
-        assert tables.nbytes == 0 and not tables.resident and tables.capacity == 8
+            tables.insert([resident("c"), resident("a"), resident("d")])
+        assert tables.keys == [("a", None), ("b", None)]
+        assert tables.insert(first) == entries
+        assert len(tables.insert([resident("c"), resident("c"), resident("a")])) == 3

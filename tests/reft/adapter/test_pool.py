@@ -11,7 +11,7 @@ from served_adapters import SETTINGS, equal, loaded, logits, random_adapter, ser
 from tiny_models import DIM, LAYERS, llama, tokens
 
 from reft import ReftConfig, ReftModel
-from reft.adapter.host_adapter import read_host_adapter, stored
+from reft.adapter.host_adapter import host_adapter, read_host_adapter
 from reft.io.adapter_files import read_adapter, write_adapter
 
 
@@ -149,9 +149,9 @@ class TestContent:
     def test_names_do_not_matter_and_bits_do(self, folders, tmp_path):
         sizes = {"num_layers": LAYERS, "dim": DIM}
         first = read_host_adapter(folders["plain"], **sizes)
-        assert read_host_adapter(folders["plain"], **sizes).content == first.content
+        assert read_host_adapter(folders["plain"], **sizes).content_hash == first.content_hash
         config, tensors = read_adapter(folders["plain"])
-        seen = {first.content}
+        seen = {first.content_hash}
         bias = tensors["bias"].clone()
         bias.view(-1)[0] = torch.nextafter(bias.view(-1)[0], torch.tensor(9.0))
         for changed, values in (
@@ -162,11 +162,11 @@ class TestContent:
             ({"short_prompts": "paper"}, tensors),
         ):
             other = ReftConfig.from_dict({**config.to_dict(), **changed})
-            seen.add(stored(other, values, **sizes).content)
+            seen.add(host_adapter(other, values, **sizes).content_hash)
         assert len(seen) == 6
         for idle in ({"dropout": 0.1}, {"layers": [0, 1, 2]}, {"init": "identity"}):
             same = ReftConfig.from_dict({**config.to_dict(), **idle})
-            assert stored(same, tensors, **sizes).content == first.content
+            assert host_adapter(same, tensors, **sizes).content_hash == first.content_hash
 
     def test_equal_adapters_share_their_place(self, folders):
         model = served(folders, names=("plain",))
@@ -177,7 +177,7 @@ class TestContent:
         model.pool.remove("plain")
         assert model.pool.nbytes == one and model.pool.resident == ["again"]
         model.pool.remove("again")
-        assert model.pool.nbytes == 0 and not model.pool.tables.resident
+        assert model.pool.nbytes == 0 and not model.pool.cache.keys
 
 
 class TestMistakes:

@@ -152,7 +152,7 @@ def test_what_has_neither_leaves_r_alone():
         ({"rank": 4}, r"shape \(3, 1, 3, 24\), got \(3, 1, 4, 24\)"),
         ({"layers": [0, 2]}, r"shape \(3, 1, 3, 24\), got \(2, 1, 3, 24\)"),
         ({"tied": False}, r"shape \(3, 1, 3, 24\), got \(3, 2, 3, 24\)"),
-        ({"intervention": "direft"}, "it has decode, which this one has not"),
+        ({"intervention": "direft"}, "it has decode, which this one does not have"),
         ({"intervention": "lobireft", "rank": 4}, r"bias of shape \(3, 1, 3\), got \(3, 1, 4\)"),
     ],
     ids=["rank", "layers", "groups", "member", "member and rank"],

@@ -144,18 +144,18 @@ class TestKeys:
             self.request("a", ((1, 0),), scale=2.0),
             self.request("a", ((1, 0),), everything=3),
         ]
-        made = [tuple(keys.keyed(one, tokens)) for one in asked]
+        made = [tuple(keys.replace_edited(one, tokens)) for one in asked]
         assert made[0] == (1, 2, 3, 4) and len(set(made)) == len(asked)
         again = self.request("a", ((1, 0), (9, 0)))
-        assert tuple(keys.keyed(again, tokens)) == made[2]
-        assert keys.keyed(again, [1, 3, 3, 4])[1] not in (3, made[2][1])
+        assert tuple(keys.replace_edited(again, tokens)) == made[2]
+        assert keys.replace_edited(again, [1, 3, 3, 4])[1] not in (3, made[2][1])
         assert all(-(2**31) <= one < 10 and one != -1 for ids in made for one in ids)
 
     def test_no_numbers_left(self):
         keys, tokens = TokenKeys(2**29), [1, 2**29 - 1]
-        made = [keys.keyed(self.request(f"{at}", ((1, 0),)), tokens) for at in range(6)]
+        made = [keys.replace_edited(self.request(f"{at}", ((1, 0),)), tokens) for at in range(6)]
         assert made[0] and made[2] and made[3:] == [None] * 3
-        assert keys.keyed(self.request("0", ((1, 0),)), [1, 2**29]) is None
+        assert keys.replace_edited(self.request("0", ((1, 0),)), [1, 2**29]) is None
 
 
 class TestManager:
@@ -305,6 +305,6 @@ class TestManager:
 
 def test_positions_of_a_request_are_told_by_its_prompt(model):
     with pytest.raises(ValueError, match="image"):
-        from reft.adapter.requests import request_of
+        from reft.adapter.requests import make_request
 
-        request_of(config(positions="image"), mock.Mock(), 1.0, 9, "seeing")
+        make_request(config(positions="image"), mock.Mock(), 1.0, 9, "seeing")
