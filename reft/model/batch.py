@@ -1,4 +1,4 @@
-"""The adapters of a batch: which adapter edits which sequences, in which directions, how strongly."""
+"""The adapters of a batch: their sequences, directions and scales."""
 
 from __future__ import annotations
 

@@ -64,8 +64,8 @@ class EditHook:
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward and not sent and not call.restored:
             raise RuntimeError(
-                f"block {self.site[0]} ({type(module).__name__}) runs again in backward without its "
-                "plan. Enable activation checkpointing with "
+                f"block {self.site[0]} ({type(module).__name__}) runs again in backward without "
+                "its plan. Enable activation checkpointing with "
                 "ReftModel.gradient_checkpointing_enable, not with the base model's, or disable it"
             )
         if plan is not None and plan.recorded:

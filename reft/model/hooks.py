@@ -87,7 +87,7 @@ class MakePlan(_ArgumentHook):
             _enter(registry)
         arguments = self._by_name(args, kwargs)
         plan = None
-        if any([arguments.get(name) is not None for name in PAGED]):
+        if any(arguments.get(name) is not None for name in PAGED):
             plan = plan_paged_step(registry, arguments)
         else:
             if registry.engine_refs:
@@ -97,15 +97,15 @@ class MakePlan(_ArgumentHook):
                 plan = plan_forward(registry, inputs)
         call.plan = plan
         if not torch.compiler.is_compiling():
-            self._look_around(plan)
+            self._after_plan(plan)
         # While gradients are recorded None is sent too: a block that runs again in backward must
         # tell "nothing to edit" from "the plan was lost".
         if self.takes_keywords and (plan is not None or torch.is_grad_enabled()):
             kwargs = {**kwargs, KEYWORD: plan}
         return args, kwargs
 
-    def _look_around(self, plan: Any) -> None:
-        """Refuse context parallelism, show the plan to who watches, keep plans for checkpointing."""
+    def _after_plan(self, plan: Any) -> None:
+        """Refuse context parallelism, record the plan, prepare activation checkpointing."""
         registry = self.registry
         if plan is not None:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -154,7 +154,7 @@ def _enter(registry: AdapterRegistry) -> None:
     if torch.compiler.is_compiling():
         return
     with registry.lock:
-        if registry.modules_to_save.paths:
+        if registry.heads.paths.get(str(registry.active)):
             registry.check_modules_present()
         registry.active_threads.threads.add(threading.get_ident())
 

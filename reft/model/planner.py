@@ -245,7 +245,7 @@ def _image_columns(
     Raises:
         ValueError: the call has embeddings instead of token ids.
     """
-    if not any([adapter.source.positions.kind == "image" for adapter in adapters]):
+    if not any(adapter.source.positions.kind == "image" for adapter in adapters):
         return None
     if ids is None:
         raise ValueError('positions="image" needs input_ids, got inputs_embeds only')

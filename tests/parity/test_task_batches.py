@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import edited_rows_of
 from transformers import AutoTokenizer
 
 from reft import ReftConfig, ReftDataCollator
-from reft.model.forward_plan import member_rows
-from reft.model.prompts import Prompt
+from reft.model.prompts import PromptSpans
 from reft.paper.tasks import ClassificationTask, answers, get_task
 from reft.paper.tasks.encode import encode_example, encode_prompt
 
@@ -40,9 +40,9 @@ def edited(case: dict, mask: torch.Tensor, lengths: list[int]) -> list[list[set[
     """The columns that this library edits: of each group, of each sequence."""
     config = ReftConfig(positions=case["positions"], tied=case["tied"])
     start = mask.argmax(dim=1)
-    prompt = Prompt(start, torch.tensor(lengths))
+    prompt = PromptSpans(start, torch.tensor(lengths))
     width = mask.shape[1]
-    groups = member_rows(config, prompt, window_start=0, window=width)
+    groups = edited_rows_of(config, prompt, width)
     found = []
     for rows in groups:
         columns: list[set[int]] = [set() for _ in lengths]

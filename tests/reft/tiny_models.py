@@ -19,6 +19,9 @@ from transformers import (
 )
 
 from reft import ReftConfig, ReftModel
+from reft.adapter.parameters import AdapterParameters
+from reft.model.edited_rows import edited_rows
+from reft.model.prompts import ColumnRange, PromptSpans
 from reft_kernels import orthonormalize
 
 VOCAB, DIM, LAYERS, PAD = 40, 24, 3, 0
@@ -198,3 +201,18 @@ class NoReading(TorchDispatchMode):
         name = func.overloadpacket.__name__
         assert name not in ("_local_scalar_dense", "nonzero", "equal", "masked_select"), name
         return func(*args, **(kwargs or {}))
+
+
+def edited_rows_of(
+    config: ReftConfig,
+    spans: PromptSpans,
+    seq_len: int,
+    *,
+    start: int = 0,
+    sequences: Tensor | None = None,
+    given: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The rows that an adapter of this configuration edits in some columns."""
+    adapter = AdapterParameters(config, (0,), 16, device="meta")
+    chunk = ColumnRange(start, seq_len)
+    return edited_rows(adapter, spans, chunk, sequences=sequences, given=given)

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from reft import ReftConfig, ReftModel, get_reft_model
 from reft.adapter.multi_device import MultiDeviceParameters
 from reft.adapter.parameters import AdapterParameters
-from reft.model.forward_plan import ForwardPlan, Member
+from reft.model.batch import BatchAdapter
+from reft.model.forward_plan import ForwardPlan
 
 FIRST, SECOND = torch.device("cpu"), torch.device("cpu", 0)
 MEMBERS = ["loreft", "direft", "consreft"]
@@ -274,7 +275,8 @@ def test_meta_blocks_get_meta_parameters(tmp_path):
     adapter = model.base_model.reft.adapter("default")
     assert isinstance(adapter, MultiDeviceParameters) and adapter.is_meta
     assert [part.bias.device.type for part in adapter.parts] == ["cpu", "meta"]
-    plan = ForwardPlan([Member(adapter, (torch.tensor([0]), torch.tensor([5])), 0.0)], (1, 6))
+    rows = (torch.tensor([0]), torch.tensor([5]))
+    plan = ForwardPlan([BatchAdapter("default", adapter)], [rows], (1, 6))
     assert plan.edits[0, "block_output"][0].rows is plan.edits[1, "block_output"][0].rows
     for layer, kind in ((0, "cpu"), (1, "cpu"), (2, "meta")):
         (edit,) = plan.edits[layer, "block_output"]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import PAD, llama, padded, tokens
+from tiny_models import PAD, edited_rows_of, llama, padded, tokens
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from reft import ReftConfig, ReftModel, get_reft_model
 from reft.model.edit_positions import given_columns
-from reft.model.forward_plan import member_rows
-from reft.model.prompts import Prompt, find_prompt
+from reft.model.prompts import PromptSpans, find_prompt
 
 LENGTHS = [8, 5, 3]
 STEPS = 4
@@ -117,7 +116,7 @@ BAD = {
     "too large": ([[0], [6]], "sequence 1 has 6 tokens, 6 of them prompt, got 6"),
     "too far back": ([[-7], [0]], "sequence 0 has 6 tokens, 6 of them prompt, got -7"),
     "a negative in a tensor": (torch.tensor([[-2], [0]]), "at least 0, got -2"),
-    "a vector": (torch.tensor([1, 2]), r"\(sequences, places\), 2 sequences; got shape \(2,\)"),
+    "a vector": (torch.tensor([1, 2]), r"\(sequences, tokens\), 2 sequences; got shape \(2,\)"),
     "floats": (torch.ones(2, 1), "integers or booleans, got torch.float32"),
     "a short mask": (torch.ones(2, 5, dtype=torch.bool), r"\(2, 6\); got \(2, 5\)"),
 }
@@ -214,8 +213,8 @@ def test_generated_tokens_in_training():
         (1, t) for t in range(6)
     }
     config = ReftConfig(positions="prompt+g2", prompt_end="second_to_last")
-    prompt = Prompt(torch.tensor([1]), torch.tensor([3]))
-    (rows,) = member_rows(config, prompt, window_start=0, window=8)
+    prompt = PromptSpans(torch.tensor([1]), torch.tensor([3]))
+    (rows,) = edited_rows_of(config, prompt, 8)
     assert rows.tolist() == [-1, 1, 2, -1, 4, 5, -1, -1]
 
 

@@ -6,11 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 from test_generate import strong
-from tiny_models import PAD, NoReading, bert, gpt2, llama, tokens
+from tiny_models import PAD, NoReading, bert, edited_rows_of, gpt2, llama, tokens
 
 from reft import ReftConfig
 from reft.model.edit_positions import given_columns
-from reft.model.forward_plan import member_rows
 from reft.model.prompts import IGNORED, find_packed_prompt, find_prompt
 
 CPU = torch.device("cpu")
@@ -186,11 +185,11 @@ def test_packed_sequences_with_columns_left_out(positions):
     mask = torch.cat([MASK[0], MASK[2]])
     starts = torch.tensor([0, 12])
     prompt = find_packed_prompt(starts, 24, attention_mask=mask[None])
-    (rows,) = member_rows(config, prompt, window_start=0, window=24)
+    (rows,) = edited_rows_of(config, prompt, 24)
     expected = set()
     for row, offset in ((0, 0), (2, 12)):
         alone = find_prompt(1, 12, CPU, attention_mask=MASK[row : row + 1])
-        (mine,) = member_rows(config, alone, window_start=0, window=12)
+        (mine,) = edited_rows_of(config, alone, 12)
         expected |= {one + offset for one in mine.tolist() if one >= 0}
     assert {one for one in rows.tolist() if one >= 0} == expected
     labels = torch.full((1, 24), IGNORED)
@@ -209,9 +208,9 @@ def test_nothing_is_read_on_the_host(positions, monkeypatch):
     ids = tokens(*MASK.shape)
     with NoReading():
         prompt = find_prompt(5, 12, CPU, attention_mask=MASK, labels=ids).expand(10)
-        member_rows(config, prompt, window_start=3, window=6)
+        edited_rows_of(config, prompt, 6, start=3)
         given = given_columns(torch.tensor([[0, 2]] * 10), prompt, (10, 12))
-        member_rows(config, prompt, window_start=0, window=12, chosen=given)
+        edited_rows_of(config, prompt, 12, given=given)
 
 
 def test_rows_of_random_masks_equal_a_count_by_hand():
@@ -222,7 +221,7 @@ def test_rows_of_random_masks_equal_a_count_by_hand():
         start = int(torch.randint(0, 9, (1,), generator=generator))
         for positions in ("f2+l2", "prompt"):
             config = ReftConfig(positions=positions)
-            (rows,) = member_rows(config, prompt, window_start=start, window=9 - start)
+            (rows,) = edited_rows_of(config, prompt, 9 - start, start=start)
             expected = set()
             for row in range(3):
                 there = mask[row].nonzero().flatten().tolist()
