@@ -5,90 +5,85 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("reft_kernels", "reft", "benchmarks")
 
-#: (importing module prefix, imported module prefix that it must not reach, why)
+#: The layers, lowest first. A module may import its own package and the layers below it; every
+#: import counts, in functions and under TYPE_CHECKING too. ``reft/__init__.py`` and
+#: ``reft/__main__.py`` stand above all layers.
+LAYERS: list[set[str]] = [
+    {"reft_kernels"},
+    {"reft.safe_read", "reft.positions", "reft.subspaces", "reft.field_checks"}
+    | {"reft.foreign_names", "reft.peft_type", "reft.absent"},
+    {"reft.config"},
+    {"reft.io"},
+    {"reft.adapter"},
+    {"reft.model"},
+    {"reft.train", "reft.interop", "reft.serving", "reft.evaluation"},
+    {"reft.paper", "reft.demo"},
+    {"reft.cli"},
+    {"benchmarks"},
+]
+
+#: Modules of a layer that may import each other: the lowest ones are single files.
+FILES = LAYERS[1]
+
+#: (importing module, imported module that it must not reach, reason)
 FORBIDDEN = [
-    ("reft_kernels", "reft", "the kernels know nothing of models"),
-    ("reft_kernels", "transformers", "the kernels know nothing of models"),
-    ("reft_kernels", "benchmarks", "imports point one way"),
-    ("reft_kernels.reference", "reft_kernels._triton", "the meaning is not an implementation"),
-    ("reft_kernels.reference", "reft_kernels.torch_path", "the meaning is not an implementation"),
-    ("reft_kernels._triton", "reft_kernels.reference", "implementations are strangers"),
-    ("reft_kernels._triton", "reft_kernels.torch_path", "implementations are strangers"),
-    ("reft.config", "transformers", "a configuration is readable without transformers"),
-    ("reft.positions", "transformers", "torch only"),
-    ("reft.nn", "transformers", "torch only"),
-    ("reft.nn", "reft.model", "imports point one way"),
-    ("reft.model", "reft.train", "imports point one way"),
-    ("reft.model", "reft.cli", "imports point one way"),
-    ("reft.model", "reft.evaluation", "imports point one way"),
-    ("reft.adapter.host_adapter", "transformers", "served adapters need no model library"),
-    ("reft.adapter.device_cache", "transformers", "torch only"),
-    ("reft.adapter.device_cache", "reft.model", "torch only"),
-    ("reft.adapter.token_positions", "reft.model", "torch only"),
-    ("reft.adapter.pool", "reft.model.reft_model", "imports point one way"),
-    ("reft.model", "reft.serving", "imports point one way"),
-    ("reft.serving", "reft.train", "imports point one way"),
-    ("reft.serving", "reft.cli", "imports point one way"),
-    ("reft.evaluation", "reft.train", "imports point one way"),
-    ("reft.evaluation", "reft.cli", "imports point one way"),
-    ("reft.train", "reft.evaluation", "imports point one way"),
-    ("reft.demo", "reft.evaluation", "imports point one way"),
-    ("reft.model", "reft.interop", "imports point one way"),
-    ("reft.interop", "reft.train", "imports point one way"),
-    ("reft.interop", "reft.cli", "imports point one way"),
-    ("reft.train", "reft.cli", "imports point one way"),
-    ("reft.train", "reft.demo", "imports point one way"),
-    ("reft.demo", "reft.cli", "imports point one way"),
+    ("reft_kernels.reference", "reft_kernels._triton", "the reference is no implementation"),
+    ("reft_kernels.reference", "reft_kernels.torch_backend", "the reference is no implementation"),
+    ("reft_kernels._triton", "reft_kernels.reference", "backends do not know the reference"),
+    ("reft_kernels._triton", "reft_kernels.torch_backend", "backends do not know each other"),
+    ("reft_kernels", "transformers", "kernels do not know models"),
+    ("reft.config", "transformers", "a configuration is read without transformers"),
+    ("reft.io", "transformers", "adapter files are read without transformers"),
+    ("reft.adapter", "transformers", "an adapter's numbers need torch alone"),
     ("reft.paper.tasks", "reft.model", "a task knows no model"),
     ("reft.paper.tasks", "reft.train", "a task knows no training"),
-    ("reft.paper.tasks", "reft.paper.presets", "imports point one way"),
-    ("reft.paper.tasks", "reft.paper.runs", "imports point one way"),
-    ("reft.paper.tasks", "reft.cli", "imports point one way"),
+    ("reft.paper.tasks", "reft.paper.presets", "a task knows no preset"),
+    ("reft.paper.tasks", "reft.paper.runs", "a task knows no run"),
     ("reft.paper.presets", "transformers", "presets are read without transformers"),
     ("reft.paper.presets", "reft.model", "a preset is data"),
     ("reft.paper.presets", "reft.train", "a preset is data"),
-    ("reft.paper.presets", "reft.paper.runs", "imports point one way"),
-    ("reft.paper.presets", "reft.cli", "imports point one way"),
-    ("reft.model", "reft.paper.presets", "imports point one way"),
-    ("reft.train", "reft.paper.runs", "imports point one way"),
-    ("reft.train", "reft.paper.presets", "imports point one way"),
-    ("reft.paper.runs", "reft.cli", "imports point one way"),
-    ("reft.adapter.device_cache", "transformers", "torch only"),
-    ("reft.adapter.token_positions", "transformers", "torch only"),
-    ("reft.adapter.requests", "transformers", "torch only"),
-    ("reft.adapter.requests", "reft.model", "imports point one way"),
-    ("reft", "benchmarks", "imports point one way"),
-    ("reft", "tests", "imports point one way"),
+    ("reft.paper.presets", "reft.paper.runs", "a preset is data"),
+    ("reft", "reft_kernels.devtools", "developer tools are not in the wheel"),
+    ("reft", "tests", "the library does not know its tests"),
     ("benchmarks", "reft_kernels._triton", "benchmarks use public names"),
 ]
 
 
+@cache
 def _modules() -> dict[str, Path]:
-    found = {}
-    for package in ("reft_kernels", "reft", "benchmarks"):
+    modules = {}
+    for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+            modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return modules
 
 
-def _imports(path: Path, *, module_level: bool = False) -> set[str]:
-    """Every dotted name that a file imports, but for those under TYPE_CHECKING."""
-    tree = ast.parse(path.read_text())
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _imports(path: Path, *, on_import: bool = False) -> set[str]:
+    """Every dotted name that a file imports; ``on_import`` leaves out functions and
+    TYPE_CHECKING."""
     skipped: set[int] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(_tree(path)):
         typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        deferred = module_level and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        if typing_only or deferred:
+        deferred = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if on_import and (typing_only or deferred):
             skipped |= {id(inner) for inner in ast.walk(node)}
     names: set[str] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(_tree(path)):
         if id(node) in skipped:
             continue
         if isinstance(node, ast.Import):
@@ -103,71 +98,111 @@ def _under(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.")
 
 
-@pytest.mark.parametrize(("importer", "imported", "why"), FORBIDDEN)
-def test_forbidden_direction(importer: str, imported: str, why: str) -> None:
-    found = [
+def _layer(module: str) -> int | None:
+    """The index of a module's layer; None for the front door of a package."""
+    for index, packages in enumerate(LAYERS):
+        if any(_under(module, package) for package in packages):
+            return index
+    return None
+
+
+def _package(module: str) -> str:
+    return next(package for layer in LAYERS for package in layer if _under(module, package))
+
+
+def _edges() -> Iterator[tuple[str, str]]:
+    """(importing module, imported module) for all files of the project."""
+    modules = _modules()
+    for module, path in modules.items():
+        for name in _imports(path):
+            # ``from package import name`` names a module, or an attribute of the package.
+            if name in modules and name != module and not module.startswith(f"{name}."):
+                yield module, name
+
+
+def test_every_module_has_a_layer() -> None:
+    without = {module for module in _modules() if _layer(module) is None}
+    assert without == {"reft", "reft.__main__"}
+
+
+def test_imports_point_to_lower_layers() -> None:
+    upward = []
+    for importer, imported in _edges():
+        above, below = _layer(importer), _layer(imported)
+        if above is None or below is None:
+            continue
+        same = above == below and (_package(importer) == _package(imported) or importer in FILES)
+        if not (below < above or same):
+            upward.append(f"{importer} imports {imported}")
+    assert not upward
+
+
+def test_no_file_imports_itself_in_a_circle() -> None:
+    edges: dict[str, set[str]] = {module: set() for module in _modules()}
+    for importer, imported in _edges():
+        edges[importer].add(imported)
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " → ".join((*trail[trail.index(module) :], module))
+        if module in done:
+            return
+        for imported in sorted(edges[module]):
+            visit(imported, (*trail, module))
+        done.add(module)
+
+    for module in edges:
+        visit(module, ())
+
+
+@pytest.mark.parametrize(("importer", "imported", "reason"), FORBIDDEN)
+def test_forbidden_direction(importer: str, imported: str, reason: str) -> None:
+    edges = [
         f"{module} imports {name}"
         for module, path in _modules().items()
         if _under(module, importer)
         for name in _imports(path)
         if _under(name, imported)
     ]
-    assert not found, f"{why}: {found}"
+    assert not edges, f"{reason}: {edges}"
 
 
-def test_only_the_launcher_and_the_offline_compiler_touch_kernels() -> None:
+def test_the_kernels_do_without_their_developer_tools() -> None:
+    tools = "reft_kernels.devtools"
+    for module, path in _modules().items():
+        if _under(module, "reft_kernels") and not _under(module, tools):
+            assert not [name for name in _imports(path) if _under(name, tools)], module
+
+
+def test_only_the_launcher_and_the_compile_report_touch_kernels() -> None:
     kernels = ("reft_kernels._triton.forward", "reft_kernels._triton.backward")
-    allowed = {"reft_kernels._triton.launch", "reft_kernels.offline"}
+    allowed = {"reft_kernels._triton.launch", "reft_kernels.devtools.compile_report"}
     for module, path in _modules().items():
         if module not in allowed:
-            assert not [n for n in _imports(path) if n.startswith(kernels)], module
+            assert not [name for name in _imports(path) if name.startswith(kernels)], module
 
 
-def test_triton_is_imported_lazily() -> None:
+#: (imported name, modules that may import it when they are imported)
+LAZY = {
+    "triton": "reft_kernels._triton",
+    "lm_eval": "reft.evaluation",
+    "reft.model.continuous_manager": "reft.model.continuous_manager",
+}
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_heavy_modules_are_imported_when_they_are_used(name: str) -> None:
     for module, path in _modules().items():
-        inside = _under(module, "reft_kernels._triton") and module != "reft_kernels._triton"
+        inside = _under(module, LAZY[name]) and module != "reft_kernels._triton"
         if not inside:
-            named = [n for n in _imports(path, module_level=True) if _under(n, "triton")]
-            assert not named, f"{module} imports triton when it is imported"
+            imported = [each for each in _imports(path, on_import=True) if _under(each, name)]
+            assert not imported, f"{module} imports {name} when it is imported"
 
 
-def test_the_harness_is_imported_by_its_own_module_alone() -> None:
+def test_the_harness_is_imported_by_its_module_alone() -> None:
     for module, path in _modules().items():
         if not _under(module, "reft.evaluation"):
-            assert not [n for n in _imports(path) if _under(n, "lm_eval")], module
-
-
-def test_continuous_batching_is_imported_when_it_is_used() -> None:
-    named = {
-        module
-        for module, path in _modules().items()
-        if "reft.model.continuous_manager" in _imports(path, module_level=True)
-    }
-    assert not named, "transformers' engine is loaded by those who call it"
-
-
-def test_no_cycles() -> None:
-    modules = _modules()
-    edges = {
-        module: {
-            name
-            for name in _imports(path, module_level=True)
-            if name in modules and name != module and not module.startswith(f"{name}.")
-        }
-        for module, path in modules.items()
-    }
-    done: set[str] = set()
-
-    def visit(module: str, trail: tuple[str, ...]) -> None:
-        assert module not in trail, " → ".join((*trail, module))
-        if module in done:
-            return
-        for other in edges[module]:
-            visit(other, (*trail, module))
-        done.add(module)
-
-    for module in edges:
-        visit(module, ())
+            assert not [name for name in _imports(path) if _under(name, "lm_eval")], module
 
 
 def _python(code: str) -> str:
