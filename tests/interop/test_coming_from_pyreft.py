@@ -1,4 +1,4 @@
-"""The examples of ``docs/coming-from-pyreft.md`` run, and give the same answer."""
+"""The examples of ``docs/from-pyreft.md`` run, and give the same answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from make_fixtures import FIXTURES, base_model
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "coming-from-pyreft.md").read_text()
+PAGE = (ROOT / "docs" / "from-pyreft.md").read_text()
 THEIRS, OURS, BETWEEN, ADAPTERS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
@@ -22,7 +22,7 @@ def run(tmp_path, monkeypatch, capsys):
 
     def execute(example: str, **names) -> str:
         capsys.readouterr()
-        exec(compile(example, "coming-from-pyreft.md", "exec"), {"__name__": "example", **names})
+        exec(compile(example, "from-pyreft.md", "exec"), {"__name__": "example", **names})
         return capsys.readouterr().out
 
     return execute
