@@ -62,7 +62,7 @@ def test_the_example_for_adapters(run, tmp_path):
 def test_the_table_of_names_is_the_familys():
     from reft_kernels import FAMILY
 
-    section = PAGE[PAGE.index("Names cross over") : PAGE.index("Parameters of the base")]
+    section = PAGE[PAGE.index("## Names of the family") : PAGE.index("## Convert from the command")]
     rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
     named = {
         ours: theirs
