@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -354,16 +353,3 @@ def test_what_is_here_is_not_looked_for_there(hub, tmp_path, monkeypatch):
         ReftModel.from_pretrained(llama(), "run/missing")
     with pytest.raises(TypeError, match="is_trainble"):
         ReftModel.from_pretrained(llama(), "run/adapter", is_trainble=True)
-
-
-# ------------------------------------------------------------------------ the page about all this
-
-
-def test_the_examples_of_the_page_run(tmp_path):
-    page = Path(__file__).resolve().parents[2] / "docs" / "hugging-face.md"
-    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)
-    if importlib.util.find_spec("lm_eval") is None:
-        blocks = [block for block in blocks if "lm_eval" not in block]
-    assert len(blocks) >= 3
-    run("\n".join(blocks), tmp_path)
-    assert files(tmp_path / "adapter") == ADAPTER_FILES
