@@ -22,6 +22,7 @@ LONGEST_SENTENCE = 25
 
 _CODE_BLOCK = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 _MEASURED_BLOCK = re.compile(r"^<!-- (?P<name>.+?) -->.*?^<!-- end of (?P=name) -->$", re.S | re.M)
+_PATH = re.compile(r"`((?:benchmarks|docs|reft|reft_kernels|scripts|tests)/[\w./-]*\w)/?`")
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -100,6 +101,12 @@ def test_sentences_are_short(page: str) -> None:
     lengths = {sentence: len(sentence.split()) for sentence in _sentences(page)}
     too_long = [f"{count}: {text}" for text, count in lengths.items() if count > LONGEST_SENTENCE]
     assert not too_long, "\n".join(too_long)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_exist(page: str) -> None:
+    named = set(re.findall(_PATH, _text(page)))
+    assert {path for path in named if not (ROOT / path).exists()} == set()
 
 
 @pytest.mark.parametrize("page", PAGES)
