@@ -122,7 +122,8 @@ def write_report(
         bool, typer.Option("--readme", help="Rewrite README's benchmark table, and nothing else.")
     ] = False,
     serving: Annotated[
-        bool, typer.Option("--serving", help="Rewrite the table and plot of docs/serving.md alone.")
+        bool,
+        typer.Option("--serving", help="Rewrite the table and plot of docs/serving-cost.md alone."),
     ] = False,
 ) -> None:
     """Write tables and plots of results, or with --readme the table in README.md."""

@@ -1,4 +1,4 @@
-"""The measured part of docs/serving.md, from rows of the suite "serve"."""
+"""The measured part of docs/serving-cost.md, from rows of the suite "serve"."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.plots.serve import adapters
 from benchmarks.records import Row
 from benchmarks.tables import constants, markdown, missing, quantity
 
-PAGE = ROOT / "docs" / "serving.md"
+PAGE = ROOT / "docs" / "serving-cost.md"
 BEGIN, END = "<!-- serving table -->", "<!-- end of serving table -->"
 
 

@@ -106,7 +106,7 @@ def test_what_it_asks_for(metadata) -> None:
             name, _, found = line.partition("#")[0].strip().partition("==")
             floors[name] = found
     for one in asked:
-        if one.name in plain - {"torch"}:  # which has no build of its floor: CONTRIBUTING says so
+        if one.name in plain - {"torch"}:  # no CPU build of the oldest: docs/engineering-notes.md
             (oldest,) = [part.version for part in one.specifier if part.operator == ">="]
             assert Version(oldest) == Version(floors[one.name]), one
     assert set(metadata.get_all("Provides-Extra")) >= {"train", "trl", "eval", "vllm"}

@@ -1,4 +1,4 @@
-"""The examples of ``docs/coming-from-pyreft.md`` run, and give the same answer."""
+"""The examples of ``docs/from-pyreft.md`` run, and give the same answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from make_fixtures import FIXTURES, base_model
 
 ROOT = Path(__file__).parents[3]
-PAGE = (ROOT / "docs" / "coming-from-pyreft.md").read_text()
+PAGE = (ROOT / "docs" / "from-pyreft.md").read_text()
 THEIRS, OURS, BETWEEN, ADAPTERS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
@@ -22,7 +22,7 @@ def run(tmp_path, monkeypatch, capsys):
 
     def execute(example: str, **names) -> str:
         capsys.readouterr()
-        exec(compile(example, "coming-from-pyreft.md", "exec"), {"__name__": "example", **names})
+        exec(compile(example, "from-pyreft.md", "exec"), {"__name__": "example", **names})
         return capsys.readouterr().out
 
     return execute
@@ -62,7 +62,7 @@ def test_the_example_for_adapters(run, tmp_path):
 def test_the_table_of_names_is_the_familys():
     from reft_kernels import FAMILY
 
-    section = PAGE[PAGE.index("Names cross over") : PAGE.index("Parameters of the base")]
+    section = PAGE[PAGE.index("## Names of the family") : PAGE.index("## Convert from the command")]
     rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
     named = {
         ours: theirs

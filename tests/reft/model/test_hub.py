@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -290,7 +289,7 @@ def test_a_card_on_the_hub_is_left_alone_once_edited(hub):
 def test_what_was_pushed_is_loaded_by_its_name(hub):
     model = wrap()
     with torch.no_grad():
-        model.base_model.reft.adapter("default").bias.normal_()
+        model.base_model.reft.bank("default").bias.normal_()
     model.push_to_hub("me/mine")
     assert "ReftModel.from_pretrained(base, 'me/mine')" in snippet(hub.store / "me/mine")
     hub.calls.clear()
@@ -306,14 +305,14 @@ def test_what_was_pushed_is_loaded_by_its_name(hub):
         },
     )
     for name in ("default", "second"):
-        found = loaded.base_model.reft.adapter(name).bias
-        assert torch.equal(found, model.base_model.reft.adapter("default").bias)
+        found = loaded.base_model.reft.bank(name).bias
+        assert torch.equal(found, model.base_model.reft.bank("default").bias)
 
 
 def test_a_subfolder_on_the_hub(hub, tmp_path):
     model = wrap()
     with torch.no_grad():
-        model.base_model.reft.adapter("default").bias.normal_()
+        model.base_model.reft.bank("default").bias.normal_()
     model.save_pretrained(hub.store / "me/mine" / "runs" / "best")
     told = {"cache_dir": str(tmp_path), "local_files_only": True, "force_download": False}
     loaded = ReftModel.from_pretrained(
@@ -330,8 +329,7 @@ def test_a_subfolder_on_the_hub(hub, tmp_path):
         )
     ]
     assert torch.equal(
-        loaded.base_model.reft.adapter("default").bias,
-        model.base_model.reft.adapter("default").bias,
+        loaded.base_model.reft.bank("default").bias, model.base_model.reft.bank("default").bias
     )
     with pytest.raises(FileNotFoundError, match=r"no such adapter directory.*runs/last"):
         ReftModel.from_pretrained(llama(), "me/mine", subfolder="runs/last")
@@ -355,16 +353,3 @@ def test_what_is_here_is_not_looked_for_there(hub, tmp_path, monkeypatch):
         ReftModel.from_pretrained(llama(), "run/missing")
     with pytest.raises(TypeError, match="is_trainble"):
         ReftModel.from_pretrained(llama(), "run/adapter", is_trainble=True)
-
-
-# ------------------------------------------------------------------------ the page about all this
-
-
-def test_the_examples_of_the_page_run(tmp_path):
-    page = Path(__file__).resolve().parents[3] / "docs" / "hugging-face.md"
-    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)
-    if importlib.util.find_spec("lm_eval") is None:
-        blocks = [block for block in blocks if "lm_eval" not in block]
-    assert len(blocks) >= 3
-    run("\n".join(blocks), tmp_path)
-    assert files(tmp_path / "adapter") == ADAPTER_FILES
