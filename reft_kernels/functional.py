@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reft_kernels import reference, transforms
+from reft_kernels import autograd, reference, transforms
 from reft_kernels.activations import ACTIVATIONS, activate
-from reft_kernels.autograd import apply_edit
 from reft_kernels.dispatch import Choice, choose
 from reft_kernels.rows import RowPlan
+from reft_kernels.spec import EditWeights
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -53,7 +53,8 @@ def lowrank_edit(
         TypeError, ValueError: what was wrong, which value, and what is allowed; nothing was
             changed.
     """
-    return _run(hidden, plan, encode, bias, decode, subtract, activation, backend, inplace=False)
+    weights = EditWeights(encode, bias, decode, subtract, activation)
+    return apply_edit(hidden, plan, weights, backend=backend)
 
 
 def lowrank_edit_(
@@ -73,7 +74,8 @@ def lowrank_edit_(
         ValueError: also if ``hidden`` is (a view of) a leaf that requires grad while gradients are
             recorded, or overlaps itself in memory.
     """
-    return _run(hidden, plan, encode, bias, decode, subtract, activation, backend, inplace=True)
+    weights = EditWeights(encode, bias, decode, subtract, activation)
+    return apply_edit(hidden, plan, weights, in_place=True, backend=backend)
 
 
 def loreft(
@@ -128,20 +130,18 @@ def explain(
     return choose(backend, hidden, decode, activation, plan.num_groups)
 
 
-def _run(
+def apply_edit(
     hidden: Tensor,
     plan: RowPlan,
-    encode: Tensor | None,
-    bias: Tensor | None,
-    decode: Tensor,
-    subtract: bool,
-    activation: str | None,
-    backend: str,
+    weights: EditWeights,
     *,
-    inplace: bool,
+    in_place: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
+    """:func:`lowrank_edit`, or with ``in_place`` :func:`lowrank_edit_`, of packed weights."""
+    encode, bias, decode, subtract, activation = weights
     _check(hidden, plan, encode, bias, decode, subtract, activation)
-    if inplace:
+    if in_place:
         _check_inplace(hidden)
     choice = choose(backend, hidden, decode, activation, plan.num_groups).backend
     # What is traced is PyTorch's own already, and the reference could not be traced.
@@ -150,7 +150,7 @@ def _run(
         edited = reference.lowrank_edit(
             hidden, plan, encode, bias, decode, subtract=subtract, activation=activation
         )
-        return hidden.copy_(edited) if inplace else edited
+        return hidden.copy_(edited) if in_place else edited
     if plan.num_rows == 0 or hidden.numel() == 0:
         # Nothing to launch, and yet every parameter has a gradient, 0: a rank of a distributed run
         # whose batch is empty takes part in the reduction.
@@ -167,8 +167,8 @@ def _run(
         decode = decode.float()
     # Dynamo has no mark_dirty: traced, the edit is made apart and copied, which the compiler turns
     # back into a write of the rows.
-    traced = inplace and torch.compiler.is_compiling()
-    edited = apply_edit(
+    traced = in_place and torch.compiler.is_compiling()
+    edited = autograd.apply_edit(
         hidden,
         plan,
         encode,
@@ -177,7 +177,7 @@ def _run(
         subtract=subtract,
         activation=activation,
         backend=choice,
-        inplace=inplace and not traced,
+        inplace=in_place and not traced,
     )
     return hidden.copy_(edited) if traced else edited
 
