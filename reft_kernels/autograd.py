@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reft_kernels import differentiable, library, ownership, transforms
-from reft_kernels.differentiable import Saved
+from reft_kernels import custom_ops, double_backward, grad_reuse, transforms
+from reft_kernels.double_backward import Saved
 from reft_kernels.rows import RowPlan
 from reft_kernels.spec import fold
 
@@ -50,7 +50,7 @@ def apply_edit(
                 hidden, encode, bias, decode, plan, subtract, activation, backend, inplace
             )
             return edited
-        ownership.calibrate()
+        grad_reuse.calibrate()
         # Autograd lets a Function with several results write into no view.
         apart = inplace and hidden._is_view()
         edited = LowRankEdit.apply(  # type: ignore[no-untyped-call]
@@ -67,7 +67,7 @@ _NONE = (None,) * 4
 
 
 class LowRankEdit(torch.autograd.Function):
-    """``h' = h + Rᵀ(act(W h + b) − σ R h)`` on the rows of a plan; see ``torch_path``.
+    """``h' = h + Rᵀ(act(W h + b) − σ R h)`` on the rows of a plan; see ``torch_backend``.
 
     Folded, A = W − σR and s = A h + b: then dW = dA, and R has the part −dA of its gradient.
 
@@ -92,7 +92,7 @@ class LowRankEdit(torch.autograd.Function):
             or transforms.batched(grad_out)
         ):
             return _differentiable_backward(ctx, grad_out, *of_saved)
-        overwrite = ownership.exclusive(grad_out)  # before a call to come holds it as well
+        overwrite = grad_reuse.exclusive(grad_out)  # before a call to come holds it as well
         return _backward(ctx, grad_out, overwrite)
 
 
@@ -155,7 +155,7 @@ def _backward(ctx: Any, grad_out: Tensor, overwrite: bool) -> tuple[Tensor | Non
     x, s, u, encode, _, decode = ctx.saved_tensors
     plan, subtract, activation, backend, wants = ctx.edit
     with _full_precision(grad_out.device.type):
-        d_hidden, *of_parameters = library.implementation(backend).edit_backward(
+        d_hidden, *of_parameters = custom_ops.implementation(backend).edit_backward(
             grad_out.reshape(-1, grad_out.shape[-1]),
             plan,
             _stacked(encode, 3),
@@ -184,7 +184,7 @@ def _differentiable_backward(
     rotation = _stacked(decode, 3)
     assert rotation is not None
     with _full_precision(grad_out.device.type):
-        d_hidden, d_encode, d_bias, d_decode = differentiable.edit_backward(
+        d_hidden, d_encode, d_bias, d_decode = double_backward.edit_backward(
             grad_out.reshape(-1, grad_out.shape[-1]),
             Saved(*of_results[:3]),
             plan,
@@ -263,7 +263,7 @@ def _edit(
     target = out.reshape(-1, out.shape[-1]) if rows is None else rows
     with _full_precision(out.device.type):
         saved: tuple[Tensor | None, Tensor | None, Tensor | None]
-        saved = library.implementation(backend).edit_forward(
+        saved = custom_ops.implementation(backend).edit_forward(
             target,
             plan,
             encode,

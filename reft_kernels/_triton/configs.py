@@ -13,8 +13,8 @@ exact in its 10 bits: Hopper truncates the float32 operand to them instead of ro
 
 No tile has 64 rows of its left operand: that is where Triton takes Hopper's ``wgmma`` with that
 operand in registers, which triton before 3.7 (issue 9433) and ptxas before CUDA 13.3 (triton's pull
-request 11781) may overwrite while it is being read. ``tests/kernels/test_offline.py`` reads the
-machine code.
+request 11781) may overwrite while it is being read.
+``tests/kernels/devtools/test_compile_report.py`` reads the machine code.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class KernelConfig:
         return options
 
 
-#: kernel -> settings that a sweep tries now, whatever the shape; see ``reft_kernels.tuning``.
+#: kernel -> settings that a sweep tries now, whatever the shape; see ``devtools.tuning``.
 TRIALS: dict[str, KernelConfig] = {}
 
 

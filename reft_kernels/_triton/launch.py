@@ -1,6 +1,6 @@
 """The only caller of the kernels: allocates what they write, computes grids, launches.
 
-Same two functions and the same meaning as ``torch_path``.
+Same two functions and the same meaning as ``torch_backend``.
 """
 
 from __future__ import annotations

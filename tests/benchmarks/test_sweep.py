@@ -19,7 +19,7 @@ from benchmarks.records import read
 from benchmarks.report import render
 from benchmarks.suites.op import Stand, tensors
 from benchmarks.timing import Effort
-from reft_kernels import tuning
+from reft_kernels.devtools import tuning
 
 CPU = torch.device("cpu")
 (CASE,) = sweep.cases("ci")

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reft_kernels._triton import missing
-from reft_kernels.testing import count_paths, poisoned_memory
+from reft_kernels.devtools.testing import count_paths, poisoned_memory
 
 
 def pytest_configure(config: pytest.Config) -> None:

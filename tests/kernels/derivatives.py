@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reft_kernels import RowPlan, lowrank_edit, lowrank_edit_
-from reft_kernels.testing import Case, laid_out, make_edit
+from reft_kernels.devtools.testing import Case, laid_out, make_edit
 
 TRITON = pytest.param("triton", marks=pytest.mark.interpreter("float64 is PyTorch's there"))
 backends = pytest.mark.parametrize("backend", ["torch", TRITON])

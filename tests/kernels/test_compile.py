@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reft_kernels import RowPlan, lowrank_edit, lowrank_edit_
 from reft_kernels._triton import launch
+from reft_kernels.devtools.testing import Case, budget, count_paths, make_edit, run_edit, same_bits
 from reft_kernels.rows import LaunchRows
-from reft_kernels.testing import Case, budget, count_paths, make_edit, run_edit, same_bits
 
 pytestmark = pytest.mark.traced
 

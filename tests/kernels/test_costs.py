@@ -10,7 +10,7 @@ import torch
 
 from reft_kernels import FAMILY, RowPlan, lowrank_edit, lowrank_edit_
 from reft_kernels.autograd import apply_edit
-from reft_kernels.testing import Case, make_edit, run_edit
+from reft_kernels.devtools.testing import Case, make_edit, run_edit
 
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 GROUPS = [(9,), (4, 5), (0, 3, 0, 1, 5), (1,) * 12]

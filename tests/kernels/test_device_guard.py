@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = """
 import json, sys
 import torch
-from reft_kernels import stub_driver
+from reft_kernels.devtools import stub_driver
 from reft_kernels import RowPlan
 from reft_kernels._triton import launch
 

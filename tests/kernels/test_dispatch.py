@@ -11,7 +11,7 @@ import torch
 
 from reft_kernels import explain, lowrank_edit
 from reft_kernels.activations import TRITON_ACTIVATIONS
-from reft_kernels.testing import Case, make_edit
+from reft_kernels.devtools.testing import Case, make_edit
 
 
 def arguments(device, case=None, **changes):

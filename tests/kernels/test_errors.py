@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reft_kernels import RowPlan, explain, loreft, lowrank_edit, lowrank_edit_
-from reft_kernels.testing import same_bits
+from reft_kernels.devtools.testing import same_bits
 
 pytestmark = pytest.mark.host("a refusal comes before anything runs, and names the CPU")
 D, R = 8, 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reft_kernels import FAMILY, RowPlan, fold, loreft, loreft_, lowrank_edit, lowrank_edit_
-from reft_kernels.testing import Case, make_edit, run_edit, same_bits
+from reft_kernels.devtools.testing import Case, make_edit, run_edit, same_bits
 
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 dtypes = pytest.mark.parametrize(

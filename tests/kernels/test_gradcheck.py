@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reft_kernels import FAMILY, RowPlan, lowrank_edit, lowrank_edit_
-from reft_kernels.testing import Case, budget, make_edit, run_edit
+from reft_kernels.devtools.testing import Case, budget, make_edit, run_edit
 
 CHECKED = [
     ("torch", "loreft", None),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reft_kernels import lowrank_edit, lowrank_edit_
-from reft_kernels.testing import Case, budget, laid_out, make_edit, same_bits
+from reft_kernels.devtools.testing import Case, budget, laid_out, make_edit, same_bits
 
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 

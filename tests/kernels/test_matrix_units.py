@@ -14,7 +14,7 @@ from matrix_units import AT_ONCE, rounded, tf32, tf32x3, truncated
 
 from reft_kernels import lowrank_edit_
 from reft_kernels._triton import launch
-from reft_kernels.testing import Case, budget, make_edit, run_edit
+from reft_kernels.devtools.testing import Case, budget, make_edit, run_edit
 
 pytestmark = pytest.mark.interpreter("a GPU has matrix units of its own")
 M, N, K = 16, 16, 32

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from reft_kernels import RowPlan, lowrank_edit, lowrank_edit_, orthonormalize, reflector_base
-from reft_kernels.library import implementation
-from reft_kernels.testing import Case, make_edit, run_edit, same_bits
+from reft_kernels.custom_ops import implementation
+from reft_kernels.devtools.testing import Case, make_edit, run_edit, same_bits
 
 BACKENDS = ["torch", "triton", "reference"]
 NOT_FINITE = [float("nan"), float("inf"), float("-inf")]

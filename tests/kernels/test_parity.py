@@ -11,7 +11,7 @@ import torch
 
 from reft_kernels import FAMILY, lowrank_edit, lowrank_edit_
 from reft_kernels.activations import ACTIVATIONS, TRITON_ACTIVATIONS
-from reft_kernels.testing import Budget, Case, budget, make_edit, run_edit
+from reft_kernels.devtools.testing import Budget, Case, budget, make_edit, run_edit
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from reft_kernels import FAMILY, RowPlan, reference
-from reft_kernels.testing import Case, make_edit
+from reft_kernels.devtools.testing import Case, make_edit
 
 HIDDEN = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [-1.0, 0.0, 2.0]])
 

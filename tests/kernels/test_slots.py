@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from reft_kernels import FAMILY, RowPlan, lowrank_edit, lowrank_edit_, reference
+from reft_kernels.devtools.testing import Case, make_edit, relative_error, same_bits
 from reft_kernels.rows import RUN
-from reft_kernels.testing import Case, make_edit, relative_error, same_bits
 
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 #: Sizes of groups: one, equal ones side by side, ragged with empty ones, many of one row.

@@ -17,9 +17,13 @@ FORBIDDEN = [
     ("reft_kernels", "transformers", "the kernels know nothing of models"),
     ("reft_kernels", "benchmarks", "imports point one way"),
     ("reft_kernels.reference", "reft_kernels._triton", "the meaning is not an implementation"),
-    ("reft_kernels.reference", "reft_kernels.torch_path", "the meaning is not an implementation"),
+    (
+        "reft_kernels.reference",
+        "reft_kernels.torch_backend",
+        "the meaning is not an implementation",
+    ),
     ("reft_kernels._triton", "reft_kernels.reference", "implementations are strangers"),
-    ("reft_kernels._triton", "reft_kernels.torch_path", "implementations are strangers"),
+    ("reft_kernels._triton", "reft_kernels.torch_backend", "implementations are strangers"),
     ("reft.config", "transformers", "a configuration is readable without transformers"),
     ("reft.positions", "transformers", "torch only"),
     ("reft.nn", "transformers", "torch only"),
@@ -65,6 +69,7 @@ FORBIDDEN = [
     ("reft.serving.requests", "reft.model", "imports point one way"),
     ("reft.serving.continuous", "reft.model", "imports point one way"),
     ("reft", "benchmarks", "imports point one way"),
+    ("reft", "reft_kernels.devtools", "developer tools are not in the wheel"),
     ("reft", "tests", "imports point one way"),
     ("benchmarks", "reft_kernels._triton", "benchmarks use public names"),
 ]
@@ -116,9 +121,16 @@ def test_forbidden_direction(importer: str, imported: str, why: str) -> None:
     assert not found, f"{why}: {found}"
 
 
+def test_the_kernels_do_without_their_developer_tools() -> None:
+    tools = "reft_kernels.devtools"
+    for module, path in _modules().items():
+        if _under(module, "reft_kernels") and not _under(module, tools):
+            assert not [name for name in _imports(path) if _under(name, tools)], module
+
+
 def test_only_the_launcher_and_the_offline_compiler_touch_kernels() -> None:
     kernels = ("reft_kernels._triton.forward", "reft_kernels._triton.backward")
-    allowed = {"reft_kernels._triton.launch", "reft_kernels.offline"}
+    allowed = {"reft_kernels._triton.launch", "reft_kernels.devtools.compile_report"}
     for module, path in _modules().items():
         if module not in allowed:
             assert not [n for n in _imports(path) if n.startswith(kernels)], module

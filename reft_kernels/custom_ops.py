@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reft_kernels import torch_path
+from reft_kernels import torch_backend
 from reft_kernels.rows import LaunchRows, RowPlan
 
 
 def implementation(backend: str) -> Any:
     """What has ``edit_forward`` and ``edit_backward`` for a chosen backend, "torch" or "triton"."""
     if backend == "torch":
-        return torch_path
+        return torch_backend
     if torch.compiler.is_compiling():
         return _OPERATORS
     from reft_kernels._triton import launch
@@ -79,7 +79,7 @@ def _(
     save_code: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, (rank, dim) = rows.shape[0], decode.shape[-2:]
-    compute = torch_path.compute_dtype(hidden, decode)
+    compute = torch_backend.compute_dtype(hidden, decode)
     return (
         hidden.new_empty((n, dim) if save_rows else 0),
         hidden.new_empty((n, rank) if save_code else 0, dtype=compute),

@@ -21,14 +21,14 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from reft_kernels import offline
+from reft_kernels.devtools import compile_report
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"),
     pytest.mark.host("compiles for GPUs that are not here, by name"),
 ]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 #: Some corners of the matrix, and the builds that needed their launch settings changed.
 BUILDS = [
     ("cuda:80", "edit_rows", "linear", 8192, 1, "float32"),
@@ -72,14 +72,14 @@ WGMMA = (("cuda:90", "edit_rows", "linear", 4096, 8, "bfloat16", 8192), {"rows":
 COMPILE = """
 import dataclasses, json, sys
 import torch
-from reft_kernels import offline
+from reft_kernels.devtools import compile_report
 from reft_kernels._triton import configs
 
 choose = configs.choose
 for (target, kernel, variant, dim, rank, dtype, *rows), changes in json.load(sys.stdin):
     configs.choose = lambda *a, **k: dataclasses.replace(choose(*a, **k), **changes)
-    build = offline.Build(kernel, variant, dim, rank, getattr(torch, dtype), *rows)
-    print(json.dumps(offline.compile_build(build, target).as_dict()))
+    build = compile_report.Build(kernel, variant, dim, rank, getattr(torch, dtype), *rows)
+    print(json.dumps(compile_report.compile_build(build, target).as_dict()))
 """
 
 
@@ -144,7 +144,7 @@ def test_no_wgmma_has_an_operand_in_registers(compiled: list[dict[str, int]]) ->
     ],
 )
 def test_operands_of_wgmma_are_read_from_ptx(ptx: str, count: int) -> None:
-    assert offline.register_wgmma(ptx) == count
+    assert compile_report.register_wgmma(ptx) == count
 
 
 @pytest.mark.slow
@@ -209,14 +209,14 @@ def test_a_bad_question_is_one_line(
 def test_spills_and_failures_are_named(
     command: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def compile_build(build: offline.Build, target: str) -> offline.Resources:
+    def compile_build(build: compile_report.Build, target: str) -> compile_report.Resources:
         if build.rank == 4:
             raise RuntimeError("no such instruction\nand more")
         spilled = 8 if build.rank == 64 and build.variant == "gelu" else 0
-        return offline.Resources(200, 4096, spilled, spilled)
+        return compile_report.Resources(200, 4096, spilled, spilled)
 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(offline, "compile_build", compile_build)
+    monkeypatch.setattr(compile_report, "compile_build", compile_build)
     question = ("--target", "cuda:80", "--kernels", "edit_rows", "--dims", "768", "--jobs", "1")
     filters = (*question, "--dtypes", "fp16", "--rows", "448")
 
@@ -247,12 +247,12 @@ def test_spills_and_failures_are_named(
     ],
 )
 def test_bytes_stored_to_local_memory(sass: str, stored: int) -> None:
-    assert offline.stored_bytes(sass) == stored
+    assert compile_report.stored_bytes(sass) == stored
 
 
 def test_every_build_of_the_matrix_once() -> None:
     import torch
 
-    found = list(offline.builds((768, 4096), (1, 8, 64), (torch.float32, torch.bfloat16)))
+    found = list(compile_report.builds((768, 4096), (1, 8, 64), (torch.float32, torch.bfloat16)))
     assert len(found) == len(set(found)) == 3 * 2 * 2 * 3 * 2 * 2
-    assert {build.num_rows for build in found} == set(offline.ROWS)
+    assert {build.num_rows for build in found} == set(compile_report.ROWS)

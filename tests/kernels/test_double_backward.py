@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from reft_kernels import FAMILY, lowrank_edit, lowrank_edit_
 from reft_kernels.activations import ACTIVATIONS
-from reft_kernels.testing import relative_error, same_bits
+from reft_kernels.devtools.testing import relative_error, same_bits
 
 #: What requires a gradient decides what is saved.
 LIVE = [NAMES, ("hidden",), ("encode",), ("bias",), ("decode",), ("hidden", "decode")]

@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 
 from reft_kernels import _triton, dispatch, functional
-from reft_kernels.offline import TARGETS, check_target, register_wgmma
+from reft_kernels.devtools.compile_report import TARGETS, check_target, register_wgmma
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def launching_nothing(target: str = "cuda:90", device_name: str = "") -> Iterato
     """Within the block edits of CPU tensors go to the kernels, compiled for ``target``.
 
     Args:
-        target: an NVIDIA target of ``reft_kernels.offline``.
+        target: an NVIDIA target of ``reft_kernels.devtools.compile_report``.
         device_name: the device whose measured launch settings are taken; empty for none.
 
     Raises:

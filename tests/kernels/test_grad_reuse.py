@@ -11,9 +11,9 @@ import torch
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.utils.checkpoint import checkpoint
 
-from reft_kernels import RowPlan, lowrank_edit_, ownership, torch_path
+from reft_kernels import RowPlan, grad_reuse, lowrank_edit_, torch_backend
 from reft_kernels._triton import launch
-from reft_kernels.testing import same_bits
+from reft_kernels.devtools.testing import same_bits
 
 DIM, RANK, ROWS = 24, 3, 10
 
@@ -65,7 +65,7 @@ def overwritten(monkeypatch):
 
         return edit_backward
 
-    for module in (torch_path, launch):
+    for module in (torch_backend, launch):
         monkeypatch.setattr(module, "edit_backward", noted(module.edit_backward))
     return said
 
@@ -76,7 +76,7 @@ def never(monkeypatch):
 
     def of(build, *leaves):
         with monkeypatch.context() as patch:
-            patch.setattr(ownership, "exclusive", lambda grad: False)
+            patch.setattr(grad_reuse, "exclusive", lambda grad: False)
             return torch.autograd.grad(build(), leaves)
 
     return of
@@ -203,7 +203,7 @@ def test_checkpointed_blocks(source, parameters, reentrant, never):
 
     got = gradients()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ownership, "exclusive", lambda grad: False)
+        patch.setattr(grad_reuse, "exclusive", lambda grad: False)
         wanted = gradients()
     assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True))
 
@@ -230,10 +230,10 @@ def test_two_threads(parameters, device):
 
 
 def test_what_torch_does_not_tell_is_copied(source, parameters, monkeypatch, overwritten):
-    monkeypatch.setattr(ownership, "_alone", dict.fromkeys(range(10)))
-    assert not ownership.exclusive(torch.ones(2))
-    monkeypatch.setattr(ownership, "_facts", lambda grad: None)
-    assert not ownership.exclusive(torch.ones(2))
+    monkeypatch.setattr(grad_reuse, "_alone", dict.fromkeys(range(10)))
+    assert not grad_reuse.exclusive(torch.ones(2))
+    monkeypatch.setattr(grad_reuse, "_facts", lambda grad: None)
+    assert not grad_reuse.exclusive(torch.ones(2))
     loss = edit(source * 1.0, parameters).square().sum()
     assert torch.autograd.grad(loss, source)[0].shape == source.shape
 
@@ -242,19 +242,19 @@ def test_what_torch_does_not_tell_is_copied(source, parameters, monkeypatch, ove
 def test_calibration_waits_for_plain_tensors(monkeypatch):
     from torch._subclasses import FakeTensorMode
 
-    monkeypatch.setattr(ownership, "_alone", {})
+    monkeypatch.setattr(grad_reuse, "_alone", {})
     with FakeTensorMode():
-        ownership.calibrate()
-    assert ownership._alone == {}
+        grad_reuse.calibrate()
+    assert grad_reuse._alone == {}
     with torch.no_grad():
-        ownership.calibrate()
-    (facts,) = ownership._alone.values()
+        grad_reuse.calibrate()
+    (facts,) = grad_reuse._alone.values()
     assert facts is not None
 
 
 AFTER_A_FAILURE = """
 import torch
-from reft_kernels import RowPlan, lowrank_edit_, torch_path
+from reft_kernels import RowPlan, lowrank_edit_, torch_backend
 
 def refused(x):
     raise ValueError
@@ -264,11 +264,11 @@ try:
 except Exception as error:
     print(type(error).__name__)
 
-real = torch_path.edit_backward
+real = torch_backend.edit_backward
 def noted(*args, **kwargs):
     print(kwargs["overwrite"])
     return real(*args, **kwargs)
-torch_path.edit_backward = noted
+torch_backend.edit_backward = noted
 
 leaf = torch.ones(4, 8).requires_grad_()
 parameters = [torch.ones(shape).requires_grad_() for shape in ((2, 8), (2,), (2, 8))]

@@ -21,7 +21,7 @@ from torch import Tensor
 from reft_kernels.reference import lowrank_edit as _reference
 from reft_kernels.rows import RowPlan
 from reft_kernels.spec import FAMILY
-from reft_kernels.torch_path import compute_dtype
+from reft_kernels.torch_backend import compute_dtype
 
 #: Errors against float64 may be this many times those of eager PyTorch in the same dtypes …
 FACTOR = 2.0
@@ -344,7 +344,7 @@ def poisoned_memory(package: str = "reft_kernels") -> Iterator[None]:
 def count_paths() -> Iterator[Counter[str]]:
     """Count what runs: "triton.<kernel>" per launch, "torch.edit_forward", "torch.edit_backward",
     "reference.lowrank_edit". The part before the point is the backend."""
-    from reft_kernels import _triton, reference, torch_path
+    from reft_kernels import _triton, reference, torch_backend
 
     counts: Counter[str] = Counter()
 
@@ -358,8 +358,8 @@ def count_paths() -> Iterator[Counter[str]]:
     patches: list[Any] = [
         mock.patch.object(module, name, counted(f"{label}.{name}", getattr(module, name)))
         for label, module, name in (
-            ("torch", torch_path, "edit_forward"),
-            ("torch", torch_path, "edit_backward"),
+            ("torch", torch_backend, "edit_forward"),
+            ("torch", torch_backend, "edit_backward"),
             ("reference", reference, "lowrank_edit"),
         )
     ]

@@ -1,8 +1,9 @@
 """A pytest plugin that writes down which kernel builds the tests ask for.
 
-``REFT_LAUNCHES=FILE pytest -p reft_kernels.launch_recorder tests/kernels`` runs the tests in the
-interpreter, and FILE gets one JSON object for each build that a GPU would have to compile: what
-Triton specialises a kernel on, and the test that asked for it first. :func:`replay` launches it.
+``REFT_LAUNCHES=FILE pytest -p reft_kernels.devtools.launch_recorder tests/kernels`` runs the tests
+in the interpreter, and FILE gets one JSON object for each build that a GPU would have to compile:
+what Triton specialises a kernel on, and the test that asked for it first. :func:`replay` launches
+it.
 Tests that only a GPU runs are not run; of those with a ``case`` the case is written, and replayed.
 """
 
@@ -17,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reft_kernels.devtools.testing import PARAMETERS, Case, make_edit, run_edit
 from reft_kernels.functional import lowrank_edit
-from reft_kernels.testing import PARAMETERS, Case, make_edit, run_edit
 
 #: Triton tells numbers that are 1, multiples of 16, and others apart.
 _ONE, _SIXTEEN, _OTHER = 1, 16, 17

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from reft_kernels.activations import activation_grad
 from reft_kernels.rows import Place, RowPlan
-from reft_kernels.torch_path import compute_dtype
+from reft_kernels.torch_backend import compute_dtype
 
 
 class Saved(NamedTuple):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from reft_kernels import RowPlan, lowrank_edit
-from reft_kernels import testing as apparatus
-from reft_kernels.testing import (
+from reft_kernels.devtools import testing as apparatus
+from reft_kernels.devtools.testing import (
     Budget,
     Case,
     budget,

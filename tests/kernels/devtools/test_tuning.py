@@ -8,9 +8,10 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from reft_kernels import lowrank_edit_, tuning
+from reft_kernels import lowrank_edit_
 from reft_kernels._triton import configs
-from reft_kernels.testing import Case, budget, make_edit, run_edit
+from reft_kernels.devtools import tuning
+from reft_kernels.devtools.testing import Case, budget, make_edit, run_edit
 
 SHAPE = {
     "dim": 4096, "rank": 8, "num_rows": 448, "dtype": torch.bfloat16, "target": "cuda:90",
