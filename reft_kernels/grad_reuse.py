@@ -1,22 +1,22 @@
-"""Whether a gradient may be overwritten: when nobody but the engine that hands it over holds it.
+"""Decide whether backward may overwrite the gradient that it is given.
 
-Backward rewrites n rows of an upstream gradient (N, D). A copy of all of it, 2·N·D·e bytes, is
-needed only if somebody else may look at it afterwards. Autograd's engine asks itself the same when
-it adds gradients up, and adds in place into one that it alone refers to
-(torch/csrc/autograd/input_buffer.cpp). Python sees as much:
+Backward rewrites n rows of an upstream gradient (N, D). A copy of the whole gradient, 2·N·D·e bytes
+of traffic, is needed only if somebody else may read it afterwards. Autograd's engine asks the same
+question when it adds gradients, and adds in place into a gradient that only it refers to
+(torch/csrc/autograd/input_buffer.cpp). Python sees enough to answer it:
 
-* the tensor's C++ references: more if another node, the caller of ``autograd.grad`` or a hook on
-  the node gets the same tensor;
-* its Python references: more if a hook on the tensor kept it;
-* the references of its memory, and its base: more, or one, if it is a view or has views.
+* C++ references to the tensor. There are more if another node, the caller of ``autograd.grad`` or
+  a hook on the node receives the same tensor.
+* Python references to the tensor. There are more if a hook on the tensor kept it.
+* References to its memory, and its base. A view or a tensor with views shows in these.
 
-How many there are of each when nobody else is there depends on torch and Python, so it is not
-written down but seen, in a backward pass of the same form whose gradient is certainly nobody's.
-What differs from that, whatever the reason, is copied.
+The counts of an unshared gradient depend on the versions of torch and Python. So they are measured
+rather than hard-coded, in a backward pass of the same form whose gradient nobody else holds.
+A gradient with any other counts is copied.
 
-It also depends on how Python calls functions. While a hook evaluates frames, as torch.compile's
-does in the code it runs and for good after a compilation that failed, each call keeps one more
-reference to its arguments. So what was seen is kept by what a call adds.
+The counts also depend on how Python calls functions. While a hook evaluates frames, each call keeps
+one more reference to its arguments. torch.compile installs such a hook in the code that it runs,
+and for good after a failed compilation. So the measurements are stored by what a call adds.
 """
 
 from __future__ import annotations
@@ -28,39 +28,40 @@ import torch
 from torch import Tensor
 
 _Facts = tuple[Any, ...]
-#: :func:`_held_by_a_call` -> what :func:`_facts` says of a gradient that nobody else holds, or None
-#: if this torch does not tell.
-_alone: dict[int, _Facts | None] = {}
+#: :func:`_references_of_a_call` -> :func:`_facts` of an unshared gradient, or None if this version
+#: of torch does not provide them.
+_unshared: dict[int, _Facts | None] = {}
 
 
 def exclusive(grad: Tensor) -> bool:
-    """Whether ``grad``, an argument of a backward that calls this at once, may be overwritten."""
+    """Whether ``grad`` may be overwritten. A backward must call this directly on its argument."""
     if torch.compiler.is_compiling():
         return False
-    alone = _alone.get(_held_by_a_call())
-    return alone is not None and _facts(grad) == alone
+    unshared = _unshared.get(_references_of_a_call())
+    return unshared is not None and _facts(grad) == unshared
 
 
 def calibrate() -> None:
-    """See what a gradient that nobody else holds looks like, once for each way of calling.
+    """Measure the facts of an unshared gradient, once for each way of calling.
 
-    Called in forward: a backward pass inside another would be a stranger one.
+    Call this in forward: a backward pass inside a backward pass would have other counts.
     """
-    if torch.compiler.is_compiling() or (state := _held_by_a_call()) in _alone:
+    if torch.compiler.is_compiling() or (state := _references_of_a_call()) in _unshared:
         return
     with torch.enable_grad():
         source = torch.ones(2, 2, device="cpu", requires_grad=True)
-        if type(source.data) is not Tensor:  # a mode that replaces tensors: another time
+        if type(source.data) is not Tensor:  # a mode replaces tensors: measure another time
             return
         seen: list[_Facts | None] = []
-        # Two uses, so that the engine adds up two gradients into one of its own.
+        # Two uses, so that the engine adds two gradients into one of its own.
         middle, _ = _Probe.apply(source * 1.0, seen)  # type: ignore[no-untyped-call]
         torch.autograd.backward((middle * 2.0 + middle * 3.0).sum())
-    _alone[state] = seen[0] if seen else None
+    _unshared[state] = seen[0] if seen else None
 
 
-def _held_by_a_call() -> int:
-    """References to an argument of a Python function: more while a hook evaluates frames."""
+def _references_of_a_call() -> int:
+    """Count the references to an argument of a Python function: more while a hook evaluates
+    frames."""
     return _references(object())
 
 
@@ -69,22 +70,22 @@ def _references(argument: object) -> int:
 
 
 class _Probe(torch.autograd.Function):
-    """The identity; its backward is reached as that of the edit is."""
+    """The identity, with a backward that is reached like that of the edit."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, seen: list[_Facts | None]) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.seen = seen  # of this calibration: another thread may be at its own
+        ctx.seen = seen  # of this calibration: another thread may calibrate at the same time
         return x.clone(), x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *of_others: Tensor | None) -> tuple[Tensor, None]:
-        _look(grad, ctx.seen)
+    def backward(ctx: Any, grad: Tensor, *other_grads: Tensor | None) -> tuple[Tensor, None]:
+        _record(grad, ctx.seen)
         return grad, None
 
 
-def _look(grad: Tensor, seen: list[_Facts | None]) -> None:
-    """As deep below its backward as :func:`exclusive` is."""
+def _record(grad: Tensor, seen: list[_Facts | None]) -> None:
+    """Record the facts at the call depth of :func:`exclusive`."""
     seen.append(_facts(grad))
 
 

@@ -1,9 +1,9 @@
-"""The edit in batched PyTorch calls, forward and backward: the path wherever Triton is not.
+"""The edit in batched PyTorch calls, forward and backward, wherever Triton does not run.
 
-Per group: gather rows, one product with the encoder, one with the decoder, write the rows back.
-Nothing of the size of ``hidden`` is read or allocated, nothing synchronises with the device.
+Per group: gather the rows, one product with the encoder, one with the decoder, write the rows back.
+Nothing of the size of ``hidden`` is read or allocated, and nothing synchronises with the device.
 
-Rows marked −1 must change nothing, yet shapes stay static: see :class:`reft_kernels.rows.Place`.
+Rows marked −1 must change nothing although shapes are static: see :class:`reft_kernels.rows.Place`.
 """
 
 from __future__ import annotations
@@ -13,33 +13,29 @@ from torch import Tensor
 
 from reft_kernels.activations import activate, activation_grad
 from reft_kernels.rows import RowPlan
+from reft_kernels.spec import EditWeights, SavedRows, Wanted
 
 
 def edit_forward(
     hidden: Tensor,
     plan: RowPlan,
-    encode: Tensor | None,
-    bias: Tensor | None,
-    decode: Tensor,
+    weights: EditWeights,
     *,
-    subtract: bool,
-    activation: str | None,
     save_rows: bool,
-    save_code: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Edit ``hidden`` (N, D) in place; parameters (g, r, D), bias (g, r).
+    save_coeffs: bool,
+) -> SavedRows:
+    """Edit ``hidden`` (N, D) in place.
 
-    Returns:
-        x (n, D): the rows before the edit, in hidden's dtype; s (n, r): their codes; u (n, r): the
-        argument of the activation. None where not asked for (u: where there is no activation).
+    Args:
+        weights: with a group dimension: (g, r, D), bias (g, r).
+        save_rows, save_coeffs: whether to return x and s. u is returned if there is an activation.
     """
-    compute = compute_dtype(hidden, decode)
+    compute = compute_dtype(hidden, weights.decode)
     if plan.slots is not None:
-        assert not (save_rows or save_code)
-        _edit_from_table(
-            hidden, plan, encode, bias, decode, compute, subtract=subtract, activation=activation
-        )
-        return None, None, None
+        assert not (save_rows or save_coeffs)
+        _edit_from_table(hidden, plan, weights, compute)
+        return SavedRows()
+    encode, bias, decode, subtract, activation = weights
     saved_x, saved_s, saved_u = [], [], []
     for k, place in enumerate(plan.places):
         x = place.read(hidden)
@@ -58,64 +54,63 @@ def edit_forward(
         place.write(hidden, edited.to(hidden.dtype))
         if save_rows:
             saved_x.append(x)
-        if save_code:
+        if save_coeffs:
             saved_s.append(s)
         if activation is not None:
             saved_u.append(u)
-    return _joined(saved_x), _joined(saved_s), _joined(saved_u)
+    return SavedRows(_concatenated(saved_x), _concatenated(saved_s), _concatenated(saved_u))
 
 
 def edit_backward(
     grad_out: Tensor,
     plan: RowPlan,
-    encode: Tensor | None,
-    decode: Tensor,
-    x: Tensor | None,
-    s: Tensor | None,
-    u: Tensor | None,
+    weights: EditWeights,
+    saved: SavedRows,
+    wanted: Wanted,
     *,
-    subtract: bool,
-    activation: str | None,
-    wants: tuple[bool, bool, bool, bool],
     overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the edit for upstream v = ``grad_out`` (N, D).
+    """Compute the gradients of the edit for upstream v = ``grad_out`` (N, D).
 
         ds = v Rᵀ    du = ds · act′(u)    dh = v + du A − σ ds R    dA = duᵀ x    db = Σ du
         dR = sᵀ v − σ dsᵀ x
 
     Args:
-        wants: which of dh (N, D), dA (g, r, D), db (g, r), dR (g, r, D) to return; the others are
-            None.
-        overwrite: whether dh may be ``grad_out`` itself, its edited rows rewritten; else it is a
-            new tensor: autograd owns ``grad_out``.
+        weights: with a group dimension; the bias is not read.
+        overwrite: whether dh may be ``grad_out`` itself with its edited rows rewritten. If not, dh
+            is a new tensor, because autograd owns ``grad_out``.
+
+    Returns:
+        dh (N, D), dA (g, r, D), db (g, r) and dR (g, r, D), None where not wanted.
     """
+    encode, _, decode, subtract, activation = weights
     compute = compute_dtype(grad_out, decode)
-    want_hidden, want_encode, want_bias, want_decode = wants
     d_hidden = None
-    if want_hidden:
+    if wanted.hidden:
         d_hidden = grad_out if overwrite else grad_out.clone(memory_format=torch.contiguous_format)
     grads: tuple[list[Tensor], ...] = ([], [], [])
     for k, place in enumerate(plan.places):
-        own = slice(plan.offsets[k], plan.offsets[k + 1])
-        v = place.read(grad_out).to(compute)
-        r = decode[k].to(compute)
+        x, s, u = (
+            None if value is None else value[plan.offsets[k] : plan.offsets[k + 1]]
+            for value in saved
+        )
+        v, r = place.read(grad_out).to(compute), decode[k].to(compute)
         ds = v @ r.T
-        du = ds if u is None else activation_grad(activation, u[own], ds)
-        if want_encode:
+        du = ds if u is None else activation_grad(activation, u, ds)
+        if wanted.encode:
             assert x is not None
-            grads[0].append(du.T @ x[own].to(compute))
-        if want_bias:
+            grads[0].append(du.T @ x.to(compute))
+        if wanted.bias:
             grads[1].append(du.sum(0))
-        if want_decode:
+        if wanted.decode:
             assert s is not None
-            outer = s[own].T @ v
+            outer = s.T @ v
             if subtract:
                 assert x is not None
-                outer = outer.addmm(ds.T, x[own].to(compute), alpha=-1)
+                outer = outer.addmm(ds.T, x.to(compute), alpha=-1)
             grads[2].append(outer)
         if d_hidden is not None and encode is not None:
-            # v is a copy, and this its last use.
+            # v is a copy, and this is its last use.
             dh = v.addmm_(du, encode[k].to(compute))
             if subtract:
                 dh = dh.addmm_(ds, r, alpha=-1)
@@ -127,36 +122,30 @@ def edit_backward(
 
 
 def _edit_from_table(
-    hidden: Tensor,
-    plan: RowPlan,
-    encode: Tensor | None,
-    bias: Tensor | None,
-    decode: Tensor,
-    compute: torch.dtype,
-    *,
-    subtract: bool,
-    activation: str | None,
+    hidden: Tensor, plan: RowPlan, weights: EditWeights, compute: torch.dtype
 ) -> None:
-    """:func:`edit_forward` with entries of tables (E, r, D): groups of one size in one batched
-    product, whatever entries they use, so that the number of calls does not grow with the number of
-    adapters."""
+    """Run :func:`edit_forward` with entries of tables (E, r, D).
+
+    Groups of one size share a batched product, whatever entries they use. So the number of calls
+    does not grow with the number of adapters.
+    """
     assert plan.slots is not None
+    encode, bias, decode, subtract, activation = weights
     for (first, last), place in zip(plan.runs, plan.run_places, strict=True):
         entry = plan.slots[first:last].clamp(min=0)
-        groups = last - first
 
-        def own(table: Tensor, entry: Tensor = entry) -> Tensor:
+        def gather(table: Tensor, entry: Tensor = entry) -> Tensor:
             return table.index_select(0, entry).to(compute)
 
-        h = place.read(hidden).to(compute).view(groups, -1, hidden.shape[-1])
-        r = own(decode)
+        h = place.read(hidden).to(compute).view(last - first, -1, hidden.shape[-1])
+        r = gather(decode)
         if encode is None:
             assert bias is not None
-            u = own(bias).unsqueeze(1).expand(-1, h.shape[1], -1)
+            u = gather(bias).unsqueeze(1).expand(-1, h.shape[1], -1)
         elif bias is None:
-            u = h @ own(encode).mT
+            u = h @ gather(encode).mT
         else:
-            u = torch.baddbmm(own(bias).unsqueeze(1), h, own(encode).mT)
+            u = torch.baddbmm(gather(bias).unsqueeze(1), h, gather(encode).mT)
         s = activate(activation, u)
         if subtract:
             s = s - h @ r.mT
@@ -167,11 +156,11 @@ def _edit_from_table(
 
 
 def compute_dtype(hidden: Tensor, parameter: Tensor) -> torch.dtype:
-    """The accumulation dtype: float32, or float64 where either tensor is."""
+    """Return the dtype of the sums: float64 if either tensor is float64, else float32."""
     return torch.promote_types(torch.promote_types(hidden.dtype, parameter.dtype), torch.float32)
 
 
-def _joined(parts: list[Tensor]) -> Tensor | None:
+def _concatenated(parts: list[Tensor]) -> Tensor | None:
     if not parts:
         return None
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,7 +1,7 @@
-"""Whether PyTorch looks through what runs: then it must be PyTorch's own operators.
+"""Detect code that PyTorch transforms, where only PyTorch's own operators may run.
 
-Transforms of ``torch.func`` (grad, jvp, vmap, …) hand on tensors that stand for others, and
-forward-mode differentiation hangs a tangent on a tensor. A kernel sees neither.
+Transforms of ``torch.func`` (grad, jvp, vmap, …) pass tensors that stand for others, and
+forward-mode differentiation attaches a tangent to a tensor. A kernel sees neither.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from torch.autograd import forward_ad
 
 
 def active() -> bool:
-    """Whether a transform of ``torch.func`` or a level of forward-mode differentiation is entered,
-    here or in the code that is traced."""
+    """Whether this code, or the code being traced, runs within a transform of ``torch.func`` or
+    forward-mode differentiation."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def batched(grad: Tensor) -> bool:
-    """Whether ``grad`` is many in one, as ``autograd.grad(is_grads_batched=True)`` makes it."""
+    """Whether ``grad`` holds a batch of gradients, made by ``is_grads_batched=True``."""
     return torch._C._functorch.is_legacy_batchedtensor(grad)

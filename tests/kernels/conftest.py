@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reft_kernels._triton import missing
+from reft_kernels._triton import why_not
 from reft_kernels.devtools.testing import count_paths, poisoned_memory
 
 
@@ -60,7 +60,7 @@ def _on_a_gpu(item: pytest.Item) -> bool:
 @pytest.fixture(scope="module", autouse=True)
 def _inexact_products() -> Iterator[None]:
     """Interpreted matrix products are as inexact as Hopper's."""
-    if missing("cpu") is not None:
+    if why_not("cpu") is not None:
         yield
         return
     from matrix_units import hopper_products

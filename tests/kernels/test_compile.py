@@ -88,8 +88,8 @@ def test_a_compiled_edit_launches_the_kernels(device):
         run_edit(traced, edit, backend="triton")
     assert counts == {
         "triton.edit_rows_kernel": 1,
-        "triton.edit_codes_grad_kernel": 1,
-        "triton.edit_columns_grad_kernel": 1,
+        "triton.edit_rows_grad_kernel": 1,
+        "triton.edit_params_grad_kernel": 1,
     }
 
 

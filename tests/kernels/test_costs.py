@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from reft_kernels import FAMILY, RowPlan, lowrank_edit, lowrank_edit_
-from reft_kernels.autograd import apply_edit
+from reft_kernels import FAMILY, RowPlan, autograd, lowrank_edit, lowrank_edit_
 from reft_kernels.devtools.testing import Case, make_edit, run_edit
+from reft_kernels.spec import EditWeights
 
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 GROUPS = [(9,), (4, 5), (0, 3, 0, 1, 5), (1,) * 12]
@@ -28,8 +28,8 @@ def test_one_forward_launch_and_two_backward_whatever_the_groups(
     run_edit(lowrank_edit_, make_edit(Case(33, rank, groups), device), backend=backend)
     assert ran == {
         "triton.edit_rows_kernel": 1,
-        "triton.edit_codes_grad_kernel": 1,
-        "triton.edit_columns_grad_kernel": 1,
+        "triton.edit_rows_grad_kernel": 1,
+        "triton.edit_params_grad_kernel": 1,
     }
 
 
@@ -41,7 +41,7 @@ def test_a_gradient_not_asked_for_is_not_launched(backend, device, ran):
     run_edit(lowrank_edit_, edit, wants=("hidden",), backend=backend)  # dh = v
     assert ran == {"triton.edit_rows_kernel": 2}
     run_edit(lowrank_edit_, edit, wants=("decode",), backend=backend)  # s is saved
-    assert ran == {"triton.edit_rows_kernel": 3, "triton.edit_columns_grad_kernel": 1}
+    assert ran == {"triton.edit_rows_kernel": 3, "triton.edit_params_grad_kernel": 1}
 
 
 # ------------------------------------------------------------------- saved for backward
@@ -156,9 +156,8 @@ def test_the_launcher_needs_no_value_either(rank, activation, monkeypatch):
     edit = on_meta(unseen(make_edit(case)))
 
     def straight(hidden, plan, encode, bias, decode, **options):
-        return apply_edit(
-            hidden, plan, encode, bias, decode, **options, backend="triton", inplace=True
-        )
+        weights = EditWeights(encode, bias, decode, **options)
+        return autograd.edit(hidden, plan, weights, "triton", in_place=True)
 
     result = run_edit(straight, edit)
     assert all(result.grads[k].shape == getattr(edit, k).shape for k in result.grads)

@@ -28,6 +28,7 @@ import torch
 from reft_kernels.devtools import stub_driver
 from reft_kernels import RowPlan
 from reft_kernels._triton import launch
+from reft_kernels.spec import EditWeights, Wanted
 
 there, current = int(sys.argv[1]), [0]
 
@@ -47,16 +48,13 @@ def posing(*shape):
     return torch.zeros(shape).as_subclass(Posing)
 
 plan = RowPlan(torch.arange(3), (0, 3))
-encode, bias, decode = posing(1, 2, 16), posing(1, 2), posing(1, 2, 16)
-how = {"subtract": False, "activation": None}
+weights = EditWeights(posing(1, 2, 16), posing(1, 2), posing(1, 2, 16))
 with stub_driver.launching_nothing() as journal:
-    saved = launch.edit_forward(
-        posing(5, 16), plan, encode, bias, decode, save_rows=True, save_code=True, **how
-    )
-    launch.edit_backward(posing(5, 16), plan, encode, decode, *saved, wants=(True,) * 4, **how)
+    saved = launch.edit_forward(posing(5, 16), plan, weights, save_rows=True, save_coeffs=True)
+    launch.edit_backward(posing(5, 16), plan, weights, saved, Wanted(True, True, True, True))
     try:
-        launch.edit_forward(posing(5, 16), None, encode, bias, decode, **how)
-    except (AttributeError, TypeError):
+        launch.edit_forward(posing(5, 16), None, weights, save_rows=False, save_coeffs=False)
+    except AttributeError:
         pass
 launches = [(launched.kernel, launched.device) for launched in journal.launches]
 print(json.dumps({"launches": launches, "current": current[0]}))
@@ -76,5 +74,5 @@ def test_launches_go_to_the_device_of_the_tensors(there: int) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    kernels = ["edit_rows_kernel", "edit_codes_grad_kernel", "edit_columns_grad_kernel"]
+    kernels = ["edit_rows_kernel", "edit_rows_grad_kernel", "edit_params_grad_kernel"]
     assert found == {"launches": [[name, there] for name in kernels], "current": 0}

@@ -230,7 +230,7 @@ def test_two_threads(parameters, device):
 
 
 def test_what_torch_does_not_tell_is_copied(source, parameters, monkeypatch, overwritten):
-    monkeypatch.setattr(grad_reuse, "_alone", dict.fromkeys(range(10)))
+    monkeypatch.setattr(grad_reuse, "_unshared", dict.fromkeys(range(10)))
     assert not grad_reuse.exclusive(torch.ones(2))
     monkeypatch.setattr(grad_reuse, "_facts", lambda grad: None)
     assert not grad_reuse.exclusive(torch.ones(2))
@@ -242,13 +242,13 @@ def test_what_torch_does_not_tell_is_copied(source, parameters, monkeypatch, ove
 def test_calibration_waits_for_plain_tensors(monkeypatch):
     from torch._subclasses import FakeTensorMode
 
-    monkeypatch.setattr(grad_reuse, "_alone", {})
+    monkeypatch.setattr(grad_reuse, "_unshared", {})
     with FakeTensorMode():
         grad_reuse.calibrate()
-    assert grad_reuse._alone == {}
+    assert grad_reuse._unshared == {}
     with torch.no_grad():
         grad_reuse.calibrate()
-    (facts,) = grad_reuse._alone.values()
+    (facts,) = grad_reuse._unshared.values()
     assert facts is not None
 
 

@@ -11,6 +11,7 @@ import torch
 from reft_kernels import RowPlan, lowrank_edit, lowrank_edit_, orthonormalize, reflector_base
 from reft_kernels.custom_ops import implementation
 from reft_kernels.devtools.testing import Case, make_edit, run_edit, same_bits
+from reft_kernels.spec import EditWeights, Wanted
 
 BACKENDS = ["torch", "triton", "reference"]
 NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
@@ -167,14 +168,11 @@ BEYOND = 2**31
 
 def both_ways(kernels, hidden, plan, edit):
     """Edit ``hidden`` in place, then take it for an upstream gradient and write dh into it."""
-    encode, bias, decode = (one.unsqueeze(0) for one in (edit.encode, edit.bias, edit.decode))
-    how = {"subtract": True, "activation": None}
-    saved = kernels.edit_forward(
-        hidden, plan, encode, bias, decode, save_rows=True, save_code=True, **how
-    )
-    _, *grads = kernels.edit_backward(
-        hidden, plan, encode, decode, *saved, wants=(True,) * 4, overwrite=True, **how
-    )
+    parameters = (tensor.unsqueeze(0) for tensor in (edit.encode, edit.bias, edit.decode))
+    weights = EditWeights(*parameters, subtract=True)
+    saved = kernels.edit_forward(hidden, plan, weights, save_rows=True, save_coeffs=True)
+    wanted = Wanted(True, True, True, True)
+    _, *grads = kernels.edit_backward(hidden, plan, weights, saved, wanted, overwrite=True)
     return grads
 
 

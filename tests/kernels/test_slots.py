@@ -9,7 +9,7 @@ import torch
 
 from reft_kernels import FAMILY, RowPlan, lowrank_edit, lowrank_edit_, reference
 from reft_kernels.devtools.testing import Case, make_edit, relative_error, same_bits
-from reft_kernels.rows import RUN
+from reft_kernels.rows import MAX_RUN_ROWS
 
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 #: Sizes of groups: one, equal ones side by side, ragged with empty ones, many of one row.
@@ -132,9 +132,9 @@ def test_runs_are_equal_groups_side_by_side_and_not_too_long():
     for _ in range(200):
         sizes.append(sizes[-1] + 14)
     plan = RowPlan(torch.arange(sizes[-1]), tuple(sizes))
-    assert [b for _, b in plan.runs] == [*range(RUN // 14, 200, RUN // 14), 200]
-    assert all((b - a) * 14 <= RUN for a, b in plan.runs)
-    assert RowPlan(torch.arange(2 * RUN), (0, 2 * RUN)).runs == [(0, 1)]
+    assert [b for _, b in plan.runs] == [*range(MAX_RUN_ROWS // 14, 200, MAX_RUN_ROWS // 14), 200]
+    assert all((b - a) * 14 <= MAX_RUN_ROWS for a, b in plan.runs)
+    assert RowPlan(torch.arange(2 * MAX_RUN_ROWS), (0, 2 * MAX_RUN_ROWS)).runs == [(0, 1)]
 
 
 def test_mistakes(device):

@@ -47,7 +47,7 @@ def test_candidates_are_different_and_the_table_comes_first(kernel, rank, dtype)
     assert len(found) >= 8
     assert len({tuning.label(one) for one in found}) == len(found)
     for one in found:
-        assert one.rank >= (rank if kernel == "rows" else min(rank, configs.MOST_RANKS))
+        assert one.rank >= (rank if kernel == "rows" else min(rank, configs.MAX_RANKS_PER_PASS))
         assert one.rank >= 16 or not one.dot
         assert not one.dot or one.rows < 64, "a wgmma with its left operand in registers"
         assert one.precision == found[0].precision and one.max_registers == 255
@@ -61,7 +61,7 @@ def test_float64_never_goes_to_the_matrix_units():
 
 def test_only_columns_vary_the_splits():
     assert {one.splits for one in tuning.candidates("rows", **SHAPE)} == {1}
-    assert len({one.splits for one in tuning.candidates("columns", **SHAPE)}) >= 3
+    assert len({one.splits for one in tuning.candidates("params", **SHAPE)}) >= 3
 
 
 def test_no_candidate_is_wider_than_the_rows():
@@ -93,7 +93,7 @@ def test_a_trial_takes_over_and_ends():
             assert configs.choose("rows", **SHAPE) is other
             raise KeyError
         assert configs.choose("rows", **SHAPE) is mine
-        assert configs.choose("columns", **SHAPE) != mine
+        assert configs.choose("params", **SHAPE) != mine
     assert configs.choose("rows", **SHAPE) == before and not configs.TRIALS
 
 
@@ -109,7 +109,7 @@ def test_the_table_has_the_last_word_where_it_was_measured(table):
     others = ({"num_rows": 8192}, {"rank": 4}, {"dtype": torch.float32}, {"device": "NVIDIA H200"})
     for changes in others:
         assert configs.choose("rows", **SHAPE | changes).warps != 16, changes
-    assert configs.choose("columns", **SHAPE).warps != 16
+    assert configs.choose("params", **SHAPE).warps != 16
 
 
 def test_settings_measured_on_wide_rows_fit_narrow_ones(table):
@@ -128,17 +128,17 @@ def test_groups_share_the_device():
     )
     assert one == two and one.rows == 4
     assert many.rows == 1  # no program holds rows of two groups
-    alone = configs.choose("columns", **SHAPE)
-    assert configs.choose("columns", **SHAPE, groups=4).splits < alone.splits
+    alone = configs.choose("params", **SHAPE)
+    assert configs.choose("params", **SHAPE, groups=4).splits < alone.splits
 
 
 def test_splits_measured_on_many_rows_fit_few(table):
     table()
-    split = replace(configs.choose("columns", **SHAPE), rows=4, splits=16)
-    table(tuning.entry("columns", split, **SHAPE))
-    assert configs.choose("columns", **SHAPE).splits == 16
-    assert configs.choose("columns", **SHAPE | {"num_rows": 14}).splits == 3
-    assert configs.choose("columns", **SHAPE | {"num_rows": 1}).splits == 1
+    split = replace(configs.choose("params", **SHAPE), rows=4, splits=16)
+    table(tuning.entry("params", split, **SHAPE))
+    assert configs.choose("params", **SHAPE).splits == 16
+    assert configs.choose("params", **SHAPE | {"num_rows": 14}).splits == 3
+    assert configs.choose("params", **SHAPE | {"num_rows": 1}).splits == 1
 
 
 def test_an_entry_names_only_what_differs_from_the_rule(table):
@@ -155,7 +155,7 @@ def test_an_entry_names_only_what_differs_from_the_rule(table):
 def test_a_table_keeps_what_was_not_measured_again(table):
     table()
     first = tuning.entry("rows", configs.choose("rows", **SHAPE), **SHAPE, ratio=0.9)
-    second = tuning.entry("columns", configs.choose("columns", **SHAPE), **SHAPE, ratio=0.8)
+    second = tuning.entry("params", configs.choose("params", **SHAPE), **SHAPE, ratio=0.8)
     table(first, second)
     text = tuning.updated_table([{**first, "ratio": 0.7}])
     assert json.loads(text) == [second, {**first, "ratio": 0.7}]  # in order of their keys
