@@ -21,7 +21,7 @@ def arguments(device, case=None, **changes):
 
 
 def run_python(source: str, **environment: str) -> str:
-    """What a fresh interpreter prints, without TRITON_INTERPRET unless given."""
+    """Run a fresh Python without TRITON_INTERPRET unless given; return its output."""
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", source], env=clean | environment, capture_output=True, text=True
@@ -31,7 +31,7 @@ def run_python(source: str, **environment: str) -> str:
 
 
 @pytest.mark.interpreter("a GPU is not a CPU")
-def test_auto_on_a_cpu_takes_the_torch_path_and_says_why(ran):
+def test_auto_on_a_cpu_takes_the_torch_backend_with_a_reason(ran):
     given = arguments("cpu")
     choice = explain(**given)
     assert choice.backend == "torch" and "hidden is on cpu" in choice.reason
@@ -123,7 +123,7 @@ except ValueError as error:
 
 @pytest.mark.host("a process of its own, on the CPU")
 def test_without_triton_everything_else_works():
-    """Blocked, as on a machine without it: the torch path and the reference need torch alone."""
+    """Imports of triton fail, as on a machine without it: torch and reference need torch only."""
     source = """
 import sys
 class Block:
@@ -132,8 +132,8 @@ class Block:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Block())
 import importlib.util
-found = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "triton" else found(name, *rest)
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
 import torch
 from reft_kernels import RowPlan, explain, loreft, lowrank_edit, orthonormalize
 given = torch.ones(2, 4), RowPlan.from_rows([1]), None, torch.ones(1), torch.ones(1, 4)

@@ -1,4 +1,4 @@
-"""An upstream gradient is overwritten when nobody else holds it, and never otherwise."""
+"""An upstream gradient is overwritten if nobody else holds it, and never otherwise."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ DIM, RANK, ROWS = 24, 3, 10
 
 @pytest.fixture(autouse=True, params=["plain", "hooked"])
 def frames(request):
-    """Python as it is, and while a hook evaluates frames, as torch.compile's does for good after a
-    compilation that failed: every call then holds its arguments once more."""
+    """Run each test normally and while a hook evaluates frames, which adds a reference to the
+    arguments of every call. torch.compile leaves such a hook after a failed compilation."""
     if request.param == "plain":
         yield
         return
@@ -55,24 +55,24 @@ def edit(hidden, parameters, backend="torch"):
 
 @pytest.fixture
 def overwritten(monkeypatch):
-    """Whether each backward overwrote its gradient."""
-    said = []
+    """Record whether each backward overwrote its gradient."""
+    overwrites = []
 
     def noted(real):
         def edit_backward(*args, **kwargs):
-            said.append(kwargs["overwrite"])
+            overwrites.append(kwargs["overwrite"])
             return real(*args, **kwargs)
 
         return edit_backward
 
     for module in (torch_backend, launch):
         monkeypatch.setattr(module, "edit_backward", noted(module.edit_backward))
-    return said
+    return overwrites
 
 
 @pytest.fixture
 def never(monkeypatch):
-    """Gradients as they are if everything is copied."""
+    """Compute gradients with every upstream gradient copied."""
 
     def of(build, *leaves):
         with monkeypatch.context() as patch:
@@ -83,7 +83,7 @@ def never(monkeypatch):
 
 
 def check(build, leaves, never):
-    """The same gradients as from copies, bit for bit."""
+    """Compare the gradients with those from copies, bit for bit."""
     for got, wanted in zip(
         torch.autograd.grad(build(), leaves), never(build, *leaves), strict=True
     ):
@@ -147,8 +147,8 @@ def test_hook_on_the_node_sees_the_gradient_that_came(source, parameters, overwr
 
 def test_two_edits_that_get_one_gradient(source, parameters, overwritten, never):
     def build():
-        one, two = edit(source * 1.0, parameters), edit(source * 2.0, parameters)
-        both = one + two
+        first, second = edit(source * 1.0, parameters), edit(source * 2.0, parameters)
+        both = first + second
         return (both * 3.0 + both * 4.0).sum()
 
     check(build, [source, *parameters], never)
@@ -211,22 +211,22 @@ def test_checkpointed_blocks(source, parameters, reentrant, never):
 def test_two_threads(parameters, device):
     def gradient(seed):
         leaf = random_leaf((ROWS, DIM), seed, device)
-        frozen = [one.detach() for one in parameters]
+        frozen = [parameter.detach() for parameter in parameters]
         for _ in range(20):
             out = edit(leaf * 1.0, frozen)
             (grad,) = torch.autograd.grad((out * out + out).sum(), leaf)
         return grad
 
     alone = [gradient(seed) for seed in (1, 2)]
-    found = {}
+    grads = {}
     threads = [
-        threading.Thread(target=lambda s=seed: found.update({s: gradient(s)})) for seed in (1, 2)
+        threading.Thread(target=lambda s=seed: grads.update({s: gradient(s)})) for seed in (1, 2)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(same_bits(found[seed], alone[seed - 1]) for seed in (1, 2))
+    assert all(same_bits(grads[seed], alone[seed - 1]) for seed in (1, 2))
 
 
 def test_what_torch_does_not_tell_is_copied(source, parameters, monkeypatch, overwritten):

@@ -66,7 +66,7 @@ def cases(draw):
 @pytest.mark.parametrize(("named", "examples"), [("torch", 120), ("triton", 40)])
 def test_any_shape_stays_within_its_budget(named, examples, device, ran):
     if named == "triton" and device.type == "cuda":
-        examples = 12  # each compiles up to three kernels; the shapes of test_parity are built too
+        examples = 12  # each compiles up to three kernels
 
     @settings(max_examples=examples, derandomize=True, deadline=None, database=None)
     @given(cases(), st.booleans())

@@ -1,5 +1,5 @@
-"""The reference is the oracle of every other test; here it meets numbers worked out by hand and the
-formulas written out one class at a time."""
+"""The reference, the oracle of all other tests, against numbers computed by hand and the formula of
+each member."""
 
 from __future__ import annotations
 

@@ -62,14 +62,14 @@ def test_a_plan_without_groups_has_nothing_to_launch():
 
 
 class OnCuda(torch.Tensor):
-    """Rows that say they are on a GPU."""
+    """Rows that claim to be on a GPU."""
 
     is_cuda = True
     device = torch.device("cuda:0")
 
 
 def test_offsets_are_made_with_the_plan_and_never_first_in_a_capture(monkeypatch):
-    """Where a graph is captured, numbers may be filled in on the device but not copied there."""
+    """In a graph capture, numbers may be filled in on the device but not copied to it."""
     made = []
     monkeypatch.setattr(rows_module, "_tensor_of", lambda *args: made.append(args))
     RowPlan(torch.arange(6).as_subclass(OnCuda), (0, 3, 6))
@@ -94,8 +94,8 @@ def test_offsets_of_a_capture_are_filled_in_on_the_device(monkeypatch):
             return func(*args, **(kwargs or {}))
 
     with FakeTensorMode(), Noted():
-        found = rows_module._tensor_of((0, 2, 6), torch.device("cuda:0"))
-    assert found.shape == (3,) and found.dtype is torch.int64
+        offsets = rows_module._tensor_of((0, 2, 6), torch.device("cuda:0"))
+    assert offsets.shape == (3,) and offsets.dtype is torch.int64
     assert set(seen) <= {"full", "stack", "cat", "unsqueeze", "empty", "fill_"}, seen
 
 

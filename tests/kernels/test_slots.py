@@ -1,4 +1,5 @@
-"""Plans whose groups name entries of a table, against the reference in float64 and by hand."""
+"""Plans with slots, whose groups use entries of a table, against the reference in float64 and by
+hand."""
 
 from __future__ import annotations
 
@@ -12,14 +13,13 @@ from reft_kernels.devtools.testing import Case, make_edit, relative_error, same_
 from reft_kernels.rows import MAX_RUN_ROWS
 
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
-#: Sizes of groups: one, equal ones side by side, ragged with empty ones, many of one row.
+#: Sizes of groups: one group, equal neighbours, ragged with empty ones, many of one row.
 GROUPS = [(9,), (4, 4, 4, 2), (0, 3, 3, 0, 1, 5), (1,) * 12]
 ENTRIES = 7
 
 
 def tabled(case, device, *, scales=True):
-    """An edit whose parameters are a table of 7 entries, of which its groups use some; what no
-    group uses is NaN."""
+    """Make an edit whose parameters are a table of 7 entries. Unused entries are NaN."""
     groups = case.groups
     edit = make_edit(replace(case, groups=(0,) * ENTRIES), device)
     body = make_edit(case, device)
@@ -75,7 +75,7 @@ def test_half_precision_is_rounded_once(backend, rank, dtype, device):
 @pytest.mark.parametrize("groups", GROUPS[1:], ids=str)
 @backends
 def test_the_reference_means_one_edit_a_group(backend, groups, device):
-    """By hand: each group apart, with its entry as its own parameters, times its scale."""
+    """Each group is edited separately with its entry's parameters, and scaled by hand."""
     edit, slots = tabled(Case(33, 3, groups, "some"), device)
     assert (slots < 0).any() and edit.plan.scales is not None
     expected = edit.hidden.clone()
@@ -144,7 +144,7 @@ def test_mistakes(device):
         plan.using(torch.zeros(2, dtype=torch.int32, device=device))
     with pytest.raises(TypeError, match=r"scales must be torch\.float32"):
         plan.using(plan.slots, torch.ones(2, dtype=torch.float64, device=device))
-    with pytest.raises(ValueError, match=r"slots must have one entry a group \(2 of them\)"):
+    with pytest.raises(ValueError, match=r"slots must have one entry per group, 2 in total"):
         plan.using(torch.zeros(3, dtype=torch.int64, device=device))
     with pytest.raises(ValueError, match="decode must be \\(entries, r, D\\)"):
         lowrank_edit(edit.hidden, plan, edit.encode[0], edit.bias[0], edit.decode[0])
