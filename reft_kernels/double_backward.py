@@ -2,7 +2,7 @@
 
 The kernels and the torch backend compute first derivatives on data. Under ``create_graph=True`` the
 same gradients are formed here from tensors that have a graph: the arguments of backward, the
-parameters, and the saved x, s and u. Those are results of the autograd Function beside h', so their
+parameters, and the saved x, s and u. Like h', those are results of the autograd Function, so their
 gradients flow back into it. Memory is that of the edit's own backward plus one copy of the upstream
 gradient in the dtype of the sums.
 """

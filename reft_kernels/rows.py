@@ -264,7 +264,7 @@ class RowPlan:
                 f"positions must be an integer tensor (B, P), got {_describe(positions)}"
             )
         if positions.ndim != 2:
-            raise ValueError(f"positions must have shape (B, P), got {tuple(positions.shape)}")
+            raise ValueError(f"positions must be (B, P), got shape {tuple(positions.shape)}")
         if seq_len < 0:
             raise ValueError(f"seq_len must be at least 0, got {seq_len}")
         positions = positions.long()

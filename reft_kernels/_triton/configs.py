@@ -78,7 +78,7 @@ class KernelConfig:
 
     @functools.cached_property
     def launch_options(self) -> dict[str, int]:
-        """The launch options beside the kernel's arguments; ``triton.compile`` takes them too.
+        """The launch options, apart from the kernel's arguments; ``triton.compile`` takes them too.
 
         Fused multiply-adds are requested by name: they are Triton's default only up to 3.9.
         """

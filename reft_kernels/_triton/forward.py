@@ -10,7 +10,7 @@ without an entry, return at once.
 Bytes: n·D·e read twice and written once, n·D·e more if the rows are saved, and 2·r·D·4 of
 parameters a tile. The second read comes from the L2 cache as long as the concurrent tiles fit there
 (see primitives). So do the parameters, and their traffic limits how few rows a tile may hold.
-Flops: 4·n·r·D, 6·n·r·D with σ beside an activation; three times that on the matrix units.
+Flops: 4·n·r·D, 6·n·r·D with σ and an activation; three times that on the matrix units.
 """
 
 import triton

@@ -30,7 +30,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "cuda:100": ("cuda", 100, 32),
     "hip:gfx942": ("hip", "gfx942", 64),
 }
-#: Integer arguments of the kernels at run time, beside strides of rows.
+#: Integer arguments of the kernels at run time, in addition to strides of rows.
 _INTEGERS = ("loop_end", "rank_end", "split_stride", "group_size")
 KERNELS = ("edit_rows", "edit_rows_grad", "edit_params_grad")
 VARIANTS = ("linear", "gelu")

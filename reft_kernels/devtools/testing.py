@@ -26,7 +26,7 @@ from reft_kernels.torch_backend import compute_dtype
 
 #: Allowed error against float64, as a multiple of the error of eager PyTorch in the same dtypes.
 FACTOR = 2.0
-#: Allowed beside it: one rounding (half a step) to the coarser of hidden's and the tensor's own
+#: Allowed in addition: one rounding (half a step) to the coarser of hidden's and the tensor's own
 #: dtype, and this number of steps of the dtype of the sums. Eager PyTorch may by chance be exact
 #: for a few numbers.
 STEPS = 4.0
@@ -181,7 +181,7 @@ def run_edit(
 
     Args:
         wants: arguments that require a gradient.
-        options: arguments beside subtract and activation, for example the backend.
+        options: further arguments, for example the backend.
 
     Returns:
         The output and the gradients, detached.

@@ -1,4 +1,4 @@
-"""Launch settings beside those of the table: candidates, and how to try them.
+"""Candidates for launch settings, and how to try them.
 
 ``python -m benchmarks sweep`` uses them; an edit in production never searches for settings. Every
 shape has two sets of settings: "rows" (``edit_rows``, ``edit_rows_grad``) and "params"

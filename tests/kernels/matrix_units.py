@@ -69,7 +69,7 @@ def tf32x3(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
     a_high, b_high = rounded(a), rounded(b)
     small = tf32(a - a_high, b_high, np.zeros_like(total))
     small = tf32(a_high, b - b_high, small)
-    # inf has the low part NaN; what is not finite is left to the product of the high parts.
+    # The low part of inf is NaN; the product of the high parts handles non-finite numbers.
     small[np.isnan(small)] = 0
     return tf32(a_high, b_high, small) + total
 

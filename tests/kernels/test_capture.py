@@ -1,4 +1,4 @@
-"""CUDA graphs: an edit can be captured, and a replay edits what stands in memory then."""
+"""CUDA graphs: an edit can be captured, and a replay edits the current values."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_half_precision_loses_no_more_than_the_reference_does(backend, dtype, la
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_rows_that_nobody_edits_may_be_nan(backend, device):
+def test_unedited_rows_may_be_nan(backend, device):
     """A −1 borrows a row of memory, but not its values."""
     edit = small(device, dtype=torch.float32, activation="tanh")
 

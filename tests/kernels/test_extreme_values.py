@@ -32,7 +32,7 @@ def rest_of(count: int, row: int) -> torch.Tensor:
 @pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("function", [lowrank_edit, lowrank_edit_])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_row_that_nobody_edits_reaches_nothing(case, function, value, backend, device):
+def test_an_unedited_row_affects_nothing(case, function, value, backend, device):
     """The row is row 0, which a −1 must not read: 0 · NaN is NaN."""
     edit = make_edit(case, device)
     row = 0 if 0 in edit.unnamed else int(edit.unnamed[0])
@@ -128,7 +128,7 @@ def test_the_smallest_numbers_are_kept(dtype, backend, device):
     zero = torch.zeros_like(edit.decode)
     out = lowrank_edit(hidden, edit.plan, zero, edit.bias, zero, backend=backend)
     # The interpreter's own conversion to bfloat16 flushes them to a neighbour or 0, and cuBLAS may
-    # flush what is denormal in float32.
+    # flush denormal float32 numbers.
     interpreted = backend == "triton" and device.type == "cpu" and dtype is torch.bfloat16
     blas = backend == "torch" and device.type == "cuda" and dtype is not torch.float16
     if interpreted or blas:

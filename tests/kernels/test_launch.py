@@ -18,7 +18,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"),
-    pytest.mark.host("a driver that launches nothing stands for two GPUs"),
+    pytest.mark.host("a driver that launches nothing replaces several GPUs"),
 ]
 
 ROOT = Path(__file__).parents[2]

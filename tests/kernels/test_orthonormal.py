@@ -350,7 +350,7 @@ def test_nothing_waits_for_the_device(with_base: bool, no_synchronisation, devic
     assert all(torch.equal(*pair) for pair in zip((rotation, d_v), gradient(*given), strict=True))
 
 
-@pytest.mark.gpu("the driver says what waits")
+@pytest.mark.gpu("only the driver reports waits")
 def test_on_a_gpu_without_waiting_for_it(device) -> None:
     expected, d_expected = gradient(*problem((4, 200, 6), True, torch.device("cpu"), torch.float32))
     there = problem((4, 200, 6), True, device, torch.float32)

@@ -1,4 +1,4 @@
-"""Plans: which rows, which groups, what is refused, and what the host never asks for."""
+"""Row plans: rows, groups, errors, and no host synchronisation."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_offsets_are_made_with_the_plan_and_never_first_in_a_capture(monkeypatch
     served = plan.using(torch.zeros(2, dtype=torch.int64).as_subclass(OnCuda))
     assert len(made) == 1, "the same offsets, made again"
     served.to("cpu")
-    assert made[1:] == [((0, 2, 6), torch.device("cuda:0"))]  # a subclass stays what it says it is
+    assert made[1:] == [((0, 2, 6), torch.device("cuda:0"))]  # the subclass still claims its device
 
 
 def test_offsets_of_a_capture_are_filled_in_on_the_device(monkeypatch):
@@ -148,7 +148,7 @@ REFUSED = [
     (
         lambda: RowPlan.from_padded(torch.tensor([[0, 1]]), 4, [0, 0, 1], 2),
         ValueError,
-        r"groups must broadcast to positions \(1, 2\).*got shape \(3,\)",
+        r"groups must broadcast to the shape of positions \(1, 2\).*got \(3,\)",
     ),
 ]
 

@@ -111,8 +111,8 @@ def test_what_no_group_edits_keeps_its_bits(backend, device):
 @backends
 def test_no_group_has_an_entry(backend, device):
     edit, _ = tabled(Case(33, 3, (4, 4)), device)
-    nobody = edit.plan.using(torch.full((2,), -1, device=device))
-    out = run(lowrank_edit_, replace(edit, plan=nobody), backend=backend)
+    plan = edit.plan.using(torch.full((2,), -1, device=device))
+    out = run(lowrank_edit_, replace(edit, plan=plan), backend=backend)
     assert same_bits(out, edit.hidden)
 
 

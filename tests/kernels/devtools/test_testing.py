@@ -1,4 +1,4 @@
-"""The apparatus that judges the kernels fails when it should."""
+"""The tools that judge the kernels fail when they should."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_same_bits_tells_zeros_and_nans_apart(device):
     assert not same_bits(zero, zero.double()) and not same_bits(zero, zero.expand(2))
 
 
-@pytest.mark.host("what is patched is PyTorch's, whatever the device")
+@pytest.mark.host("patches functions of PyTorch, independent of the device")
 def test_poison_reaches_the_named_package_only(monkeypatch):
     monkeypatch.setattr(torch, "empty", torch.zeros)
     monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
