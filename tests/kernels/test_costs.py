@@ -22,9 +22,7 @@ GROUPS = [(9,), (4, 5), (0, 3, 0, 1, 5), (1,) * 12]
 @pytest.mark.parametrize("rank", [3, 16])
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
 @pytest.mark.parametrize("backend", ["triton"])
-def test_one_forward_launch_and_two_backward_whatever_the_groups(
-    backend, groups, rank, device, ran
-):
+def test_one_forward_and_two_backward_launches_for_any_groups(backend, groups, rank, device, ran):
     run_edit(lowrank_edit_, make_edit(Case(33, rank, groups), device), backend=backend)
     assert ran == {
         "triton.edit_rows_kernel": 1,
@@ -34,7 +32,7 @@ def test_one_forward_launch_and_two_backward_whatever_the_groups(
 
 
 @pytest.mark.parametrize("backend", ["triton"])
-def test_a_gradient_not_asked_for_is_not_launched(backend, device, ran):
+def test_a_gradient_that_is_not_requested_is_not_launched(backend, device, ran):
     edit = make_edit(Case(33, 3, (4, 5), member="lobireft"), device)
     lowrank_edit_(edit.hidden.clone(), edit.plan, None, edit.bias, edit.decode, backend=backend)
     assert ran == {"triton.edit_rows_kernel": 1}

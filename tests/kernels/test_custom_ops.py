@@ -189,7 +189,7 @@ def operator_arguments(device, activation, rank):
 
 @pytest.mark.parametrize("activation", [None, "gelu"], ids=["linear", "gelu"])
 @pytest.mark.parametrize("saves", [True, False], ids=["saves", "saves-nothing"])
-def test_the_forward_operator_keeps_its_promises(activation, saves, device):
+def test_the_forward_operator_matches_its_schema(activation, saves, device):
     edit, plan, subtract = operator_arguments(device, activation, 3)
     parameters = (edit.encode, edit.bias, edit.decode)
     tables = (None, None)
@@ -203,7 +203,7 @@ def test_the_forward_operator_keeps_its_promises(activation, saves, device):
 @pytest.mark.parametrize(
     "wants", [(True,) * 4, (False, True, False, True), (True, False, False, False)]
 )
-def test_the_backward_operator_keeps_its_promises(activation, wants, device):
+def test_the_backward_operator_matches_its_schema(activation, wants, device):
     edit, plan, subtract = operator_arguments(device, activation, 3)
     forward = torch.ops.reft_kernels.edit_forward
     parameters = (edit.encode, edit.bias, edit.decode)

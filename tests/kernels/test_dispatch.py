@@ -67,7 +67,7 @@ def test_a_named_backend_runs(backend, device):
     ],
     ids=["activation", "rank", "groups"],
 )
-def test_what_the_kernels_cannot_do_is_said_not_replaced(changes, reason, device, ran):
+def test_an_unsupported_edit_raises_and_is_not_replaced(changes, reason, device, ran):
     given = arguments(device, **changes)
     for function in (lowrank_edit, explain):
         with pytest.raises(ValueError, match=f"'triton' cannot do this edit: {reason}"):

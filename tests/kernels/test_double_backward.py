@@ -174,7 +174,7 @@ def test_blocks_that_are_run_again_in_backward(backend, device):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_what_is_saved_goes_with_the_graph(backend, device):
+def test_saved_tensors_are_freed_with_the_graph(backend, device):
     """Saved results keep no graph alive: it is freed with the last result, without a collection of
     Python's cycles."""
 

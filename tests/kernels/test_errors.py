@@ -162,7 +162,7 @@ def test_loreft_checks_its_own_arguments():
         loreft(given["hidden"], given["plan"], given["decode"], torch.ones(3, D), given["bias"])
 
 
-def test_what_is_allowed_at_the_edges_works(device):
+def test_valid_limits_work(device):
     """Rank D, the last row, one column: the valid neighbours of each error."""
 
     def ones(*shape, dtype=torch.float32):

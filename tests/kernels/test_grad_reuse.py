@@ -155,7 +155,7 @@ def test_two_edits_that_get_one_gradient(source, parameters, overwritten, never)
     assert not overwritten[0]
 
 
-def test_gradient_of_the_edited_hidden_itself_is_what_came(source, parameters):
+def test_gradient_of_the_edited_hidden_is_the_upstream_gradient(source, parameters):
     out = edit(source * 1.0, parameters)
     got, below = torch.autograd.grad((out * 2.0 + out * 3.0).sum(), [out, source])
     assert torch.equal(got, torch.full_like(out, 5.0))
@@ -229,7 +229,9 @@ def test_two_threads(parameters, device):
     assert all(same_bits(grads[seed], alone[seed - 1]) for seed in (1, 2))
 
 
-def test_what_torch_does_not_tell_is_copied(source, parameters, monkeypatch, overwritten):
+def test_gradients_are_copied_without_reference_counts(
+    source, parameters, monkeypatch, overwritten
+):
     monkeypatch.setattr(grad_reuse, "_unshared", dict.fromkeys(range(10)))
     assert not grad_reuse.exclusive(torch.ones(2))
     monkeypatch.setattr(grad_reuse, "_facts", lambda grad: None)

@@ -55,7 +55,7 @@ def test_without_any_gradient_there_is_no_graph(backend, edit):
 
 
 @backends
-def test_what_saved_the_old_values_notices(backend, edit):
+def test_overwriting_a_saved_tensor_raises_in_backward(backend, edit):
     """exp saves its output for backward, which the edit overwrites and marks as dirty."""
     leaf = edit.hidden.clone().requires_grad_()
     hidden = leaf.exp()
@@ -112,7 +112,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.parametrize("named", ["auto", "torch", "triton", "reference"])
-def test_what_cannot_be_edited_in_place_is_refused_and_left_alone(named, kind, edit, ran):
+def test_tensors_that_cannot_be_edited_in_place_are_refused_unchanged(named, kind, edit, ran):
     original = edit.hidden.clone()
     hidden = REFUSED[kind](original)
     before = hidden.detach().clone()

@@ -119,7 +119,7 @@ def multiply(a_ptr, b_ptr, out_ptr, PRECISION: tl.constexpr, ACC: tl.constexpr):
 
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3", "ieee"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_kernel_gets_the_precision_it_asks_for(precision, dtype):
+def test_a_kernel_gets_the_requested_precision(precision, dtype):
     a, b = torch.randn(M, K, dtype=dtype), torch.randn(K, N, dtype=dtype)
     out = torch.empty(M, N, dtype=dtype)
     multiply[(1,)](a, b, out, precision, tl.float64 if dtype is torch.float64 else tl.float32)

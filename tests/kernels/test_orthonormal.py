@@ -186,9 +186,7 @@ def medium_precision():
 @bases
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.usefixtures("medium_precision")
-def test_float32_is_float64_rounded_once_whatever_surrounds_it(
-    autocast, with_base: bool, device
-) -> None:
+def test_float32_is_float64_rounded_once_in_any_context(autocast, with_base: bool, device) -> None:
     v, base, grad = problem((2, 300, 6), with_base, device, torch.float32)
     wide = None if base is None else base.double()
     expected, d_expected = gradient(v.detach().double().requires_grad_(), wide, grad.double())

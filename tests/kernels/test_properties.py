@@ -181,7 +181,7 @@ def test_folding_under_an_activation_would_be_another_edit(activation, backend, 
     assert (right - wrong)[edit.live].abs().amax(-1).min() > 0.1
 
 
-def test_fold_leaves_what_does_not_subtract(device):
+def test_fold_without_subtraction_changes_nothing(device):
     encode, decode = (torch.full((2, 5), value, device=device) for value in (1.0, 3.0))
     assert fold(encode, decode, False, None) == (encode, False)
     assert fold(None, decode, False, None) == (None, False)

@@ -174,7 +174,7 @@ def test_a_plan_on_a_device_is_made_without_looking_at_it():
         assert len(plan.places) == 2
 
 
-def test_what_layers_share_is_made_without_waiting(no_synchronisation):
+def test_tensors_shared_by_layers_are_made_without_waiting(no_synchronisation):
     plan = RowPlan(torch.tensor([4, -1, 2, -1]), (0, 2, 2, 4))
     with no_synchronisation():
         _ = plan.places, plan.device_offsets

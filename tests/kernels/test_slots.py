@@ -95,7 +95,7 @@ def test_the_reference_means_one_edit_a_group(backend, groups, device):
 
 
 @backends
-def test_what_no_group_edits_keeps_its_bits(backend, device):
+def test_unedited_rows_keep_their_bits(backend, device):
     edit, slots = tabled(Case(65, 4, (4, 4, 4, 2), "some"), device)
     passed = [k for k, entry in enumerate(slots.tolist()) if entry < 0]
     assert passed
@@ -118,7 +118,7 @@ def test_no_group_has_an_entry(backend, device):
 
 @pytest.mark.parametrize("groups", [(14,) * 3, (14,) * 64], ids=["3", "64"])
 @pytest.mark.parametrize("backend", ["triton"])
-def test_one_launch_whatever_the_number_of_adapters(backend, groups, device, ran):
+def test_one_launch_for_any_number_of_adapters(backend, groups, device, ran):
     edit, _ = tabled(Case(33, 3, groups), device)
     run(lowrank_edit_, edit, backend=backend)
     assert ran == {"triton.edit_rows_kernel": 1}

@@ -197,7 +197,7 @@ def invoke(command: ModuleType, *arguments: str) -> Result:
         ),
     ],
 )
-def test_a_bad_question_is_one_line(
+def test_a_bad_option_gives_a_one_line_error(
     command: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[str], named: str
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1" if named.startswith("TRITON") else "0")

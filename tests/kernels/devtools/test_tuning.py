@@ -56,7 +56,7 @@ def test_candidates_are_different_and_the_table_comes_first(kernel, rank, dtype)
     assert {settings.dot for settings in candidates} == ({True, False} if rank <= 8 else {True})
 
 
-def test_float64_never_goes_to_the_matrix_units():
+def test_float64_never_uses_the_matrix_units():
     candidates = tuning.candidates("rows", **SHAPE | {"dtype": torch.float64, "target": "cpu"})
     assert not any(settings.dot for settings in candidates)
 
@@ -103,7 +103,7 @@ def test_a_trial_takes_over_and_ends():
     assert configs.choose("rows", **SHAPE) == before and not configs.TRIALS
 
 
-def test_the_table_has_the_last_word_where_it_was_measured(table):
+def test_the_table_overrides_the_rules_on_its_device(table):
     table()
     plain = configs.choose("rows", **SHAPE)
     settings = replace(plain, rows=8, warps=16)
@@ -147,7 +147,7 @@ def test_splits_measured_on_many_rows_fit_few(table):
     assert configs.choose("params", **SHAPE | {"num_rows": 1}).splits == 1
 
 
-def test_an_entry_names_only_what_differs_from_the_rule(table):
+def test_an_entry_holds_only_settings_that_differ_from_the_rule(table):
     table()
     plain = configs.choose("rows", **SHAPE)
     made = tuning.entry("rows", replace(plain, stages=5), **SHAPE, ratio=0.9)
@@ -158,7 +158,7 @@ def test_an_entry_names_only_what_differs_from_the_rule(table):
     }  # fmt: skip
 
 
-def test_a_table_keeps_what_was_not_measured_again(table):
+def test_a_table_keeps_entries_that_were_not_measured_again(table):
     table()
     first = tuning.entry("rows", configs.choose("rows", **SHAPE), **SHAPE, ratio=0.9)
     second = tuning.entry("params", configs.choose("params", **SHAPE), **SHAPE, ratio=0.8)
