@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reft_kernels import custom_ops, double_backward, grad_reuse, transforms
+from reft_kernels import custom_ops, double_backward, grad_reuse, torch_backend
+from reft_kernels.dispatch import is_batched, within_transform
 from reft_kernels.rows import RowPlan
 from reft_kernels.spec import EditWeights, SavedRows, Wanted, fold
 
@@ -78,8 +79,8 @@ class LowRankEdit(torch.autograd.Function):
             grad_out is None
             or saved_grads != _NONE
             or torch.is_grad_enabled()  # only under create_graph=True
-            or transforms.active()
-            or transforms.batched(grad_out)
+            or within_transform()
+            or is_batched(grad_out)
         ):
             return _double_backward(ctx, grad_out, *saved_grads)
         overwrite = grad_reuse.exclusive(grad_out)  # before another call holds a reference to it
@@ -143,7 +144,7 @@ def _backward(ctx: Any, grad_out: Tensor, overwrite: bool) -> tuple[Tensor | Non
     """Compute the gradients of the inputs by the backend, without a graph."""
     plan, weights, saved, backend, wanted = _of_forward(ctx)
     with _full_precision(grad_out.device.type):
-        d_hidden, *parameter_grads = custom_ops.implementation(backend).edit_backward(
+        d_hidden, *parameter_grads = _implementation(backend).edit_backward(
             grad_out.reshape(-1, grad_out.shape[-1]),
             plan,
             weights,
@@ -237,12 +238,17 @@ def _edit(
     rows = _row_view(out)
     target = out.reshape(-1, out.shape[-1]) if rows is None else rows
     with _full_precision(out.device.type):
-        saved: SavedRows = custom_ops.implementation(backend).edit_forward(
+        saved: SavedRows = _implementation(backend).edit_forward(
             target, plan, weights, save_rows=save_rows, save_coeffs=save_coeffs
         )
     if rows is None:
         out.copy_(target.view(out.shape))
     return saved
+
+
+def _implementation(backend: str) -> Any:
+    """Return the object with ``edit_forward`` and ``edit_backward`` of a backend."""
+    return torch_backend if backend == "torch" else custom_ops.triton_implementation()
 
 
 def _row_view(tensor: Tensor) -> Tensor | None:

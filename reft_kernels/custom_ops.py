@@ -17,11 +17,9 @@ from reft_kernels.rows import LaunchRows, RowPlan
 from reft_kernels.spec import EditWeights, SavedRows, Wanted
 
 
-def implementation(backend: str) -> Any:
-    """Return the object with ``edit_forward`` and ``edit_backward`` of the backend "torch" or
-    "triton"."""
-    if backend == "torch":
-        return torch_backend
+def triton_implementation() -> Any:
+    """Return the object with ``edit_forward`` and ``edit_backward``: the operators while compiling,
+    else the launcher."""
     if torch.compiler.is_compiling():
         return _OPERATORS
     from reft_kernels._triton import launch

@@ -2,6 +2,10 @@
 
 ``auto`` uses Triton on a GPU and the torch backend elsewhere. A backend named by the caller runs or
 raises with the reason; another one never replaces it.
+
+Transforms of ``torch.func`` (grad, jvp, vmap, …) pass tensors that stand for others, and
+forward-mode differentiation attaches a tangent to a tensor. A kernel sees neither, so within them
+only PyTorch's own operators may run.
 """
 
 from __future__ import annotations
@@ -10,8 +14,9 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from reft_kernels import _triton, transforms
+from reft_kernels import _triton
 from reft_kernels.activations import TRITON_ACTIVATIONS
 from reft_kernels.rows import RowPlan
 from reft_kernels.spec import EditWeights
@@ -42,6 +47,8 @@ def choose(backend: str, hidden: Tensor, plan: RowPlan, weights: EditWeights) ->
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend in ("torch", "reference"):
         return Choice(backend, "named by the caller")
+    if backend == "auto" and not hidden.is_cuda:
+        return Choice("torch", f"hidden is on {hidden.device}; the kernels need CUDA or ROCm")
     reason = why_not_triton(hidden, plan, weights)
     if backend == "triton":
         if reason is not None:
@@ -49,8 +56,6 @@ def choose(backend: str, hidden: Tensor, plan: RowPlan, weights: EditWeights) ->
         return Choice("triton", "named by the caller")
     if reason is not None:
         return Choice("torch", reason)
-    if not hidden.is_cuda:
-        return Choice("torch", f"hidden is on {hidden.device}; interpreted kernels are for tests")
     return Choice("triton", f"hidden is on {hidden.device}")
 
 
@@ -66,6 +71,17 @@ def why_not_triton(hidden: Tensor, plan: RowPlan, weights: EditWeights) -> str |
         return f"the plan has {plan.num_groups} groups, more than {MAX_TRITON_GROUPS}"
     if hidden.is_cuda and torch.float64 in (hidden.dtype, decode.dtype):
         return "float64 is computed by PyTorch on a GPU"
-    if transforms.active():
+    if within_transform():
         return "torch.func and forward-mode differentiation see no kernels"
     return _triton.why_not(hidden.device.type)
+
+
+def within_transform() -> bool:
+    """Whether this code, or the code being traced, runs within a transform of ``torch.func`` or
+    forward-mode differentiation."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_batched(grad: Tensor) -> bool:
+    """Whether ``grad`` holds a batch of gradients, made by ``is_grads_batched=True``."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)

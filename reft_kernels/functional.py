@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reft_kernels import autograd, reference, transforms
+from reft_kernels import autograd, reference
 from reft_kernels.activations import ACTIVATIONS, activate
-from reft_kernels.dispatch import Choice, choose
+from reft_kernels.dispatch import Choice, choose, within_transform
 from reft_kernels.rows import RowPlan
 from reft_kernels.spec import EditWeights
 
@@ -146,7 +146,7 @@ def apply_edit(
         _check_in_place(hidden)
     backend = choose(backend, hidden, plan, weights).backend
     # Traced code consists of PyTorch's operators already, and the reference cannot be traced.
-    if backend == "reference" or (transforms.active() and not torch.compiler.is_compiling()):
+    if backend == "reference" or (within_transform() and not torch.compiler.is_compiling()):
         encode, bias, decode, subtract, activation = weights
         edited = reference.lowrank_edit(
             hidden, plan, encode, bias, decode, subtract=subtract, activation=activation

@@ -43,7 +43,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reft_kernels import transforms
+from reft_kernels.dispatch import is_batched, within_transform
 
 #: Largest |R Rᵀ − I| that :func:`reflector_base` accepts as the rounding of an orthonormal R, for
 #: example one stored in bfloat16. Its result is exactly orthonormal and that close to its argument.
@@ -79,7 +79,7 @@ def orthonormalize(v: Tensor, base: Tensor | None = None) -> Tensor:
     shape = (math.prod(lead), dim, rank)
     v, base = v.reshape(shape), None if base is None else base.reshape(shape)
     rotation: Tensor
-    if transforms.active() and not torch.compiler.is_compiling():
+    if within_transform() and not torch.compiler.is_compiling():
         rotation = _composed(v, base)
     else:
         rotation = _Orthonormalize.apply(v, base)  # type: ignore[no-untyped-call]
@@ -138,8 +138,8 @@ class _Orthonormalize(torch.autograd.Function):
         v, base, system, coeffs = ctx.saved_tensors
         if not torch.compiler.is_compiling() and (
             torch.is_grad_enabled()  # only under create_graph=True
-            or transforms.active()
-            or transforms.batched(d_rotation)
+            or within_transform()
+            or is_batched(d_rotation)
         ):
             pullback = torch.func.vjp(lambda v: _composed(v, base), v)[1]
             return pullback(d_rotation)[0], None

@@ -47,7 +47,7 @@ def edit_forward(
             u = h @ encode[k].to(compute).T
         else:
             u = torch.addmm(bias[k].to(compute), h, encode[k].to(compute).T)
-        s = activate(activation, u)
+        s = u if activation is None else activate(activation, u)
         if subtract:
             s = s - h @ r.T
         edited = h.addmm(s, r) if save_rows and h is x else h.addmm_(s, r)
@@ -146,7 +146,7 @@ def _edit_from_table(
             u = h @ gather(encode).mT
         else:
             u = torch.baddbmm(gather(bias).unsqueeze(1), h, gather(encode).mT)
-        s = activate(activation, u)
+        s = u if activation is None else activate(activation, u)
         if subtract:
             s = s - h @ r.mT
         if plan.scales is not None:

@@ -26,8 +26,9 @@ from reft.nn.precision import applied, compute_dtype, no_autocast
 from reft.nn.published import bank_shape, check_shapes, check_stored
 from reft.nn.shards import whole, write
 from reft.nn.state_dicts import beside, check_state
-from reft_kernels import fold, orthonormalize, reflector_base, transforms
+from reft_kernels import fold, orthonormalize, reflector_base
 from reft_kernels.activations import ALIASES, activate
+from reft_kernels.dispatch import within_transform
 
 
 class Bank(nn.Module):
@@ -384,7 +385,7 @@ def _own(value: Tensor, parameter: Tensor | None) -> Tensor:
 def _looked_through() -> bool:
     """Whether what is kept would hide a parameter from a tracer or a transform: a tangent changes
     neither the memory nor the version of a tensor."""
-    return torch.compiler.is_compiling() or transforms.active()
+    return torch.compiler.is_compiling() or within_transform()
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:
