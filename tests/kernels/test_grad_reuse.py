@@ -283,7 +283,7 @@ for keeps in (False, True):
 """
 
 
-@pytest.mark.host("a process of its own; gradients of a GPU are handed over by the same code")
+@pytest.mark.host("a separate process; gradients of a GPU are handed over by the same code")
 @pytest.mark.parametrize("frames", ["plain"], indirect=True)
 def test_a_compilation_that_failed_changes_nothing():
     done = subprocess.run(
