@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.run import stop
-from reft_kernels import offline
+from reft_kernels.devtools import compile_report
 
 DIMS = (768, 2048, 4096, 8192)
 RANKS = (1, 4, 8, 16, 32, 64, 128, 200, 256)
@@ -39,14 +39,15 @@ def _joined(values: Sequence[Any] | dict[str, Any]) -> str:
 @dataclass(frozen=True, slots=True)
 class _Job:
     target: str
-    build: offline.Build
+    build: compile_report.Build
 
 
 def compile_kernels(
     targets: Annotated[
         list[str] | None,
         typer.Option(
-            "--target", help=f"One of {', '.join(offline.TARGETS)}; may be repeated. Default: all."
+            "--target",
+            help=f"One of {', '.join(compile_report.TARGETS)}; may be repeated. Default: all.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
@@ -57,13 +58,15 @@ def compile_kernels(
     ] = _joined(DTYPES),
     rows: Annotated[
         str, typer.Option(help="n, which settings go by, separated by commas.")
-    ] = _joined(offline.ROWS),
-    kernels: Annotated[str, typer.Option(help="Separated by commas.")] = _joined(offline.KERNELS),
+    ] = _joined(compile_report.ROWS),
+    kernels: Annotated[str, typer.Option(help="Separated by commas.")] = _joined(
+        compile_report.KERNELS
+    ),
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = os.cpu_count() or 1,
 ) -> None:
     """Compile every kernel build for a target and print what it occupies."""
     try:
-        todo = _jobs(targets or list(offline.TARGETS), dims, ranks, dtypes, rows, kernels)
+        todo = _jobs(targets or list(compile_report.TARGETS), dims, ranks, dtypes, rows, kernels)
     except (ValueError, RuntimeError) as error:
         stop(str(error), 2)
 
@@ -94,12 +97,12 @@ def _jobs(
     """The builds asked for, target by target. ValueError and RuntimeError say what is wrong with
     the question."""
     for target in targets:
-        offline.check_target(target)
+        compile_report.check_target(target)
     kinds = _names("dtypes", dtypes, DTYPES)
-    wanted = _names("kernels", kernels, offline.KERNELS)
+    wanted = _names("kernels", kernels, compile_report.KERNELS)
     matrix = [
         build
-        for build in offline.builds(
+        for build in compile_report.builds(
             _integers("dims", dims),
             _integers("ranks", ranks),
             tuple(DTYPES[k] for k in kinds),
@@ -157,7 +160,7 @@ def _compile(job: _Job) -> dict[str, Any]:
         "error": None,
     }
     try:
-        row |= offline.compile_build(build, job.target).as_dict()
+        row |= compile_report.compile_build(build, job.target).as_dict()
     except Exception as error:  # a compiler's own: the other builds still have something to tell
         row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
     return row

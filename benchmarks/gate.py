@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.cases import DTYPES, OpCase
 from benchmarks.records import Gate
-from reft_kernels.testing import Edit, Result, budget, relative_error
+from reft_kernels.devtools.testing import Edit, Result, budget, relative_error
 
 #: How far another library's own order of roundings may lie from float64, by dtype of hidden.
 FOREIGN = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}

@@ -26,9 +26,10 @@ from benchmarks.cases import DTYPES, ModelCase, OpCase
 from benchmarks.peers.ours import wrap
 from benchmarks.suites import generate, memory, models, op, serve
 from benchmarks.suites.load import hollow
-from reft_kernels import RowPlan, lowrank_edit_, tuning
-from reft_kernels.launch_recorder import replay
-from reft_kernels.stub_driver import launching_nothing
+from reft_kernels import RowPlan, lowrank_edit_
+from reft_kernels.devtools import tuning
+from reft_kernels.devtools.launch_recorder import replay
+from reft_kernels.devtools.stub_driver import launching_nothing
 
 #: Layers of a model that stands for one of more: pointers to the parameters of four layers have
 #: every alignment that those of more have.

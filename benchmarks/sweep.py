@@ -43,8 +43,9 @@ from benchmarks.timing import (
     paired_ratio,
     quantiles,
 )
-from reft_kernels import explain, tuning
-from reft_kernels.testing import Edit
+from reft_kernels import explain
+from reft_kernels.devtools import tuning
+from reft_kernels.devtools.testing import Edit
 
 #: A candidate takes the table's place from here on: less is within the noise of a run.
 GAIN = 0.97

@@ -1,6 +1,6 @@
-"""Activations by name: the function for PyTorch paths, and which names the Triton kernels know.
+"""Activations by name: PyTorch functions, and the names that the Triton kernels implement.
 
-The names are those of ``transformers.activations.ACT2FN`` where both have one.
+Where ``transformers.activations.ACT2FN`` has the same function, the names agree.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: name -> elementwise function. ``gelu`` is the exact (erf) form.
+#: name -> elementwise function. ``gelu`` is the exact (erf) version.
 ACTIVATIONS: MappingProxyType[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
         "relu": torch.relu,
@@ -48,20 +48,20 @@ ALIASES: MappingProxyType[str, str | None] = MappingProxyType(
     }
 )
 
-#: The names with a branch in ``_triton/primitives.py``.
+#: The names that ``_triton/primitives.py`` implements.
 TRITON_ACTIVATIONS = frozenset({"relu", "gelu", "silu", "tanh"})
 
 
 def activate(name: str | None, u: Tensor) -> Tensor:
-    """``act(u)``; the identity for None."""
+    """Compute ``act(u)``; the identity for None."""
     return u if name is None else ACTIVATIONS[name](u)
 
 
 def activation_grad(name: str | None, u: Tensor, grad: Tensor) -> Tensor:
-    """``grad * act'(u)``, by PyTorch's own derivative of the named function."""
+    """Compute ``grad * act'(u)`` by PyTorch's own derivative of the named function."""
     if name is None:
         return grad
-    # torch.autograd.grad would do in eager mode; only this form is traced by torch.compile.
+    # torch.compile traces this, but not torch.autograd.grad.
     pullback = torch.func.vjp(ACTIVATIONS[name], u)[1]
     result: Tensor = pullback(grad)[0]
     return result

@@ -1,11 +1,11 @@
-"""The one autograd Function: what an edit saves, and in which order its gradients are formed.
+"""The autograd Function of the edit: which tensors it saves, and in which order it forms gradients.
 
-Saved for backward: the edited rows before the edit (n, D), their codes (n, r), nothing of the size
-of ``hidden``, and nothing at all for inputs that need no gradient. Derivatives of derivatives are
-formed from the same, by ``differentiable``.
+Saved for backward: the edited rows before the edit (n, D) and their coefficients (n, r). Nothing of
+the size of ``hidden`` is saved, and nothing at all for inputs that need no gradient. Derivatives of
+derivatives are formed from the same tensors, by ``double_backward``.
 
-Folding, and parameters without a group dimension, are settled inside: outside, each would be a node
-of the graph in both directions, and those cost more Python than the edit.
+Folding and the group dimension are handled inside the Function. Outside, each would be a node of
+the graph in both directions, and those cost more Python time than the edit.
 """
 
 from __future__ import annotations
@@ -17,62 +17,53 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reft_kernels import differentiable, library, ownership, transforms
-from reft_kernels.differentiable import Saved
+from reft_kernels import custom_ops, double_backward, grad_reuse, torch_backend
+from reft_kernels.dispatch import is_batched, within_transform
 from reft_kernels.rows import RowPlan
-from reft_kernels.spec import fold
+from reft_kernels.spec import EditWeights, SavedRows, Wanted, fold
 
 
-def apply_edit(
-    hidden: Tensor,
-    plan: RowPlan,
-    encode: Tensor | None,
-    bias: Tensor | None,
-    decode: Tensor,
-    *,
-    subtract: bool,
-    activation: str | None,
-    backend: str,
-    inplace: bool,
+def edit(
+    hidden: Tensor, plan: RowPlan, weights: EditWeights, backend: str, in_place: bool
 ) -> Tensor:
-    """Run an already checked edit, with a graph only where one is needed."""
-    # What all layers share is made here: tensors made inside the Function cannot reach its backward
+    """Run a checked edit on the backend "torch" or "triton", with a graph only if one is needed."""
+    # Build what all layers share here: tensors made inside the Function cannot reach its backward
     # in a traced graph.
     if backend != "torch":
         _ = plan.device_offsets
     else:
         _ = plan.places if plan.slots is None else plan.run_places
-    parts = (hidden, encode, bias, decode)
-    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parts):
+    encode, bias, decode, subtract, activation = weights
+    inputs = (hidden, encode, bias, decode)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        options = (plan, subtract, activation, backend)
         edited: Tensor
         if torch.compiler.is_compiling():
-            edited = TracedEdit.apply(  # type: ignore[no-untyped-call]
-                hidden, encode, bias, decode, plan, subtract, activation, backend, inplace
-            )
+            edited = TracedEdit.apply(*inputs, *options, in_place)  # type: ignore[no-untyped-call]
             return edited
-        ownership.calibrate()
-        # Autograd lets a Function with several results write into no view.
-        apart = inplace and hidden._is_view()
+        grad_reuse.calibrate()
+        # A Function with several results may not write into a view.
+        copied = in_place and hidden._is_view()
         edited = LowRankEdit.apply(  # type: ignore[no-untyped-call]
-            hidden, encode, bias, decode, plan, subtract, activation, backend, inplace and not apart
+            *inputs, *options, in_place and not copied
         )[0]
-        return hidden.copy_(edited) if apart else edited
-    out = hidden if inplace else hidden.clone(memory_format=torch.contiguous_format)
-    encode, bias, decode, subtract = _settled(encode, bias, decode, subtract, activation)
-    _edit(out, plan, encode, bias, decode, subtract, activation, backend, False, False)
+        return hidden.copy_(edited) if copied else edited
+    out = hidden if in_place else hidden.clone(memory_format=torch.contiguous_format)
+    _edit(out, plan, _grouped_and_folded(weights), backend, save_rows=False, save_coeffs=False)
     return out
 
 
 _NONE = (None,) * 4
+_NO_CONTEXT = nullcontext()
 
 
 class LowRankEdit(torch.autograd.Function):
-    """``h' = h + Rᵀ(act(W h + b) − σ R h)`` on the rows of a plan; see ``torch_path``.
+    """``h' = h + Rᵀ(act(W h + b) − σ R h)`` on the rows of a plan; see ``torch_backend``.
 
-    Folded, A = W − σR and s = A h + b: then dW = dA, and R has the part −dA of its gradient.
+    A folded edit uses A = W − σR and s = A h + b. Then dW = dA, and −dA is added to dR.
 
-    Returns h' and what is saved, (x, s, u, A), None where it is not. As results they have a graph,
-    and that is all that derivatives of derivatives need: nothing is kept for them.
+    The results are h' and the saved tensors (x, s, u, A), None for those that are not saved. As
+    results they have a graph, which is all that derivatives of derivatives need.
     """
 
     @staticmethod
@@ -82,23 +73,25 @@ class LowRankEdit(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, grad_out: Tensor | None, *of_saved: Tensor | None
+        ctx: Any, grad_out: Tensor | None, *saved_grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if (
             grad_out is None
-            or of_saved != _NONE
-            or torch.is_grad_enabled()  # under create_graph=True, and only there
-            or transforms.active()
-            or transforms.batched(grad_out)
+            or saved_grads != _NONE
+            or torch.is_grad_enabled()  # only under create_graph=True
+            or within_transform()
+            or is_batched(grad_out)
         ):
-            return _differentiable_backward(ctx, grad_out, *of_saved)
-        overwrite = ownership.exclusive(grad_out)  # before a call to come holds it as well
+            return _double_backward(ctx, grad_out, *saved_grads)
+        overwrite = grad_reuse.exclusive(grad_out)  # before another call holds a reference to it
         return _backward(ctx, grad_out, overwrite)
 
 
 class TracedEdit(torch.autograd.Function):
-    """The same with h' as its only result: Dynamo cannot leave a gradient None. Compiled functions
-    are differentiated once."""
+    """:class:`LowRankEdit` with h' as its only result: Dynamo cannot leave a gradient None.
+
+    Compiled functions are differentiated once.
+    """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor | None:
@@ -120,101 +113,92 @@ def _forward(
     subtract: bool,
     activation: str | None,
     backend: str,
-    inplace: bool,
+    in_place: bool,
 ) -> tuple[Tensor | None, ...]:
+    weights = _grouped_and_folded(EditWeights(encode, bias, decode, subtract, activation))
     want_hidden, want_encode, want_bias, want_decode = ctx.needs_input_grad[:4]
-    given = subtract
-    matrix, vector, rotation, subtract = _settled(encode, bias, decode, subtract, activation)
-    folded = given and not subtract
-    # dR has a part in dA.
+    folded = subtract and not weights.subtract
+    # A part of dR is −dA.
     want_encode = want_encode or (folded and want_decode)
-    if inplace:
+    if in_place:
         ctx.mark_dirty(hidden)
         out = hidden
     else:
         out = hidden.clone(memory_format=torch.contiguous_format)
-    save_rows = want_encode or (subtract and want_decode)
-    x, s, u = _edit(
-        out, plan, matrix, vector, rotation, subtract, activation, backend, save_rows, want_decode
-    )
-    wants = (want_hidden, want_encode, want_bias, want_decode)
-    ctx.edit = (plan, subtract, activation, backend, wants)
-    ctx.folded, ctx.shape, ctx.dtype = folded, out.shape, out.dtype
-    if matrix is None:  # then s is the bias, which is no result but an input
+    save_rows = want_encode or (weights.subtract and want_decode)
+    x, s, u = _edit(out, plan, weights, backend, save_rows=save_rows, save_coeffs=want_decode)
+    wanted = Wanted(want_hidden, want_encode, want_bias, want_decode)
+    ctx.edit = (plan, weights.subtract, activation, backend, wanted)
+    ctx.folded, ctx.grouped, ctx.shape, ctx.dtype = folded, decode.ndim == 3, out.shape, out.dtype
+    if weights.encode is None:  # then s is the bias, which is no result but an input
         ctx.save_for_backward(x, s, u, None, bias, decode)
         return out, x, None, u, None
     if folded:
-        ctx.save_for_backward(x, s, u, matrix, None, decode)
-        return out, x, s, u, matrix
+        ctx.save_for_backward(x, s, u, weights.encode, None, decode)
+        return out, x, s, u, weights.encode
     ctx.save_for_backward(x, s, u, encode, None, decode)
     return out, x, s, u, None
 
 
 def _backward(ctx: Any, grad_out: Tensor, overwrite: bool) -> tuple[Tensor | None, ...]:
-    """Gradients of the inputs by the backend, without a graph."""
-    x, s, u, encode, _, decode = ctx.saved_tensors
-    plan, subtract, activation, backend, wants = ctx.edit
+    """Compute the gradients of the inputs by the backend, without a graph."""
+    plan, weights, saved, backend, wanted = _of_forward(ctx)
     with _full_precision(grad_out.device.type):
-        d_hidden, *of_parameters = library.implementation(backend).edit_backward(
+        d_hidden, *parameter_grads = _implementation(backend).edit_backward(
             grad_out.reshape(-1, grad_out.shape[-1]),
             plan,
-            _stacked(encode, 3),
-            _stacked(decode, 3),
-            x,
-            s,
-            u,
-            subtract=subtract,
-            activation=activation,
-            wants=wants,
+            weights,
+            saved,
+            wanted,
             overwrite=overwrite,
         )
     if d_hidden is not None:
         d_hidden = grad_out if overwrite else d_hidden.view(grad_out.shape)
-    return d_hidden, *_as_given(ctx, decode, *of_parameters)
+    return d_hidden, *_input_grads(ctx, *parameter_grads)
 
 
-def _differentiable_backward(
-    ctx: Any, grad_out: Tensor | None, *of_results: Tensor | None
+def _double_backward(
+    ctx: Any, grad_out: Tensor | None, *result_grads: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """The same with a graph, from gradients of all results."""
-    x, s, u, encode, bias, decode = ctx.saved_tensors
-    plan, subtract, activation, _, wants = ctx.edit
+    """Compute the gradients of the inputs with a graph, from gradients of all results."""
+    plan, weights, saved, _, wanted = _of_forward(ctx)
     if grad_out is None:
-        grad_out = decode.new_zeros(ctx.shape, dtype=ctx.dtype)
-    rotation = _stacked(decode, 3)
-    assert rotation is not None
+        grad_out = weights.decode.new_zeros(ctx.shape, dtype=ctx.dtype)
     with _full_precision(grad_out.device.type):
-        d_hidden, d_encode, d_bias, d_decode = differentiable.edit_backward(
+        d_hidden, d_encode, d_bias, d_decode = double_backward.edit_backward(
             grad_out.reshape(-1, grad_out.shape[-1]),
-            Saved(*of_results[:3]),
+            SavedRows(*result_grads[:3]),
             plan,
-            _stacked(encode, 3),
-            _stacked(bias, 2),
-            rotation,
-            Saved(x, s, u),
-            subtract=subtract,
-            activation=activation,
-            wants=wants,
+            weights,
+            saved,
+            wanted,
         )
-    if d_encode is not None and of_results[3] is not None:
-        d_encode = d_encode + of_results[3]
+    if d_encode is not None and result_grads[3] is not None:
+        d_encode = d_encode + result_grads[3]
     if d_hidden is not None:
         d_hidden = d_hidden.view(ctx.shape)
-    return d_hidden, *_as_given(ctx, decode, d_encode, d_bias, d_decode)
+    return d_hidden, *_input_grads(ctx, d_encode, d_bias, d_decode)
 
 
-def _as_given(
-    ctx: Any,
-    decode: Tensor,
-    d_encode: Tensor | None,
-    d_bias: Tensor | None,
-    d_decode: Tensor | None,
+def _of_forward(ctx: Any) -> tuple[RowPlan, EditWeights, SavedRows, str, Wanted]:
+    """Return what the forward kept: plan, weights with a group dimension, saved rows, backend and
+    wanted gradients."""
+    x, s, u, encode, bias, decode = ctx.saved_tensors
+    plan, subtract, activation, backend, wanted = ctx.edit
+    if not ctx.grouped:
+        encode, bias, decode = _with_groups(encode, 3), _with_groups(bias, 2), decode.unsqueeze(0)
+    weights = EditWeights(encode, bias, decode, subtract, activation)
+    return plan, weights, SavedRows(x, s, u), backend, wanted
+
+
+def _input_grads(
+    ctx: Any, d_encode: Tensor | None, d_bias: Tensor | None, d_decode: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of W, b and R, and of what has none, from those of A, b and R with groups."""
+    """Return the gradients of W, b, R and of the options, from those of A, b and R with groups."""
     if ctx.folded and d_decode is not None:
         assert d_encode is not None
         d_decode -= d_encode
-    if decode.ndim == 2:
+    if not ctx.grouped:
         d_encode, d_bias, d_decode = (
             None if grad is None else grad[0] for grad in (d_encode, d_bias, d_decode)
         )
@@ -223,64 +207,52 @@ def _as_given(
     return d_encode, d_bias, d_decode, None, None, None, None, None
 
 
-def _stacked(parameter: Tensor | None, dims: int) -> Tensor | None:
-    """The parameter with its group dimension, with which it has ``dims`` dimensions."""
+def _grouped_and_folded(weights: EditWeights) -> EditWeights:
+    """Give the parameters a group dimension, and fold the subtraction where that is exact."""
+    encode, bias, decode, subtract, activation = weights
+    if decode.ndim == 3 and not subtract:
+        return weights
+    if decode.ndim == 2:
+        encode, bias, decode = _with_groups(encode, 3), _with_groups(bias, 2), decode.unsqueeze(0)
+    encode, subtract = fold(encode, decode, subtract, activation)
+    return EditWeights(encode, bias, decode, subtract, activation)
+
+
+def _with_groups(parameter: Tensor | None, dims: int) -> Tensor | None:
+    """Return the parameter with its group dimension, with which it has ``dims`` dimensions."""
     if parameter is None or parameter.ndim == dims:
         return parameter
     return parameter.unsqueeze(0)
 
 
-def _settled(
-    encode: Tensor | None,
-    bias: Tensor | None,
-    decode: Tensor,
-    subtract: bool,
-    activation: str | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor, bool]:
-    """The parameters with a group dimension, the subtraction folded into the encoder where that is
-    exact."""
-    if decode.ndim == 2:
-        decode = decode.unsqueeze(0)
-        encode, bias = _stacked(encode, 3), _stacked(bias, 2)
-    encode, subtract = fold(encode, decode, subtract, activation)
-    return encode, bias, decode, subtract
-
-
 def _edit(
     out: Tensor,
     plan: RowPlan,
-    encode: Tensor | None,
-    bias: Tensor | None,
-    decode: Tensor,
-    subtract: bool,
-    activation: str | None,
+    weights: EditWeights,
     backend: str,
+    *,
     save_rows: bool,
-    save_code: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Edit ``out`` (…, D) in place, through a copy where its rows have no common stride."""
+    save_coeffs: bool,
+) -> SavedRows:
+    """Edit ``out`` (…, D) in place, through a copy if its rows have no common stride."""
     rows = _row_view(out)
     target = out.reshape(-1, out.shape[-1]) if rows is None else rows
     with _full_precision(out.device.type):
-        saved: tuple[Tensor | None, Tensor | None, Tensor | None]
-        saved = library.implementation(backend).edit_forward(
-            target,
-            plan,
-            encode,
-            bias,
-            decode,
-            subtract=subtract,
-            activation=activation,
-            save_rows=save_rows,
-            save_code=save_code,
+        saved: SavedRows = _implementation(backend).edit_forward(
+            target, plan, weights, save_rows=save_rows, save_coeffs=save_coeffs
         )
     if rows is None:
         out.copy_(target.view(out.shape))
     return saved
 
 
+def _implementation(backend: str) -> Any:
+    """Return the object with ``edit_forward`` and ``edit_backward`` of a backend."""
+    return torch_backend if backend == "torch" else custom_ops.triton_implementation()
+
+
 def _row_view(tensor: Tensor) -> Tensor | None:
-    """(…, D) seen as (N, D), or None where the leading strides allow no such view."""
+    """View (…, D) as (N, D), or return None if the leading strides allow no such view."""
     try:
         return tensor.view(-1, tensor.shape[-1])
     except RuntimeError:
@@ -288,7 +260,7 @@ def _row_view(tensor: Tensor) -> Tensor | None:
 
 
 def _full_precision(device_type: str) -> AbstractContextManager[object]:
-    """Keep autocast out: the edit accumulates in float32 whatever surrounds it."""
+    """Switch autocast off: the edit accumulates in float32 inside any autocast region."""
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return _NO_CONTEXT

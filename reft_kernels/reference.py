@@ -1,7 +1,8 @@
-"""The meaning of the operator, in plain PyTorch: any device, any float, gradients by autograd.
+"""Reference implementation in plain PyTorch: any device, any float, gradients by autograd.
 
-Everything else in this package is measured against these lines. They may synchronise and allocate;
-they compute in the wider of float32 and the dtypes given, add the edit there and round once.
+It defines the meaning of the operator; everything else in this package is measured against it. It
+may synchronise and allocate. It computes in the widest of float32 and the given dtypes, adds the
+edit there and rounds once.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ def lowrank_edit(
     subtract: bool = False,
     activation: str | None = None,
 ) -> Tensor:
-    """``h' = h + Rᵀ(act(W h + b) − σ R h)`` on the rows of the plan; a new tensor.
+    """Compute ``h' = h + Rᵀ(act(W h + b) − σ R h)`` on the rows of the plan, in a new tensor.
 
     Args:
         hidden: (…, D).
-        plan: which rows, by group.
+        plan: the rows, by group.
         encode: W, (r, D) or (g, r, D), or None for no learned projection.
         bias: b, (r,) or (g, r), or None for zero.
         decode: R, (r, D) or (g, r, D).
@@ -37,7 +38,10 @@ def lowrank_edit(
     dim = hidden.shape[-1]
     compute = torch.promote_types(torch.promote_types(hidden.dtype, decode.dtype), torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
-        w, b, r = (_stacked(p, per, compute) for p, per in ((encode, 2), (bias, 1), (decode, 2)))
+        w, b, r = (
+            _with_groups(parameter, dims, compute)
+            for parameter, dims in ((encode, 3), (bias, 2), (decode, 3))
+        )
         assert r is not None
         flat = hidden.reshape(-1, dim)
         out = flat
@@ -63,12 +67,12 @@ def lowrank_edit(
 
 
 def loreft(hidden: Tensor, plan: RowPlan, rotation: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``h' = h + Rᵀ(W h + b − R h)``, equation 2 of arXiv 2404.03592; ``rotation`` is R."""
+    """Compute ``h' = h + Rᵀ(W h + b − R h)``, equation 2 of arXiv 2404.03592; R is ``rotation``."""
     return lowrank_edit(hidden, plan, weight, bias, rotation, subtract=True)
 
 
-def _stacked(parameter: Tensor | None, dims: int, dtype: torch.dtype) -> Tensor | None:
-    """The parameter as (g, …) in ``dtype``; ``dims`` is how many dimensions one group has."""
+def _with_groups(parameter: Tensor | None, dims: int, dtype: torch.dtype) -> Tensor | None:
+    """Return the parameter in ``dtype`` with its group dimension, with which it has ``dims``."""
     if parameter is None:
         return None
-    return (parameter.unsqueeze(0) if parameter.ndim == dims else parameter).to(dtype)
+    return (parameter if parameter.ndim == dims else parameter.unsqueeze(0)).to(dtype)

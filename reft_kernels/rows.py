@@ -1,16 +1,15 @@
-"""Which rows an edit touches, and which parameters edit them.
+"""Row plans: which rows an edit touches, and which parameters edit each of them.
 
-The operator sees ``hidden`` of any leading shape as N rows of D. A :class:`RowPlan` names n of
+The operator sees ``hidden`` of any leading shape as N rows of D. A :class:`RowPlan` lists n of
 them, group by group: rows ``offsets[k] : offsets[k + 1]`` are edited with the parameters of group
-k. Tied positions, untied prefix and suffix weights, several adapters in one batch are all this one
-index.
+k. This one index expresses tied positions, untied prefix and suffix weights, and several adapters
+in one batch.
 
-Where many adapters lie in one table of which a batch uses a few, a plan has ``slots`` too: group k
-is edited with entry ``slots[k]`` of the table.
+A plan may also have ``slots``, for a table of many adapters of which a batch uses a few. Group k is
+then edited with entry ``slots[k]`` of the table.
 
-``-1`` means "no row here". It lets short prompts keep the shape of long ones, so that nothing has
-to ask the device how many rows there are: no host synchronisation, static shapes, graphs can be
-captured.
+``-1`` means "no row here". With it, short prompts have the shape of long ones, and nothing asks the
+device how many rows there are: no host synchronisation, static shapes, graphs can be captured.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ from torch import Tensor
 IntArray = Tensor | Sequence[int]
 _INT_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-#: Rows of one batched product: few enough to stay in a processor's cache.
-RUN = 1024
+#: Largest number of rows in one batched product: they stay in a processor's cache.
+MAX_RUN_ROWS = 1024
 
 
 class Place:
-    """The rows of one group as gather and scatter code needs them: the same number whatever is −1.
+    """The rows of one group for gather and scatter, always m of them, with −1 replaced.
 
-    A −1 borrows the group's largest row and later writes the very values of that row; a group
-    without any row borrows row 0 and writes it back as it is.
+    A −1 borrows the group's largest row and later writes the values of that row again. A group
+    without any row borrows row 0 and writes it back unchanged.
 
     Attributes:
-        rows: int64 (m,), all of them valid, repeated where borrowed.
+        rows: int64 (m,), all valid; borrowed rows are repeated.
     """
 
     __slots__ = ("_anchored", "_live", "_source", "rows")
@@ -49,25 +48,25 @@ class Place:
             return
         anchor = rows.argmax()
         live = rows >= 0
-        own = torch.arange(rows.shape[0], device=rows.device)
+        index = torch.arange(rows.shape[0], device=rows.device)
         self._live, self._anchored = live.unsqueeze(1), live.any()
-        self._source = torch.where(live, own, anchor)
+        self._source = torch.where(live, index, anchor)
         self.rows = rows[self._source].clamp(min=0)
 
     def read(self, source: Tensor) -> Tensor:
-        """``source[rows]`` for source (N, D), 0 where there is no row: what stands in a row that
-        nobody edits may be NaN."""
+        """Return ``source[rows]`` for source (N, D), 0 where there is no row: the values of a row
+        that is not edited may be NaN."""
         return self.cleared(source.index_select(0, self.rows))
 
     def write(self, target: Tensor, values: Tensor) -> None:
-        """``target[rows] = values`` for target (N, D), values (m, D), in place, −1 none."""
+        """Do ``target[rows] = values`` for target (N, D) and values (m, D); −1 writes nothing."""
         if self._live is not None:
             borrowed = values.index_select(0, self._source)
             values = torch.where(self._anchored, borrowed, target.index_select(0, self.rows))
         target.index_copy_(0, self.rows, values)
 
     def cleared(self, values: Tensor) -> Tensor:
-        """Values (m, …) with 0 where there is no row, so that sums over rows do not see them."""
+        """Return values (m, …) with 0 where there is no row, so that sums over rows ignore them."""
         return values if self._live is None else values.masked_fill(~self._live, 0)
 
 
@@ -79,13 +78,13 @@ class RowPlan:
         rows: int64 (n,), each row at most once, −1 for none; contiguous, on the device of
             ``hidden``.
         offsets: g + 1 host integers; group k owns ``rows[offsets[k] : offsets[k + 1]]``.
-        max_row: the largest row, where the host could see it without asking a device; else None.
-        complete: True where the host knows that no entry is −1.
-        slots: int64 (g,) beside ``rows``: which entry of the parameters each group uses, −1 for
-            none, which leaves its rows alone. None: group k uses entry k. For inference: without
-            gradients.
-        scales: float32 (g,) beside ``rows``: what the edit of each group is multiplied by; None
-            for 1. Only with ``slots``.
+        max_row: the largest row, if the host can read it without asking a device; else None.
+        complete: whether the host knows that no entry is −1.
+        slots: int64 (g,) on the device of ``rows``: the entry of the parameters that each group
+            uses. −1 leaves the group's rows unchanged. None: group k uses entry k. For inference
+            only, without gradients.
+        scales: float32 (g,) on the device of ``rows``: factor of each group's edit; None for 1.
+            Only with ``slots``.
     """
 
     rows: Tensor
@@ -94,7 +93,7 @@ class RowPlan:
     complete: bool = field(default=False, kw_only=True)
     slots: Tensor | None = field(default=None, kw_only=True)
     scales: Tensor | None = field(default=None, kw_only=True)
-    #: Rows of the largest group: what a launch grid has to cover.
+    #: Number of rows of the largest group, which a launch grid has to cover.
     largest_group: int = field(init=False, repr=False)
     # Shared by every layer. Lists, since Dynamo cannot trace functools.cached_property.
     _device_offsets: list[Tensor | None] = field(default_factory=list, init=False, repr=False)
@@ -103,17 +102,17 @@ class RowPlan:
     def __post_init__(self) -> None:
         sizes = [b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False)]
         object.__setattr__(self, "largest_group", max(sizes) if sizes else 0)
-        if self.slots is None:  # `using` hands on those of its plan
-            _ = self.device_offsets  # now, and not first inside a captured or compiled call
+        if self.slots is None:  # `using` copies those of its plan
+            _ = self.device_offsets  # make them before a captured or compiled call needs them
 
     @property
     def num_rows(self) -> int:
-        """n: entries of ``rows``, −1 included."""
+        """n, the number of entries of ``rows``, −1 included."""
         return self.offsets[-1]
 
     @property
     def num_groups(self) -> int:
-        """g: how many parameter sets the plan addresses."""
+        """g, the number of parameter sets that the plan addresses."""
         return len(self.offsets) - 1
 
     @property
@@ -122,18 +121,18 @@ class RowPlan:
 
     @property
     def device_offsets(self) -> Tensor | None:
-        """``offsets`` as int64 (g + 1,) beside ``rows``, or None where all groups have
-        ``largest_group`` rows, which a kernel counts out itself."""
+        """``offsets`` as int64 (g + 1,) on the device of ``rows``. None if all groups have
+        ``largest_group`` rows: then a kernel computes them."""
         if not self._device_offsets:
             size = self.largest_group
             equal = all(offset == k * size for k, offset in enumerate(self.offsets))
-            made = None if equal else _tensor_of(self.offsets, self.device)
-            self._device_offsets[:] = [made]  # at once: threads may share a plan
+            offsets = None if equal else _tensor_of(self.offsets, self.device)
+            self._device_offsets[:] = [offsets]  # in one step: threads may share a plan
         return self._device_offsets[0]
 
     @property
     def places(self) -> list[Place]:
-        """One :class:`Place` a group."""
+        """The :class:`Place` of each group."""
         if not self._places:
             bounds = zip(self.offsets, self.offsets[1:], strict=False)
             self._places[:] = [Place(self.rows[a:b], self.complete) for a, b in bounds]
@@ -141,38 +140,38 @@ class RowPlan:
 
     @property
     def runs(self) -> list[tuple[int, int]]:
-        """(first, last + 1) of groups of one size that lie behind one another, of at most
-        :data:`RUN` rows together: what one batched product takes. Empty groups are in none."""
-        found: list[tuple[int, int]] = []
-        for k, (a, b) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
-            size = b - a
+        """(first, last + 1) of consecutive groups of one size with at most :data:`MAX_RUN_ROWS`
+        rows in total: the groups of one batched product. Empty groups belong to no run."""
+        runs: list[tuple[int, int]] = []
+        for k, (start, end) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
+            size = end - start
             if not size:
                 continue
-            if found and found[-1][1] == k:
-                start = self.offsets[found[-1][0]]
-                fits = b - start <= RUN
-                if fits and self.offsets[k] - self.offsets[k - 1] == size:
-                    found[-1] = (found[-1][0], k + 1)
+            if runs and runs[-1][1] == k:
+                first = runs[-1][0]
+                fits = end - self.offsets[first] <= MAX_RUN_ROWS
+                if fits and start - self.offsets[k - 1] == size:
+                    runs[-1] = (first, k + 1)
                     continue
-            found.append((k, k + 1))
-        return found
+            runs.append((k, k + 1))
+        return runs
 
     @property
     def run_places(self) -> list[Place]:
-        """One :class:`Place` for each of :attr:`runs`; rows of groups without an entry are −1."""
+        """The :class:`Place` of each of :attr:`runs`; rows of groups without an entry are −1."""
         assert self.slots is not None
         if not self._places:
-            found = []
+            places = []
             for first, last in self.runs:
                 a, b = self.offsets[first], self.offsets[last]
                 rows = self.rows[a:b].view(last - first, -1)
                 rows = torch.where(self.slots[first:last].unsqueeze(1) < 0, -1, rows)
-                found.append(Place(rows.reshape(-1), False))
-            self._places[:] = found
+                places.append(Place(rows.reshape(-1), False))
+            self._places[:] = places
         return self._places
 
     def to(self, device: torch.device | str) -> RowPlan:
-        """The same plan with its rows on ``device``."""
+        """Return this plan with its rows on ``device``."""
         if self.rows.device == torch.device(device):
             return self
         plan = RowPlan(
@@ -187,11 +186,11 @@ class RowPlan:
         return plan
 
     def using(self, slots: Tensor, scales: Tensor | None = None) -> RowPlan:
-        """The same rows, edited with entries of a table.
+        """Return a plan that edits the same rows with entries of a table.
 
         Args:
-            slots: int64 (g,), on the device of ``rows``; −1 for none.
-            scales: float32 (g,), or None for 1.
+            slots: int64 (g,), on the device of ``rows``; −1 leaves the group unchanged.
+            scales: float32 (g,), factor of each group's edit, or None for 1.
 
         Raises:
             TypeError, ValueError: a wrong dtype, shape or device.
@@ -206,11 +205,13 @@ class RowPlan:
                 raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
             if tuple(value.shape) != (self.num_groups,):
                 raise ValueError(
-                    f"{name} must have one entry a group ({self.num_groups} of them), "
+                    f"{name} must have one entry per group, {self.num_groups} in total, "
                     f"got shape {tuple(value.shape)}"
                 )
             if value.device != self.device:
-                raise ValueError(f"{name} must be on {self.device} as rows are, got {value.device}")
+                raise ValueError(
+                    f"{name} must be on the rows' device {self.device}, got {value.device}"
+                )
         plan = replace(self, slots=slots.contiguous(), scales=scales)
         plan._device_offsets.extend(self._device_offsets)
         return plan
@@ -219,19 +220,19 @@ class RowPlan:
     def from_rows(
         cls, rows: IntArray, groups: IntArray | None = None, num_groups: int = 1
     ) -> RowPlan:
-        """A plan from flat row numbers.
+        """Make a plan from flat row numbers.
 
         Args:
             rows: int (n,), a tensor or list. Row i of ``hidden.reshape(-1, D)``; −1 for none.
             groups: int (n,), the group of each row, or None for group 0. Rows are sorted by group,
-                stably.
-                Read on the host: as a CUDA tensor it costs one synchronisation here (never later).
+                stably. The host reads them: a CUDA tensor costs one synchronisation here, and none
+                later.
             num_groups: g, at least 1.
 
         Raises:
             TypeError: rows or groups are not integers.
             ValueError: wrong shape, a row below −1, a duplicate row, a group outside 0 … g − 1.
-                Rows on a device other than the CPU are not looked at.
+                Rows on a device other than the CPU are not checked.
         """
         row_tensor = _int_vector("rows", rows)
         n = row_tensor.shape[0]
@@ -245,31 +246,29 @@ class RowPlan:
     def from_padded(
         cls, positions: Tensor, seq_len: int, groups: IntArray | None = None, num_groups: int = 1
     ) -> RowPlan:
-        """A plan from positions in each sequence of a batch, computed on their device.
+        """Make a plan from positions in each sequence of a batch, on the device of the positions.
 
         Args:
             positions: int (B, P); position p of sequence b is row ``b * seq_len + p``; −1 for none.
-                Trusted to be unique in each sequence and below ``seq_len`` unless on the CPU.
-            seq_len: S, rows a sequence holds in ``hidden`` (B, S, D).
-            groups: what broadcasts to (B, P): (P,) gives each column its group, (B, 1) each
-                sequence.
+                Only on the CPU are they checked to be unique in each sequence and below
+                ``seq_len``.
+            seq_len: S, the number of rows of each sequence in ``hidden`` (B, S, D).
+            groups: broadcasts to (B, P): (P,) gives each column its group, (B, 1) each sequence.
             num_groups: g, at least 1.
 
         Raises:
-            TypeError, ValueError: as :meth:`from_rows`; also a position ≥ ``seq_len`` on the CPU.
+            TypeError, ValueError: see :meth:`from_rows`; also a position ≥ ``seq_len`` on the CPU.
         """
         if not isinstance(positions, Tensor) or positions.dtype not in _INT_TYPES:
             raise TypeError(
                 f"positions must be an integer tensor (B, P), got {_describe(positions)}"
             )
         if positions.ndim != 2:
-            raise ValueError(
-                f"positions must be (batch, places), got shape {tuple(positions.shape)}"
-            )
+            raise ValueError(f"positions must be (B, P), got shape {tuple(positions.shape)}")
         if seq_len < 0:
             raise ValueError(f"seq_len must be at least 0, got {seq_len}")
         positions = positions.long()
-        batch, places = positions.shape
+        batch, count = positions.shape
         if _visible(positions) and positions.numel() and int(positions.max()) >= seq_len:
             raise ValueError(
                 f"positions must be below seq_len = {seq_len} (or −1), got {int(positions.max())}"
@@ -279,18 +278,20 @@ class RowPlan:
         if groups is not None:
             groups = torch.as_tensor(groups, device="cpu")
             try:
-                groups = groups.expand(batch, places).reshape(-1)
+                groups = groups.expand(batch, count).reshape(-1)
             except RuntimeError:
                 raise ValueError(
-                    f"groups must broadcast to positions {(batch, places)}: (places,) by column or "
-                    f"(batch, 1) by sequence; got shape {tuple(groups.shape)}"
+                    f"groups must broadcast to the shape of positions {(batch, count)}: "
+                    f"{(count,)} by column or {(batch, 1)} by sequence; got {tuple(groups.shape)}"
                 ) from None
         return cls.from_rows(rows, groups, num_groups)
 
 
 class LaunchRows(NamedTuple):
-    """What the kernels read of a :class:`RowPlan`, under the same names: all that a traced graph
-    hands to the operators of ``library``."""
+    """The part of a :class:`RowPlan` that the kernels read, under the same names.
+
+    A traced graph passes these to the operators of ``custom_ops``.
+    """
 
     rows: Tensor
     device_offsets: Tensor | None
@@ -301,18 +302,18 @@ class LaunchRows(NamedTuple):
 
 
 def _tensor_of(offsets: tuple[int, ...], device: torch.device) -> Tensor:
-    """Host integers as an int64 tensor on ``device``, without waiting for it.
+    """Copy host integers into an int64 tensor on ``device``, without waiting for the device.
 
-    While a graph is traced or captured the numbers become part of it: a copy from the host would be
-    repeated in every call of a compiled function, and is forbidden in a capture.
+    While a graph is traced or captured, the numbers become part of it. A copy from the host would
+    be repeated in every call of a compiled function, and is forbidden in a capture.
     """
     cuda = device.type == "cuda"
     if torch.compiler.is_compiling() or (cuda and torch.cuda.is_current_stream_capturing()):
         return torch.stack(
             [torch.full((), offset, dtype=torch.int64, device=device) for offset in offsets]
         )
-    made = torch.tensor(offsets, dtype=torch.int64, pin_memory=cuda)
-    return made.to(device, non_blocking=cuda)
+    tensor = torch.tensor(offsets, dtype=torch.int64, pin_memory=cuda)
+    return tensor.to(device, non_blocking=cuda)
 
 
 def _int_vector(name: str, values: IntArray) -> Tensor:
@@ -330,7 +331,7 @@ def _int_vector(name: str, values: IntArray) -> Tensor:
 def _sort_by_group(
     groups: IntArray | None, n: int, num_groups: int
 ) -> tuple[Tensor | None, tuple[int, ...]]:
-    """The stable order that makes rows group-major (None if they are), and the offsets."""
+    """Return the stable order that makes rows group-major (None if they are), and the offsets."""
     if not isinstance(num_groups, int) or num_groups < 1:
         raise ValueError(f"num_groups must be an integer of at least 1, got {num_groups!r}")
     if groups is None:
@@ -338,9 +339,9 @@ def _sort_by_group(
     group_tensor = _int_vector("groups", groups).cpu()
     if group_tensor.shape[0] != n:
         raise ValueError(
-            f"groups must have one entry a row: {n} rows, {group_tensor.shape[0]} groups"
+            f"groups must have one entry per row: {n} rows, {group_tensor.shape[0]} groups"
         )
-    # Only ever lists and CPU tensors: no device waits for these.
+    # A list or a CPU tensor: no device waits here.
     values = group_tensor.tolist()
     for value in values:
         if not 0 <= value < num_groups:
@@ -355,14 +356,14 @@ def _sort_by_group(
 
 
 def _visible(tensor: Tensor) -> bool:
-    """Whether values can be read without waiting for a device or breaking a traced graph."""
+    """Whether the host can read values without waiting for a device or breaking a traced graph."""
     return (
         tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is Tensor
     )
 
 
 def _inspect(rows: Tensor) -> tuple[int | None, bool]:
-    """(largest row, whether no −1 is there), checked, where the host can see the rows."""
+    """Check rows that the host can read; return (largest row, whether no entry is −1)."""
     if not _visible(rows):
         return None, False
     if rows.numel() == 0:

@@ -21,6 +21,7 @@ rm -rf build/lib # setuptools would pack what an earlier build left there
 cd "$folder"
 "$bin/python" - "$checkout" <<'END'
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import reft
@@ -32,6 +33,7 @@ for path in map(Path, filter(None, sys.path)):
     assert not inside or environment in path.resolve().parents, f"the checkout is on the path: {path}"
 for package in (reft, reft_kernels):
     assert environment in Path(package.__file__).resolve().parents, package.__file__
+assert find_spec("reft_kernels.devtools") is None, "developer tools are in the wheel"
 print(f"Python {sys.version.split()[0]}, reft {reft.__version__} of {Path(reft.__file__).parent}")
 END
 "$bin/reft" --version

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import ModelCase, OpCase, RotationCase
-from reft_kernels.testing import Edit
+from reft_kernels.devtools.testing import Edit
 
 
 class Absent(Exception):

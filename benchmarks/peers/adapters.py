@@ -23,7 +23,7 @@ from benchmarks.machine import installed
 from benchmarks.peers import Absent, Operator, Peer, Wrapped
 from benchmarks.peers.reference import ends, prompt_length
 from reft.model.blocks import find_blocks
-from reft_kernels.testing import Edit
+from reft_kernels.devtools.testing import Edit
 
 
 @functools.cache

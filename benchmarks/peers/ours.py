@@ -12,7 +12,7 @@ from benchmarks.cases import ModelCase, OpCase, RotationCase
 from benchmarks.peers import Absent, Operator, Peer, Rotation, Wrapped
 from reft import ReftConfig, ReftModel, get_reft_model
 from reft_kernels import lowrank_edit_, orthonormalize, reflector_base
-from reft_kernels.testing import PARAMETERS, Edit
+from reft_kernels.devtools.testing import PARAMETERS, Edit
 
 
 def edit(backend: str, case: OpCase, edit: Edit) -> Operator:

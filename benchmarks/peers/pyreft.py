@@ -14,7 +14,7 @@ from benchmarks.cases import DTYPES, ModelCase, OpCase, RotationCase
 from benchmarks.machine import installed
 from benchmarks.peers import Absent, Operator, Peer, Rotation, Wrapped
 from benchmarks.peers.reference import ends, prompt_length
-from reft_kernels.testing import Edit
+from reft_kernels.devtools.testing import Edit
 
 
 def _library() -> Any:

@@ -17,8 +17,8 @@ from benchmarks.peers.ours import config
 from reft.adapter.parameters import AdapterParameters
 from reft.model.blocks import find_blocks
 from reft_kernels import RowPlan
+from reft_kernels.devtools.testing import PARAMETERS, Edit
 from reft_kernels.reference import lowrank_edit
-from reft_kernels.testing import PARAMETERS, Edit
 
 
 def edit(compiled: bool, case: OpCase, edit: Edit) -> Operator:

@@ -20,7 +20,7 @@ from benchmarks.records import Row
 from benchmarks.suites import Options, Suite, row
 from benchmarks.timing import Clock, Run, graph_run, interleave, paired_ratio, quantiles
 from reft_kernels import RowPlan
-from reft_kernels.testing import Edit
+from reft_kernels.devtools.testing import Edit
 
 #: Bytes that a captured graph walks through, so that the L2 cache (50 MB on an H100, 60 on an H200)
 #: never holds what comes next.

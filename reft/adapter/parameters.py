@@ -33,8 +33,9 @@ from reft.adapter.tensor_checks import (
     stack_shape,
 )
 from reft.config import ReftConfig
-from reft_kernels import fold, orthonormalize, reflector_base, transforms
+from reft_kernels import fold, orthonormalize, reflector_base
 from reft_kernels.activations import ALIASES, activate
+from reft_kernels.dispatch import within_transform
 from reft_kernels.precision import compute_dtype, no_autocast
 from reft_kernels.spec import EditWeights
 

@@ -1,21 +1,21 @@
-"""Triton's interpreter beside new releases of NumPy."""
+"""Repair of Triton's interpreter for new releases of NumPy."""
 
 from __future__ import annotations
 
 import triton
-import triton.language as tl  # noqa: F401  the interpreter looks for it beside a kernel
+import triton.language as tl  # noqa: F401  the interpreter needs it in a kernel's module
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
 
 def allow_new_numpy() -> None:
-    """Make numbers of interpreted scalars, such as the ends of loops, whatever NumPy is installed.
+    """Let interpreted scalars, such as the ends of loops, be converted to Python integers.
 
-    A scalar of the interpreter is an array with one element, shape (1,). Triton 3.6 makes a number
-    of it with ``int(array)``, and NumPy 2.5 refuses that for arrays with any dimension. The repair
-    is what later releases of Triton have. Nothing is changed where the fault does not show.
+    A scalar of the interpreter is an array of shape (1,). Triton 3.6 converts it with
+    ``int(array)``, which NumPy 2.5 refuses for arrays with any dimension. The repair is that of
+    later releases of Triton. Nothing is changed if the conversion works.
 
-    Only where kernels are interpreted: it runs one.
+    Call it only if kernels are interpreted: it runs one.
     """
     try:
         _count[(1,)](1)
@@ -31,6 +31,6 @@ def allow_new_numpy() -> None:
 
 @triton.jit
 def _count(end):
-    """Show the fault and do nothing else."""
+    """Convert ``end`` to a Python integer, which fails where the repair is needed."""
     for _ in range(end):
         pass

@@ -1,6 +1,7 @@
-"""The only caller of the kernels: allocates what they write, computes grids, launches.
+"""The only caller of the kernels: allocate their outputs, compute grids, launch.
 
-Same two functions and the same meaning as ``torch_path``.
+``edit_forward`` and ``edit_backward`` have the signatures and the meaning of those in
+``torch_backend``.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from reft_kernels._triton import interpreted
-from reft_kernels._triton.backward import edit_codes_grad_kernel, edit_columns_grad_kernel
-from reft_kernels._triton.configs import choose, device_name, target_of
+from reft_kernels._triton.backward import edit_params_grad_kernel, edit_rows_grad_kernel
+from reft_kernels._triton.configs import KernelConfig, choose, device_name, target_of
 from reft_kernels._triton.forward import edit_rows_kernel
 from reft_kernels.rows import LaunchRows, RowPlan
+from reft_kernels.spec import EditWeights, SavedRows, Wanted
 
 if interpreted():
     from reft_kernels._triton.interpreter import allow_new_numpy
@@ -32,8 +34,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _on_its_device(function: Callable[P, T]) -> Callable[P, T]:
-    """Run ``function`` with the device of its first argument current: Triton launches on the
+def _on_device_of_tensor(function: Callable[P, T]) -> Callable[P, T]:
+    """Make the device of the first argument current while ``function`` runs: Triton launches on the
     current device and its stream, wherever the tensors are."""
 
     @functools.wraps(function)
@@ -47,37 +49,26 @@ def _on_its_device(function: Callable[P, T]) -> Callable[P, T]:
     return guarded
 
 
-@_on_its_device
+@_on_device_of_tensor
 def edit_forward(
     hidden: Tensor,
     plan: RowPlan | LaunchRows,
-    encode: Tensor | None,
-    bias: Tensor | None,
-    decode: Tensor,
+    weights: EditWeights,
     *,
-    subtract: bool,
-    activation: str | None,
     save_rows: bool,
-    save_code: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Edit ``hidden`` (N, D) in place; returns x (n, D), s (n, r), u (n, r) as asked."""
+    save_coeffs: bool,
+) -> SavedRows:
+    """Edit ``hidden`` (N, D) in place; return x and s if requested, and u if there is an
+    activation."""
+    encode, bias, decode, subtract, activation = weights
     rank, dim = decode.shape[-2:]
     n, offsets = plan.rows.shape[0], plan.device_offsets
     compute = _compute_dtype(hidden, decode)
     x = hidden.new_empty(n, dim) if save_rows else None
-    s = hidden.new_empty(n, rank, dtype=compute) if save_code else None
-    keeps_argument = activation is not None and plan.slots is None
-    u = hidden.new_empty(n, rank, dtype=compute) if keeps_argument else None
-    config = choose(
-        "rows",
-        dim=dim,
-        rank=rank,
-        num_rows=plan.largest_group,
-        dtype=compute if compute is torch.float64 else hidden.dtype,
-        target=target_of(hidden.device),
-        device=device_name(hidden.device),
-        groups=plan.num_groups,
-    )
+    s = hidden.new_empty(n, rank, dtype=compute) if save_coeffs else None
+    save_argument = activation is not None and plan.slots is None
+    u = hidden.new_empty(n, rank, dtype=compute) if save_argument else None
+    config = _settings("rows", hidden, plan, decode, compute)
     decode = decode.contiguous()
     edit_rows_kernel[triton.cdiv(plan.largest_group, config.rows), plan.num_groups](
         hidden,
@@ -104,115 +95,135 @@ def edit_forward(
         HAS_SCALES=plan.scales is not None,
         SUBTRACT=subtract,
         ACTIVATION=activation or "",
-        SAVE_X=x is not None,
-        SAVE_S=s is not None,
-        SAVE_U=u is not None,
-        BLOCK_N=config.rows,
-        BLOCK_R=config.rank,
-        BLOCK_D=config.chunk,
-        DOT=config.dot,
-        PRECISION=config.precision,
-        STAGES=config.stages,
+        SAVE_X=save_rows,
+        SAVE_S=save_coeffs,
+        SAVE_U=save_argument,
         ACC=_ACCUMULATE[compute],
-        **config.launch_options,
+        **config.arguments,
     )
-    return x, s, u
+    return SavedRows(x, s, u)
 
 
-@_on_its_device
+@_on_device_of_tensor
 def edit_backward(
     grad_out: Tensor,
     plan: RowPlan | LaunchRows,
-    encode: Tensor | None,
-    decode: Tensor,
-    x: Tensor | None,
-    s: Tensor | None,
-    u: Tensor | None,
+    weights: EditWeights,
+    saved: SavedRows,
+    wanted: Wanted,
     *,
-    subtract: bool,
-    activation: str | None,
-    wants: tuple[bool, bool, bool, bool],
     overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dh (N, D), dA, db and dR, None where not wanted. dh is a new tensor, or with ``overwrite``
-    grad_out itself, which is contiguous then, its edited rows rewritten."""
+    """Compute dh (N, D), dA, db and dR, None where not wanted.
+
+    dh is a new tensor. With ``overwrite`` it is ``grad_out``, which must be contiguous, with its
+    edited rows rewritten.
+    """
+    d_hidden = None
+    if wanted.hidden:
+        d_hidden = grad_out if overwrite else grad_out.clone(memory_format=torch.contiguous_format)
+    write_rows = wanted.hidden and weights.encode is not None
+    need_du = wanted.encode or wanted.bias or write_rows
+    need_ds = weights.subtract and (wanted.decode or write_rows)
+    if not (need_du or wanted.decode):
+        return d_hidden, None, None, None
+    encode, decode = weights.encode, weights.decode.contiguous()
+    encode = decode if encode is None else encode.contiguous()
+    du = ds = None
+    if need_du or need_ds:
+        du, ds = _coeffs_grad(
+            grad_out, plan, decode, saved.u, weights.activation, (need_du, need_ds)
+        )
+    # dh is written over v, in d_hidden.
+    rows_out = d_hidden if write_rows else None
+    parameter_grads = _params_grad(
+        grad_out, rows_out, plan, (encode, decode), saved, (du, ds), wanted
+    )
+    return d_hidden, *parameter_grads
+
+
+def _coeffs_grad(
+    grad_out: Tensor,
+    plan: RowPlan | LaunchRows,
+    decode: Tensor,
+    u: Tensor | None,
+    activation: str | None,
+    needed: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Launch ``edit_rows_grad``: du and ds (n, r), None where not ``needed``."""
     rank, dim = decode.shape[-2:]
     n, offsets = plan.rows.shape[0], plan.device_offsets
     compute = _compute_dtype(grad_out, decode)
-    shape: dict[str, Any] = {
-        "dim": dim,
-        "rank": rank,
-        "num_rows": plan.largest_group,
-        "dtype": compute if compute is torch.float64 else grad_out.dtype,
-        "target": target_of(grad_out.device),
-        "device": device_name(grad_out.device),
-        "groups": plan.num_groups,
-    }
-    want_hidden, want_encode, want_bias, want_decode = wants
-    write_rows = want_hidden and encode is not None
-    d_hidden = None
-    if want_hidden:
-        d_hidden = grad_out if overwrite else grad_out.clone(memory_format=torch.contiguous_format)
-    want_code = want_encode or want_bias or write_rows
-    want_difference = subtract and (want_decode or write_rows)
-    if not (want_code or want_decode):
-        return d_hidden, None, None, None
+    du = grad_out.new_empty(n, rank, dtype=compute) if needed[0] else None
+    ds = grad_out.new_empty(n, rank, dtype=compute) if needed[1] else None
+    config = _settings("rows", grad_out, plan, decode, compute)
+    edit_rows_grad_kernel[triton.cdiv(plan.largest_group, config.rows), plan.num_groups](
+        grad_out,
+        grad_out.stride(0),
+        grad_out.stride(1),
+        plan.rows,
+        plan.rows if offsets is None else offsets,
+        plan.largest_group,
+        decode,
+        decode if u is None else u,
+        decode if du is None else du,
+        decode if ds is None else ds,
+        dim,
+        DIM=dim,
+        RANK=rank,
+        HAS_OFFSETS=offsets is not None,
+        ACTIVATION=activation or "",
+        SAVE_DU=du is not None,
+        SAVE_DS=ds is not None,
+        ACC=_ACCUMULATE[compute],
+        **config.arguments,
+    )
+    return du, ds
 
-    decode = decode.contiguous()
-    encode = decode if encode is None else encode.contiguous()
-    grad_strides = (grad_out.stride(0), grad_out.stride(1))
-    du = grad_out.new_empty(n, rank, dtype=compute) if want_code else None
-    ds = grad_out.new_empty(n, rank, dtype=compute) if want_difference else None
-    if want_code or want_difference:
-        config = choose("rows", **shape)
-        edit_codes_grad_kernel[triton.cdiv(plan.largest_group, config.rows), plan.num_groups](
-            grad_out,
-            *grad_strides,
-            plan.rows,
-            plan.rows if offsets is None else offsets,
-            plan.largest_group,
-            decode,
-            decode if u is None else u,
-            decode if du is None else du,
-            decode if ds is None else ds,
-            dim,
-            DIM=dim,
-            RANK=rank,
-            HAS_OFFSETS=offsets is not None,
-            ACTIVATION=activation or "",
-            SAVE_DU=du is not None,
-            SAVE_DS=ds is not None,
-            BLOCK_N=config.rows,
-            BLOCK_R=config.rank,
-            BLOCK_D=config.chunk,
-            DOT=config.dot,
-            PRECISION=config.precision,
-            STAGES=config.stages,
-            ACC=_ACCUMULATE[compute],
-            **config.launch_options,
-        )
 
-    config = choose("columns", **shape)
-    # The sums of a split lie behind one another, so that one reduction adds the splits of all.
+def _params_grad(
+    grad_out: Tensor,
+    rows_out: Tensor | None,
+    plan: RowPlan | LaunchRows,
+    matrices: tuple[Tensor, Tensor],
+    saved: SavedRows,
+    coeffs_grads: tuple[Tensor | None, Tensor | None],
+    wanted: Wanted,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Launch ``edit_params_grad``: dA, db and dR, None where not wanted; dh goes to ``rows_out``.
+
+    Args:
+        matrices: A and R, (g, r, D), contiguous.
+        coeffs_grads: du and ds.
+    """
+    encode, decode = matrices
+    du, ds = coeffs_grads
+    rank, dim = decode.shape[-2:]
+    offsets = plan.device_offsets
+    compute = _compute_dtype(grad_out, decode)
+    config = _settings("params", grad_out, plan, decode, compute)
+    # One split's sums follow another's in memory, so that a single reduction adds all splits.
     shapes = (decode.shape, decode.shape[:-1], decode.shape)
-    sizes = [shape.numel() if want else 0 for shape, want in zip(shapes, wants[1:], strict=True)]
+    sizes = [shape.numel() if want else 0 for shape, want in zip(shapes, wanted[1:], strict=True)]
     # The bias, which is short, comes last: the matrices stay aligned.
     starts = (0, sizes[0] + sizes[2], sizes[0])
     sums = grad_out.new_empty(config.splits, sum(sizes), dtype=compute)
     d_encode, d_bias, d_decode = _parts(sums[0], shapes, sizes, starts)
-    # Columns are divided among programs; without any to divide, one program sums the bias.
-    columns = triton.cdiv(dim, config.chunk) if write_rows or want_encode or want_decode else 1
-    edit_columns_grad_kernel[columns, plan.num_groups, config.splits](
+    # Programs divide the columns; if only the bias is wanted, one program sums it.
+    split_columns = rows_out is not None or wanted.encode or wanted.decode
+    tiles = triton.cdiv(dim, config.chunk) if split_columns else 1
+    edit_params_grad_kernel[tiles, plan.num_groups, config.splits](
         grad_out,
-        *grad_strides,
-        grad_out if d_hidden is None else d_hidden,
+        grad_out.stride(0),
+        grad_out.stride(1),
+        grad_out if rows_out is None else rows_out,
         plan.rows,
         plan.rows if offsets is None else offsets,
         plan.largest_group,
         encode,
         decode,
-        grad_out if x is None else x,
-        decode if s is None else s,
+        grad_out if saved.x is None else saved.x,
+        decode if saved.s is None else saved.s,
         decode if du is None else du,
         decode if ds is None else ds,
         decode if d_encode is None else d_encode,
@@ -223,35 +234,46 @@ def edit_backward(
         DIM=dim,
         RANK=rank,
         HAS_OFFSETS=offsets is not None,
-        WRITE_ROWS=write_rows,
-        WANT_ENCODE=want_encode,
-        WANT_BIAS=want_bias,
-        WANT_DECODE=want_decode,
-        SUBTRACT=want_difference,
-        BLOCK_N=config.rows,
-        BLOCK_R=config.rank,
-        BLOCK_D=config.chunk,
-        DOT=config.dot,
-        PRECISION=config.precision,
-        STAGES=config.stages,
+        WRITE_ROWS=rows_out is not None,
+        WANT_ENCODE=wanted.encode,
+        WANT_BIAS=wanted.bias,
+        WANT_DECODE=wanted.decode,
+        SUBTRACT=ds is not None,
         ACC=_ACCUMULATE[compute],
-        **config.launch_options,
+        **config.arguments,
     )
     if not any(sizes):
-        return d_hidden, None, None, None
-    whole = (sums[0] if config.splits == 1 else sums.sum(0)).to(decode.dtype)
-    return d_hidden, *_parts(whole, shapes, sizes, starts)
+        return None, None, None
+    total = (sums[0] if config.splits == 1 else sums.sum(0)).to(decode.dtype)
+    return _parts(total, shapes, sizes, starts)
 
 
 def _parts(
     flat: Tensor, shapes: Sequence[torch.Size], sizes: Sequence[int], starts: Sequence[int]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dA, db and dR as views of where they lie together, None where the size is 0."""
+    """Return dA, db and dR as views of the memory that they share, None where the size is 0."""
     encode, bias, decode = (
         flat[start : start + size].view(shape) if size else None
         for shape, size, start in zip(shapes, sizes, starts, strict=True)
     )
     return encode, bias, decode
+
+
+def _settings(
+    kernel: str, source: Tensor, plan: RowPlan | LaunchRows, decode: Tensor, compute: torch.dtype
+) -> KernelConfig:
+    """Choose the settings of a launch that reads the rows of ``source`` (N, D)."""
+    rank, dim = decode.shape[-2:]
+    return choose(
+        kernel,
+        dim=dim,
+        rank=rank,
+        num_rows=plan.largest_group,
+        dtype=compute if compute is torch.float64 else source.dtype,
+        target=target_of(source.device),
+        device=device_name(source.device),
+        groups=plan.num_groups,
+    )
 
 
 def _compute_dtype(hidden: Tensor, parameter: Tensor) -> torch.dtype:

@@ -1,20 +1,21 @@
 """Device functions that the kernels share: two passes over D, and the activations.
 
 A row kernel holds BLOCK_N rows. Pass one (``project``) reads the rows in chunks of BLOCK_D and
-reduces them to BLOCK_R numbers each; pass two (``decoded``) reads the chunks again and writes them
-back with the decoded code added. Everything is accumulated in ACC, rounded once at the store.
+reduces them to BLOCK_R coefficients each. Pass two (``expand``) reads the chunks again and writes
+them back with R's combination of the coefficients added. Everything is accumulated in ACC and
+rounded once at the store.
 
-Pass two finds the rows in the L2 cache while all that the running programs hold fits there: 448
-rows of 4096 in bfloat16 are 4 MB, of 50 MB on an H100. 8192 such rows are 64 MB, and their copies
-for backward are as large, so that most of pass two reads memory again.
+Pass two finds the rows in the L2 cache if everything that the running programs hold fits there: 448
+rows of 4096 in bfloat16 take 4 MB of the 50 MB of an H100. 8192 such rows take 64 MB, and their
+copies for backward as much again, so most of pass two reads memory again.
 
-Both passes end at ``loop_end``, which is D as a number that the compiler does not know: loops it
-can count it unrolls whole, and then hoists loads until it runs out of registers. ``tl.range`` with
-STAGES keeps the next chunks on their way while one is worked on (asynchronous copies to shared
-memory on NVIDIA); the launch option of that name does so for matrix products alone.
+Both passes end at ``loop_end``, which is D as a run-time number. The compiler unrolls loops of
+known length completely, and then hoists loads until it runs out of registers. ``tl.range`` with
+STAGES keeps the next chunks in flight during the work on one (asynchronous copies to shared memory
+on NVIDIA). The launch option of that name does so for matrix products only.
 
-Names: ``b_`` tiles with their shape behind, ``m_`` masks. Row offsets are int64 before they are
-multiplied.
+Names: ``b_`` for tiles, with their shape in a comment, ``m_`` for masks, ``index`` for indices into
+the plan's rows. Row offsets are int64 before they are multiplied.
 """
 
 import triton
@@ -26,7 +27,7 @@ _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 @triton.jit
 def activate(u, ACTIVATION: tl.constexpr):
-    """act(u); the identity for an empty name."""
+    """Compute act(u); the identity for an empty name."""
     if ACTIVATION == "relu":
         return tl.maximum(u, 0.0)
     elif ACTIVATION == "gelu":
@@ -41,7 +42,7 @@ def activate(u, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_slope(u, ACTIVATION: tl.constexpr):
-    """act'(u); relu'(0) = 0 as in PyTorch."""
+    """Compute act'(u); relu'(0) = 0 as in PyTorch."""
     if ACTIVATION == "relu":
         return tl.where(u > 0.0, 1.0, 0.0)
     elif ACTIVATION == "gelu":
@@ -66,7 +67,8 @@ def _tanh(u):
 
 @triton.jit
 def group_bounds(offsets_ptr, group, group_size, HAS_OFFSETS: tl.constexpr):
-    """(first, end) of a group's places: from ``offsets_ptr`` (g + 1,), or ``group_size`` each."""
+    """Return the first and the end index of a group's rows, from ``offsets_ptr`` (g + 1,) or from
+    ``group_size``."""
     if HAS_OFFSETS:
         first = tl.load(offsets_ptr + group)
         end = tl.load(offsets_ptr + group + 1)
@@ -78,7 +80,7 @@ def group_bounds(offsets_ptr, group, group_size, HAS_OFFSETS: tl.constexpr):
 
 @triton.jit
 def load_matrix(ptr, ranks, dims, DIM: tl.constexpr, RANK: tl.constexpr, ACC: tl.constexpr):
-    """Rows ``ranks`` and columns ``dims`` of a contiguous (r, D) parameter, 0 outside:
+    """Load rows ``ranks`` and columns ``dims`` of a contiguous (r, D) parameter, 0 outside:
     [BLOCK_R, BLOCK_D]."""
     mask = (ranks < RANK)[:, None] & (dims < DIM)[None, :]
     return tl.load(ptr + ranks[:, None] * DIM + dims[None, :], mask=mask, other=0.0).to(ACC)
@@ -91,10 +93,10 @@ def project(
     stride_dim,
     live,  # [BLOCK_N]
     matrix_ptr,  # (r, D) of this group
-    copy_ptr,  # (n, D) where the rows are copied, if COPY
-    places,  # [BLOCK_N] int64, row numbers in copy_ptr
+    copy_ptr,  # (n, D), destination of the rows, if COPY
+    index,  # [BLOCK_N] int64, row numbers in copy_ptr
     inside,  # [BLOCK_N]
-    loop_end,  # D once more
+    loop_end,  # D, as a run-time number
     DIM: tl.constexpr,
     RANK: tl.constexpr,
     COPY: tl.constexpr,
@@ -106,7 +108,7 @@ def project(
     STAGES: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """z = x Mᵀ: [BLOCK_N, BLOCK_R]. Rows that are not live read as 0 (and are copied as 0)."""
+    """Compute x Mᵀ: [BLOCK_N, BLOCK_R]. Missing rows read as 0 and are copied as 0."""
     ranks = tl.arange(0, BLOCK_R)
     if DOT:
         total = tl.zeros((BLOCK_N, BLOCK_R), ACC)
@@ -122,7 +124,7 @@ def project(
         )  # [BLOCK_N, BLOCK_D]
         if COPY:
             tl.store(
-                copy_ptr + places[:, None] * DIM + dims[None, :], b_x, mask=inside[:, None] & m_dims
+                copy_ptr + index[:, None] * DIM + dims[None, :], b_x, mask=inside[:, None] & m_dims
             )
         b_x = b_x.to(ACC)
         b_m = load_matrix(matrix_ptr, ranks, dims, DIM, RANK, ACC)
@@ -137,7 +139,7 @@ def project(
 
 
 @triton.jit
-def decoded(
+def expand(
     b_s,
     b_m,
     BLOCK_R: tl.constexpr,
@@ -145,7 +147,8 @@ def decoded(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """s M for a code [BLOCK_N, BLOCK_R] and a chunk of M [BLOCK_R, BLOCK_D]: [BLOCK_N, BLOCK_D]."""
+    """Compute s M from coefficients s [BLOCK_N, BLOCK_R] and a chunk M [BLOCK_R, BLOCK_D]:
+    [BLOCK_N, BLOCK_D]."""
     if DOT:
         return tl.dot(b_s, b_m, input_precision=PRECISION, out_dtype=ACC)
     else:

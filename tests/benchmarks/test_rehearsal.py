@@ -27,7 +27,7 @@ STEP = """
 import json, sys
 import torch
 from benchmarks import stage_builds
-from reft_kernels import launch_recorder
+from reft_kernels.devtools import launch_recorder
 from benchmarks.peers.ours import wrap
 from benchmarks.suites import models
 
@@ -88,8 +88,8 @@ print(json.dumps({
 RECORD = """
 import json, sys
 from reft_kernels import lowrank_edit
-from reft_kernels.testing import Case, make_edit, run_edit
-from reft_kernels import launch_recorder
+from reft_kernels.devtools.testing import Case, make_edit, run_edit
+from reft_kernels.devtools import launch_recorder
 seen = launch_recorder.record()
 import torch
 for dtype in (torch.float32, torch.float64):

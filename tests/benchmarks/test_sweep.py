@@ -19,7 +19,7 @@ from benchmarks.records import read
 from benchmarks.report import render
 from benchmarks.suites.op import Stand, tensors
 from benchmarks.timing import Effort
-from reft_kernels import tuning
+from reft_kernels.devtools import tuning
 
 CPU = torch.device("cpu")
 (CASE,) = sweep.cases("ci")
@@ -55,7 +55,7 @@ def test_a_sweep_by_worker_processes(tmp_path):
     assert done.exit_code == 0, done.output
     rows = read(tmp_path)
     assert [(one.metric, one.peer == "table") for one in rows] == [
-        ("rows", True), ("rows", False), ("columns", True), ("columns", False),
+        ("rows", True), ("rows", False), ("params", True), ("params", False),
     ]  # fmt: skip
     for one in rows:
         assert one.gate.passed and one.value > 0 and one.ratio > 0 and one.baseline == "table"

@@ -1,5 +1,5 @@
-"""Every kernel test says where it runs, and runs on poisoned memory and inexact matrix units; its
-``backend`` parameter is proved, not believed."""
+"""Rules of kernel tests: each declares where it runs, and runs on poisoned memory and inexact
+matrix units; the backend named by its ``backend`` parameter is verified."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reft_kernels._triton import missing
-from reft_kernels.testing import count_paths, poisoned_memory
+from reft_kernels._triton import why_not
+from reft_kernels.devtools.testing import count_paths, poisoned_memory
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before any is deselected
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = [item for item in items if Path(__file__).parent in item.path.parents]
-    undecided = {item.nodeid.split("[")[0] for item in here if not _says_where_it_runs(item)}
+    undecided = {item.nodeid.split("[")[0] for item in here if not _declares_where_it_runs(item)}
     if undecided:
         raise pytest.UsageError(
             "a kernel test takes the fixture `device` or has a marker gpu, host(reason) or "
@@ -42,25 +42,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _on_the_cpu(item: pytest.Item) -> pytest.Mark | None:
-    """The marker that keeps a test from a GPU."""
+    """Return the marker that keeps a test from a GPU, or None."""
     host = None if _on_a_gpu(item) else item.get_closest_marker("host")
     return item.get_closest_marker("interpreter") or host
 
 
-def _says_where_it_runs(item: pytest.Item) -> bool:
+def _declares_where_it_runs(item: pytest.Item) -> bool:
     marker = _on_the_cpu(item)
     return _on_a_gpu(item) if marker is None else bool(marker.args)
 
 
 def _on_a_gpu(item: pytest.Item) -> bool:
-    """Whether a test asks for what --device names, or for a GPU alone."""
+    """Whether a test uses the device of --device, or requires a GPU."""
     return "device" in getattr(item, "fixturenames", ()) or bool(item.get_closest_marker("gpu"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _inexact_products() -> Iterator[None]:
     """Interpreted matrix products are as inexact as Hopper's."""
-    if missing("cpu") is not None:
+    if why_not("cpu") is not None:
         yield
         return
     from matrix_units import hopper_products
@@ -80,8 +80,11 @@ def _poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def ran(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
-    """What ran, counted. A test with a ``backend`` parameter must have run it in the end and, but
-    for the reference, nothing else; one that means nothing to run calls the parameter ``named``."""
+    """Count the calls of each path.
+
+    A test with a ``backend`` parameter must run that backend and, except for the reference, no
+    other one. A test that may run nothing calls the parameter ``named``.
+    """
     if request.node.get_closest_marker("traced"):
         yield Counter()
         return
@@ -92,14 +95,16 @@ def ran(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
     if backend is not None:
         used = {name.split(".")[0] for name in counts}
         assert used - {"reference"} == {backend} - {"reference"}, (
-            f"{backend} asked for, ran {counts}"
+            f"{backend} was requested, but ran {counts}"
         )
-        assert backend in used, f"{backend} was asked for and did not run"
+        assert backend in used, f"{backend} was requested and did not run"
 
 
 class _NoSynchronisation(TorchDispatchMode):
-    """Fails on every operator whose result, or its shape, the host has to wait for. ``tolist`` of a
-    CPU tensor is no operator: only the meta device refuses it."""
+    """Fail on every operator whose result, or its shape, the host has to wait for.
+
+    ``tolist`` of a CPU tensor is not an operator: only the meta device refuses it.
+    """
 
     _WAITS = frozenset(
         {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose"}

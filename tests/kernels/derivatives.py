@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reft_kernels import RowPlan, lowrank_edit, lowrank_edit_
-from reft_kernels.testing import Case, laid_out, make_edit
+from reft_kernels.devtools.testing import Case, laid_out, make_edit
 
 TRITON = pytest.param("triton", marks=pytest.mark.interpreter("float64 is PyTorch's there"))
 backends = pytest.mark.parametrize("backend", ["torch", TRITON])
@@ -41,21 +41,21 @@ def derivatives(edit, live, backend, order, inplace=False, curved=True):
     }
     out = edited(edit, leaves, backend, inplace)
     value = ((out.sin() if curved else out) * edit.upstream).sum()
-    found = []
+    computed = []
     for _ in range(order):
         grads = torch.autograd.grad(
             value, list(leaves.values()), create_graph=True, materialize_grads=True
         )
-        found += [each.detach() for each in grads]
+        computed += [each.detach() for each in grads]
         weights = [torch.randn(each.shape, generator=random).to(each) for each in grads]
         value = sum((each.sin() * w).sum() for each, w in zip(grads, weights, strict=True))
         # In the graph, also where it is straight and has no more derivatives than these, 0.
         value = value + 0.0 * sum(leaf.sum() for leaf in leaves.values())
-    return found
+    return computed
 
 
-def agree(found, expected, tolerance=1e-11):
-    assert len(found) == len(expected)
+def agree(computed, expected, tolerance=1e-11):
+    assert len(computed) == len(expected)
     size = max(float(each.detach().abs().max()) for each in expected)
-    for got, wanted in zip(found, expected, strict=True):
+    for got, wanted in zip(computed, expected, strict=True):
         assert float((got - wanted).abs().max()) <= tolerance * size

@@ -26,8 +26,10 @@ _BEYOND_FLOAT32 = np.uint64((1 << 29) - 1)
 
 @contextmanager
 def hopper_products() -> Iterator[None]:
-    """Make interpreted ``tl.dot`` of float32 operands compute as Hopper does at the precision that
-    the kernel asks for. Other operands, and "ieee", stay as the interpreter has them."""
+    """Make interpreted ``tl.dot`` of float32 operands compute like Hopper.
+
+    Other operands, and "ieee", keep the interpreter's behaviour.
+    """
     exact = InterpreterBuilder.create_dot
 
     def create_dot(
@@ -44,8 +46,9 @@ def hopper_products() -> Iterator[None]:
 
 
 def tf32(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """``total`` + a b in one tf32 product: (…, M, N) from (…, M, K) and (…, K, N), all float32; K a
-    multiple of 8.
+    """Compute ``total`` + a b in one tf32 product, (…, M, N) from (…, M, K) and (…, K, N), float32.
+
+    K is a multiple of 8.
 
     Sums of 8 products and the total are formed in float64, whose own rounding is 2⁻²⁹ of what
     truncation takes away.
@@ -59,23 +62,25 @@ def tf32(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
 
 
 def tf32x3(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """``total`` + a b in three tf32 products, from the smallest to the largest; shapes as of
-    :func:`tf32`. The low part, which the pass does not round, is truncated by the units."""
+    """Compute ``total`` + a b in three tf32 products, from the smallest to the largest.
+
+    Shapes are those of :func:`tf32`. The pass does not round the low part; the units truncate it.
+    """
     a_high, b_high = rounded(a), rounded(b)
     small = tf32(a - a_high, b_high, np.zeros_like(total))
     small = tf32(a_high, b - b_high, small)
-    # inf has the low part NaN; what is not finite is left to the product of the high parts.
+    # The low part of inf is NaN; the product of the high parts handles non-finite numbers.
     small[np.isnan(small)] = 0
     return tf32(a_high, b_high, small) + total
 
 
 def truncated(values: np.ndarray) -> np.ndarray:
-    """float32 with 10 bits of mantissa, cut off: what the units read."""
+    """Truncate float32 to 10 bits of mantissa, like the units' operands."""
     return (_bits(values) & ~_BEYOND_TF32).view(np.float32)
 
 
 def rounded(values: np.ndarray) -> np.ndarray:
-    """float32 with 10 bits of mantissa, to nearest, halves away from 0: ``cvt.rna.tf32.f32``."""
+    """Round float32 to 10 bits of mantissa, halves away from 0, like ``cvt.rna.tf32.f32``."""
     return ((_bits(values) + (_BEYOND_TF32 + 1) // 2) & ~_BEYOND_TF32).view(np.float32)
 
 
@@ -84,6 +89,5 @@ def _bits(values: np.ndarray) -> np.ndarray:
 
 
 def _to_float32(sums: np.ndarray) -> np.ndarray:
-    """float64 cut off to float32; 2¹²⁸ and more becomes inf. (Below float32's normal numbers it is
-    rounded to nearest.)"""
+    """Truncate float64 to float32; 2¹²⁸ and more becomes inf, denormal results are rounded."""
     return (sums.view(np.uint64) & ~_BEYOND_FLOAT32).view(np.float64).astype(np.float32)

@@ -1,4 +1,4 @@
-"""CUDA graphs: an edit can be captured, and a replay edits what stands in memory then."""
+"""CUDA graphs: an edit can be captured, and a replay edits the current values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reft_kernels import RowPlan, lowrank_edit, lowrank_edit_
-from reft_kernels.testing import Case, make_edit, same_bits
+from reft_kernels.devtools.testing import Case, make_edit, same_bits
 
 pytestmark = pytest.mark.gpu("CUDA graphs are CUDA's")
 

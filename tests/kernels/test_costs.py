@@ -1,4 +1,4 @@
-"""What an edit costs, counted: launches, saved bytes, waits for the device, 64-bit offsets."""
+"""Costs of an edit: launches, saved bytes, waits for the device, 64-bit offsets."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from reft_kernels import FAMILY, RowPlan, lowrank_edit, lowrank_edit_
-from reft_kernels.autograd import apply_edit
-from reft_kernels.testing import Case, make_edit, run_edit
+from reft_kernels import FAMILY, RowPlan, autograd, lowrank_edit, lowrank_edit_
+from reft_kernels.devtools.testing import Case, make_edit, run_edit
+from reft_kernels.spec import EditWeights
 
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 GROUPS = [(9,), (4, 5), (0, 3, 0, 1, 5), (1,) * 12]
@@ -22,26 +22,24 @@ GROUPS = [(9,), (4, 5), (0, 3, 0, 1, 5), (1,) * 12]
 @pytest.mark.parametrize("rank", [3, 16])
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
 @pytest.mark.parametrize("backend", ["triton"])
-def test_one_forward_launch_and_two_backward_whatever_the_groups(
-    backend, groups, rank, device, ran
-):
+def test_one_forward_and_two_backward_launches_for_any_groups(backend, groups, rank, device, ran):
     run_edit(lowrank_edit_, make_edit(Case(33, rank, groups), device), backend=backend)
     assert ran == {
         "triton.edit_rows_kernel": 1,
-        "triton.edit_codes_grad_kernel": 1,
-        "triton.edit_columns_grad_kernel": 1,
+        "triton.edit_rows_grad_kernel": 1,
+        "triton.edit_params_grad_kernel": 1,
     }
 
 
 @pytest.mark.parametrize("backend", ["triton"])
-def test_a_gradient_not_asked_for_is_not_launched(backend, device, ran):
+def test_a_gradient_that_is_not_requested_is_not_launched(backend, device, ran):
     edit = make_edit(Case(33, 3, (4, 5), member="lobireft"), device)
     lowrank_edit_(edit.hidden.clone(), edit.plan, None, edit.bias, edit.decode, backend=backend)
     assert ran == {"triton.edit_rows_kernel": 1}
     run_edit(lowrank_edit_, edit, wants=("hidden",), backend=backend)  # dh = v
     assert ran == {"triton.edit_rows_kernel": 2}
     run_edit(lowrank_edit_, edit, wants=("decode",), backend=backend)  # s is saved
-    assert ran == {"triton.edit_rows_kernel": 3, "triton.edit_columns_grad_kernel": 1}
+    assert ran == {"triton.edit_rows_kernel": 3, "triton.edit_params_grad_kernel": 1}
 
 
 # ------------------------------------------------------------------- saved for backward
@@ -68,8 +66,8 @@ def test_nothing_of_the_size_of_hidden_is_saved(backend, member, activation, dev
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         lowrank_edit_(hidden, edit.plan, *leaves, **edit.options, backend=backend)
     weights = 2 * 2 * rank * dim  # A and R of two groups
-    codes = 2 * n * rank + 2 * 2 * rank  # s and u, and act(b) where there is no W
-    assert 0 < sum(saved.values()) <= n * dim + codes + weights < total * dim // 10
+    coeffs = 2 * n * rank + 2 * 2 * rank  # s and u, and act(b) if there is no W
+    assert 0 < sum(saved.values()) <= n * dim + coeffs + weights < total * dim // 10
 
 
 @pytest.mark.parametrize(
@@ -101,7 +99,7 @@ def test_rows_are_saved_only_for_the_gradients_that_need_them(backend, wants, me
 
 
 def unseen(edit):
-    """The plan as one made on a device: the host knows neither the largest row nor any −1."""
+    """Replace the plan by one whose largest row and −1 the host does not know, as on a device."""
     return replace(edit, plan=RowPlan(edit.plan.rows.clone(), edit.plan.offsets))
 
 
@@ -111,7 +109,7 @@ def unseen(edit):
 def test_an_edit_and_its_gradient_never_wait(
     backend, member, activation, device, no_synchronisation
 ):
-    """Of the torch path: Triton's interpreter itself reads tensors on the host."""
+    """Only the torch backend is tested: Triton's interpreter reads tensors on the host."""
     case = Case(33, 3, (4, 0, 5), missing="some", member=member, activation=activation)
     edit = unseen(make_edit(case, device))
     with no_synchronisation():
@@ -123,7 +121,7 @@ def test_an_edit_and_its_gradient_never_wait(
 @pytest.mark.parametrize("member", FAMILY)
 @pytest.mark.parametrize("backend", ["torch"])
 def test_an_edit_needs_no_value_of_any_tensor(backend, member, layout):
-    """The meta device has none, and refuses ``item``, ``tolist`` and every mask."""
+    """The meta device has no values, and refuses ``item``, ``tolist`` and every mask."""
     edit = unseen(make_edit(Case(33, 3, (4, 5), missing="some", member=member, layout=layout)))
     result = run_edit(lowrank_edit_, on_meta(edit), backend=backend)
     assert result.out.is_meta and result.out.shape == edit.hidden.shape
@@ -131,7 +129,7 @@ def test_an_edit_needs_no_value_of_any_tensor(backend, member, layout):
 
 
 class Launched:
-    """In place of a kernel: notes the grid, runs nothing."""
+    """Stands for a kernel: records the grid, runs nothing."""
 
     def __init__(self):
         self.grids = []
@@ -156,9 +154,8 @@ def test_the_launcher_needs_no_value_either(rank, activation, monkeypatch):
     edit = on_meta(unseen(make_edit(case)))
 
     def straight(hidden, plan, encode, bias, decode, **options):
-        return apply_edit(
-            hidden, plan, encode, bias, decode, **options, backend="triton", inplace=True
-        )
+        weights = EditWeights(encode, bias, decode, **options)
+        return autograd.edit(hidden, plan, weights, "triton", in_place=True)
 
     result = run_edit(straight, edit)
     assert all(result.grads[k].shape == getattr(edit, k).shape for k in result.grads)
@@ -179,7 +176,7 @@ def on_meta(edit):
 
 @pytest.fixture
 def vast(device, tmp_path):
-    """Make a flat float16 tensor of zeros that is too large to fill: on the CPU a file of holes."""
+    """Make a flat float16 tensor of zeros that is too large to fill: on the CPU a sparse file."""
 
     def zeros(size):
         if device.type == "cuda":
@@ -211,20 +208,20 @@ def test_offsets_beyond_32_bits(backend, strides, device, vast):
     small = replace(small, plan=RowPlan.from_rows([0, 1, 2]).to(device))
     expected = run_edit(lowrank_edit_, small, wants=("encode", "bias", "decode"), backend=backend)
     flat = vast(total * dim)
-    # Of its own, no view: autograd copies the gradient of the base of a view edited in place.
+    # Not a view: autograd copies the gradient of the base of a view that is edited in place.
     stride = (dim, 1) if strides == "rows" else (1, total)
     hidden = flat.new_empty(0).set_(flat.untyped_storage(), 0, (total, dim), stride)
     del flat
-    for place, row in enumerate(rows):
-        hidden[row] = small.hidden[place]
+    for index, row in enumerate(rows):
+        hidden[row] = small.hidden[index]
     leaves = [p.clone().requires_grad_() for p in (small.encode, small.bias, small.decode)]
     plan = RowPlan.from_rows(rows).to(device)
     out = lowrank_edit_(hidden, plan, *leaves, **small.options, backend=backend)
     values = out.detach()
     assert torch.equal(values[rows], expected.out)
     assert not values[untouched].any()
-    for place, row in enumerate(rows):
-        values[row] = small.upstream[place]
+    for index, row in enumerate(rows):
+        values[row] = small.upstream[index]
     grads = torch.autograd.grad(out, leaves, values)
     assert not values[untouched].any()
     for name, grad in zip(("encode", "bias", "decode"), grads, strict=True):

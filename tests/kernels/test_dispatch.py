@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from reft_kernels import explain, lowrank_edit
+from reft_kernels import dispatch, explain, lowrank_edit
 from reft_kernels.activations import TRITON_ACTIVATIONS
-from reft_kernels.testing import Case, make_edit
+from reft_kernels.devtools.testing import Case, make_edit
 
 
 def arguments(device, case=None, **changes):
@@ -21,7 +21,7 @@ def arguments(device, case=None, **changes):
 
 
 def run_python(source: str, **environment: str) -> str:
-    """What a fresh interpreter prints, without TRITON_INTERPRET unless given."""
+    """Run a fresh Python without TRITON_INTERPRET unless given; return its output."""
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", source], env=clean | environment, capture_output=True, text=True
@@ -31,7 +31,7 @@ def run_python(source: str, **environment: str) -> str:
 
 
 @pytest.mark.interpreter("a GPU is not a CPU")
-def test_auto_on_a_cpu_takes_the_torch_path_and_says_why(ran):
+def test_auto_on_a_cpu_takes_the_torch_backend_with_a_reason(ran):
     given = arguments("cpu")
     choice = explain(**given)
     assert choice.backend == "torch" and "hidden is on cpu" in choice.reason
@@ -63,11 +63,12 @@ def test_a_named_backend_runs(backend, device):
             r"activation 'mish' has no Triton branch \(there are gelu, relu, ",
         ),
         ({"case": Case(300, 257, (2,))}, "rank 257 is above 256"),
-        ({"case": Case(4, 1, (1,) * 65536)}, "the plan has 65536 groups, more than 65535"),
+        ({"case": Case(4, 1, (1,) * 9)}, "the plan has 9 groups, more than 8"),
     ],
     ids=["activation", "rank", "groups"],
 )
-def test_what_the_kernels_cannot_do_is_said_not_replaced(changes, reason, device, ran):
+def test_an_unsupported_edit_raises_and_is_not_replaced(changes, reason, device, ran, monkeypatch):
+    monkeypatch.setattr(dispatch, "MAX_TRITON_GROUPS", 8)
     given = arguments(device, **changes)
     for function in (lowrank_edit, explain):
         with pytest.raises(ValueError, match=f"'triton' cannot do this edit: {reason}"):
@@ -101,19 +102,24 @@ def test_explain_computes_nothing(device, ran):
     assert torch.equal(given["hidden"], before) and not ran
 
 
-@pytest.mark.host("a process of its own, on the CPU")
+@pytest.mark.host("a separate process, on the CPU")
 def test_without_the_interpreter_a_cpu_has_no_kernels():
+    """Importing the package and editing with torch loads neither triton nor transformers."""
     source = """
+import sys
 import torch
 from reft_kernels import RowPlan, explain, lowrank_edit
 given = torch.ones(2, 4), RowPlan.from_rows([1]), None, torch.ones(1), torch.ones(1, 4)
+lowrank_edit(*given)
+print(sorted({name.split(".")[0] for name in sys.modules} & {"triton", "transformers"}))
 print(explain(*given))
 try:
     lowrank_edit(*given, backend="triton")
 except ValueError as error:
     print(error)
 """
-    auto, error = run_python(source).splitlines()
+    loaded, auto, error = run_python(source).splitlines()
+    assert loaded == "[]"
     assert auto.startswith("Choice(backend='torch'") and "hidden is on cpu" in auto
     assert error.startswith(
         "backend 'triton' cannot do this edit: hidden is on cpu; the kernels need"
@@ -121,9 +127,9 @@ except ValueError as error:
     assert error.endswith("TRITON_INTERPRET=1")
 
 
-@pytest.mark.host("a process of its own, on the CPU")
+@pytest.mark.host("a separate process, on the CPU")
 def test_without_triton_everything_else_works():
-    """Blocked, as on a machine without it: the torch path and the reference need torch alone."""
+    """Imports of triton fail, as on a machine without it: torch and reference need torch only."""
     source = """
 import sys
 class Block:
@@ -132,8 +138,8 @@ class Block:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Block())
 import importlib.util
-found = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "triton" else found(name, *rest)
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
 import torch
 from reft_kernels import RowPlan, explain, loreft, lowrank_edit, orthonormalize
 given = torch.ones(2, 4), RowPlan.from_rows([1]), None, torch.ones(1), torch.ones(1, 4)
@@ -147,14 +153,3 @@ except ValueError as error:
 assert "triton" not in sys.modules
 """
     assert run_python(source) == "backend 'triton' cannot do this edit: triton is not installed"
-
-
-@pytest.mark.host("a process of its own, on the CPU")
-def test_importing_and_editing_with_torch_loads_no_triton():
-    source = """
-import sys, torch
-from reft_kernels import RowPlan, lowrank_edit
-lowrank_edit(torch.ones(2, 4), RowPlan.from_rows([1]), None, torch.ones(1), torch.ones(1, 4))
-print(sorted({name.split(".")[0] for name in sys.modules} & {"triton", "transformers"}))
-"""
-    assert run_python(source) == "[]"

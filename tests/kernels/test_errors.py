@@ -1,4 +1,4 @@
-"""Bad arguments: the message names the argument, its value and what is allowed; nothing changes."""
+"""Errors name the argument, its value and the allowed values; no tensor is changed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reft_kernels import RowPlan, explain, loreft, lowrank_edit, lowrank_edit_
-from reft_kernels.testing import same_bits
+from reft_kernels.devtools.testing import same_bits
 
 pytestmark = pytest.mark.host("a refusal comes before anything runs, and names the CPU")
 D, R = 8, 2
@@ -148,7 +148,7 @@ def test_refused_and_nothing_changed(wrong, function, ran):
 
 
 @pytest.mark.parametrize("named", ["auto", "torch", "triton", "reference"])
-def test_every_backend_hears_of_it_at_the_same_door(named, ran):
+def test_errors_are_the_same_for_every_backend(named, ran):
     for wrong in ("hidden-width", "rank-0", "hidden-too-short", "bias-length", "encode-device"):
         changes, error, message = REFUSED[wrong]
         with pytest.raises(error, match=message):
@@ -162,8 +162,8 @@ def test_loreft_checks_its_own_arguments():
         loreft(given["hidden"], given["plan"], given["decode"], torch.ones(3, D), given["bias"])
 
 
-def test_what_is_allowed_at_the_edges_works(device):
-    """Rank D, the last row, one column: next to each refusal, what is not refused."""
+def test_valid_limits_work(device):
+    """Rank D, the last row, one column: the valid neighbours of each error."""
 
     def ones(*shape, dtype=torch.float32):
         return torch.ones(shape, dtype=dtype, device=device)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reft_kernels import FAMILY, RowPlan, lowrank_edit, lowrank_edit_
-from reft_kernels.testing import Case, budget, make_edit, run_edit
+from reft_kernels.devtools.testing import Case, budget, make_edit, run_edit
 
 CHECKED = [
     ("torch", "loreft", None),
@@ -66,7 +66,7 @@ def cases(draw):
 @pytest.mark.parametrize(("named", "examples"), [("torch", 120), ("triton", 40)])
 def test_any_shape_stays_within_its_budget(named, examples, device, ran):
     if named == "triton" and device.type == "cuda":
-        examples = 12  # each compiles up to three kernels; the shapes of test_parity are built too
+        examples = 12  # each compiles up to three kernels
 
     @settings(max_examples=examples, derandomize=True, deadline=None, database=None)
     @given(cases(), st.booleans())

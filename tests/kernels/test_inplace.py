@@ -1,4 +1,4 @@
-"""The written contract of the underscored names: one tensor, its edited rows, and autograd told."""
+"""The contract of in-place edits: they write only the edited rows, and autograd knows of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reft_kernels import lowrank_edit, lowrank_edit_
-from reft_kernels.testing import Case, budget, laid_out, make_edit, same_bits
+from reft_kernels.devtools.testing import Case, budget, laid_out, make_edit, same_bits
 
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 
@@ -35,13 +35,13 @@ def test_only_edited_rows_of_a_slice_are_written(backend, edit):
 
 @backends
 def test_a_frozen_hidden_joins_the_graph(backend, edit):
-    """As a block's output does when only the adapter is trained."""
+    """The output of a block needs no gradient if only the adapter is trained."""
     hidden, encode = edit.hidden.clone(), edit.encode.clone().requires_grad_()
     out = lowrank_edit_(hidden, **arguments(edit, encode=encode, backend=backend))
     assert out is hidden and hidden.requires_grad and not hidden.is_leaf
-    (found,) = torch.autograd.grad(hidden, encode, edit.upstream)
+    (grad,) = torch.autograd.grad(hidden, encode, edit.upstream)
     exact = budget(edit).exact.grads["encode"]
-    assert (found - exact).abs().max() < 1e-5
+    assert (grad - exact).abs().max() < 1e-5
 
 
 @backends
@@ -55,8 +55,8 @@ def test_without_any_gradient_there_is_no_graph(backend, edit):
 
 
 @backends
-def test_what_saved_the_old_values_notices(backend, edit):
-    """Marked dirty: exp keeps its output for backward, and that is what the edit overwrites."""
+def test_overwriting_a_saved_tensor_raises_in_backward(backend, edit):
+    """exp saves its output for backward, which the edit overwrites and marks as dirty."""
     leaf = edit.hidden.clone().requires_grad_()
     hidden = leaf.exp()
     version = hidden._version
@@ -98,8 +98,8 @@ def test_two_edits_of_one_tensor_are_one_after_the_other(backend, edit):
         out = function(function(leaf * 1, **given), **given)
         return out, *torch.autograd.grad(out, (leaf, encode), edit.upstream)
 
-    for one, two in zip(twice(lowrank_edit), twice(lowrank_edit_), strict=True):
-        assert same_bits(one, two)
+    for apart, in_place in zip(twice(lowrank_edit), twice(lowrank_edit_), strict=True):
+        assert same_bits(apart, in_place)
 
 
 REFUSED = {
@@ -112,7 +112,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.parametrize("named", ["auto", "torch", "triton", "reference"])
-def test_what_cannot_be_edited_in_place_is_refused_and_left_alone(named, kind, edit, ran):
+def test_tensors_that_cannot_be_edited_in_place_are_refused_unchanged(named, kind, edit, ran):
     original = edit.hidden.clone()
     hidden = REFUSED[kind](original)
     before = hidden.detach().clone()

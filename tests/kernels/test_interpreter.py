@@ -1,4 +1,4 @@
-"""Interpreted scalars serve as numbers whatever NumPy is installed."""
+"""Interpreted scalars convert to integers with every version of NumPy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def counted() -> int:
 
 @pytest.fixture
 def faulty(monkeypatch):
-    """Triton 3.6 beside NumPy 2.5, which says this of an array with one element."""
+    """Behave like Triton 3.6 with NumPy 2.5, which refuses arrays with one element."""
     prepare = interpreter._patch_lang_tensor
 
     def refuse(self):

@@ -1,4 +1,4 @@
-"""The emulated matrix units: against a loop over numbers, and as the kernels meet them."""
+"""The emulated matrix units, against a loop over numbers and inside the kernels."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from matrix_units import AT_ONCE, rounded, tf32, tf32x3, truncated
 
 from reft_kernels import lowrank_edit_
 from reft_kernels._triton import launch
-from reft_kernels.testing import Case, budget, make_edit, run_edit
+from reft_kernels.devtools.testing import Case, budget, make_edit, run_edit
 
 pytestmark = pytest.mark.interpreter("a GPU has matrix units of its own")
 M, N, K = 16, 16, 32
 
 
 def cut(value: Fraction, bits: int) -> Fraction:
-    """``value`` with ``bits`` bits of mantissa behind the leading one, cut off."""
+    """Truncate ``value`` to ``bits`` bits of mantissa after the leading one."""
     if value == 0:
         return value
     size, exponent = abs(value), 0
@@ -34,21 +34,21 @@ def cut(value: Fraction, bits: int) -> Fraction:
 
 
 def nearest(value: Fraction, bits: int) -> Fraction:
-    """The nearer of ``cut`` and the next number away from 0, that one for halves."""
+    """Round to ``bits`` bits of mantissa, halves away from 0."""
     low = cut(value, bits)
     rest = 2 * (value - low)
     return low if cut(low + rest, bits) == low else cut(low + rest, bits)
 
 
 def product(a, b, total, operand):
-    """``total`` + a b one element and 8 products at a time; ``operand`` is how numbers are read."""
+    """Compute ``total`` + a b one element and 8 products at a time; ``operand`` converts inputs."""
     out = np.empty_like(total)
     for i, j in np.ndindex(total.shape):
         left, right = ([operand(Fraction(float(x))) for x in line] for line in (a[i], b[:, j]))
         value = Fraction(float(total[i, j]))
         for start in range(0, len(left), AT_ONCE):
-            places = range(start, start + AT_ONCE)
-            value = cut(value + sum(left[k] * right[k] for k in places), 23)
+            products = (left[k] * right[k] for k in range(start, start + AT_ONCE))
+            value = cut(value + sum(products), 23)
         out[i, j] = float(value)
     return out
 
@@ -102,8 +102,8 @@ def test_infinity_is_not_lost_in_its_parts():
     a, b, total = matrices(0)
     a[1, 2] = np.inf
     with np.errstate(invalid="ignore"):
-        found = tf32x3(a, b, total)
-    assert np.array_equal(found[1], np.sign(b[2]) * np.inf) and np.isfinite(found[[0, 2]]).all()
+        result = tf32x3(a, b, total)
+    assert np.array_equal(result[1], np.sign(b[2]) * np.inf) and np.isfinite(result[[0, 2]]).all()
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def multiply(a_ptr, b_ptr, out_ptr, PRECISION: tl.constexpr, ACC: tl.constexpr):
 
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3", "ieee"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_kernel_gets_the_precision_it_asks_for(precision, dtype):
+def test_a_kernel_gets_the_requested_precision(precision, dtype):
     a, b = torch.randn(M, K, dtype=dtype), torch.randn(K, N, dtype=dtype)
     out = torch.empty(M, N, dtype=dtype)
     multiply[(1,)](a, b, out, precision, tl.float64 if dtype is torch.float64 else tl.float32)

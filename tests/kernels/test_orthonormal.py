@@ -1,6 +1,6 @@
-"""V ↦ R against LAPACK's product of reflectors, against dense matrices, and against PyTorch's map.
+"""V ↦ R against LAPACK's product of reflectors, dense matrices, and PyTorch's map.
 
-Everything in between is float64 and rounded once, so most budgets are a few float64 roundings.
+All intermediate results are float64 and rounded once, so most budgets are a few float64 roundings.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def problem(
     device: torch.device,
     dtype: torch.dtype = torch.float64,
 ):
-    """V with rubbish where nothing is read, a base with rubbish above its diagonal, and dR."""
+    """Make V and a base with arbitrary values in the parts that are not read, and dR."""
     v, grad = normal(*shape, seed=2), normal(*shape, seed=3).mT.contiguous()
     base = None
     if with_base:
@@ -52,14 +52,14 @@ def problem(
 
 
 def computed(v: Tensor, base: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, dL/dV) for dL/dR = grad, looking at nothing: a comparison would wait for the device."""
+    """Return (R, dL/dV) for dL/dR = grad without comparing: that would wait for the device."""
     rotation = orthonormalize(v, base)
     (d_v,) = torch.autograd.grad(rotation, v, grad)
     return rotation.detach(), d_v
 
 
 def gradient(v: Tensor, base: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, dL/dV) for dL/dR = grad; inputs are left alone."""
+    """Return (R, dL/dV) for dL/dR = grad, and check that the inputs are unchanged."""
     given = [t for t in (v, base, grad) if t is not None]
     before = [t.detach().clone() for t in given]
     result = computed(v, base, grad)
@@ -68,7 +68,7 @@ def gradient(v: Tensor, base: Tensor | None, grad: Tensor) -> tuple[Tensor, Tens
 
 
 def dense(v: Tensor) -> Tensor:
-    """H(V) = H₁ ⋯ H_r, (…, D, D), factor by factor."""
+    """Compute H(V) = H₁ ⋯ H_r, (…, D, D), factor by factor."""
     product = identity = torch.eye(v.shape[-2], dtype=v.dtype)
     for reflector in (v.tril(-1) + torch.eye(*v.shape[-2:], dtype=v.dtype)).unbind(-1):
         outer = reflector.unsqueeze(-1) * reflector.unsqueeze(-2)
@@ -186,9 +186,7 @@ def medium_precision():
 @bases
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.usefixtures("medium_precision")
-def test_float32_is_float64_rounded_once_whatever_surrounds_it(
-    autocast, with_base: bool, device
-) -> None:
+def test_float32_is_float64_rounded_once_in_any_context(autocast, with_base: bool, device) -> None:
     v, base, grad = problem((2, 300, 6), with_base, device, torch.float32)
     wide = None if base is None else base.double()
     expected, d_expected = gradient(v.detach().double().requires_grad_(), wide, grad.double())
@@ -203,7 +201,7 @@ def test_float32_is_float64_rounded_once_whatever_surrounds_it(
 @pytest.mark.parametrize("shape", [(9, 4), (5, 5), (6, 1)], ids=str)
 @pytest.mark.parametrize("start", [0.0, 0.3], ids=["at-the-base", "away"])
 def test_trains_like_the_parametrization_of_torch(shape, start: float, device) -> None:
-    """The same R, gradient and AdamW steps, coordinate by coordinate, up to signs."""
+    """R, gradient and AdamW steps agree, coordinate by coordinate, up to signs."""
     dim, rank = shape
     rotation, target = rotation_of(shape).to(device), normal(rank, dim, seed=5).to(device)
     base = reflector_base(rotation)
@@ -259,11 +257,11 @@ def test_every_batch_entry_is_its_own_problem_and_repeats(with_base: bool, devic
     rotation, d_v = gradient(v, base, grad)
     again, d_again = gradient(v, base, grad)
     assert torch.equal(rotation, again) and torch.equal(d_v, d_again)  # bit for bit
-    for at in ((0, 0), (1, 0), (1, 2)):
-        one = v.detach()[at].requires_grad_()
-        alone, d_alone = gradient(one, None if base is None else base[at], grad[at])
-        torch.testing.assert_close(rotation[at], alone, **EXACT)
-        torch.testing.assert_close(d_v[at], d_alone, **EXACT)
+    for index in ((0, 0), (1, 0), (1, 2)):
+        entry = v.detach()[index].requires_grad_()
+        alone, d_alone = gradient(entry, None if base is None else base[index], grad[index])
+        torch.testing.assert_close(rotation[index], alone, **EXACT)
+        torch.testing.assert_close(d_v[index], d_alone, **EXACT)
 
 
 @bases
@@ -350,7 +348,7 @@ def test_nothing_waits_for_the_device(with_base: bool, no_synchronisation, devic
     assert all(torch.equal(*pair) for pair in zip((rotation, d_v), gradient(*given), strict=True))
 
 
-@pytest.mark.gpu("the driver says what waits")
+@pytest.mark.gpu("only the driver reports waits")
 def test_on_a_gpu_without_waiting_for_it(device) -> None:
     expected, d_expected = gradient(*problem((4, 200, 6), True, torch.device("cpu"), torch.float32))
     there = problem((4, 200, 6), True, device, torch.float32)

@@ -1,4 +1,4 @@
-"""Derivatives of derivatives of V ↦ R, and every other way that PyTorch has to ask for one."""
+"""Second derivatives of V ↦ R, torch.func transforms, forward mode and batched gradients."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def test_gradgradcheck(shape, with_base: bool, device) -> None:
 def test_gradients_with_a_graph_are_those_without(with_base: bool, device) -> None:
     v, base, grad = problem((2, 8, 3), with_base, device, torch.float32)
     rotation = orthonormalize(v, base)
-    (found,) = torch.autograd.grad(rotation, v, grad, create_graph=True)
-    (plain,) = torch.autograd.grad(rotation, v, grad)
-    torch.testing.assert_close(found.detach(), plain, rtol=1e-6, atol=1e-6)
-    assert found.dtype == torch.float32 and not found.triu().any()
-    (second,) = torch.autograd.grad(found.square().sum(), v)
+    (with_graph,) = torch.autograd.grad(rotation, v, grad, create_graph=True)
+    (without_graph,) = torch.autograd.grad(rotation, v, grad)
+    torch.testing.assert_close(with_graph.detach(), without_graph, rtol=1e-6, atol=1e-6)
+    assert with_graph.dtype == torch.float32 and not with_graph.triu().any()
+    (second,) = torch.autograd.grad(with_graph.square().sum(), v)
     assert second.any() and not second.triu().any()
 
 
 @bases
 def test_transforms_see_every_step(with_base: bool, device) -> None:
-    """Forward mode, batches, and batches of gradients, against one backward after the other."""
+    """Forward mode, batches, and batches of gradients, against single backward passes."""
     v, base, grad = problem((6, 3), with_base, device)
     rotation = orthonormalize(v, base)
     (d_v,) = torch.autograd.grad(rotation, v, grad, retain_graph=True)
@@ -49,8 +49,8 @@ def test_transforms_see_every_step(with_base: bool, device) -> None:
     )
     apart = torch.stack([orthonormalize(x, base) for x in (given, tangent)])
     stacked = torch.stack([given, tangent])
-    found = torch.func.vmap(lambda x: orthonormalize(x, base))(stacked)
-    torch.testing.assert_close(found, apart, **EXACT)
+    batched = torch.func.vmap(lambda x: orthonormalize(x, base))(stacked)
+    torch.testing.assert_close(batched, apart, **EXACT)
     hessian = torch.func.hessian(loss)(given)
     wanted = torch.autograd.functional.hessian(loss, given)
     torch.testing.assert_close(hessian, wanted, rtol=0, atol=1e-11)

@@ -1,5 +1,5 @@
-"""The reference is the oracle of every other test; here it meets numbers worked out by hand and the
-formulas written out one class at a time."""
+"""The reference, the oracle of all other tests, against numbers computed by hand and the formula of
+each member."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from reft_kernels import FAMILY, RowPlan, reference
-from reft_kernels.testing import Case, make_edit
+from reft_kernels.devtools.testing import Case, make_edit
 
 HIDDEN = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [-1.0, 0.0, 2.0]])
 

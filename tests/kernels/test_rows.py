@@ -1,4 +1,4 @@
-"""Plans: which rows, which groups, what is refused, and what the host never asks for."""
+"""Row plans: rows, groups, errors, and no host synchronisation."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def test_a_plan_without_groups_has_nothing_to_launch():
 
 
 class OnCuda(torch.Tensor):
-    """Rows that say they are on a GPU."""
+    """Rows that claim to be on a GPU."""
 
     is_cuda = True
     device = torch.device("cuda:0")
 
 
 def test_offsets_are_made_with_the_plan_and_never_first_in_a_capture(monkeypatch):
-    """Where a graph is captured, numbers may be filled in on the device but not copied there."""
+    """In a graph capture, numbers may be filled in on the device but not copied to it."""
     made = []
     monkeypatch.setattr(rows_module, "_tensor_of", lambda *args: made.append(args))
     RowPlan(torch.arange(6).as_subclass(OnCuda), (0, 3, 6))
@@ -79,7 +79,7 @@ def test_offsets_are_made_with_the_plan_and_never_first_in_a_capture(monkeypatch
     served = plan.using(torch.zeros(2, dtype=torch.int64).as_subclass(OnCuda))
     assert len(made) == 1, "the same offsets, made again"
     served.to("cpu")
-    assert made[1:] == [((0, 2, 6), torch.device("cuda:0"))]  # a subclass stays what it says it is
+    assert made[1:] == [((0, 2, 6), torch.device("cuda:0"))]  # the subclass still claims its device
 
 
 def test_offsets_of_a_capture_are_filled_in_on_the_device(monkeypatch):
@@ -94,8 +94,8 @@ def test_offsets_of_a_capture_are_filled_in_on_the_device(monkeypatch):
             return func(*args, **(kwargs or {}))
 
     with FakeTensorMode(), Noted():
-        found = rows_module._tensor_of((0, 2, 6), torch.device("cuda:0"))
-    assert found.shape == (3,) and found.dtype is torch.int64
+        offsets = rows_module._tensor_of((0, 2, 6), torch.device("cuda:0"))
+    assert offsets.shape == (3,) and offsets.dtype is torch.int64
     assert set(seen) <= {"full", "stack", "cat", "unsqueeze", "empty", "fill_"}, seen
 
 
@@ -148,7 +148,7 @@ REFUSED = [
     (
         lambda: RowPlan.from_padded(torch.tensor([[0, 1]]), 4, [0, 0, 1], 2),
         ValueError,
-        r"groups must broadcast to positions \(1, 2\).*got shape \(3,\)",
+        r"groups must broadcast to the shape of positions \(1, 2\).*got \(3,\)",
     ),
 ]
 
@@ -174,7 +174,7 @@ def test_a_plan_on_a_device_is_made_without_looking_at_it():
         assert len(plan.places) == 2
 
 
-def test_what_layers_share_is_made_without_waiting(no_synchronisation):
+def test_tensors_shared_by_layers_are_made_without_waiting(no_synchronisation):
     plan = RowPlan(torch.tensor([4, -1, 2, -1]), (0, 2, 2, 4))
     with no_synchronisation():
         _ = plan.places, plan.device_offsets

@@ -1,4 +1,4 @@
-"""What else PyTorch asks for derivatives with: torch.func, forward mode, batches of gradients."""
+"""Other ways to request derivatives: torch.func, forward mode, batches of gradients."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_transforms_see_the_edit(way, inplace, device):
 
 
 def test_a_batch_of_parameters(device):
-    """Each of them edits the one hidden apart; in place there is no room for all, says PyTorch."""
+    """Each edits a copy of hidden; in place PyTorch refuses, because one tensor cannot hold all."""
     edit = small(device, activation="tanh")
     rows = [losses(edit, "reference")(edit.hidden, each) for each in two(edit.encode)]
     loss = losses(edit, "torch")
@@ -82,7 +82,7 @@ def test_a_batch_of_parameters(device):
 
 
 @pytest.mark.parametrize("way", TRANSFORMS)
-def test_transforms_are_told_that_they_see_no_kernel(way, device):
+def test_transforms_refuse_the_kernels(way, device):
     edit = small(device, dtype=torch.float32, activation="tanh")
     with pytest.raises(ValueError, match=r"'triton' cannot do this edit: torch\.func"):
         TRANSFORMS[way](edit, losses(edit, "triton"))
@@ -90,7 +90,7 @@ def test_transforms_are_told_that_they_see_no_kernel(way, device):
 
 @pytest.mark.parametrize("way", ["vmap", "tangent", "jvp"])
 def test_transforms_see_the_entries_of_a_table(way, device):
-    """A plan with slots and scales, which refuses gradients and knows no other derivative."""
+    """A plan with slots and scales refuses gradients, but transforms work."""
     edit = small(device, groups=(2, 2, 2), activation="tanh")
     slots = torch.tensor([2, -1, 0], device=device)
     scales = torch.tensor([0.5, 1.0, 2.0], device=device)
@@ -118,35 +118,35 @@ OF_GRAPHS = {
 def test_functions_of_autograd(backend, way, device):
     edit = small(device, activation="tanh")
 
-    def found(named):
+    def result(named):
         return OF_GRAPHS[way](lambda w: losses(edit, named)(edit.hidden, w), edit.encode)
 
-    agree([found(backend)], [found("reference")])
+    agree([result(backend)], [result("reference")])
 
 
 @backends
 def test_a_batch_of_gradients(backend, device):
-    """``is_grads_batched``: many upstream gradients in one tensor, which no kernel can read."""
+    """``is_grads_batched`` puts many upstream gradients into one tensor, which no kernel reads."""
     edit = small(device, activation="gelu")
     upstream = two(edit.upstream)
     leaves = {name: getattr(edit, name).clone().requires_grad_() for name in NAMES}
     inputs = list(leaves.values())
     out = edited(edit, leaves, backend)
-    found = torch.autograd.grad(out, inputs, upstream, is_grads_batched=True, retain_graph=True)
+    batched = torch.autograd.grad(out, inputs, upstream, is_grads_batched=True, retain_graph=True)
     apart = [torch.autograd.grad(out, inputs, each, retain_graph=True) for each in upstream]
-    agree(found, [torch.stack(pair) for pair in zip(*apart, strict=True)])
+    agree(batched, [torch.stack(pair) for pair in zip(*apart, strict=True)])
 
 
 @backends
 def test_a_tangent_of_the_upstream_gradient(backend, device):
-    """A graph made before a level of forward-mode differentiation is entered."""
+    """The graph was made before forward-mode differentiation was entered."""
     edit = small(device, activation="gelu")
     encode = edit.encode.clone().requires_grad_()
     out = edited(edit, {"encode": encode}, backend)
     with forward_ad.dual_level():
         upstream = forward_ad.make_dual(edit.upstream, edit.upstream.cos())
-        (found,) = torch.autograd.grad(out, encode, upstream, retain_graph=True)
-        tangent = forward_ad.unpack_dual(found).tangent
+        (d_encode,) = torch.autograd.grad(out, encode, upstream, retain_graph=True)
+        tangent = forward_ad.unpack_dual(d_encode).tangent
     agree([tangent], torch.autograd.grad(out, encode, edit.upstream.cos()))
 
 

@@ -20,6 +20,8 @@ import reft
 
 ROOT = Path(__file__).resolve().parents[2]
 INFO = f"reft-{reft.__version__}.dist-info"
+#: Developer tools of the kernels, which tests and benchmarks import from the checkout.
+DEVTOOLS = Path("reft_kernels/devtools")
 
 #: What is no module and has to be there: without it something stops working.
 DATA = {
@@ -57,7 +59,7 @@ def test_the_two_packages_whole_and_nothing_else(wheel, sources) -> None:
         str(path.relative_to(sources))
         for package in ("reft", "reft_kernels")
         for path in (sources / package).rglob("*")
-        if path.is_file()
+        if path.is_file() and sources / DEVTOOLS not in path.parents
     }
     info = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
     assert _names(wheel) == wanted | {f"{INFO}/{name}" for name in info}
@@ -72,7 +74,8 @@ def test_what_git_tracks_is_what_is_packed(wheel) -> None:
     except (OSError, subprocess.CalledProcessError) as reason:
         pytest.skip(f"these sources are no git checkout: {reason}")
     tracked = set(done.stdout.split("\0")) - {""}
-    assert {name for name in _names(wheel) if not name.startswith(INFO)} == tracked
+    packed = {name for name in _names(wheel) if not name.startswith(INFO)}
+    assert packed == {name for name in tracked if not name.startswith(f"{DEVTOOLS}/")}
 
 
 def test_files_are_those_of_the_checkout(wheel) -> None:

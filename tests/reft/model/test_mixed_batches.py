@@ -9,7 +9,7 @@ from tiny_models import LAYERS, gpt2, llama, padded, tokens
 
 from reft import ReftConfig, ReftModel
 from reft.io.adapter_files import read_adapter, write_adapter
-from reft_kernels.testing import count_paths
+from reft_kernels.devtools.testing import count_paths
 
 
 class TestMixedEqualsAlone:

@@ -1,5 +1,5 @@
-"""torch.compile(fullgraph=True) traces the edit, and makes of it what eager mode does, gradients
-too; the operators it sees keep their promises."""
+"""torch.compile(fullgraph=True) traces the edit with eager results and gradients, and the custom
+operators agree with their schema and fake implementations."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reft_kernels import RowPlan, lowrank_edit, lowrank_edit_
 from reft_kernels._triton import launch
+from reft_kernels.devtools.testing import Case, budget, count_paths, make_edit, run_edit, same_bits
 from reft_kernels.rows import LaunchRows
-from reft_kernels.testing import Case, budget, count_paths, make_edit, run_edit, same_bits
 
 pytestmark = pytest.mark.traced
 
@@ -35,7 +35,7 @@ def _fresh():
 
 
 def compiled(function, mode="aot_eager"):
-    # A forward that is more than the edit: what comes before and after is in the graph as well.
+    # The forward is more than the edit: operators before and after it are in the graph too.
     def forward(hidden, plan, *parameters, **options):
         return function(hidden * 2, plan, *parameters, **options).tanh()
 
@@ -49,12 +49,12 @@ def test_compiled_is_eager(case, named, function, device):
     edit = make_edit(case, device)
     eager, traced = compiled(function)
     expected = run_edit(eager, edit, backend=named)
-    found = run_edit(traced, edit, backend=named)
-    assert same_bits(found.out, expected.out)
+    result = run_edit(traced, edit, backend=named)
+    assert same_bits(result.out, expected.out)
     for name, grad in expected.grads.items():
-        assert (grad is None) == (found.grads[name] is None)
-        # Equal, not of the same bits: traced, 0 is added to a gradient, and −0 becomes 0.
-        assert grad is None or torch.equal(found.grads[name], grad), name
+        assert (grad is None) == (result.grads[name] is None)
+        # Not compared by bits: traced code adds 0 to a gradient, and −0 becomes 0.
+        assert grad is None or torch.equal(result.grads[name], grad), name
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="not run: inductor needs a C++ compiler")
@@ -88,14 +88,14 @@ def test_a_compiled_edit_launches_the_kernels(device):
         run_edit(traced, edit, backend="triton")
     assert counts == {
         "triton.edit_rows_kernel": 1,
-        "triton.edit_codes_grad_kernel": 1,
-        "triton.edit_columns_grad_kernel": 1,
+        "triton.edit_rows_grad_kernel": 1,
+        "triton.edit_params_grad_kernel": 1,
     }
 
 
 @pytest.mark.parametrize("named", ["torch", "triton"])
 def test_a_new_plan_of_the_same_shape_is_not_traced_again(named, device):
-    """Rows are data: every batch has others."""
+    """Rows are data: they differ in every batch."""
     edit = make_edit(Case(65, 3, (4, 5)), device)
     graphs = []
 
@@ -114,7 +114,7 @@ def test_a_new_plan_of_the_same_shape_is_not_traced_again(named, device):
 
 
 def test_a_plan_made_inside_the_graph(device):
-    """From padded positions, as a model's forward makes it."""
+    """The plan comes from padded positions, like in a model's forward."""
     edit = make_edit(Case(65, 3, (6,), extra=8), device)
     hidden = edit.hidden.reshape(2, 7, 65)
 
@@ -129,7 +129,7 @@ def test_a_plan_made_inside_the_graph(device):
 
 @pytest.mark.parametrize("groups", [(9,), (4, 4), (4, 0, 5)], ids=["one", "equal", "ragged"])
 def test_a_compiled_call_makes_no_plan_and_copies_no_numbers(groups, device, monkeypatch):
-    """Each would be a launch, or a copy that the host waits for, in every layer and direction."""
+    """Each would cost a launch, or a copy that the host waits for, in every layer and direction."""
     edit = make_edit(Case(65, 3, groups), device)
     targets = []
 
@@ -189,7 +189,7 @@ def operator_arguments(device, activation, rank):
 
 @pytest.mark.parametrize("activation", [None, "gelu"], ids=["linear", "gelu"])
 @pytest.mark.parametrize("saves", [True, False], ids=["saves", "saves-nothing"])
-def test_the_forward_operator_keeps_its_promises(activation, saves, device):
+def test_the_forward_operator_matches_its_schema(activation, saves, device):
     edit, plan, subtract = operator_arguments(device, activation, 3)
     parameters = (edit.encode, edit.bias, edit.decode)
     tables = (None, None)
@@ -203,7 +203,7 @@ def test_the_forward_operator_keeps_its_promises(activation, saves, device):
 @pytest.mark.parametrize(
     "wants", [(True,) * 4, (False, True, False, True), (True, False, False, False)]
 )
-def test_the_backward_operator_keeps_its_promises(activation, wants, device):
+def test_the_backward_operator_matches_its_schema(activation, wants, device):
     edit, plan, subtract = operator_arguments(device, activation, 3)
     forward = torch.ops.reft_kernels.edit_forward
     parameters = (edit.encode, edit.bias, edit.decode)

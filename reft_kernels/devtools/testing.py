@@ -1,12 +1,13 @@
-"""What tests and benchmarks share: cases, error budgets, poisoned memory, and which path ran.
+"""Shared parts of tests and benchmarks: cases, error budgets, poisoned memory, counts of paths.
 
-A :class:`Case` names a shape, :func:`make_edit` turns it into tensors, :func:`run_edit` runs one
-forward and backward, and a :class:`Budget` says how far from float64 the result may lie. Tests and
-the gate of every benchmark judge with the same functions, on every device.
+A :class:`Case` describes a shape, :func:`make_edit` makes its tensors, :func:`run_edit` runs one
+forward and backward, and a :class:`Budget` limits the distance of the result from float64. Tests
+and the gate of every benchmark judge with the same functions, on every device.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,12 +22,13 @@ from torch import Tensor
 from reft_kernels.reference import lowrank_edit as _reference
 from reft_kernels.rows import RowPlan
 from reft_kernels.spec import FAMILY
-from reft_kernels.torch_path import compute_dtype
+from reft_kernels.torch_backend import compute_dtype
 
-#: Errors against float64 may be this many times those of eager PyTorch in the same dtypes …
+#: Allowed error against float64, as a multiple of the error of eager PyTorch in the same dtypes.
 FACTOR = 2.0
-#: … plus one rounding (half a step) to the coarser of hidden's and its own dtype, plus this many
-#: steps of the dtype of the sums: of few numbers, eager PyTorch may have been lucky with all.
+#: Allowed in addition: one rounding (half a step) to the coarser of hidden's and the tensor's own
+#: dtype, and this number of steps of the dtype of the sums. Eager PyTorch may by chance be exact
+#: for a few numbers.
 STEPS = 4.0
 
 PARAMETERS = ("encode", "bias", "decode")
@@ -39,17 +41,18 @@ class Case:
 
     Attributes:
         dim, rank: D and r.
-        groups: how many places each group has.
-        missing: which of them hold −1: "none", "some" (every third) or "all".
-        member: a row of ``FAMILY``.
+        groups: number of rows of each group, −1 included.
+        missing: which rows are −1: "none", "some" (every third) or "all".
+        member: name of a row of ``FAMILY``.
         activation: its name or None.
-        dtype: of hidden. parameters: of encode, bias and decode; None: float64 beside float64, else
+        dtype: dtype of hidden.
+        parameters: dtype of encode, bias and decode. None: float64 if hidden is float64, else
             float32.
-        layout: how hidden lies in memory. "contiguous", "sliced" (columns of a wider tensor) and
-            "transposed" are (N, D); "swapped" is (B, S, D) with a common stride for no two rows.
-        biased: whether there is a bias where the member could do without.
-        extra: rows of hidden that no place names.
-        seed: of the random numbers.
+        layout: memory layout of hidden. "contiguous", "sliced" (columns of a wider tensor) and
+            "transposed" are (N, D); "swapped" is (B, S, D), whose rows have no common stride.
+        biased: whether there is a bias, which some members need not have.
+        extra: number of rows of hidden outside the plan.
+        seed: seed of the random numbers.
     """
 
     dim: int
@@ -66,7 +69,7 @@ class Case:
     seed: int = 0
 
     def __str__(self) -> str:
-        """A readable id: what differs from the plainest case."""
+        """A readable id: shape and dtype, and the fields that differ from their defaults."""
         parts = [
             self.member,
             f"D{self.dim}",
@@ -89,10 +92,11 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """The tensors of a case, contiguous: ``layout`` is applied by :func:`run_edit`.
+    """The tensors of a case, contiguous: :func:`run_edit` applies ``layout``.
 
     Attributes:
-        hidden: (N, D), or (B, S, D) for "swapped". upstream: like it, the gradient of the output.
+        hidden: (N, D), or (B, S, D) for "swapped".
+        upstream: the gradient of the output, of the same shape.
         options: subtract and activation.
     """
 
@@ -106,7 +110,7 @@ class Edit:
     layout: str = "contiguous"
 
     def cast(self, dtype: torch.dtype) -> Edit:
-        """The same values with every float tensor in ``dtype``."""
+        """Return an edit with every float tensor converted to ``dtype``."""
         names = ("hidden", *PARAMETERS, "upstream")
         tensors: dict[str, Any] = {name: getattr(self, name) for name in names}
         changed: dict[str, Any] = {k: v if v is None else v.to(dtype) for k, v in tensors.items()}
@@ -114,12 +118,12 @@ class Edit:
 
     @property
     def live(self) -> Tensor:
-        """The rows that are edited, in ascending order."""
+        """The edited rows, in ascending order."""
         return self.plan.rows[self.plan.rows >= 0].sort().values
 
     @property
     def unnamed(self) -> Tensor:
-        """The rows that are not."""
+        """The rows outside the plan."""
         count = self.hidden.numel() // self.hidden.shape[-1]
         mask = torch.ones(count, dtype=torch.bool, device=self.hidden.device)
         return mask.index_fill_(0, self.live, False).nonzero().flatten()
@@ -127,14 +131,14 @@ class Edit:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """An output and its gradients by argument name; None where none was asked for."""
+    """An output and its gradients by argument name, None for those that were not requested."""
 
     out: Tensor
     grads: dict[str, Tensor | None]
 
 
 def make_edit(case: Case, device: torch.device | str = "cpu") -> Edit:
-    """Random tensors for a case, of sizes at which every term of the edit shows in the output."""
+    """Make random tensors for a case, scaled so that every term of the edit affects the output."""
     random = torch.Generator().manual_seed(case.seed)
     spec, (g, n) = FAMILY[case.member], (len(case.groups), sum(case.groups))
     dim, rank, total = case.dim, case.rank, n + case.extra
@@ -148,8 +152,9 @@ def make_edit(case: Case, device: torch.device | str = "cpu") -> Edit:
     rows = torch.randperm(total, generator=random)[:n]
     if case.missing != "none":
         rows[:: 3 if case.missing == "some" else 1] = -1
-    owners = torch.repeat_interleave(torch.arange(g), torch.tensor(case.groups, dtype=torch.int64))
-    plan = RowPlan.from_rows(rows, owners, g).to(device)
+    sizes = torch.tensor(case.groups, dtype=torch.int64)
+    groups = torch.repeat_interleave(torch.arange(g), sizes)
+    plan = RowPlan.from_rows(rows, groups, g).to(device)
     stack = (g,) if g > 1 else ()
     shape = (2, -(-total // 2), dim) if case.layout == "swapped" else (total, dim)
     return Edit(
@@ -157,7 +162,7 @@ def make_edit(case: Case, device: torch.device | str = "cpu") -> Edit:
         plan=plan,
         encode=normal(*stack, rank, dim, scale=dim**-0.5) if spec.has_encode else None,
         bias=normal(*stack, rank) if case.biased else None,
-        # R h is (D / r)^¼ times h, and so is Rᵀ R h: neither term drowns the other.
+        # The norm of R h, and of Rᵀ R h, is (D / r)^¼ times that of h: both terms count.
         decode=normal(*stack, rank, dim, scale=(dim * rank) ** -0.25),
         upstream=normal(*shape, dtype=dtype),
         options={"subtract": spec.subtract, "activation": case.activation},
@@ -172,11 +177,11 @@ def run_edit(
     wants: tuple[str, ...] = ("hidden", *PARAMETERS),
     **options: Any,
 ) -> Result:
-    """Forward and backward of ``function`` (``lowrank_edit`` or ``lowrank_edit_``).
+    """Run forward and backward of ``function`` (``lowrank_edit`` or ``lowrank_edit_``).
 
     Args:
         wants: arguments that require a gradient.
-        options: passed on beside subtract and activation, for example the backend.
+        options: further arguments, for example the backend.
 
     Returns:
         The output and the gradients, detached.
@@ -188,16 +193,16 @@ def run_edit(
     hidden = laid_out(leaves["hidden"], edit.layout)
     parameters = (leaves[name] for name in PARAMETERS)
     out = function(hidden, edit.plan, *parameters, **edit.options, **options)
-    asked = [name for name in wants if leaves[name] is not None]
+    inputs = {name: leaves[name] for name in wants if leaves[name] is not None}
     grads: dict[str, Tensor | None] = dict.fromkeys(leaves)
-    if asked:
-        found = torch.autograd.grad(out, [leaves[name] for name in asked], edit.upstream)
-        grads |= zip(asked, found, strict=True)
+    if inputs:
+        values = torch.autograd.grad(out, list(inputs.values()), edit.upstream)
+        grads |= zip(inputs, values, strict=True)
     return Result(out.detach(), grads)
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
-    """A copy of ``values`` in another memory layout; gradients pass."""
+    """Copy ``values`` into another memory layout, differentiably."""
     if layout == "sliced":
         return torch.nn.functional.pad(values, (3, 4), value=float("nan"))[..., 3:-4]
     if layout == "transposed":
@@ -209,7 +214,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How far from float64 each tensor of an edit may lie.
+    """The allowed distance of each tensor of an edit from float64.
 
     Attributes:
         exact: the result of the reference in float64.
@@ -224,37 +229,35 @@ class Budget:
         """Compare a result; rows outside the plan must agree bit for bit.
 
         Raises:
-            AssertionError: naming the tensor, its error and what was allowed.
+            AssertionError: names the tensor, its error and the allowed error.
         """
         edit = self.edit
-        flat = self.exact.out.shape[-1]
-        untouched = edit.unnamed
-        for name, actual, given in (
+        dim = self.exact.out.shape[-1]
+        for name, actual, source in (
             ("out", result.out, edit.hidden),
             ("hidden", result.grads["hidden"], edit.upstream),
         ):
             if actual is not None:
-                rows = (t.reshape(-1, flat)[untouched] for t in (actual, given))
+                rows = (tensor.reshape(-1, dim)[edit.unnamed] for tensor in (actual, source))
                 assert same_bits(*rows), f"{name}: a row outside the plan changed"
         for name, exact in _compared(edit, self.exact).items():
             actual = _compared(edit, result)[name]
             if actual is None:
                 continue
             assert exact is not None
-            assert actual.dtype == _stored(edit, name), f"{name} has dtype {actual.dtype}"
-            found, allowed = relative_error(actual, exact), self.allowed[name]
-            within = all(f <= a for f, a in zip(found, allowed, strict=True))
-            assert within, (
-                f"{name}: error (norm, max) {found[0]:.3g}, {found[1]:.3g} against float64, "
+            assert actual.dtype == _dtype_of(edit, name), f"{name} has dtype {actual.dtype}"
+            error, allowed = relative_error(actual, exact), self.allowed[name]
+            assert error[0] <= allowed[0] and error[1] <= allowed[1], (
+                f"{name}: error (norm, max) {error[0]:.3g}, {error[1]:.3g} against float64, "
                 f"allowed {allowed[0]:.3g}, {allowed[1]:.3g}"
             )
 
 
 def budget(edit: Edit) -> Budget:
-    """The budget of an edit: ``FACTOR`` times the error of the reference as eager PyTorch has it
-    in the edit's own dtypes, plus a few rounding steps.
+    """Compute the budget of an edit: ``FACTOR`` times the error of the reference in the edit's own
+    dtypes, plus a few rounding steps.
 
-    float64 is allowed what float32 needs, scaled down by the ratio of their steps.
+    The budget of float64 is that of float32, scaled down by the ratio of their steps.
     """
     exact = run_edit(_reference, edit.cast(torch.float64))
     if edit.hidden.dtype is torch.float64:
@@ -266,12 +269,12 @@ def budget(edit: Edit) -> Budget:
         scale = _step(torch.float64) / _step(torch.float32)
     else:
         judged, eager, scale = exact, run_edit(_reference, edit), 1.0
-    names, found = _compared(edit, judged), _compared(edit, eager)
+    expected, actual = _compared(edit, judged), _compared(edit, eager)
     allowed = {}
-    for name, value in names.items():
-        other = found[name]
+    for name, value in expected.items():
+        other = actual[name]
         if value is not None and other is not None:
-            storage = max(_step(edit.hidden.dtype), _step(_stored(edit, name)))
+            storage = max(_step(edit.hidden.dtype), _step(_dtype_of(edit, name)))
             steps = storage / 2 + STEPS * _step(compute_dtype(edit.hidden, edit.decode))
             rms, peak = relative_error(other, value)
             allowed[name] = (FACTOR * scale * rms + steps, FACTOR * scale * peak + steps)
@@ -279,14 +282,16 @@ def budget(edit: Edit) -> Budget:
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> tuple[float, float]:
-    """‖actual − exact‖/‖exact‖ and max|actual − exact|/max|exact|; infinite for NaN, and for what
-    is not 0 where exact is."""
+    """Compute ‖actual − exact‖/‖exact‖ and max|actual − exact|/max|exact|.
+
+    Both are infinite for NaN, and if exact is 0 but actual is not.
+    """
     if exact.numel() == 0:
         return 0.0, 0.0
     difference, size = actual.double() - exact.double(), exact.double()
     pairs = ((difference.norm(), size.norm()), (difference.abs().max(), size.abs().max()))
-    found = [0.0 if float(d) == 0 else float(d / s) for d, s in pairs]
-    rms, peak = (e if e == e else float("inf") for e in found)
+    errors = [0.0 if float(error) == 0 else float(error / norm) for error, norm in pairs]
+    rms, peak = (float("inf") if math.isnan(error) else error for error in errors)
     return rms, peak
 
 
@@ -299,7 +304,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _compared(edit: Edit, result: Result) -> dict[str, Tensor | None]:
-    """Edited rows of the output and of dh, and the whole of the other gradients."""
+    """Return the edited rows of the output and of dh, and all of the other gradients."""
 
     def rows(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.reshape(-1, tensor.shape[-1])[edit.live]
@@ -308,7 +313,7 @@ def _compared(edit: Edit, result: Result) -> dict[str, Tensor | None]:
     return {"out": rows(result.out), **grads, "hidden": rows(grads["hidden"])}
 
 
-def _stored(edit: Edit, name: str) -> torch.dtype:
+def _dtype_of(edit: Edit, name: str) -> torch.dtype:
     return (edit.hidden if name in ("out", "hidden") else edit.decode).dtype
 
 
@@ -318,17 +323,17 @@ def _step(dtype: torch.dtype) -> float:
 
 @contextmanager
 def poisoned_memory(package: str = "reft_kernels") -> Iterator[None]:
-    """Memory that ``package`` asks for uninitialised holds NaN (integers: their smallest value): an
-    element that no kernel writes shows."""
+    """Fill uninitialised memory that ``package`` allocates with NaN (integers: their smallest
+    value), so that elements which no kernel writes are noticed."""
 
     def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def wrapper(*args: Any, **kwargs: Any) -> Tensor:
-            made = make(*args, **kwargs)
+            tensor = make(*args, **kwargs)
             caller = sys._getframe(1).f_globals.get("__name__", "")
             if caller.split(".")[0] == package and caller != __name__:
-                whole = made.is_floating_point() or made.is_complex()
-                made.fill_(float("nan") if whole else torch.iinfo(made.dtype).min)
-            return made
+                has_nan = tensor.is_floating_point() or tensor.is_complex()
+                tensor.fill_(float("nan") if has_nan else torch.iinfo(tensor.dtype).min)
+            return tensor
 
         return wrapper
 
@@ -342,9 +347,9 @@ def poisoned_memory(package: str = "reft_kernels") -> Iterator[None]:
 
 @contextmanager
 def count_paths() -> Iterator[Counter[str]]:
-    """Count what runs: "triton.<kernel>" per launch, "torch.edit_forward", "torch.edit_backward",
-    "reference.lowrank_edit". The part before the point is the backend."""
-    from reft_kernels import _triton, reference, torch_path
+    """Count the calls by path: "triton.<kernel>" per launch, "torch.edit_forward",
+    "torch.edit_backward", "reference.lowrank_edit". The part before the dot is the backend."""
+    from reft_kernels import _triton, reference, torch_backend
 
     counts: Counter[str] = Counter()
 
@@ -358,12 +363,12 @@ def count_paths() -> Iterator[Counter[str]]:
     patches: list[Any] = [
         mock.patch.object(module, name, counted(f"{label}.{name}", getattr(module, name)))
         for label, module, name in (
-            ("torch", torch_path, "edit_forward"),
-            ("torch", torch_path, "edit_backward"),
+            ("torch", torch_backend, "edit_forward"),
+            ("torch", torch_backend, "edit_backward"),
             ("reference", reference, "lowrank_edit"),
         )
     ]
-    if _triton.missing("cuda") is None:
+    if _triton.why_not("cuda") is None:
         from reft_kernels._triton import launch
 
         patches += [
@@ -378,7 +383,7 @@ def count_paths() -> Iterator[Counter[str]]:
 
 
 class _CountedKernel:
-    """A kernel that notes each ``kernel[grid](…)``."""
+    """A kernel that counts each ``kernel[grid](…)``."""
 
     def __init__(self, kernel: Any, name: str, counts: Counter[str]) -> None:
         self._kernel, self._name, self._counts = kernel, name, counts

@@ -1,4 +1,4 @@
-"""The apparatus that judges the kernels fails when it should."""
+"""The tools that judge the kernels fail when they should."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from reft_kernels import RowPlan, lowrank_edit
-from reft_kernels import testing as apparatus
-from reft_kernels.testing import (
+from reft_kernels.devtools import testing as apparatus
+from reft_kernels.devtools.testing import (
     Budget,
     Case,
     budget,
@@ -97,7 +97,7 @@ def test_same_bits_tells_zeros_and_nans_apart(device):
     assert not same_bits(zero, zero.double()) and not same_bits(zero, zero.expand(2))
 
 
-@pytest.mark.host("what is patched is PyTorch's, whatever the device")
+@pytest.mark.host("patches functions of PyTorch, independent of the device")
 def test_poison_reaches_the_named_package_only(monkeypatch):
     monkeypatch.setattr(torch, "empty", torch.zeros)
     monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
@@ -138,7 +138,7 @@ def test_every_path_is_counted(device):
     ],
     ids=["item", "nonzero", "mask", "unique", "bool"],
 )
-def test_waiting_for_the_device_is_noticed(wait, no_synchronisation, device):
+def test_waiting_for_the_device_is_detected(wait, no_synchronisation, device):
     values = torch.tensor([1, 2], device=device)
     with pytest.raises(AssertionError, match="wait"), no_synchronisation():
         wait(values)
@@ -152,7 +152,7 @@ def test_layouts_hold_the_values_they_were_given(layout, device):
     assert placed.is_contiguous() == (layout == "contiguous")
 
 
-def test_cases_cover_what_their_names_say(device):
+def test_a_case_makes_the_edit_that_its_name_describes(device):
     edit = make_edit(Case(64, 2, (3, 0, 4), missing="some", member="consreft"), device)
     assert edit.hidden.device.type == edit.plan.device.type == device.type
     assert edit.plan.offsets == (0, 3, 3, 7) and edit.encode is None and edit.options["subtract"]

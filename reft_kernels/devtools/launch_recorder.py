@@ -1,9 +1,10 @@
-"""A pytest plugin that writes down which kernel builds the tests ask for.
+"""A pytest plugin that records which kernel builds the tests request.
 
-``REFT_LAUNCHES=FILE pytest -p reft_kernels.launch_recorder tests/kernels`` runs the tests in the
-interpreter, and FILE gets one JSON object for each build that a GPU would have to compile: what
-Triton specialises a kernel on, and the test that asked for it first. :func:`replay` launches it.
-Tests that only a GPU runs are not run; of those with a ``case`` the case is written, and replayed.
+``REFT_LAUNCHES=FILE pytest -p reft_kernels.devtools.launch_recorder tests/kernels`` runs the tests
+in the interpreter. FILE gets one JSON object for each build that a GPU would have to compile: the
+values that Triton specialises a kernel on, and the first test that requested it. :func:`replay`
+launches it. Tests that only a GPU runs are skipped; if they have a ``case``, the case is written,
+and replayed.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reft_kernels.devtools.testing import PARAMETERS, Case, make_edit, run_edit
 from reft_kernels.functional import lowrank_edit
-from reft_kernels.testing import PARAMETERS, Case, make_edit, run_edit
 
-#: Triton tells numbers that are 1, multiples of 16, and others apart.
+#: Triton distinguishes the integer 1, multiples of 16, and other integers.
 _ONE, _SIXTEEN, _OTHER = 1, 16, 17
 
 
 class _RecordedKernel:
-    """A kernel that notes what each launch specialises it on."""
+    """A kernel that records the values that each launch specialises it on."""
 
     def __init__(self, name: str, kernel: Any, seen: dict[str, str]) -> None:
         self._name, self._kernel, self._seen = name, kernel, seen
@@ -40,7 +41,7 @@ class _RecordedKernel:
 
 
 def described(name: str, arguments: tuple[Any, ...], constants: dict[str, Any]) -> dict[str, Any]:
-    """A launch as far as it decides about the build: of tensors dtype and alignment."""
+    """Describe a launch by the values that determine its build: of tensors, dtype and alignment."""
     return {
         "kernel": name,
         "arguments": [
@@ -61,8 +62,10 @@ def described(name: str, arguments: tuple[Any, ...], constants: dict[str, Any]) 
 
 
 def replay(launch: dict[str, Any]) -> None:
-    """Launch what :func:`described` wrote, on tensors of a few elements, or a case: only for a
-    driver that launches nothing."""
+    """Launch a record of :func:`described` on tensors of a few elements, or run a case.
+
+    Only for a driver that launches nothing.
+    """
     import triton.language as tl
 
     from reft_kernels._triton import launch as launcher
@@ -75,11 +78,11 @@ def replay(launch: dict[str, Any]) -> None:
             run_edit(lowrank_edit, edit, wants=wants, backend="triton")
         return
     arguments: list[int | Tensor] = []
-    for given in launch["arguments"]:
-        if isinstance(given, int):
-            arguments.append(given)
+    for argument in launch["arguments"]:
+        if isinstance(argument, int):
+            arguments.append(argument)
         else:
-            dtype, aligned = given
+            dtype, aligned = argument
             memory = torch.empty(64, dtype=getattr(torch, dtype))
             arguments.append(memory if aligned else memory[1:])
     sums = {str(dtype): dtype for dtype in (tl.float32, tl.float64)}
@@ -88,10 +91,10 @@ def replay(launch: dict[str, Any]) -> None:
 
 
 def record() -> dict[str, str]:
-    """Put recorders in the places of the kernels.
+    """Replace the kernels by recorders.
 
     Returns:
-        a launch as JSON -> the test that asked for it first; filled as the kernels are launched.
+        A launch as JSON -> the first test that requested it; filled as the kernels are launched.
     """
     from reft_kernels._triton import launch
 
@@ -103,12 +106,12 @@ def record() -> dict[str, str]:
 
 
 def pytest_configure(config: Any) -> None:
-    """Record from here on."""
+    """Start recording."""
     config.launches = record()
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    """Note the cases of tests that are not run here."""
+    """Record the cases of tests that only a GPU runs."""
     for item in items:
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
         if isinstance(case, Case) and item.get_closest_marker("gpu"):
@@ -117,7 +120,7 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 
 def pytest_unconfigure(config: Any) -> None:
-    """Add what this process saw to the file."""
+    """Append the records of this process to the file."""
     if config.launches:
         with Path(os.environ["REFT_LAUNCHES"]).open("a", encoding="utf-8") as file:
             for launch, test in config.launches.items():

@@ -1,6 +1,6 @@
 """The kernels as opaque operators, for ``torch.compile`` only.
 
-In eager mode a registered operator costs more than the kernel it launches, so there the launcher is
+In eager mode a registered operator costs more than the kernel it launches, so the launcher is
 called directly. While compiling, Dynamo sees two operators with a schema and shapes, and no kernel.
 """
 
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reft_kernels import torch_path
+from reft_kernels import torch_backend
 from reft_kernels.rows import LaunchRows, RowPlan
+from reft_kernels.spec import EditWeights, SavedRows, Wanted
 
 
-def implementation(backend: str) -> Any:
-    """What has ``edit_forward`` and ``edit_backward`` for a chosen backend, "torch" or "triton"."""
-    if backend == "torch":
-        return torch_path
+def triton_implementation() -> Any:
+    """Return the object with ``edit_forward`` and ``edit_backward``: the operators while compiling,
+    else the launcher."""
     if torch.compiler.is_compiling():
         return _OPERATORS
     from reft_kernels._triton import launch
@@ -42,20 +42,16 @@ def _forward_op(
     subtract: bool,
     activation: str | None,
     save_rows: bool,
-    save_code: bool,
+    save_coeffs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from reft_kernels._triton import launch
 
     saved = launch.edit_forward(
         hidden,
         LaunchRows(rows, offsets, num_groups, largest_group, slots, scales),
-        encode,
-        bias,
-        decode,
-        subtract=subtract,
-        activation=activation,
+        EditWeights(encode, bias, decode, subtract, activation),
         save_rows=save_rows,
-        save_code=save_code,
+        save_coeffs=save_coeffs,
     )
     x, s, u = _filled(saved, hidden)
     return x, s, u
@@ -76,13 +72,13 @@ def _(
     subtract: bool,
     activation: str | None,
     save_rows: bool,
-    save_code: bool,
+    save_coeffs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, (rank, dim) = rows.shape[0], decode.shape[-2:]
-    compute = torch_path.compute_dtype(hidden, decode)
+    compute = torch_backend.compute_dtype(hidden, decode)
     return (
         hidden.new_empty((n, dim) if save_rows else 0),
-        hidden.new_empty((n, rank) if save_code else 0, dtype=compute),
+        hidden.new_empty((n, rank) if save_coeffs else 0, dtype=compute),
         hidden.new_empty((n, rank) if activation and slots is None else 0, dtype=compute),
     )
 
@@ -101,24 +97,19 @@ def _backward_op(
     u: Tensor | None,
     subtract: bool,
     activation: str | None,
-    wants: list[bool],
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from reft_kernels._triton import launch
 
     grads = launch.edit_backward(
         grad_out,
         LaunchRows(rows, offsets, num_groups, largest_group),
-        encode,
-        decode,
-        x,
-        s,
-        u,
-        subtract=subtract,
-        activation=activation,
-        wants=(wants[0], wants[1], wants[2], wants[3]),
+        EditWeights(encode, None, decode, subtract, activation),
+        SavedRows(x, s, u),
+        Wanted(*wanted),
     )
     d_hidden, d_encode, d_bias, d_decode = _filled(grads, decode)
-    # The launcher's lie together in memory; results of an operator may not.
+    # The launcher's gradients share memory; results of an operator may not.
     return d_hidden, d_encode.clone(), d_bias.clone(), d_decode.clone()
 
 
@@ -136,28 +127,24 @@ def _(
     u: Tensor | None,
     subtract: bool,
     activation: str | None,
-    wants: list[bool],
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        grad_out.new_empty(grad_out.shape if wants[0] else 0),
-        decode.new_empty(decode.shape if wants[1] else 0),
-        decode.new_empty(decode.shape[:2] if wants[2] else 0),
-        decode.new_empty(decode.shape if wants[3] else 0),
+        grad_out.new_empty(grad_out.shape if wanted[0] else 0),
+        decode.new_empty(decode.shape if wanted[1] else 0),
+        decode.new_empty(decode.shape[:2] if wanted[2] else 0),
+        decode.new_empty(decode.shape if wanted[3] else 0),
     )
 
 
 def _forward(
     hidden: Tensor,
     plan: RowPlan,
-    encode: Tensor | None,
-    bias: Tensor | None,
-    decode: Tensor,
+    weights: EditWeights,
     *,
-    subtract: bool,
-    activation: str | None,
     save_rows: bool,
-    save_code: bool,
-) -> tuple[Tensor | None, ...]:
+    save_coeffs: bool,
+) -> SavedRows:
     saved = torch.ops.reft_kernels.edit_forward(
         hidden,
         plan.rows,
@@ -166,29 +153,21 @@ def _forward(
         plan.largest_group,
         plan.slots,
         plan.scales,
-        encode,
-        bias,
-        decode,
-        subtract,
-        activation,
+        *weights,
         save_rows,
-        save_code,
+        save_coeffs,
     )
-    return _chosen(saved, (save_rows, save_code, bool(activation) and plan.slots is None))
+    save_argument = bool(weights.activation) and plan.slots is None
+    return SavedRows(*_selected(saved, (save_rows, save_coeffs, save_argument)))
 
 
 def _backward(
     grad_out: Tensor,
     plan: RowPlan,
-    encode: Tensor | None,
-    decode: Tensor,
-    x: Tensor | None,
-    s: Tensor | None,
-    u: Tensor | None,
+    weights: EditWeights,
+    saved: SavedRows,
+    wanted: Wanted,
     *,
-    subtract: bool,
-    activation: str | None,
-    wants: tuple[bool, bool, bool, bool],
     overwrite: bool = False,
 ) -> tuple[Tensor | None, ...]:
     # Never in place here: inductor lets the clones of a mutated argument share memory.
@@ -199,26 +178,24 @@ def _backward(
         plan.device_offsets,
         plan.num_groups,
         plan.largest_group,
-        encode,
-        decode,
-        x,
-        s,
-        u,
-        subtract,
-        activation,
-        list(wants),
+        weights.encode,
+        weights.decode,
+        *saved,
+        weights.subtract,
+        weights.activation,
+        list(wanted),
     )
-    return _chosen(grads, wants)
+    return _selected(grads, wanted)
 
 
 def _filled(values: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
-    """None as an empty tensor: the schema of an operator has no optional results."""
+    """Replace None by an empty tensor: the schema of an operator has no optional results."""
     return tuple(like.new_empty(0) if value is None else value for value in values)
 
 
-def _chosen(values: tuple[Tensor, ...], asked: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """The results that were asked for, None for the others."""
-    return tuple(value if wanted else None for value, wanted in zip(values, asked, strict=True))
+def _selected(values: tuple[Tensor, ...], requested: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """Replace the results that were not requested by None."""
+    return tuple(value if want else None for value, want in zip(values, requested, strict=True))
 
 
 _OPERATORS = SimpleNamespace(edit_forward=_forward, edit_backward=_backward)

@@ -1,7 +1,7 @@
-"""Derivatives of derivatives are right in every backend, whatever an edit saved.
+"""Derivatives of derivatives are right in every backend, whichever tensors an edit saved.
 
-Truths: finite differences of the first derivatives, and autograd's own derivatives of the
-reference, which is nothing but PyTorch.
+They are compared with finite differences of the first derivatives, and with autograd's own
+derivatives of the reference, which consists of PyTorch operators.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from reft_kernels import FAMILY, lowrank_edit, lowrank_edit_
 from reft_kernels.activations import ACTIVATIONS
-from reft_kernels.testing import relative_error, same_bits
+from reft_kernels.devtools.testing import relative_error, same_bits
 
-#: What requires a gradient decides what is saved.
+#: Inputs that require a gradient; they determine which tensors are saved.
 LIVE = [NAMES, ("hidden",), ("encode",), ("bias",), ("decode",), ("hidden", "decode")]
 
 
@@ -46,8 +46,8 @@ def test_second_derivatives_agree_with_finite_differences(
 @pytest.mark.parametrize("member", FAMILY)
 @backends
 def test_three_orders_are_those_of_the_reference(backend, member, activation, device):
-    """Whatever is saved and whatever is not, in place or not, of a straight and of a curved loss,
-    from ungrouped and from grouped parameters."""
+    """For every choice of saved tensors, in place and out of place, for linear and curved losses,
+    with ungrouped and grouped parameters."""
     for groups in ((4,), (3, 0, 2)):
         edit = small(device, groups=groups, member=member, activation=activation)
         for live in LIVE[:2] if backend == "triton" else LIVE:
@@ -55,13 +55,13 @@ def test_three_orders_are_those_of_the_reference(backend, member, activation, de
                 continue
             for curved in (True, False):
                 expected = derivatives(edit, live, "reference", 3, curved=curved)
-                found = derivatives(edit, live, backend, 3, inplace=curved, curved=curved)
-                agree(found, expected)
+                computed = derivatives(edit, live, backend, 3, inplace=curved, curved=curved)
+                agree(computed, expected)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backend", ["torch"])
-def test_every_activation_is_bent_as_pytorch_bends_it(backend, activation, device):
+def test_second_derivatives_of_every_activation(backend, activation, device):
     edit = small(device, activation=activation)
     agree(derivatives(edit, NAMES, backend, 2), derivatives(edit, NAMES, "reference", 2))
 
@@ -73,16 +73,16 @@ def test_half_precision_loses_no_more_than_the_reference_does(backend, dtype, la
     edit = small(device, activation="tanh", dtype=dtype, layout=layout)
     exact = derivatives(edit.cast(torch.float64), NAMES, "reference", 2)
     eager = derivatives(edit, NAMES, "reference", 2)
-    found = derivatives(edit, NAMES, backend, 2)
+    computed = derivatives(edit, NAMES, backend, 2)
     step = torch.finfo(dtype).eps
-    for got, other, wanted in zip(found, eager, exact, strict=True):
+    for got, other, wanted in zip(computed, eager, exact, strict=True):
         assert got.dtype == other.dtype
         assert relative_error(got, wanted)[0] <= 3 * relative_error(other, wanted)[0] + 8 * step
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_rows_that_nobody_edits_may_be_nan(backend, device):
-    """A −1 borrows a row of memory, and no number of it."""
+def test_unedited_rows_may_be_nan(backend, device):
+    """A −1 borrows a row of memory, but not its values."""
     edit = small(device, dtype=torch.float32, activation="tanh")
 
     def second(hidden):
@@ -98,7 +98,7 @@ def test_rows_that_nobody_edits_may_be_nan(backend, device):
 
 @backends
 def test_views_are_edited_in_place(backend, device):
-    """Autograd writes no view by a Function of several results; its own copy does."""
+    """A Function with several results may not write into a view, so the result is copied there."""
     edit = small(device)
 
     def whole(function):
@@ -112,8 +112,10 @@ def test_views_are_edited_in_place(backend, device):
         return first.detach(), *torch.autograd.grad(first.square().sum(), leaf)
 
     rest = (edit.plan, edit.encode, edit.bias, edit.decode)
-    found = whole(lambda part: lowrank_edit_(part, *rest, **edit.options, backend=backend))
-    agree(found, whole(lambda part: lowrank_edit(part, *rest, **edit.options, backend="reference")))
+    computed = whole(lambda part: lowrank_edit_(part, *rest, **edit.options, backend=backend))
+    agree(
+        computed, whole(lambda part: lowrank_edit(part, *rest, **edit.options, backend="reference"))
+    )
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -132,7 +134,7 @@ def test_gradients_with_a_graph_are_those_without(backend, device):
 
 @backends
 def test_a_residual_stream_edited_in_place(backend, device):
-    """Where gradients without a graph are overwritten (test_ownership), those with one are kept."""
+    """Gradients without a graph are overwritten (test_grad_reuse); those with a graph are not."""
     edit = small(device, groups=(4,), activation="tanh")
 
     def second(inplace, backend):
@@ -172,13 +174,13 @@ def test_blocks_that_are_run_again_in_backward(backend, device):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_what_is_saved_goes_with_the_graph(backend, device):
-    """Results that are saved hold on to no graph: it is gone when the last result is, not when
-    Python collects cycles."""
+def test_saved_tensors_are_freed_with_the_graph(backend, device):
+    """Saved results keep no graph alive: it is freed with the last result, without a collection of
+    Python's cycles."""
 
     class Kept:
         def __init__(self, tensor):
-            self.tensor = tensor.detach()  # what is packed as it came is a cycle, of exp as well
+            self.tensor = tensor.detach()  # packing the tensor itself makes a cycle, also for exp
 
     edit, held = small(device, dtype=torch.float32, activation="gelu"), []
 

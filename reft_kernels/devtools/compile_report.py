@@ -1,7 +1,7 @@
-"""Compile the kernels without a GPU and read what they would occupy on one.
+"""Compile the kernels without a GPU and report the resources that they would occupy.
 
-``triton.compile`` needs only a target's name. For NVIDIA the cubin is then read by Triton's own
-``cuobjdump`` and ``nvdisasm``, for AMD the resources stand in the assembly.
+``triton.compile`` needs only a target's name. NVIDIA's cubin is read with Triton's own
+``cuobjdump`` and ``nvdisasm``; AMD's assembly lists the resources.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import torch
 from reft_kernels import _triton
 
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-#: Rows of the largest group: f7+l7 times a batch of 32, and every row of 16 × 512.
+#: Numbers of rows of the largest group: f7+l7 times a batch of 32, and every row of 16 × 512.
 ROWS = (448, 8192)
-#: Backend, architecture and threads a warp of every target, by the name that users type.
+#: Backend, architecture and threads per warp of every target, by the name that users type.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     "cuda:80": ("cuda", 80, 32),
     "cuda:90": ("cuda", 90, 32),
     "cuda:100": ("cuda", 100, 32),
     "hip:gfx942": ("hip", "gfx942", 64),
 }
-#: Arguments of the kernels that are numbers at run time, beside strides of rows.
+#: Integer arguments of the kernels at run time, in addition to strides of rows.
 _INTEGERS = ("loop_end", "rank_end", "split_stride", "group_size")
-KERNELS = ("edit_rows", "edit_codes_grad", "edit_columns_grad")
+KERNELS = ("edit_rows", "edit_rows_grad", "edit_params_grad")
 VARIANTS = ("linear", "gelu")
 
 
@@ -41,10 +41,9 @@ class Build:
     """One kernel build: everything that is compiled into it.
 
     Attributes:
-        kernel: "edit_rows", "edit_codes_grad" or "edit_columns_grad".
-        variant: "linear" (the folded edit) or "gelu" (activation with the subtraction beside it,
-            the largest).
-        num_rows: n of the largest group, which the launch settings go by.
+        kernel: "edit_rows", "edit_rows_grad" or "edit_params_grad".
+        variant: "linear" (the folded edit) or "gelu" (activation and subtraction, the largest).
+        num_rows: n of the largest group, which the launch settings depend on.
     """
 
     kernel: str
@@ -57,17 +56,17 @@ class Build:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a build occupies.
+    """The resources that a build occupies.
 
     Attributes:
-        registers: a thread (AMD: vector registers, accumulation registers included).
-        shared: bytes of shared memory a block.
-        stack: bytes of local (AMD: scratch) memory a thread.
-        spills: bytes of registers a thread writes there for want of registers.
-        scalar_spills: bytes of AMD's scalar registers a wavefront parks in lanes of vector
-            registers, which touches no memory; 0 on NVIDIA.
-        register_wgmma: instructions of Hopper's wgmma whose left operand lies in registers, which
-            triton before 3.7 and ptxas before CUDA 13.3 may overwrite too early.
+        registers: registers per thread (AMD: vector and accumulation registers).
+        shared: bytes of shared memory per block.
+        stack: bytes of local (AMD: scratch) memory per thread.
+        spills: bytes of registers that a thread spills to local memory.
+        scalar_spills: bytes of AMD's scalar registers that a wavefront spills to lanes of vector
+            registers, without memory traffic; 0 on NVIDIA.
+        register_wgmma: number of Hopper's wgmma instructions with their left operand in registers,
+            which triton before 3.7 and ptxas before CUDA 13.3 may overwrite too early.
     """
 
     registers: int
@@ -87,7 +86,7 @@ def builds(
     dtypes: tuple[torch.dtype, ...],
     num_rows: tuple[int, ...] = ROWS,
 ) -> Iterator[Build]:
-    """Every build of a matrix of shapes: three kernels, two variants each."""
+    """List every build of a matrix of shapes: three kernels, two variants each."""
     for parts in itertools.product(KERNELS, VARIANTS, dims, ranks, dtypes, num_rows):
         yield Build(*parts)
 
@@ -132,28 +131,29 @@ def compile_build(build: Build, target: str) -> Resources:
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     if backend == "cuda":
-        found = _nvidia_resources(compiled.asm["cubin"], compiled.metadata.shared)
-        return replace(found, register_wgmma=register_wgmma(compiled.asm["ptx"]))
+        resources = _nvidia_resources(compiled.asm["cubin"], compiled.metadata.shared)
+        return replace(resources, register_wgmma=register_wgmma(compiled.asm["ptx"]))
     return _amd_resources(compiled.asm["amdgcn"], compiled.metadata.shared)
 
 
 def _source(
     build: Build, target: str
 ) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
-    """The kernel of a build, its signature, constants and options, as ``launch`` passes them."""
+    """Return the kernel of a build, its signature, constants and options, equal to those that
+    ``launch`` passes."""
     import triton.language as tl
 
-    from reft_kernels._triton.backward import edit_codes_grad_kernel, edit_columns_grad_kernel
+    from reft_kernels._triton.backward import edit_params_grad_kernel, edit_rows_grad_kernel
     from reft_kernels._triton.configs import choose
     from reft_kernels._triton.forward import edit_rows_kernel
 
     kernel = {
         "edit_rows": edit_rows_kernel,
-        "edit_codes_grad": edit_codes_grad_kernel,
-        "edit_columns_grad": edit_columns_grad_kernel,
+        "edit_rows_grad": edit_rows_grad_kernel,
+        "edit_params_grad": edit_params_grad_kernel,
     }[build.kernel]
     config = choose(
-        "columns" if build.kernel == "edit_columns_grad" else "rows",
+        "params" if build.kernel == "edit_params_grad" else "rows",
         dim=build.dim,
         rank=build.rank,
         num_rows=build.num_rows,
@@ -198,24 +198,28 @@ def _nvidia_resources(cubin: bytes, shared: int) -> Resources:
         file.write(cubin)
         file.flush()
         listing = _nvidia_tool("cuobjdump", "-res-usage", file.name)
-        found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
-        stack = found["STACK"] + found["LOCAL"]
-        # No local memory, no spill. Otherwise count the stores, which is what ptxas reports too:
-        # the stack is rounded up to eight bytes.
+        usage = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
+        stack = usage["STACK"] + usage["LOCAL"]
+        # Without local memory there is no spill. Otherwise count the stores, like ptxas: the stack
+        # itself is rounded up to eight bytes.
         spills = stored_bytes(_nvidia_tool("nvdisasm", "-c", file.name)) if stack else 0
-    return Resources(found["REG"], shared, stack, spills)
+    return Resources(usage["REG"], shared, stack, spills)
 
 
 def stored_bytes(sass: str) -> int:
-    """Bytes a thread writes to local memory in NVIDIA's assembly, every store counted once. Kernels
-    here declare no local arrays, so these are spilled registers."""
+    """Count the bytes that a thread writes to local memory in NVIDIA's assembly, each store once.
+
+    The kernels declare no local arrays, so these are spilled registers.
+    """
     widths = re.findall(r"\bSTL(?:\.(?!\d|U\d|S\d)\w+)*(?:\.[US]?(\d+))?", sass)
     return sum(int(width or 32) // 8 for width in widths)
 
 
 def register_wgmma(ptx: str) -> int:
-    """How many wgmma instructions take their left operand from registers: a second list in braces,
-    where one in shared memory is a single descriptor."""
+    """Count the wgmma instructions that take their left operand from registers.
+
+    In PTX such an operand is a second list in braces; in shared memory it is one descriptor.
+    """
     return len(re.findall(r"wgmma\.mma_async[^;]*?\},\s*\{[^;]*;", ptx))
 
 

@@ -1,11 +1,11 @@
-"""A Triton driver that launches nothing: kernels are compiled for a named GPU that is not there.
+"""A Triton driver that launches nothing: kernels are compiled for a named GPU without having it.
 
-CPU tensors pose as those of the GPU, so that the library's own launcher runs as it is: it chooses
-settings, and Triton specialises and compiles. What is counted are builds, with the seconds of each,
-and launches, with the device that was current. Results are whatever memory held.
+CPU tensors stand for those of the GPU, so the library's own launcher runs unchanged: it chooses
+settings, and Triton specialises and compiles. The driver records builds, with the seconds of each,
+and launches, with the device that was current. Results are arbitrary memory.
 
 Compiled and interpreted kernels cannot live in one process: TRITON_INTERPRET must be unset before
-anything imports the kernels. Nor can a process that used this driver launch anything for real.
+anything imports the kernels. A process that used this driver cannot launch kernels afterwards.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 
 from reft_kernels import _triton, dispatch, functional
-from reft_kernels.offline import TARGETS, check_target, register_wgmma
+from reft_kernels.devtools.compile_report import TARGETS, check_target, register_wgmma
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,13 @@ class Launch:
 
 @dataclass(slots=True)
 class Journal:
-    """What a driver was asked for.
+    """The records of a driver.
 
     Attributes:
         builds: name of the kernel and CPU seconds of each build that was not in Triton's cache.
-        register_wgmma: kernels with a wgmma whose left operand is in registers, see ``offline``.
-        launches: in their order.
+        register_wgmma: kernels with a wgmma whose left operand is in registers, see
+            ``compile_report``.
+        launches: the launches, in order.
     """
 
     builds: list[tuple[str, float]] = field(default_factory=list)
@@ -48,7 +49,7 @@ class Journal:
 
 
 class _Device:
-    """What Triton asks a device about: an H100's limits, and a binary that is never loaded."""
+    """The properties of a device: an H100's limits, and a binary that is never loaded."""
 
     @staticmethod
     def load_binary(name: str, kernel: bytes, shared: int, device: int) -> tuple[int, ...]:
@@ -69,14 +70,14 @@ class _Device:
 
 
 class StubDriver:
-    """Triton's driver interface for ``target``; notes launches in ``journal``."""
+    """Triton's driver interface for ``target``; records launches in ``journal``."""
 
     def __init__(self, target: str, journal: Journal) -> None:
         self._target, self._journal = target, journal
         self.utils = _Device()
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """A launcher that notes the launch."""
+        """Return a launcher that records the launch."""
 
         def launch(x: int, y: int, z: int, *rest: object) -> None:
             name = getattr(metadata, "name", str(source))
@@ -85,7 +86,7 @@ class StubDriver:
         return launch
 
     def get_current_device(self) -> int:
-        """The current device of PyTorch, as Triton asks for it; 0 without CUDA."""
+        """Return PyTorch's current device, like Triton's own driver; 0 without CUDA."""
         return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
     def get_current_stream(self, device: int) -> int:
@@ -106,11 +107,11 @@ class StubDriver:
 
 @contextmanager
 def launching_nothing(target: str = "cuda:90", device_name: str = "") -> Iterator[Journal]:
-    """Within the block edits of CPU tensors go to the kernels, compiled for ``target``.
+    """Send edits of CPU tensors within the block to the kernels, compiled for ``target``.
 
     Args:
-        target: an NVIDIA target of ``reft_kernels.offline``.
-        device_name: the device whose measured launch settings are taken; empty for none.
+        target: an NVIDIA target of ``reft_kernels.devtools.compile_report``.
+        device_name: the device whose measured launch settings are used; empty for none.
 
     Raises:
         ValueError: an unknown target, or none of NVIDIA's.
@@ -118,7 +119,7 @@ def launching_nothing(target: str = "cuda:90", device_name: str = "") -> Iterato
     """
     check_target(target)
     if not target.startswith("cuda"):
-        raise ValueError(f"target must be one of NVIDIA's, got {target!r}")
+        raise ValueError(f"target must be an NVIDIA target, cuda:…; got {target!r}")
     from triton import knobs
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -146,7 +147,7 @@ def launching_nothing(target: str = "cuda:90", device_name: str = "") -> Iterato
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(driver, "_active", StubDriver(target, journal)))
         for patch in (
-            mock.patch.object(_triton, "missing", lambda device_type: None),
+            mock.patch.object(_triton, "why_not", lambda device_type: None),
             mock.patch.object(functional, "choose", _triton_unless_named),
             mock.patch.object(launch, "target_of", lambda device: target),
             mock.patch.object(launch, "device_name", lambda device: device_name),
@@ -158,13 +159,13 @@ def launching_nothing(target: str = "cuda:90", device_name: str = "") -> Iterato
 
 
 def _triton_unless_named(backend: str, *arguments: Any) -> dispatch.Choice:
-    """The choice of a GPU: "auto" takes the kernels where they can do the edit."""
-    if backend == "auto" and dispatch.triton_obstacle(*arguments) is None:
-        return dispatch.Choice("triton", "the tensors pose as those of a GPU")
+    """Choose like on a GPU: "auto" uses the kernels if they can compute the edit."""
+    if backend == "auto" and dispatch.why_not_triton(*arguments) is None:
+        return dispatch.Choice("triton", "the tensors stand for those of a GPU")
     return dispatch.choose(backend, *arguments)
 
 
 def _cpu_seconds() -> float:
-    """CPU seconds of this process and of the assemblers that it ran."""
+    """Return the CPU seconds of this process and of the assemblers that it ran."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system

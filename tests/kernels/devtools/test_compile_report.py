@@ -1,7 +1,7 @@
-"""What builds occupy on GPUs that are not here, and the command that lists it.
+"""Resources of builds for GPUs that are not present, and the command that lists them.
 
-Compiled kernels and interpreted ones cannot live in one process, and the other tests interpret: the
-compiler runs in a process of its own.
+Compiled and interpreted kernels cannot live in one process, and the other tests interpret. So the
+compiler runs in a separate process.
 """
 
 from __future__ import annotations
@@ -21,65 +21,65 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from reft_kernels import offline
+from reft_kernels.devtools import compile_report
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"),
     pytest.mark.host("compiles for GPUs that are not here, by name"),
 ]
 
-ROOT = Path(__file__).parents[2]
-#: Some corners of the matrix, and the builds that needed their launch settings changed.
+ROOT = Path(__file__).parents[3]
+#: Corners of the matrix, and the builds for which the launch settings had to be changed.
 BUILDS = [
     ("cuda:80", "edit_rows", "linear", 8192, 1, "float32"),
     ("cuda:80", "edit_rows", "gelu", 4096, 64, "float32"),
-    ("cuda:80", "edit_codes_grad", "linear", 768, 2, "bfloat16"),
-    ("cuda:80", "edit_columns_grad", "gelu", 768, 4, "float32"),
-    ("cuda:80", "edit_columns_grad", "gelu", 768, 64, "float32"),
+    ("cuda:80", "edit_rows_grad", "linear", 768, 2, "bfloat16"),
+    ("cuda:80", "edit_params_grad", "gelu", 768, 4, "float32"),
+    ("cuda:80", "edit_params_grad", "gelu", 768, 64, "float32"),
     ("cuda:90", "edit_rows", "gelu", 768, 1, "bfloat16"),
     ("cuda:90", "edit_rows", "linear", 4096, 8, "float16"),
-    ("cuda:90", "edit_codes_grad", "gelu", 4096, 64, "float32"),
-    ("cuda:90", "edit_columns_grad", "gelu", 4096, 8, "bfloat16"),
-    ("cuda:90", "edit_columns_grad", "linear", 4096, 64, "bfloat16"),
+    ("cuda:90", "edit_rows_grad", "gelu", 4096, 64, "float32"),
+    ("cuda:90", "edit_params_grad", "gelu", 4096, 8, "bfloat16"),
+    ("cuda:90", "edit_params_grad", "linear", 4096, 64, "bfloat16"),
     ("cuda:100", "edit_rows", "linear", 4096, 64, "bfloat16"),
-    ("cuda:100", "edit_codes_grad", "gelu", 8192, 4, "float32"),
-    ("cuda:100", "edit_columns_grad", "linear", 768, 1, "float32"),
+    ("cuda:100", "edit_rows_grad", "gelu", 8192, 4, "float32"),
+    ("cuda:100", "edit_params_grad", "linear", 768, 1, "float32"),
     ("hip:gfx942", "edit_rows", "gelu", 4096, 8, "float32"),
-    ("hip:gfx942", "edit_codes_grad", "gelu", 4096, 64, "float32"),
-    ("hip:gfx942", "edit_columns_grad", "linear", 768, 1, "bfloat16"),
+    ("hip:gfx942", "edit_rows_grad", "gelu", 4096, 64, "float32"),
+    ("hip:gfx942", "edit_params_grad", "linear", 768, 1, "bfloat16"),
     ("cuda:80", "edit_rows", "gelu", 2048, 64, "float32", 8192),
     ("cuda:90", "edit_rows", "linear", 4096, 8, "bfloat16", 8192),
-    ("cuda:90", "edit_columns_grad", "gelu", 8192, 4, "float32", 8192),
+    ("cuda:90", "edit_params_grad", "gelu", 8192, 4, "float32", 8192),
     ("hip:gfx942", "edit_rows", "gelu", 4096, 8, "bfloat16", 8192),
-    ("cuda:90", "edit_columns_grad", "gelu", 4096, 128, "bfloat16"),
-    ("cuda:90", "edit_columns_grad", "gelu", 768, 200, "float32"),
-    ("cuda:90", "edit_columns_grad", "gelu", 4096, 256, "bfloat16", 8192),
+    ("cuda:90", "edit_params_grad", "gelu", 4096, 128, "bfloat16"),
+    ("cuda:90", "edit_params_grad", "gelu", 768, 200, "float32"),
+    ("cuda:90", "edit_params_grad", "gelu", 4096, 256, "bfloat16", 8192),
     ("cuda:90", "edit_rows", "gelu", 4096, 256, "float32"),
     ("cuda:90", "edit_rows", "gelu", 4096, 32, "bfloat16", 8192),
     ("cuda:90", "edit_rows", "linear", 2048, 64, "float16", 8192),
-    ("cuda:90", "edit_codes_grad", "linear", 4096, 8, "bfloat16", 8192),
-    ("cuda:90", "edit_codes_grad", "gelu", 4096, 64, "float16", 8192),
+    ("cuda:90", "edit_rows_grad", "linear", 4096, 8, "bfloat16", 8192),
+    ("cuda:90", "edit_rows_grad", "gelu", 4096, 64, "float16", 8192),
 ]
-#: Bytes that a release of Triton spills in a build of which others spill nothing.
+#: Bytes that one release of Triton spills in a build where others spill nothing.
 SPILLED = {("3.6", BUILDS[4]): 28}
-#: Settings under which the registers cannot do.
+#: Settings for which the registers are too few.
 STARVED = [
     (("cuda:90", "edit_rows", "gelu", 768, 64, "float32"), {"max_registers": 32}),
     (("hip:gfx942", "edit_rows", "linear", 768, 8, "float32"), {"rows": 32, "chunk": 512}),
 ]
-#: Settings that Triton makes a wgmma of, whose left operand lies in registers.
+#: Settings from which Triton makes a wgmma with its left operand in registers.
 WGMMA = (("cuda:90", "edit_rows", "linear", 4096, 8, "bfloat16", 8192), {"rows": 64, "chunk": 64})
 COMPILE = """
 import dataclasses, json, sys
 import torch
-from reft_kernels import offline
+from reft_kernels.devtools import compile_report
 from reft_kernels._triton import configs
 
 choose = configs.choose
 for (target, kernel, variant, dim, rank, dtype, *rows), changes in json.load(sys.stdin):
     configs.choose = lambda *a, **k: dataclasses.replace(choose(*a, **k), **changes)
-    build = offline.Build(kernel, variant, dim, rank, getattr(torch, dtype), *rows)
-    print(json.dumps(offline.compile_build(build, target).as_dict()))
+    build = compile_report.Build(kernel, variant, dim, rank, getattr(torch, dtype), *rows)
+    print(json.dumps(compile_report.compile_build(build, target).as_dict()))
 """
 
 
@@ -100,8 +100,8 @@ def uninterpreted(*arguments: str, stdin: str = "") -> subprocess.CompletedProce
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, int]]:
     """The resources of BUILDS, then of STARVED, then of WGMMA."""
-    asked = [(build, {}) for build in BUILDS] + STARVED + [WGMMA]
-    done = uninterpreted("-c", COMPILE, stdin=json.dumps(asked))
+    requests = [(build, {}) for build in BUILDS] + STARVED + [WGMMA]
+    done = uninterpreted("-c", COMPILE, stdin=json.dumps(requests))
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -109,12 +109,14 @@ def compiled() -> list[dict[str, int]]:
 @pytest.mark.slow
 def test_builds_fit(compiled: list[dict[str, int]]) -> None:
     release = ".".join(version("triton").split(".")[:2])
-    for build, found in zip(BUILDS, compiled[: len(BUILDS)], strict=True):
+    for build, resources in zip(BUILDS, compiled[: len(BUILDS)], strict=True):
         amd = build[0].startswith("hip")
-        assert max(found["spills"], found["stack"]) <= SPILLED.get((release, build), 0), build
-        assert found["scalar_spills"] == 0, (build, found)
-        assert 16 <= found["registers"] <= (512 if amd else 255), (build, found)
-        assert found["shared"] <= (64 if amd else 100) * 1024, (build, found)
+        assert max(resources["spills"], resources["stack"]) <= SPILLED.get((release, build), 0), (
+            build
+        )
+        assert resources["scalar_spills"] == 0, (build, resources)
+        assert 16 <= resources["registers"] <= (512 if amd else 255), (build, resources)
+        assert resources["shared"] <= (64 if amd else 100) * 1024, (build, resources)
 
 
 @pytest.mark.slow
@@ -130,8 +132,8 @@ def test_a_spill_is_seen(compiled: list[dict[str, int]]) -> None:
 @pytest.mark.slow
 def test_no_wgmma_has_an_operand_in_registers(compiled: list[dict[str, int]]) -> None:
     """Triton before 3.7 and ptxas before CUDA 13.3 may overwrite it while it is read."""
-    for build, found in zip(BUILDS, compiled[: len(BUILDS)], strict=True):
-        assert found["register_wgmma"] == 0, build
+    for build, resources in zip(BUILDS, compiled[: len(BUILDS)], strict=True):
+        assert resources["register_wgmma"] == 0, build
     assert compiled[-1]["register_wgmma"] > 0, "the pattern is no longer recognised"
 
 
@@ -144,7 +146,7 @@ def test_no_wgmma_has_an_operand_in_registers(compiled: list[dict[str, int]]) ->
     ],
 )
 def test_operands_of_wgmma_are_read_from_ptx(ptx: str, count: int) -> None:
-    assert offline.register_wgmma(ptx) == count
+    assert compile_report.register_wgmma(ptx) == count
 
 
 @pytest.mark.slow
@@ -191,11 +193,11 @@ def invoke(command: ModuleType, *arguments: str) -> Result:
         (["--dtypes", "fp8"], "--dtypes takes fp32, bf16, fp16, got 'fp8'"),
         (
             ["--kernels", "edit"],
-            "--kernels takes edit_rows, edit_codes_grad, edit_columns_grad, got",
+            "--kernels takes edit_rows, edit_rows_grad, edit_params_grad, got",
         ),
     ],
 )
-def test_a_bad_question_is_one_line(
+def test_a_bad_option_gives_a_one_line_error(
     command: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[str], named: str
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1" if named.startswith("TRITON") else "0")
@@ -209,14 +211,14 @@ def test_a_bad_question_is_one_line(
 def test_spills_and_failures_are_named(
     command: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def compile_build(build: offline.Build, target: str) -> offline.Resources:
+    def compile_build(build: compile_report.Build, target: str) -> compile_report.Resources:
         if build.rank == 4:
             raise RuntimeError("no such instruction\nand more")
         spilled = 8 if build.rank == 64 and build.variant == "gelu" else 0
-        return offline.Resources(200, 4096, spilled, spilled)
+        return compile_report.Resources(200, 4096, spilled, spilled)
 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(offline, "compile_build", compile_build)
+    monkeypatch.setattr(compile_report, "compile_build", compile_build)
     question = ("--target", "cuda:80", "--kernels", "edit_rows", "--dims", "768", "--jobs", "1")
     filters = (*question, "--dtypes", "fp16", "--rows", "448")
 
@@ -247,12 +249,12 @@ def test_spills_and_failures_are_named(
     ],
 )
 def test_bytes_stored_to_local_memory(sass: str, stored: int) -> None:
-    assert offline.stored_bytes(sass) == stored
+    assert compile_report.stored_bytes(sass) == stored
 
 
 def test_every_build_of_the_matrix_once() -> None:
     import torch
 
-    found = list(offline.builds((768, 4096), (1, 8, 64), (torch.float32, torch.bfloat16)))
-    assert len(found) == len(set(found)) == 3 * 2 * 2 * 3 * 2 * 2
-    assert {build.num_rows for build in found} == set(offline.ROWS)
+    builds = list(compile_report.builds((768, 4096), (1, 8, 64), (torch.float32, torch.bfloat16)))
+    assert len(builds) == len(set(builds)) == 3 * 2 * 2 * 3 * 2 * 2
+    assert {build.num_rows for build in builds} == set(compile_report.ROWS)

@@ -1,5 +1,4 @@
-"""What ``orthonormalize`` and ``reflector_base`` refuse: the message names the argument and its
-value."""
+"""Errors of ``orthonormalize`` and ``reflector_base`` name the argument and its value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An upstream gradient is overwritten when nobody else holds it, and never otherwise."""
+"""An upstream gradient is overwritten if nobody else holds it, and never otherwise."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.utils.checkpoint import checkpoint
 
-from reft_kernels import RowPlan, lowrank_edit_, ownership, torch_path
+from reft_kernels import RowPlan, grad_reuse, lowrank_edit_, torch_backend
 from reft_kernels._triton import launch
-from reft_kernels.testing import same_bits
+from reft_kernels.devtools.testing import same_bits
 
 DIM, RANK, ROWS = 24, 3, 10
 
 
 @pytest.fixture(autouse=True, params=["plain", "hooked"])
 def frames(request):
-    """Python as it is, and while a hook evaluates frames, as torch.compile's does for good after a
-    compilation that failed: every call then holds its arguments once more."""
+    """Run each test normally and while a hook evaluates frames, which adds a reference to the
+    arguments of every call. torch.compile leaves such a hook after a failed compilation."""
     if request.param == "plain":
         yield
         return
@@ -55,35 +55,35 @@ def edit(hidden, parameters, backend="torch"):
 
 @pytest.fixture
 def overwritten(monkeypatch):
-    """Whether each backward overwrote its gradient."""
-    said = []
+    """Record whether each backward overwrote its gradient."""
+    overwrites = []
 
     def noted(real):
         def edit_backward(*args, **kwargs):
-            said.append(kwargs["overwrite"])
+            overwrites.append(kwargs["overwrite"])
             return real(*args, **kwargs)
 
         return edit_backward
 
-    for module in (torch_path, launch):
+    for module in (torch_backend, launch):
         monkeypatch.setattr(module, "edit_backward", noted(module.edit_backward))
-    return said
+    return overwrites
 
 
 @pytest.fixture
 def never(monkeypatch):
-    """Gradients as they are if everything is copied."""
+    """Compute gradients with every upstream gradient copied."""
 
     def of(build, *leaves):
         with monkeypatch.context() as patch:
-            patch.setattr(ownership, "exclusive", lambda grad: False)
+            patch.setattr(grad_reuse, "exclusive", lambda grad: False)
             return torch.autograd.grad(build(), leaves)
 
     return of
 
 
 def check(build, leaves, never):
-    """The same gradients as from copies, bit for bit."""
+    """Compare the gradients with those from copies, bit for bit."""
     for got, wanted in zip(
         torch.autograd.grad(build(), leaves), never(build, *leaves), strict=True
     ):
@@ -147,15 +147,15 @@ def test_hook_on_the_node_sees_the_gradient_that_came(source, parameters, overwr
 
 def test_two_edits_that_get_one_gradient(source, parameters, overwritten, never):
     def build():
-        one, two = edit(source * 1.0, parameters), edit(source * 2.0, parameters)
-        both = one + two
+        first, second = edit(source * 1.0, parameters), edit(source * 2.0, parameters)
+        both = first + second
         return (both * 3.0 + both * 4.0).sum()
 
     check(build, [source, *parameters], never)
     assert not overwritten[0]
 
 
-def test_gradient_of_the_edited_hidden_itself_is_what_came(source, parameters):
+def test_gradient_of_the_edited_hidden_is_the_upstream_gradient(source, parameters):
     out = edit(source * 1.0, parameters)
     got, below = torch.autograd.grad((out * 2.0 + out * 3.0).sum(), [out, source])
     assert torch.equal(got, torch.full_like(out, 5.0))
@@ -203,7 +203,7 @@ def test_checkpointed_blocks(source, parameters, reentrant, never):
 
     got = gradients()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ownership, "exclusive", lambda grad: False)
+        patch.setattr(grad_reuse, "exclusive", lambda grad: False)
         wanted = gradients()
     assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True))
 
@@ -211,29 +211,31 @@ def test_checkpointed_blocks(source, parameters, reentrant, never):
 def test_two_threads(parameters, device):
     def gradient(seed):
         leaf = random_leaf((ROWS, DIM), seed, device)
-        frozen = [one.detach() for one in parameters]
+        frozen = [parameter.detach() for parameter in parameters]
         for _ in range(20):
             out = edit(leaf * 1.0, frozen)
             (grad,) = torch.autograd.grad((out * out + out).sum(), leaf)
         return grad
 
     alone = [gradient(seed) for seed in (1, 2)]
-    found = {}
+    grads = {}
     threads = [
-        threading.Thread(target=lambda s=seed: found.update({s: gradient(s)})) for seed in (1, 2)
+        threading.Thread(target=lambda s=seed: grads.update({s: gradient(s)})) for seed in (1, 2)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(same_bits(found[seed], alone[seed - 1]) for seed in (1, 2))
+    assert all(same_bits(grads[seed], alone[seed - 1]) for seed in (1, 2))
 
 
-def test_what_torch_does_not_tell_is_copied(source, parameters, monkeypatch, overwritten):
-    monkeypatch.setattr(ownership, "_alone", dict.fromkeys(range(10)))
-    assert not ownership.exclusive(torch.ones(2))
-    monkeypatch.setattr(ownership, "_facts", lambda grad: None)
-    assert not ownership.exclusive(torch.ones(2))
+def test_gradients_are_copied_without_reference_counts(
+    source, parameters, monkeypatch, overwritten
+):
+    monkeypatch.setattr(grad_reuse, "_unshared", dict.fromkeys(range(10)))
+    assert not grad_reuse.exclusive(torch.ones(2))
+    monkeypatch.setattr(grad_reuse, "_facts", lambda grad: None)
+    assert not grad_reuse.exclusive(torch.ones(2))
     loss = edit(source * 1.0, parameters).square().sum()
     assert torch.autograd.grad(loss, source)[0].shape == source.shape
 
@@ -242,19 +244,19 @@ def test_what_torch_does_not_tell_is_copied(source, parameters, monkeypatch, ove
 def test_calibration_waits_for_plain_tensors(monkeypatch):
     from torch._subclasses import FakeTensorMode
 
-    monkeypatch.setattr(ownership, "_alone", {})
+    monkeypatch.setattr(grad_reuse, "_unshared", {})
     with FakeTensorMode():
-        ownership.calibrate()
-    assert ownership._alone == {}
+        grad_reuse.calibrate()
+    assert grad_reuse._unshared == {}
     with torch.no_grad():
-        ownership.calibrate()
-    (facts,) = ownership._alone.values()
+        grad_reuse.calibrate()
+    (facts,) = grad_reuse._unshared.values()
     assert facts is not None
 
 
 AFTER_A_FAILURE = """
 import torch
-from reft_kernels import RowPlan, lowrank_edit_, torch_path
+from reft_kernels import RowPlan, lowrank_edit_, torch_backend
 
 def refused(x):
     raise ValueError
@@ -264,11 +266,11 @@ try:
 except Exception as error:
     print(type(error).__name__)
 
-real = torch_path.edit_backward
+real = torch_backend.edit_backward
 def noted(*args, **kwargs):
     print(kwargs["overwrite"])
     return real(*args, **kwargs)
-torch_path.edit_backward = noted
+torch_backend.edit_backward = noted
 
 leaf = torch.ones(4, 8).requires_grad_()
 parameters = [torch.ones(shape).requires_grad_() for shape in ((2, 8), (2,), (2, 8))]
@@ -281,7 +283,7 @@ for keeps in (False, True):
 """
 
 
-@pytest.mark.host("a process of its own; gradients of a GPU are handed over by the same code")
+@pytest.mark.host("a separate process; gradients of a GPU are handed over by the same code")
 @pytest.mark.parametrize("frames", ["plain"], indirect=True)
 def test_a_compilation_that_failed_changes_nothing():
     done = subprocess.run(

@@ -1,0 +1,1 @@
+"""Developer tools for tests and benchmarks. They are not in the wheel."""
