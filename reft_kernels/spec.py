@@ -16,26 +16,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class EditWeights(NamedTuple):
-    """The parameters of one edit, h' = h + Rᵀ(act(A h + b) − σ R h), and its two switches.
-
-    A named tuple: engines that shard parameters look for tensors in tuples that a module returns.
-
-    Attributes:
-        encode: A or W, (r, D) or (g, r, D); None if the edit has no learned projection.
-        bias: b, (r,) or (g, r); None for zero.
-        decode: R, (r, D) or (g, r, D).
-        subtract: σ = 1.
-        activation: name of the activation; None for the identity.
-    """
-
-    encode: Tensor | None
-    bias: Tensor | None
-    decode: Tensor
-    subtract: bool = False
-    activation: str | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class EditSpec:
     """One member of the family.

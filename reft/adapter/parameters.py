@@ -412,7 +412,7 @@ def _in_new_memory(value: Tensor, parameter: Tensor | None) -> Tensor:
 def _is_traced() -> bool:
     """Whether a cached value would hide a parameter from a tracer or a transform: a tangent changes
     neither the memory nor the version of a tensor."""
-    return torch.compiler.is_compiling() or transforms.active()
+    return torch.compiler.is_compiling() or within_transform()
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:
