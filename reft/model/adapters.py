@@ -1,4 +1,4 @@
-"""Adapters put on a model and taken off it: bank, heads and the hooks of their blocks."""
+"""Adding adapters to a model and removing them: parameters, ``modules_to_save`` and hooks."""
 
 from __future__ import annotations
 
@@ -34,10 +34,13 @@ def build(
     config: ReftConfig,
     generator: torch.Generator | None = None,
 ) -> tuple[AdapterParameters | MultiDeviceParameters, dict[str, nn.Module]]:
-    """The parts of an adapter, its bank and its heads; nothing on the model changes.
+    """Make an adapter without changing the model.
+
+    Returns:
+        Its parameters, and copies of its ``modules_to_save`` by path.
 
     Raises:
-        ValueError: a name or configuration that does not fit.
+        ValueError: a name or configuration that does not fit the model.
     """
     registry.check_new_name(name)
     blocks = registry.blocks
@@ -48,9 +51,9 @@ def build(
     with _originals(registry, base):
         paths = config.resolve_modules_to_save(_nameable(base))
         refuse_incomplete_modules(base, paths)
-        _refuse_edited_heads(registry, base, [(layer, config.component) for layer in layers], paths)
+        _refuse_edited_modules(registry, base, [(layer, config.component) for layer in layers], paths)
         refuse_untying(base, paths)
-        heads = copy_modules(base, paths)
+        modules = copy_modules(base, paths)
     devices = [block_device(blocks.blocks[layer]) for layer in layers]
     adapter: AdapterParameters | MultiDeviceParameters
     if len(set(devices)) == 1:
@@ -61,14 +64,14 @@ def build(
         adapter = MultiDeviceParameters(
             config, layers, blocks.dim, devices=devices, generator=generator
         )
-    return adapter, heads
+    return adapter, modules
 
 
 def with_both_ends(registry: AdapterRegistry, base: nn.Module, config: ReftConfig) -> ReftConfig:
-    """The configuration of a new adapter, whose ``modules_to_save`` name what is tied to them too.
+    """Add the modules that are tied to ``modules_to_save`` to the configuration.
 
     Raises:
-        ValueError: a module that is not there, or one that cannot stay tied.
+        ValueError: the model has no such module, or it cannot stay tied.
     """
     if not (config.modules_to_save or config.task_type):
         return config
@@ -78,7 +81,7 @@ def with_both_ends(registry: AdapterRegistry, base: nn.Module, config: ReftConfi
 
 @contextmanager
 def _originals(registry: AdapterRegistry, base: nn.Module) -> Iterator[None]:
-    """Inside, the base's own modules are in it."""
+    """Inside, the base has its original modules."""
     active = registry.modules_to_save.active
     registry.activate_modules(base, None)
     try:
@@ -89,29 +92,29 @@ def _originals(registry: AdapterRegistry, base: nn.Module) -> Iterator[None]:
 
 def _nameable(base: nn.Module) -> list[str]:
     """Paths of the modules that an adapter may train in full."""
-    others = (SUBMODULE, *peft_compat.trained_modules(base))
+    excluded = (SUBMODULE, *peft_compat.trained_modules(base))
     return [
         path
         for path, _ in base.named_modules(remove_duplicate=False)
-        if not any(f"{path}.".startswith(f"{other}.") for other in others)
+        if not any(f"{path}.".startswith(f"{prefix}.") for prefix in excluded)
     ]
 
 
-def _refuse_edited_heads(
+def _refuse_edited_modules(
     registry: AdapterRegistry, base: nn.Module, edited: Sequence[EditSite], paths: Sequence[str]
 ) -> None:
-    """A copy that stood for what is edited would not be: hooks are on the original.
+    """Refuse ``modules_to_save`` that contain an edited module: hooks are on the original only.
 
     Raises:
-        ValueError: modules that are trained in full contain what is edited.
+        ValueError: with the path of the module.
     """
-    inside = {registry.blocks.module(*site): site for site in edited}
+    edited_modules = {registry.blocks.module(*site): site for site in edited}
     for path in paths:
         for module in base.get_submodule(path).modules():
-            if module in inside:
-                layer, component = inside[module]
+            if module in edited_modules:
+                layer, component = edited_modules[module]
                 raise ValueError(
-                    f"ReftConfig.modules_to_save must not contain what is edited; {path} contains "
+                    f"ReftConfig.modules_to_save must not contain an edited module; {path} contains "
                     f"the {component} of block {layer}"
                 )
 
@@ -121,22 +124,22 @@ def attach(
     base: nn.Module,
     name: str,
     adapter: AdapterParameters | MultiDeviceParameters,
-    heads: Mapping[str, nn.Module],
+    modules: Mapping[str, nn.Module],
 ) -> None:
-    """Put an adapter on the model, frozen and not active."""
-    for module in (adapter, *heads.values()):
+    """Add an adapter to the model, frozen and not active."""
+    for module in (adapter, *modules.values()):
         module.requires_grad_(False).train(base.training)
     with registry.lock:
         registry.check_new_name(name)
         registry.adapters[name] = adapter
-        registry.modules_to_save.add(name, heads)
+        registry.modules_to_save.add(name, modules)
         vocabulary.guard(base, registry.modules_to_save)
         place_hooks(registry)
-    report_frozen_head(base, registry.blocks.path, name, heads)
+    report_frozen_head(base, registry.blocks.path, name, modules)
 
 
 def detach(registry: AdapterRegistry, base: nn.Module, name: str) -> None:
-    """Take an adapter off the model, with the hooks that no other needs."""
+    """Remove an adapter from the model, with the hooks that no other adapter needs."""
     with registry.lock:
         if registry.modules_to_save.active == name:
             registry.activate_modules(base, None)
@@ -148,11 +151,11 @@ def detach(registry: AdapterRegistry, base: nn.Module, name: str) -> None:
         place_hooks(registry)
 
 
-def take_off(registry: AdapterRegistry, base: nn.Module, handles: Iterable[Any]) -> None:
-    """Take all adapters off a model, with everything else that stands on it for them.
+def detach_all(registry: AdapterRegistry, base: nn.Module, handles: Iterable[Any]) -> None:
+    """Remove all adapters from a model, with everything that was added to it for them.
 
     Args:
-        handles: of what was put on it beside the hooks of adapters; each is removed.
+        handles: removable handles of the other hooks and methods.
     """
     registry.modules_to_save.activate(base, None)
     vocabulary.release(base)
@@ -163,11 +166,11 @@ def take_off(registry: AdapterRegistry, base: nn.Module, handles: Iterable[Any])
 
 
 def check_config(registry: AdapterRegistry, config: ReftConfig) -> None:
-    """Refuse a configuration that the model has no place for.
+    """Check that a configuration fits the model.
 
     Raises:
-        ValueError: another list of blocks, a block or a component that is not there, image tokens
-            where the model has none.
+        ValueError: it names another list of blocks, a block or component that the model does not
+            have, or image tokens of a model without images.
     """
     blocks = registry.blocks
     if config.block_path not in (None, blocks.path):
@@ -185,7 +188,7 @@ def check_config(registry: AdapterRegistry, config: ReftConfig) -> None:
 
 
 def place_hooks(registry: AdapterRegistry) -> None:
-    """A hook where some adapter, request or generation edits, and nowhere else."""
+    """Have a hook on every module that an adapter, request or generation edits, and on no other."""
     with registry.lock:
         sources = [*map(registry.adapter, registry.adapters), *registry.pool.adapters.values()]
         for generation in registry.active_threads.generations.copy():
@@ -194,8 +197,7 @@ def place_hooks(registry: AdapterRegistry) -> None:
         for engine in registry.engines():
             for request in engine.requests():
                 wanted.update(() if request.item is None else request.item.sites)
-        # A forward of another thread may have passed some of its blocks and not the others: what it
-        # needs stays until the next change.
+        # Another thread may be in the middle of a forward: its hooks stay until the next change.
         unneeded = registry.handles.keys() - wanted
         for site in () if registry.active_threads.others() else unneeded:
             registry.handles.pop(site).remove()
@@ -206,7 +208,7 @@ def place_hooks(registry: AdapterRegistry) -> None:
 
 
 class PoolHost:
-    """What the pool of adapters asks of the model; see :class:`reft.adapter.pool.Host`."""
+    """The model as the pool of adapters sees it; see :class:`reft.adapter.pool.Host`."""
 
     def __init__(self, registry: AdapterRegistry, base_name: str | None) -> None:
         self.registry, self.base_name = registry, base_name

@@ -21,7 +21,7 @@ _CACHE_KEYWORDS = ("past_key_values", "cache_params")
 
 @dataclass(frozen=True, eq=False)
 class ForwardInputs:
-    """What the stack of blocks was given, and what its model was given beside it.
+    """The inputs of a forward of the stack of blocks, with the options of the model's call.
 
     Attributes:
         tokens: ids (B, S) or embeddings (B, S, D).
@@ -196,7 +196,7 @@ def known_length(past: int | Tensor | None, seq_len: int) -> int | Tensor | None
 def packed_starts(
     arguments: Mapping[str, Any], cache: Any, shape: tuple[int, int]
 ) -> Tensor | None:
-    """Where the sequences of a packed batch start.
+    """Find the starts of the sequences of a packed batch.
 
     ``cu_seq_lens_q`` says so. Otherwise a batch is packed, as transformers decides, if it has
     neither an attention mask nor a cache and its ``position_ids`` jump. The number of sequences is

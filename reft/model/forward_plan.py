@@ -45,7 +45,7 @@ class Edit:
 
 
 class ForwardPlan:
-    """What one forward edits.
+    """The edits of one forward.
 
     Args:
         adapters: adapters that edit with their own parameters.
@@ -81,8 +81,8 @@ class ForwardPlan:
         self.cache: Any = None
 
     def again(self) -> ForwardPlan:
-        """The same plan with newly computed weights. Their values are the same: no optimizer steps
-        between a forward and its backward."""
+        """Make the plan again with newly computed weights. Their values are the same, since no
+        optimizer steps between a forward and its backward."""
         return ForwardPlan(self.adapters, self.rows, self.shape, self.cached)
 
 

@@ -1,4 +1,4 @@
-"""What the arguments of ``generate`` say about its prompt and its settings."""
+"""The prompt, the adapters and the settings in the arguments of ``generate``."""
 
 from __future__ import annotations
 

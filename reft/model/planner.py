@@ -240,7 +240,7 @@ def _image_columns(
     batch: int,
     adapters: Sequence[BatchAdapter],
 ) -> Tensor | None:
-    """Where image tokens are, bool (B, columns); None if no adapter edits them.
+    """The columns of image tokens, bool (B, columns); None if no adapter edits them.
 
     Raises:
         ValueError: the call has embeddings instead of token ids.

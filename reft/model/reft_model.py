@@ -24,7 +24,7 @@ from reft.io.adapter_files import read_adapter
 from reft.model import activation_checkpointing as checkpointing
 from reft.model import peft_compat as peft_base
 from reft.model import save_load
-from reft.model.adapters import PoolHost, attach, build, detach, take_off, with_both_ends
+from reft.model.adapters import PoolHost, attach, build, detach, detach_all, with_both_ends
 from reft.model.arguments import check_base, check_config, check_mode
 from reft.model.base_methods import put_on_base
 from reft.model.batch import one_name
@@ -309,7 +309,7 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
         too."""
         registry, inner = self._registry, self.get_base_model()
         registry.active_threads.check_alone("unload()")
-        take_off(registry, inner, self._handles)
+        detach_all(registry, inner, self._handles)
         checkpointing.forget_plans(self.base_model)
         for name, parameter in inner.named_parameters():
             if name in self._frozen:

@@ -33,7 +33,7 @@ SUBMODULE = "reft"
 
 
 class Engine(Protocol):
-    """What a forward needs of an engine that runs the model."""
+    """An engine that runs the model, as a forward sees it."""
 
     def parts(self, cache: object) -> list[Chunk] | None:
         """The chunks that the forward with this cache computes; None if it is not the engine's."""
