@@ -144,7 +144,7 @@ def _backward(ctx: Any, grad_out: Tensor, overwrite: bool) -> tuple[Tensor | Non
     """Compute the gradients of the inputs by the backend, without a graph."""
     plan, weights, saved, backend, wanted = _of_forward(ctx)
     with _full_precision(grad_out.device.type):
-        d_hidden, *parameter_grads = _implementation(backend).edit_backward(
+        d_hidden, *parameter_grads = implementation(backend).edit_backward(
             grad_out.reshape(-1, grad_out.shape[-1]),
             plan,
             weights,
@@ -238,7 +238,7 @@ def _edit(
     rows = _row_view(out)
     target = out.reshape(-1, out.shape[-1]) if rows is None else rows
     with _full_precision(out.device.type):
-        saved: SavedRows = _implementation(backend).edit_forward(
+        saved: SavedRows = implementation(backend).edit_forward(
             target, plan, weights, save_rows=save_rows, save_coeffs=save_coeffs
         )
     if rows is None:
@@ -246,7 +246,7 @@ def _edit(
     return saved
 
 
-def _implementation(backend: str) -> Any:
+def implementation(backend: str) -> Any:
     """Return the object with ``edit_forward`` and ``edit_backward`` of a backend."""
     return torch_backend if backend == "torch" else custom_ops.triton_implementation()
 

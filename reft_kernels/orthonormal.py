@@ -30,7 +30,7 @@ S₀ = diag(−s, 1, …, 1) (D × D). torch's V for the D × D base H(V₀) S�
 the same R. The coordinates differ by signs only, which change neither SGD nor Adam.
 
 Precision. All steps between input and output are float64, so a float32 R is the float64 one rounded
-once, and |R Rᵀ − I| is at most the rounding unit 1.2e-7 (measured at D ≥ 768: 8e-9). In float32,
+once. |R Rᵀ − I| is at most the rounding unit 1.2e-7 (measured at D ≥ 768: 8e-9). In float32,
 adding D small squares to the 1 on the diagonal already costs 5e-6 (D 768, r 32). Float32 products
 may also run in TF32, or in bfloat16 under autocast; neither affects float64.
 """

@@ -13,9 +13,9 @@ float32 products on AMD ("ieee"). A single tf32 product is not enough, although 
 float16 value fits its 10 bits: Hopper truncates the float32 operand to them instead of rounding it.
 
 No tile has 64 rows of its left operand. There Triton uses Hopper's ``wgmma`` with that operand in
-registers, which triton before 3.7 (issue 9433) and ptxas before CUDA 13.3 (triton's pull request
-11781) may overwrite while it is being read. ``tests/kernels/devtools/test_compile_report.py`` reads
-the machine code.
+registers. Triton before 3.7 (issue 9433) and ptxas before CUDA 13.3 (triton's pull request 11781)
+may overwrite such an operand too early. ``tests/kernels/devtools/test_compile_report.py`` reads the
+machine code.
 """
 
 from __future__ import annotations

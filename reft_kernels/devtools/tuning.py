@@ -38,8 +38,8 @@ def candidates(
 ) -> list[KernelConfig]:
     """List the settings to try for a shape, those of the table first; see ``configs.choose``.
 
-    Other splits of the row loop and other pipelines come next, then tiles for fused multiply-adds
-    up to rank 8 and tiles for the matrix units. Some may not compile on the device.
+    Other splits of the row loop and other pipelines come next. Then come tiles for fused
+    multiply-adds, up to rank 8, and for the matrix units. Some may not compile on the device.
     """
     table = configs.choose(
         kernel, dim=dim, rank=rank, num_rows=num_rows, dtype=dtype, target=target, device=device

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reft_kernels import RowPlan, lowrank_edit, lowrank_edit_, orthonormalize, reflector_base
-from reft_kernels.autograd import _implementation as implementation
+from reft_kernels.autograd import implementation
 from reft_kernels.devtools.testing import Case, make_edit, run_edit, same_bits
 from reft_kernels.spec import EditWeights, Wanted
 
