@@ -64,7 +64,7 @@ class TestSharedBlocks:
 
     def test_tokens_alone_are_wrong_keys(self, model):
         names = ["prompt", "ends", "__base__"]
-        with mock.patch.object(TokenKeys, "keyed", lambda self, request, tokens: list(tokens)):
+        with mock.patch.object(TokenKeys, "replace_edited", lambda self, request, tokens: list(tokens)):
             got, found, wanted = self.run(model, names)
         assert found[1:] == [48, 48]
         for output, (_, logprobs) in list(zip(got.values(), wanted, strict=True))[1:]:
