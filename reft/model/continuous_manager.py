@@ -394,8 +394,8 @@ def checked_config(
     ):
         if is_set:
             raise ValueError(
-                f"{field} must be left unset: the host determines the edited rows of each step, and "
-                "CUDA graphs, asynchronous batching and compiled forwards run steps without it"
+                f"{field} must be left unset: the host determines the edited rows of each step, "
+                "and CUDA graphs, asynchronous batching and compiled forwards run steps without it"
             )
     config.use_cuda_graph = config.use_async_batching = False
     if register_name() is None:

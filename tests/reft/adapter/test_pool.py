@@ -172,11 +172,11 @@ class TestContent:
     def test_equal_adapters_share_their_place(self, folders):
         model = served(folders, names=("plain",))
         model.pool.add("again", folders["plain"])
-        one = model.pool.nbytes
+        size = model.pool.nbytes
         model.pool.capacity = 1
         logits(model, tokens(2, 6), adapter_names=["plain", "again"])
         model.pool.remove("plain")
-        assert model.pool.nbytes == one and model.pool.resident == ["again"]
+        assert model.pool.nbytes == size and model.pool.resident == ["again"]
         model.pool.remove("again")
         assert model.pool.nbytes == 0 and not model.pool.cache.keys
 
