@@ -48,7 +48,7 @@ def adapter_of(model):
 
 @pytest.mark.parametrize("dtype", SHORT)
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
-def test_no_cast_reaches_the_numbers_of_an_adapter(cast, dtype):
+def test_casts_keep_the_values_of_an_adapter(cast, dtype):
     model = wrapped()
     before = {name: tensor.clone() for name, tensor in adapter_of(model).training_state().items()}
     same = {id(parameter) for parameter in adapter_of(model).parameters()}
@@ -98,7 +98,7 @@ def test_pyreft_gets_a_cast_model(dtype, tmp_path):
 
 @pytest.mark.parametrize("dtype", SHORT)
 @pytest.mark.parametrize("kept", ["float32", "float64", "bfloat16", "float16"])
-def test_an_adapter_keeps_what_its_configuration_says(kept, dtype):
+def test_an_adapter_keeps_the_dtype_of_its_configuration(kept, dtype):
     dtype = getattr(torch, kept)
     model = wrapped(dtype=kept)
     before = {name: tensor.clone() for name, tensor in adapter_of(model).state_dict().items()}
@@ -115,7 +115,7 @@ def test_an_adapter_keeps_what_its_configuration_says(kept, dtype):
     assert adapter_of(model).bias.dtype == dtype
 
 
-def test_what_holds_what():
+def test_which_dtype_represents_which():
     order = (torch.float64, torch.float32, torch.bfloat16), (torch.float32, torch.float16)
     for row in order:
         for place, dtype in enumerate(row):
@@ -139,7 +139,7 @@ def test_moves_and_copies_are_no_casts():
     assert adapter.to("meta").is_meta
 
 
-def test_parts_on_several_devices_keep_it_too():
+def test_several_devices_keep_the_dtype_too():
     devices = [torch.device("cpu"), torch.device("cpu", 0)]
     adapter = MultiDeviceParameters(ReftConfig(rank=2), (0, 1), 8, devices=devices)
     before = {name: tensor.clone() for name, tensor in adapter.training_state().items()}
@@ -160,7 +160,7 @@ def test_a_rotation_that_was_loaded_stays_bit_for_bit(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", SHORT)
-def test_heads_go_with_the_base_and_are_saved(dtype, tmp_path):
+def test_modules_to_save_follow_the_base_and_are_saved(dtype, tmp_path):
     model = wrapped(bert, modules_to_save=["classifier"], positions="f2").to(dtype)
     expected = logits(model)
     assert expected.dtype == dtype

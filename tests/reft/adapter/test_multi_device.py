@@ -74,7 +74,7 @@ def run(model, steps=3):
 
 @pytest.mark.parametrize("base", [llama, gpt2])
 @pytest.mark.parametrize("intervention", MEMBERS)
-def test_it_is_the_bank_in_parts(base, intervention, spread):
+def test_parts_equal_one_adapter(base, intervention, spread):
     """Compare with one device: the initialisation is equal bit for bit, training to the rounding of
     a product over two matrices or three."""
     cfg = config(intervention=intervention)
@@ -133,7 +133,7 @@ def test_files_fit_either_way(spread, tmp_path, state):
     ("intervention", "init"),
     [*((name, "pyreft") for name in MEMBERS), ("loreft", "identity"), ("direft", "identity")],
 )
-def test_it_is_set_by_hand_as_a_bank(intervention, init, spread):
+def test_assign_equals_one_adapter(intervention, init, spread):
     cfg = config(intervention=intervention, init=init)
     single, multi = (
         model.base_model.reft.adapter("default")
@@ -165,7 +165,7 @@ def test_it_is_set_by_hand_as_a_bank(intervention, init, spread):
     assert all(getattr(part, trained).grad.abs().max() > 0 for part in multi.parts)
 
 
-def test_numbers_are_drawn_where_the_generator_is():
+def test_values_are_drawn_on_the_device_of_the_generator():
     """The values are those of one device, though the first layer's device has no values at all."""
     meta, draw = torch.device("meta"), torch.Generator
     whole = AdapterParameters(

@@ -56,7 +56,7 @@ def test_parameters_of_each_family_row(intervention):
 
 @pytest.mark.parametrize("intervention", FAMILY)
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_effective_weights_compute_the_edit(intervention, activation):
+def test_edit_weights_compute_the_edit(intervention, activation):
     adapter = moved(make_adapter(intervention, activation=activation))
     spec = FAMILY[intervention]
     out, r = adapter(), adapter.rotation()
@@ -83,7 +83,7 @@ def test_effective_weights_compute_the_edit(intervention, activation):
             )
 
 
-def test_effective_weights_share_no_memory_with_parameters():
+def test_edit_weights_share_no_memory_with_parameters():
     for intervention in FAMILY:
         adapter = make_adapter(intervention)
         memory = {p.untyped_storage().data_ptr() for p in adapter.parameters()}
@@ -92,7 +92,7 @@ def test_effective_weights_share_no_memory_with_parameters():
             assert part.untyped_storage().data_ptr() not in memory, intervention
 
 
-def test_low_precision_around_the_bank_does_not_reach_it():
+def test_autocast_does_not_change_edit_weights():
     adapter = moved(make_adapter())
     expected = adapter.edit_weights()
     with torch.autocast("cpu", torch.bfloat16):
@@ -104,7 +104,7 @@ def test_low_precision_around_the_bank_does_not_reach_it():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-def test_dtype_of_parameters_and_of_what_comes_out(dtype):
+def test_dtype_of_parameters_and_edit_weights(dtype):
     adapter = make_adapter(dtype=dtype)
     assert {p.dtype for p in adapter.parameters()} == {getattr(torch, dtype)}
     wide = torch.promote_types(getattr(torch, dtype), torch.float32)
@@ -166,7 +166,7 @@ class TestAssign:
 
 class TestState:
     @pytest.mark.parametrize("intervention", FAMILY)
-    def test_published(self, intervention):
+    def test_export_and_load(self, intervention):
         adapter, other = moved(make_adapter(intervention)), make_adapter(intervention, seed=3)
         other.load(adapter.export_state_dict())
         for weights, expected in zip(other.edit_weights(), adapter.edit_weights(), strict=True):

@@ -70,7 +70,7 @@ class TestResidency:
         logits(model, tokens(4, 6), adapter_names=["plain", "wide", "plain", "__base__"])
 
     @pytest.mark.parametrize("bad", [0, -1, 2.0, True, "8"])
-    def test_what_is_no_capacity(self, bad):
+    def test_invalid_capacities(self, bad):
         with pytest.raises(ValueError, match="capacity must be an integer of at least 1"):
             ReftModel(llama()).pool.capacity = bad
 
@@ -110,7 +110,7 @@ class TestChangesWhileInUse:
         assert changed[1].tolist() == expected[1].tolist()
         assert changed[0].tolist() != expected[0].tolist()
 
-    def test_hooks_stand_where_adapters_edit(self, folders):
+    def test_hooks_are_registered_where_adapters_edit(self, folders):
         model = ReftModel(llama())
         blocks = model.base_model.model.layers
 
@@ -169,7 +169,7 @@ class TestContent:
             same = ReftConfig.from_dict({**config.to_dict(), **idle})
             assert host_adapter(same, tensors, **sizes).content_hash == first.content_hash
 
-    def test_equal_adapters_share_their_place(self, folders):
+    def test_equal_adapters_share_slots(self, folders):
         model = served(folders, names=("plain",))
         model.pool.add("again", folders["plain"])
         size = model.pool.nbytes

@@ -183,7 +183,7 @@ class TestRefused:
         self.refused(model, r"one a sequence \(2", adapter_scales=[1.0])
         self.refused(model, "finite", adapter_scales=[1.0, float("nan")])
 
-    def test_positions_that_no_length_tells(self):
+    def test_positions_that_do_not_follow_from_a_length(self):
         model = make_model(["ends"])
         model.add_adapter("told", config(positions="given"))
         self.refused(model, "'told' has positions \"given\"", adapter_names=["ends", "told"])
@@ -203,7 +203,7 @@ class TestRefused:
     def test_steps_without_the_host(self, model, wrong):
         self.refused(model, f"{next(iter(wrong))} must be left unset", settings(**wrong))
 
-    def test_heads(self, model):
+    def test_modules_to_save(self, model):
         both = make_model(["ends", "prompt"])
         both.add_adapter("head", config(modules_to_save=["lm_head"]))
         self.refused(both, "cannot mix adapters", adapter_names=["head", "ends"])

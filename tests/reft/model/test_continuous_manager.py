@@ -10,7 +10,6 @@ import pytest
 import torch
 from batching import (
     check,
-    config,
     generation,
     make_model,
     one_by_one,
@@ -21,10 +20,8 @@ from batching import (
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from reft import ReftModel
-from reft.adapter.device_cache import CacheItem
-from reft.adapter.requests import UNEDITED, Request, TokenKeys
+from reft.adapter.requests import TokenKeys
 from reft.model import continuous_manager as continuous
-from reft_kernels.spec import EditWeights
 
 
 @pytest.fixture(scope="module")
@@ -127,39 +124,6 @@ class TestSharedBlocks:
 
     def test_the_methods_are_there(self):
         assert continuous.register_name() in continuous.REGISTER
-
-
-class TestKeys:
-    def request(self, name, places, scale=1.0, everything=None):
-        wide = torch.zeros(1, 1, 2)
-        weights = (EditWeights(wide, torch.zeros(1, 1), wide),)
-        return Request(
-            CacheItem((name, None), weights, ((0, "block_output"),)), scale, places, everything
-        )
-
-    def test_equal_if_and_only_if_the_edits_are(self):
-        keys, tokens = TokenKeys(10), [1, 2, 3, 4]
-        asked = [
-            UNEDITED,
-            self.request("a", ((0, 0),)),
-            self.request("a", ((1, 0),)),
-            self.request("a", ((1, 1),)),
-            self.request("b", ((1, 0),)),
-            self.request("a", ((1, 0),), scale=2.0),
-            self.request("a", ((1, 0),), everything=3),
-        ]
-        made = [tuple(keys.replace_edited(request, tokens)) for request in asked]
-        assert made[0] == (1, 2, 3, 4) and len(set(made)) == len(asked)
-        again = self.request("a", ((1, 0), (9, 0)))
-        assert tuple(keys.replace_edited(again, tokens)) == made[2]
-        assert keys.replace_edited(again, [1, 3, 3, 4])[1] not in (3, made[2][1])
-        assert all(-(2**31) <= token < 10 and token != -1 for ids in made for token in ids)
-
-    def test_no_numbers_left(self):
-        keys, tokens = TokenKeys(2**29), [1, 2**29 - 1]
-        made = [keys.replace_edited(self.request(f"{at}", ((1, 0),)), tokens) for at in range(6)]
-        assert made[0] and made[2] and made[3:] == [None] * 3
-        assert keys.replace_edited(self.request("0", ((1, 0),)), [1, 2**29]) is None
 
 
 class TestManager:
@@ -305,10 +269,3 @@ class TestManager:
             pytest.raises(ValueError, match="split by tensors over 2"),
         ):
             model.init_continuous_batching()
-
-
-def test_positions_of_a_request_are_told_by_its_prompt(model):
-    with pytest.raises(ValueError, match="image"):
-        from reft.adapter.requests import make_request
-
-        make_request(config(positions="image"), mock.Mock(), 1.0, 9, "seeing")
