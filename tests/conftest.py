@@ -4,7 +4,6 @@ on the GPU."""
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 from pathlib import Path
@@ -53,18 +52,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
         if not torch.cuda.is_available():
             raise pytest.UsageError("--device cuda: torch sees no CUDA device")
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Exclude the imported libraries from garbage collection, which walks millions of their objects
-    otherwise; each run of transformers' continuous batching collects twice."""
-    gc.collect()
-    gc.freeze()
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Let the interpreter take the libraries down in order."""
-    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
