@@ -41,7 +41,8 @@ def edit(
         if torch.compiler.is_compiling():
             edited = TracedEdit.apply(*inputs, *options, in_place)  # type: ignore[no-untyped-call]
             return edited
-        grad_reuse.calibrate()
+        if grad_reuse.uncalibrated:
+            grad_reuse.calibrate()
         # A Function with several results may not write into a view.
         copied = in_place and hidden._is_view()
         edited = LowRankEdit.apply(  # type: ignore[no-untyped-call]

@@ -32,12 +32,19 @@ _Facts = tuple[Any, ...]
 #: of torch does not provide them.
 _unshared: dict[int, _Facts | None] = {}
 
+#: Whether a way of calling was met that is not measured yet; the next forward measures it.
+uncalibrated = True
+
 
 def exclusive(grad: Tensor) -> bool:
     """Whether ``grad`` may be overwritten. A backward must call this directly on its argument."""
     if torch.compiler.is_compiling():
         return False
-    unshared = _unshared.get(_references_of_a_call())
+    references = _references_of_a_call()
+    if references not in _unshared:
+        global uncalibrated
+        uncalibrated = True
+    unshared = _unshared.get(references)
     return unshared is not None and _facts(grad) == unshared
 
 
@@ -46,7 +53,11 @@ def calibrate() -> None:
 
     Call this in forward: a backward pass inside a backward pass would have other counts.
     """
-    if torch.compiler.is_compiling() or (state := _references_of_a_call()) in _unshared:
+    global uncalibrated
+    if torch.compiler.is_compiling():
+        return
+    if (references := _references_of_a_call()) in _unshared:
+        uncalibrated = False
         return
     with torch.enable_grad():
         source = torch.ones(2, 2, device="cpu", requires_grad=True)
@@ -56,7 +67,8 @@ def calibrate() -> None:
         # Two uses, so that the engine adds two gradients into one of its own.
         middle, _ = _Probe.apply(source * 1.0, seen)  # type: ignore[no-untyped-call]
         torch.autograd.backward((middle * 2.0 + middle * 3.0).sum())
-    _unshared[state] = seen[0] if seen else None
+    _unshared[references] = seen[0] if seen else None
+    uncalibrated = False
 
 
 def _references_of_a_call() -> int:

@@ -42,6 +42,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from reft_kernels.dispatch import is_batched, within_transform
 
@@ -79,8 +80,13 @@ def orthonormalize(v: Tensor, base: Tensor | None = None) -> Tensor:
     shape = (math.prod(lead), dim, rank)
     v, base = v.reshape(shape), None if base is None else base.reshape(shape)
     rotation: Tensor
-    if within_transform() and not torch.compiler.is_compiling():
+    # dispatch.within_transform, written out: every forward of a trained adapter comes here.
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if transformed and not torch.compiler.is_compiling():
         rotation = _composed(v, base)
+    elif v.device.type == "mps" and torch.is_autocast_enabled("mps"):
+        with torch.autocast("mps", enabled=False):
+            rotation = _Orthonormalize.apply(v, base)  # type: ignore[no-untyped-call]
     else:
         rotation = _Orthonormalize.apply(v, base)  # type: ignore[no-untyped-call]
     return rotation.reshape(*lead, rank, dim)
@@ -219,7 +225,7 @@ def _signed(columns: Tensor, base: Tensor | None) -> Tensor:
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
     """Return the dtype of the computation: float64, but the tensor's own on Apple's GPUs.
 
-    They have no float64, and callers switch autocast off there.
+    They have no float64; :func:`orthonormalize` switches autocast off there.
     """
     return tensor.dtype if tensor.device.type == "mps" else torch.float64
 

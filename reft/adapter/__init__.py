@@ -1,1 +1,1 @@
-"""What an adapter is and where its numbers live: torch only, no transformers."""
+"""Adapters: parameters, edit weights, host memory, device cache; torch only, no transformers."""

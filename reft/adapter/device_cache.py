@@ -34,7 +34,7 @@ _FIRST_SLOTS = 8
 
 
 class EditKind(NamedTuple):
-    """What edits must share to be computed in one call."""
+    """The properties that edits must share to be computed in one call."""
 
     subtract: bool
     activation: str | None

@@ -15,7 +15,6 @@ from reft.adapter.parameters import AdapterParameters
 from reft.adapter.state_dict import check_state_dict
 from reft.adapter.tensor_checks import check_adapter_tensors, stack_shape
 from reft.config import ReftConfig
-from reft_kernels.precision import compute_dtype
 
 
 class MultiDeviceParameters(nn.Module):
@@ -76,7 +75,7 @@ class MultiDeviceParameters(nn.Module):
         if not real:
             return None
         device = real[0] if generator is None else generator.device
-        wide = compute_dtype(self.config.torch_dtype)
+        wide = torch.promote_types(self.config.torch_dtype, torch.float32)
         return init.draw(self.spec, self.shape, dtype=wide, device=device, generator=generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -36,7 +36,6 @@ from reft.config import ReftConfig
 from reft_kernels import fold, orthonormalize, reflector_base
 from reft_kernels.activations import ALIASES, activate
 from reft_kernels.dispatch import within_transform
-from reft_kernels.precision import compute_dtype, no_autocast
 from reft_kernels.spec import EditWeights
 
 
@@ -105,7 +104,7 @@ class AdapterParameters(nn.Module):
         self.register_parameter("free", parameter(transposed) if spec.orthonormal else None)
         self.register_parameter("decode", None if spec.orthonormal else parameter(self.shape))
         # The base keeps full precision, whatever the dtype of the parameters.
-        wide = compute_dtype(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
         base = torch.empty(transposed, dtype=wide, device=device) if spec.orthonormal else None
         self.register_buffer("base", base)
         self.register_buffer("loaded", None, persistent=False)
@@ -147,7 +146,7 @@ class AdapterParameters(nn.Module):
         if self.is_meta:
             return
         if initial is None:
-            wide = compute_dtype(dtype)
+            wide = torch.promote_types(dtype, torch.float32)
             device = self.bias.device if generator is None else generator.device
             initial = init.draw(
                 self.spec, self.shape, dtype=wide, device=device, generator=generator
@@ -161,16 +160,15 @@ class AdapterParameters(nn.Module):
     def rotation(self) -> Tensor:
         """Compute R, (L, g, r, D), with a graph, in float32 or wider; orthonormal if the family row
         says so."""
-        wide = compute_dtype(self.bias.dtype)
-        with no_autocast(self.bias.device.type):
-            if self.free is None:
-                assert self.decode is not None
-                return self.decode.to(wide)
-            learns = torch.is_grad_enabled() and self.free.requires_grad
-            if not learns and (loaded := self._current_loaded()) is not None:
-                return loaded
-            assert self.base is not None
-            return orthonormalize(self.free.to(wide), self.base.to(wide))
+        wide = torch.promote_types(self.bias.dtype, torch.float32)
+        if self.free is None:
+            assert self.decode is not None
+            return self.decode.to(wide)
+        learns = torch.is_grad_enabled() and self.free.requires_grad
+        if not learns and (loaded := self._current_loaded()) is not None:
+            return loaded
+        assert self.base is not None
+        return orthonormalize(self.free.to(wide), self.base.to(wide))
 
     def _keep_loaded(self, rotation: Tensor) -> None:
         """Use this very R until it is trained, if it is orthonormal to rounding."""
@@ -218,12 +216,11 @@ class AdapterParameters(nn.Module):
     def _compute(self) -> LayerWeights:
         rotation = self.rotation()
         wide = rotation.dtype
-        with no_autocast(rotation.device.type):
-            bias, activation, subtract = self.bias.to(wide), self.activation, self.spec.subtract
-            encode = None if self.weight is None else self.weight.to(wide)
-            if encode is None and activation is not None:
-                bias, activation = activate(activation, bias), None
-            encode, subtract = fold(encode, rotation, subtract, activation)
+        bias, activation, subtract = self.bias.to(wide), self.activation, self.spec.subtract
+        encode = None if self.weight is None else self.weight.to(wide)
+        if encode is None and activation is not None:
+            bias, activation = activate(activation, bias), None
+        encode, subtract = fold(encode, rotation, subtract, activation)
         # unbind, not indexing: its backward is one stack, not one full-size gradient a layer.
         biases = _in_new_memory(bias, self.bias).unbind(0)
         decodes = _in_new_memory(rotation, self.decode).unbind(0)
@@ -258,7 +255,7 @@ class AdapterParameters(nn.Module):
         def apply(tensor: Tensor) -> Tensor:
             is_rotation = tensor is self.base or tensor is self.loaded
             return apply_keeping_precision(
-                fn, tensor, compute_dtype(dtype) if is_rotation else dtype
+                fn, tensor, torch.promote_types(dtype, torch.float32) if is_rotation else dtype
             )
 
         super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
@@ -354,7 +351,7 @@ class AdapterParameters(nn.Module):
             exported["rotation"] = loaded.clone()
         else:
             free, base = state["free"], state["base"]
-            wide = compute_dtype(free.dtype)
+            wide = torch.promote_types(free.dtype, torch.float32)
             exported["rotation"] = orthonormalize(free.to(wide), base.to(free.device, wide))
         return exported
 
@@ -398,7 +395,7 @@ class AdapterParameters(nn.Module):
             check_state_dict(self, state_dict, "", complete=True)
             if self.base is None:
                 return state_dict
-            wide = compute_dtype(state_dict["free"].dtype)
+            wide = torch.promote_types(state_dict["free"].dtype, torch.float32)
             return {**state_dict, "base": restore_signs(state_dict["base"], wide)}
         state = {name: full_tensor(parameter) for name, parameter in self.named_parameters()}
         return state if self.base is None else {**state, "base": self.base}

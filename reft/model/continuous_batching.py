@@ -115,7 +115,7 @@ class ContinuousBatching:
                 module.training = mode
             raise
         vocabulary = base.config.get_text_config().vocab_size
-        manager = AdapterManager.of(made, EngineHost(registry, base), vocabulary, modes)
+        manager = AdapterManager.from_manager(made, EngineHost(registry, base), vocabulary, modes)
         if all(engine is not manager for engine in registry.engines()):
             registry.engine_refs.append(weakref.ref(manager))
         return manager

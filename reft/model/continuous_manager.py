@@ -1,14 +1,14 @@
-"""transformers' continuous batching with an adapter for each request.
+"""transformers' continuous batching with one adapter for each request.
 
-The manager is transformers' own; nothing of it is copied. All that is touched of its inside is
-named here and nowhere else:
+The manager is a subclass of transformers' own. It depends on these internals of transformers, and
+no other module does:
 
-* read: ``manager.batch_processor``'s ``inputs_and_outputs.requests_in_batch``, of each its
-  ``query_length``, ``state.request_id`` and ``state.position_offset``; ``cache``; the scheduler's
-  ``active_requests`` and ``waiting_requests``; ``has_pending_requests()``; ``manager.input_queue``;
-  of a model, :data:`KEPT`;
-* replaced: ``manager._create_batch_processor`` and two methods of the cache that it makes, those
-  that look up and register blocks which requests share.
+* read: ``input_queue`` of the manager; ``cache`` and ``has_pending_requests()`` of its
+  ``batch_processor``; ``active_requests`` and ``waiting_requests`` of the scheduler; of each entry
+  of ``inputs_and_outputs.requests_in_batch``, the ``query_length``, ``state.request_id`` and
+  ``state.position_offset``; of a model, :data:`CACHED_MANAGER`;
+* overridden: ``manager._create_batch_processor``, and the two methods of the paged cache that look
+  up and register shared blocks.
 """
 
 from __future__ import annotations
@@ -28,45 +28,47 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 
 from reft.adapter.requests import Chunk, Request, TokenKeys
 
-#: (request id, its tokens) -> how many of them are in blocks that are there already.
+#: The cache's method that looks up shared blocks: (request id, tokens) to the number of tokens in
+#: existing blocks.
 SEARCH = "search_prefix_match"
 
-#: (state of a request, how many blocks of it are complete): others may use them from now on. Two
-#: names of different releases.
+#: The cache's method that registers blocks for sharing: (state of a request, number of complete
+#: blocks). The name depends on the release.
 REGISTER = ("mark_complete_blocks", "mark_shareable_blocks_as_complete")
 
-#: Attribute of a model that keeps its manager.
-KEPT = "_cached_continuous_batching_manager"
+#: The attribute of a model that holds its persistent manager.
+CACHED_MANAGER = "_cached_continuous_batching_manager"
 
 
 class Host(Protocol):
-    """What a manager needs of the model's adapters."""
+    """The model's adapters, as a manager needs them."""
 
     def settle(
         self, lengths: Sequence[int], names: Sequence[str] | None, scales: Any
     ) -> list[Request]:
-        """What edits requests of these lengths. Raises ValueError, RuntimeError."""
+        """Determine the edits of requests of these lengths. Raises ValueError, RuntimeError."""
 
     def starts(self, manager: AdapterManager) -> None:
-        """Raises RuntimeError if another one runs."""
+        """Raise RuntimeError if another manager of the model runs."""
 
     def stopped(self) -> None:
-        """Requests are over."""
+        """Clean up after the last request."""
 
 
 class AdapterManager(ContinuousBatchingManager):
-    """A continuous batching manager whose requests name adapters. Made by
+    """A continuous batching manager whose requests name adapters, made by
     ``ReftModel.init_continuous_batching``.
 
-    What a name stands for is settled when a request is added, whatever is trained, replaced or
-    removed meanwhile. While requests run, forwards of the model in other threads are refused.
+    A request keeps the adapter that its name meant when it was added, even if the adapter is
+    trained, replaced or removed meanwhile. While requests run, forwards of the model in other
+    threads are refused.
     """
 
     _host: Host
     _keys: TokenKeys
-    _requests: dict[str, Request]  # by id, until they are over
-    _begun: dict[str, Request]  # those that were in a step
-    _reserved: list[Request] | None  # settled for the next add_requests
+    _requests: dict[str, Request]  # by id, until they are finished
+    _begun: dict[str, Request]  # the requests that were in a step
+    _reserved: list[Request] | None  # determined in advance for the next add_requests
     _collected: list[tuple[Any, ...]] | None
     _adding: threading.RLock
     _names: Iterator[str]
@@ -74,22 +76,22 @@ class AdapterManager(ContinuousBatchingManager):
     _pauses: int
 
     @classmethod
-    def of(
+    def from_manager(
         cls,
         manager: ContinuousBatchingManager,
         host: Host,
         vocabulary: int,
         modes: Mapping[nn.Module, bool],
     ) -> AdapterManager:
-        """Make one of a manager that transformers made and that was not started.
+        """Convert a manager of transformers that was not started yet.
 
         Args:
-            manager: becomes the result.
+            manager: is changed and returned.
             host: the model's adapters.
-            vocabulary: more than any token id.
-            modes: which modules were in training mode, for the end.
+            vocabulary: larger than any token id.
+            modes: module to its training mode, to be restored when the manager stops.
         """
-        if isinstance(manager, cls):  # kept from an earlier call
+        if isinstance(manager, cls):  # persistent, from an earlier call
             manager._modes = modes
             return manager
         manager.__class__ = cls
@@ -113,19 +115,19 @@ class AdapterManager(ContinuousBatchingManager):
         adapter_scale: float | None = None,
         **kwargs: Any,
     ) -> str | None:
-        """transformers' method.
+        """Add a request, as transformers' method.
 
         Args:
             adapter_name: an adapter of the model or of its pool, "__base__" for none; None for the
                 active one.
-            adapter_scale: what its edit is multiplied by.
+            adapter_scale: multiplies its edit.
 
         Returns:
-            The request's id; None where the manager takes no more requests.
+            The request's id; None if the manager takes no more requests.
 
         Raises:
-            ValueError: an unknown adapter, one whose positions a prompt's length does not tell, a
-                bad scale, an id in use. Nothing was added.
+            ValueError: an unknown adapter, positions that do not follow from a prompt's length, an
+                invalid scale, an id in use. Nothing was added.
             RuntimeError: the adapters were detached from the model.
         """
         with self._adding:
@@ -144,22 +146,23 @@ class AdapterManager(ContinuousBatchingManager):
         adapter_scales: Any = None,
         **kwargs: Any,
     ) -> list[str]:
-        """transformers' method.
+        """Add requests, as transformers' method.
 
         Args:
-            adapter_names: one a request; None for the active adapter.
-            adapter_scales: what edits are multiplied by, one number or one a request.
+            adapter_names: one for each request; None for the active adapter.
+            adapter_scales: multiply the edits, one number or one for each request.
 
         Raises:
-            ValueError: as :meth:`add_request`, or not one a request. Nothing was added.
+            ValueError: as :meth:`add_request`, or a wrong number of names or scales. Nothing was
+                added.
             RuntimeError: the adapters were detached from the model.
         """
         with self._adding:
             requests, self._reserved = self._reserved, None
             if requests is None:
-                lengths = [len(one) for one in inputs]
+                lengths = [len(tokens) for tokens in inputs]
                 requests = self._host.settle(lengths, adapter_names, adapter_scales)
-            # transformers may add them in another order; its ids are in the order of the inputs.
+            # transformers may add them in another order, but returns ids in the order of inputs.
             self._collected = []
             try:
                 ids = super().add_requests(inputs, *args, **kwargs)  # type: ignore[arg-type]
@@ -167,12 +170,12 @@ class AdapterManager(ContinuousBatchingManager):
             finally:
                 self._collected = None
             by_id = dict(zip(ids, requests, strict=True))
-            for tokens, request_id, rest, named in collected:
-                self._add(by_id[request_id], tokens, request_id, rest, named)
+            for tokens, request_id, positional, keywords in collected:
+                self._add(by_id[request_id], tokens, request_id, positional, keywords)
             return ids
 
     def reserve(self, requests: list[Request]) -> None:
-        """What edits the requests of the next :meth:`add_requests`."""
+        """Set the edits of the requests of the next :meth:`add_requests`."""
         self._reserved = requests
 
     def _add(
@@ -193,51 +196,52 @@ class AdapterManager(ContinuousBatchingManager):
         self._requests.update(dict.fromkeys(ids, request))
         added = super().add_request(tokens, request_id, *args, **kwargs)  # type: ignore[arg-type]
         if added is None:
-            for one in ids:
-                self._requests.pop(one, None)
+            for added_id in ids:
+                self._requests.pop(added_id, None)
         return added
 
     def requests(self) -> list[Request]:
-        """Those that are not over."""
+        """Return the requests that are not finished."""
         return list(self._requests.values())
 
     def _pending(self, request_id: str) -> bool:
-        """Whether a request that was in a step goes on."""
+        """Whether a request that was in a step is not finished."""
         processor = self.batch_processor
         if processor is None:
             return False
-        known = processor.scheduler
-        return request_id in known.active_requests or request_id in known.waiting_requests
+        scheduler = processor.scheduler
+        return request_id in scheduler.active_requests or request_id in scheduler.waiting_requests
 
     # ---------------------------------------------------------------- steps
 
     def parts(self, cache: object) -> list[Chunk] | None:
-        """What the forward with this cache computes; None if it is another manager's.
+        """Return the chunks that the forward with this cache computes; None if the cache is not
+        this manager's.
 
         Raises:
-            RuntimeError: a request that was not added here.
+            RuntimeError: a request that was not added through this manager.
         """
         processor = self.batch_processor
         if processor is None or cache is None or processor.cache is not cache:
             return None
         batch: Any = processor.inputs_and_outputs
-        parts, now = [], {}
+        chunks, in_step = [], {}
         for future in batch.requests_in_batch:
             request_id, stop = future.state.request_id, future.state.position_offset
             if request_id not in self._requests:
                 raise RuntimeError(f"request {request_id!r} came without its adapter")
-            request = now[request_id] = self._requests[request_id]
-            parts.append(Chunk(request, stop - future.query_length, stop))
-        for request_id in self._begun.keys() - now.keys():
+            request = in_step[request_id] = self._requests[request_id]
+            chunks.append(Chunk(request, stop - future.query_length, stop))
+        for request_id in self._begun.keys() - in_step.keys():
             if not self._pending(request_id):
-                over = self._begun.pop(request_id)
-                if self._requests.get(request_id) is over:
+                finished = self._begun.pop(request_id)
+                if self._requests.get(request_id) is finished:
                     del self._requests[request_id]
-        self._begun.update(now)
-        return parts
+        self._begun.update(in_step)
+        return chunks
 
     def busy(self) -> bool:
-        """Whether a forward in this thread would meet one of the manager's."""
+        """Whether a forward in this thread would run beside one of the manager's."""
         if not self.is_running() or self._pauses:
             return False
         new: dict[str, Request] = {}
@@ -247,18 +251,18 @@ class AdapterManager(ContinuousBatchingManager):
                 return True
             if processor is not None and processor.has_pending_requests():
                 return True
-            known = list(self._requests.items())
-            new = {name: one for name, one in known if name not in self._begun}
+            requests = list(self._requests.items())
+            new = {name: request for name, request in requests if name not in self._begun}
             if not new:
                 return False
             time.sleep(0.005)  # the loop has taken them and not listed them yet
-        self._begun.update(new)  # refused by the loop, or cancelled: the next step forgets them
+        self._begun.update(new)  # refused by the loop or cancelled: the next step drops them
         return False
 
     # ---------------------------------------------------------------- the loop
 
     def start(self) -> None:
-        """transformers' method.
+        """Start the loop, as transformers' method.
 
         Raises:
             RuntimeError: another manager of this model runs.
@@ -271,9 +275,9 @@ class AdapterManager(ContinuousBatchingManager):
         super().start()
 
     def stop(self, *args: Any, **kwargs: Any) -> None:
-        """transformers' method; modules that were in training mode are in it again."""
+        """Stop the loop, as transformers' method, and restore the training mode of modules."""
         super().stop(*args, **kwargs)
-        if self.is_running():  # it was not waited for
+        if self.is_running():  # the caller does not wait
             return
         self._requests.clear()
         self._begun.clear()
@@ -285,7 +289,7 @@ class AdapterManager(ContinuousBatchingManager):
 
         @contextmanager
         def pause(self) -> Iterator[None]:
-            """transformers' method. Inside, the model may be called."""
+            """Pause the loop, as transformers' method. Meanwhile the model may be called."""
             with super().pause():
                 self._pauses += 1
                 try:
@@ -306,9 +310,10 @@ class AdapterManager(ContinuousBatchingManager):
 def share_by_edits(
     cache: PagedAttentionCache, requests: Mapping[str, Request], keys: TokenKeys
 ) -> None:
-    """Let requests share a block if its tokens, the adapter, and its edited positions up to its end
-    are the same. transformers compares tokens alone, and so hands one adapter's keys and values to
-    another."""
+    """Let requests share a block only if its tokens and all edits up to its end are equal.
+
+    transformers compares tokens alone, and would reuse one adapter's keys and values for another.
+    """
     name = register_name()
     if name is None:
         return
@@ -331,7 +336,7 @@ def share_by_edits(
 
 
 class _Keyed:
-    """A request's state with other token ids."""
+    """The state of a request with other token ids."""
 
     def __init__(self, state: Any, ids: list[int]) -> None:
         self._state, self.initial_tokens = state, ids
@@ -342,7 +347,8 @@ class _Keyed:
 
 
 def register_name() -> str | None:
-    """The cache's method that registers blocks; None if this release has other methods."""
+    """Return the name of the cache's method that registers blocks; None if this release has
+    neither."""
     if not hasattr(PagedAttentionCache, SEARCH):
         return None
     return next((name for name in REGISTER if hasattr(PagedAttentionCache, name)), None)
@@ -354,20 +360,20 @@ def register_name() -> str | None:
 def checked_config(
     model: Any, generation_config: GenerationConfig, config: ContinuousBatchingConfig | None
 ) -> ContinuousBatchingConfig:
-    """The settings of a manager: what they leave open is decided so that edits are exact.
+    """Return the settings of a manager, completed so that edits are exact.
 
     Args:
         model: the base.
-        generation_config: its settings, which may hold ``config`` too.
-        config: None for transformers' own settings.
+        generation_config: may hold the settings if ``config`` is None.
+        config: the settings; None for transformers' defaults.
 
     Raises:
-        ValueError: a manager that the base kept from a call of its own; CUDA graphs, asynchronous
-            batching or a compiled forward: the rows of a step are told by the host, and these run
-            a step without it.
+        ValueError: the base has a persistent manager of its own; or CUDA graphs, asynchronous
+            batching or a compiled forward. The host determines the edited rows of each step, and
+            these features run steps without it.
     """
-    kept = getattr(model, KEPT, None)
-    if kept is not None and not isinstance(kept, AdapterManager):
+    cached = getattr(model, CACHED_MANAGER, None)
+    if cached is not None and not isinstance(cached, AdapterManager):
         raise ValueError(
             "the base model keeps a continuous batching manager of its own; call "
             "destroy_cached_continuous_batching_manager() first"
@@ -376,9 +382,9 @@ def checked_config(
         config = getattr(generation_config, "continuous_batching_config", None)
     config = ContinuousBatchingConfig() if config is None else copy.copy(config)
     compiled = (config.varlen_compile_config, config.decode_compile_config)
-    settings = (generation_config, model.config.get_text_config())
-    fallback = any(getattr(one, "compile_config", None) is not None for one in settings)
-    for field, wrong in (
+    sources = (generation_config, model.config.get_text_config())
+    fallback = any(getattr(source, "compile_config", None) is not None for source in sources)
+    for field, is_set in (
         ("use_cuda_graph", any(config.cuda_graph_booleans)),
         ("use_async_batching", bool(config.use_async_batching)),
         ("varlen_compile_config", compiled[0] is not None),
@@ -386,10 +392,10 @@ def checked_config(
         ("default_compile_level", config.default_compile_level > 0),
         ("compile_config", fallback),
     ):
-        if wrong:
+        if is_set:
             raise ValueError(
-                f"{field} must be left unset: the host tells each step which rows are edited, and "
-                "CUDA graphs, asynchronous batching and compiled forwards run steps without it"
+                f"{field} must be left unset: the host determines the edited rows of each step, "
+                "and CUDA graphs, asynchronous batching and compiled forwards run steps without it"
             )
     config.use_cuda_graph = config.use_async_batching = False
     if register_name() is None:

@@ -31,16 +31,16 @@ def main() -> None:
     worker.apply_edit = apply_edit
     llm = LLM(**job["options"])
     results = []
-    for one in job["rounds"]:
-        if isinstance(one, dict):
-            if "copy" in one:
-                source, target = one["copy"]
+    for requests in job["rounds"]:
+        if isinstance(requests, dict):
+            if "copy" in requests:
+                source, target = requests["copy"]
                 shutil.rmtree(target, ignore_errors=True)
                 shutil.copytree(source, target)
-            if "unwrap" in one:
+            if "unwrap" in requests:
                 name = "generate_block_hash_extra_keys"
                 setattr(kv_cache_utils, name, getattr(kv_cache_utils, name).__wrapped__)
-            if "clear" in one:
+            if "clear" in requests:
                 llm.reset_prefix_cache()
             continue
         params = [
@@ -48,10 +48,10 @@ def main() -> None:
                 max_tokens=asked["count"], temperature=0, detokenize=False, ignore_eos=True,
                 logprobs=0, extra_args=asked["extra"] or None,
             )
-            for asked in one
+            for asked in requests
         ]  # fmt: skip
         before = len(calls)
-        tokens = [{"prompt_token_ids": asked["ids"]} for asked in one]
+        tokens = [{"prompt_token_ids": asked["ids"]} for asked in requests]
         try:
             outputs = llm.generate(tokens, params, use_tqdm=False)
         except (ValueError, VLLMClientError) as error:
@@ -67,7 +67,8 @@ def main() -> None:
                 "cached": [out.num_cached_tokens for out in outputs],
                 "calls": calls[before:],
                 "kept": [
-                    params[at].extra_args == (one[at]["extra"] or None) for at in range(len(one))
+                    params[at].extra_args == (requests[at]["extra"] or None)
+                    for at in range(len(requests))
                 ],
             }
         )

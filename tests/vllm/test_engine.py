@@ -26,11 +26,12 @@ LENGTHS = [7, 130, 40, 5, 64, 33, 96, 100, 1, 31, 65]
 def mixed(folder, reference, count=12):
     """(requests, tokens of transformers) of a batch that mixes everything."""
     ids = prompts(LENGTHS)
-    asked = [request(one, name, count) for one, name in zip(ids, NAMES, strict=True)]
+    asked = [request(prompt, name, count) for prompt, name in zip(ids, NAMES, strict=True)]
     expected = [
-        reference.tokens(one, name, count, folder) for one, name in zip(ids, NAMES, strict=True)
+        reference.tokens(prompt, name, count, folder)
+        for prompt, name in zip(ids, NAMES, strict=True)
     ]
-    assert len({tuple(one) for one in expected}) == len(expected)
+    assert len({tuple(tokens) for tokens in expected}) == len(expected)
     return asked, expected
 
 
@@ -69,9 +70,10 @@ def test_preempted_requests_are_computed_anew(engine, folder, references):
     """Blocks for two requests of six: the others are thrown out and come again."""
     ids = prompts([60, 70, 62, 80, 75, 66], seed=3)
     names = ["ends", None, "prompt", "last", "untied", "all"]
-    asked = [request(one, name, 60) for one, name in zip(ids, names, strict=True)]
+    asked = [request(prompt, name, 60) for prompt, name in zip(ids, names, strict=True)]
     expected = [
-        references().tokens(one, name, 60, folder) for one, name in zip(ids, names, strict=True)
+        references().tokens(prompt, name, 60, folder)
+        for prompt, name in zip(ids, names, strict=True)
     ]
     out = engine([asked], num_gpu_blocks_override=15, enable_prefix_caching=False)
     assert out["rounds"][0]["tokens"] == expected
@@ -92,7 +94,7 @@ def test_scales(engine, folder, references):
     asked = [request(ids, "ends", reft_scale=scale) for scale in scales]
     reference = references()
     expected = [reference.tokens(ids, "ends", 12, folder, float(scale)) for scale in scales]
-    assert expected[3] == reference.tokens(ids) and len({tuple(one) for one in expected}) == 4
+    assert expected[3] == reference.tokens(ids) and len({tuple(tokens) for tokens in expected}) == 4
     out = engine([asked, [request(ids, "ends")], [request(ids, "__base__")]])
     assert out["rounds"][0]["tokens"] == expected
     assert out["rounds"][1]["tokens"] == [reference.tokens(ids, "ends", 12, folder)]
@@ -122,7 +124,7 @@ class TestPrefixCache:
             expected += tokens
         out = engine(asked, reft={"prefix_keys": keys})["rounds"]
         assert len(out) == len(expected) == 360
-        assert [one["tokens"] for one in out] == expected
+        assert [output["tokens"] for output in out] == expected
 
     def test_how_much_is_shared(self, engine, folder, references):
         """An adapter of the last two tokens takes what the base computed, and the other way round;
@@ -134,8 +136,8 @@ class TestPrefixCache:
         ]  # fmt: skip
         rounds, expected = self.rounds(references(), folder, order)
         out = engine(rounds)["rounds"]
-        assert [one["tokens"] for one in out] == expected
-        cached = [one["cached"][0] for one in out]
+        assert [output["tokens"] for output in out] == expected
+        cached = [output["cached"][0] for output in out]
         # last, long: all of the base's 96. last, short: its own third block is edited. base, long:
         # the fourth block as last computed it, whose edits are in the fifth.
         assert cached == [0, 96, 64, 128, 0, 64, 0, 96]
@@ -146,26 +148,28 @@ class TestPrefixCache:
         rounds, expected = self.rounds(references(), folder, order)
         out = engine([{"unwrap": True}, *rounds])["rounds"]
         assert out[0]["tokens"] == expected[0]
-        assert [one["tokens"] for one in out[1:]] != expected[1:]
+        assert [output["tokens"] for output in out[1:]] != expected[1:]
         assert out[1]["cached"][0] >= 96 and out[1]["tokens"] != expected[1]
 
 
 def test_a_replaced_adapter_is_never_taken_for_the_old_one(engine, folder, references, tmp_path):
-    mine = tmp_path / "mine" / "adapters"
-    one, two = tmp_path / "one" / "adapters", tmp_path / "two" / "adapters"
-    write_random(one / "it", 100, **ADAPTERS["prompt"])
-    write_random(two / "it", 101, **ADAPTERS["ends"])
-    write_random(mine / "it", 100, **ADAPTERS["prompt"])
+    folder_in_use = tmp_path / "mine" / "adapters"
+    first_folder, second_folder = tmp_path / "one" / "adapters", tmp_path / "two" / "adapters"
+    write_random(first_folder / "it", 100, **ADAPTERS["prompt"])
+    write_random(second_folder / "it", 101, **ADAPTERS["ends"])
+    write_random(folder_in_use / "it", 100, **ADAPTERS["prompt"])
     (ids,) = prompts([100], seed=8)
     swap = [
-        {"copy": [str(two / "it"), str(mine / "it")]},
-        {"copy": [str(one / "it"), str(mine / "it")]},
+        {"copy": [str(second_folder / "it"), str(folder_in_use / "it")]},
+        {"copy": [str(first_folder / "it"), str(folder_in_use / "it")]},
     ]
     asked = [request(ids, "it")]
-    out = engine([asked, swap[0], asked, swap[1], asked], reft={"folder": str(mine)})["rounds"]
+    out = engine([asked, swap[0], asked, swap[1], asked], reft={"folder": str(folder_in_use)})[
+        "rounds"
+    ]
     reference = references()
-    first = reference.tokens(ids, "it", 12, one)
-    second = reference.tokens(ids, "it", 12, two)
+    first = reference.tokens(ids, "it", 12, first_folder)
+    second = reference.tokens(ids, "it", 12, second_folder)
     assert first != second
     assert [round["tokens"][0] for round in out] == [first, second, first]
 
@@ -173,7 +177,7 @@ def test_a_replaced_adapter_is_never_taken_for_the_old_one(engine, folder, refer
 def test_bad_requests_are_refused_in_front_and_the_engine_goes_on(
     engine, folder, references, tmp_path
 ):
-    mine = tmp_path / "some"
+    folder_in_use = tmp_path / "some"
     for name, changes in {
         "good": ADAPTERS["ends"],
         "attention": {"component": "attention_output"},
@@ -181,13 +185,13 @@ def test_bad_requests_are_refused_in_front_and_the_engine_goes_on(
         "large": {"rank": 9},
         "double": {"dtype": "float64"},
     }.items():
-        write_random(mine / name, 1, **changes)
-    write_random(mine / "narrow", 1, dim=32)
-    write_random(mine / "deep", 1, blocks=9, layers=[8])
-    (mine / "empty").mkdir()
-    (mine / "torn").mkdir()
-    whole = (mine / "good" / "adapter_model.safetensors").read_bytes()
-    (mine / "torn" / "adapter_model.safetensors").write_bytes(whole[:-9])
+        write_random(folder_in_use / name, 1, **changes)
+    write_random(folder_in_use / "narrow", 1, dim=32)
+    write_random(folder_in_use / "deep", 1, blocks=9, layers=[8])
+    (folder_in_use / "empty").mkdir()
+    (folder_in_use / "torn").mkdir()
+    whole = (folder_in_use / "good" / "adapter_model.safetensors").read_bytes()
+    (folder_in_use / "torn" / "adapter_model.safetensors").write_bytes(whole[:-9])
     (tmp_path / "outside").mkdir()
     bad = {
         "nobody": "there is no adapter 'nobody'",
@@ -209,17 +213,17 @@ def test_bad_requests_are_refused_in_front_and_the_engine_goes_on(
     rounds += [[request(ids, name), request(ids, "good")] for name in bad]
     rounds += [[request(ids, "good", reft_scale="much")], [request(ids, None, reft_scale=2.0)]]
     rounds += [[request(ids, None, reft=3)]]
-    out = engine([*rounds, good], reft={"folder": str(mine), "max_rank": 8})["rounds"]
+    out = engine([*rounds, good], reft={"folder": str(folder_in_use), "max_rank": 8})["rounds"]
     words = [
         *bad.values(),
         "reft_scale must be a finite number",
         "needs an adapter's name",
         "got 3",
     ]
-    for found, expected in zip(out[1:-1], words, strict=True):
-        assert found["kind"] == "VLLMValidationError" and expected in found["error"], found
+    for answer, expected in zip(out[1:-1], words, strict=True):
+        assert answer["kind"] == "VLLMValidationError" and expected in answer["error"], answer
     reference = references()
-    tokens = [reference.tokens(ids, "good", 12, mine), reference.tokens(ids)]
+    tokens = [reference.tokens(ids, "good", 12, folder_in_use), reference.tokens(ids)]
     assert out[0]["tokens"] == out[-1]["tokens"] == tokens
 
 

@@ -1,5 +1,5 @@
-"""What vLLM cannot do beside adapters is refused by name before an engine starts, and what the
-plugin rests on is there."""
+"""Unsupported features of vLLM are refused by name before an engine starts, and the functions that
+the plugin patches exist."""
 
 from __future__ import annotations
 
@@ -105,14 +105,14 @@ class TestSeams:
         assert block_pool.generate_block_hash_extra_keys is wrapped
         assert hasattr(wrapped, "__wrapped__")
 
-    def test_a_missing_seam_is_named(self):
+    def test_a_missing_function_is_named(self):
         class Owner:
-            def known(self, one, two):
+            def known(self, first, second):
                 pass
 
         with pytest.raises(RuntimeError, match=r"no .*Owner\.gone"):
             patches._wrap(Owner, "gone", ("self",), lambda original: original)
-        with pytest.raises(RuntimeError, match=r"takes \('self', 'one', 'two'\)"):
+        with pytest.raises(RuntimeError, match=r"takes \('self', 'first', 'second'\)"):
             patches._wrap(Owner, "known", ("self", "other"), lambda original: original)
 
     def test_model_runner_v2_has_what_its_state_uses(self):
@@ -124,7 +124,7 @@ class TestSeams:
             if isinstance(node, ast.ClassDef) and node.name == "DefaultModelState"
         ]  # fmt: skip
         methods = {
-            node.name: [one.arg for one in node.args.args]
+            node.name: [argument.arg for argument in node.args.args]
             for node in default.body
             if isinstance(node, ast.FunctionDef)
         }

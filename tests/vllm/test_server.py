@@ -70,7 +70,7 @@ def complete(client, ids, name=None, count=6, **more) -> list[int]:
 
 def spoken(tokens) -> list[int]:
     """Tokens that have a text."""
-    return [one for one in tokens if one > 3]
+    return [token for token in tokens if token > 3]
 
 
 def test_two_adapters_and_the_base(server, folder, references):
@@ -78,8 +78,8 @@ def test_two_adapters_and_the_base(server, folder, references):
     reference = references()
     seen = set()
     for name in (*NAMES, None, "__base__"):
-        own = None if name == "__base__" else name
-        expected = spoken(reference.tokens(ids, own, 6, folder))
+        adapter = None if name == "__base__" else name
+        expected = spoken(reference.tokens(ids, adapter, 6, folder))
         assert complete(server, ids, name) == expected
         assert complete(server, words(ids), name) == expected, "as text"
         seen.add(tuple(expected))
@@ -148,7 +148,7 @@ def test_five_hundred_requests_of_four_clients(server, folder, references):
     work = [(choose.choice(pool), choose.choice(who)) for _ in range(500)]
     expected = [spoken(reference.tokens(ids, name, 6, folder)) for ids, name in work]
 
-    def one(at: int) -> list[int] | str:
+    def ask(at: int) -> list[int] | str:
         ids, name = work[at]
         if at % 25 == 24:
             try:
@@ -158,7 +158,7 @@ def test_five_hundred_requests_of_four_clients(server, folder, references):
         return complete(server, ids, name)
 
     with ThreadPoolExecutor(4) as clients:
-        found = list(clients.map(one, range(500)))
-    wrong = [at for at in range(500) if at % 25 != 24 and found[at] != expected[at]]
+        answers = list(clients.map(ask, range(500)))
+    wrong = [at for at in range(500) if at % 25 != 24 and answers[at] != expected[at]]
     assert not wrong
-    assert [found[at] for at in range(24, 500, 25)] == ["refused"] * 20
+    assert [answers[at] for at in range(24, 500, 25)] == ["refused"] * 20

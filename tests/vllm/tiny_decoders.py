@@ -58,12 +58,12 @@ def write_random(path: Path, seed: int, *, dim: int = DIM, blocks: int = LAYERS,
     """An adapter whose every term shows in the tokens."""
     config = ReftConfig(**changes)
     random = torch.Generator().manual_seed(seed)
-    bank = AdapterParameters(config, config.resolve_layers(blocks), dim, generator=random)
+    adapter = AdapterParameters(config, config.resolve_layers(blocks), dim, generator=random)
     with torch.no_grad():
-        for name, parameter in bank.named_parameters():
+        for name, parameter in adapter.named_parameters():
             step = torch.randn(parameter.shape, generator=random)
             parameter.add_(step, alpha=1.0 if name == "bias" else 0.1)
-    write_adapter(path, config, bank.export_state_dict())
+    write_adapter(path, config, adapter.export_state_dict())
     return path
 
 
@@ -152,7 +152,7 @@ def prompts(lengths, seed=0, shared=0) -> list[list[int]]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Of an engine's process."""
+    """Return the environment of an engine's process."""
     return {
         **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **changes,

@@ -42,22 +42,22 @@ def logits(model):
     return model(IDS).logits
 
 
-def bank_of(model):
+def adapter_of(model):
     return model.reft.adapter("default")
 
 
 @pytest.mark.parametrize("dtype", SHORT)
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
-def test_no_cast_reaches_the_numbers_of_an_adapter(cast, dtype):
+def test_casts_keep_the_values_of_an_adapter(cast, dtype):
     model = wrapped()
-    before = {name: one.clone() for name, one in bank_of(model).training_state().items()}
-    same = {id(one) for one in bank_of(model).parameters()}
+    before = {name: tensor.clone() for name, tensor in adapter_of(model).training_state().items()}
+    same = {id(parameter) for parameter in adapter_of(model).parameters()}
     assert cast(model, dtype) is model
     assert model.get_base_model().lm_head.weight.dtype == dtype
-    assert {id(one) for one in bank_of(model).parameters()} == same  # an optimizer's
-    for name, one in bank_of(model).training_state().items():
-        assert one.dtype == torch.float32
-        assert torch.equal(one, before[name])
+    assert {id(parameter) for parameter in adapter_of(model).parameters()} == same  # an optimizer's
+    for name, tensor in adapter_of(model).training_state().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, before[name])
 
 
 @pytest.mark.parametrize("dtype", [*SHORT, torch.float64])
@@ -90,35 +90,37 @@ def test_pyreft_gets_a_cast_model(dtype, tmp_path):
     model = wrapped()
     save_pyreft(model, tmp_path / "before")
     save_pyreft(model.to(dtype), tmp_path / "after")
-    found = [
+    models = [
         load_pyreft(tmp_path / name, llama(), positions="f2+l2") for name in ("before", "after")
     ]
-    torch.testing.assert_close(*map(logits, found), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*map(logits, models), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", SHORT)
 @pytest.mark.parametrize("kept", ["float32", "float64", "bfloat16", "float16"])
-def test_an_adapter_keeps_what_its_configuration_says(kept, dtype):
-    own = getattr(torch, kept)
+def test_an_adapter_keeps_the_dtype_of_its_configuration(kept, dtype):
+    dtype = getattr(torch, kept)
     model = wrapped(dtype=kept)
-    before = {name: one.clone() for name, one in bank_of(model).state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in adapter_of(model).state_dict().items()}
     model.to(dtype)
-    for name, one in bank_of(model).state_dict().items():
-        assert one.dtype == (torch.promote_types(own, torch.float32) if name == "base" else own)
-        assert torch.equal(one, before[name])
+    for name, tensor in adapter_of(model).state_dict().items():
+        assert tensor.dtype == (
+            torch.promote_types(dtype, torch.float32) if name == "base" else dtype
+        )
+        assert torch.equal(tensor, before[name])
     assert model.orthonormality_error() < 1e-5
     model.to(torch.float64)
-    assert bank_of(model).bias.dtype == torch.float64
+    assert adapter_of(model).bias.dtype == torch.float64
     model.to(dtype)
-    assert bank_of(model).bias.dtype == own
+    assert adapter_of(model).bias.dtype == dtype
 
 
-def test_what_holds_what():
+def test_which_dtype_represents_which():
     order = (torch.float64, torch.float32, torch.bfloat16), (torch.float32, torch.float16)
     for row in order:
-        for place, one in enumerate(row):
-            assert all(can_represent(one, other) for other in row[place:])
-            assert not any(can_represent(one, other) for other in row[:place])
+        for place, dtype in enumerate(row):
+            assert all(can_represent(dtype, other) for other in row[place:])
+            assert not any(can_represent(dtype, other) for other in row[:place])
     assert not can_represent(torch.bfloat16, torch.float16) and not can_represent(
         torch.float16, torch.bfloat16
     )
@@ -127,22 +129,24 @@ def test_what_holds_what():
 def test_moves_and_copies_are_no_casts():
     """An engine that has cast the parameters itself finds them so after a move."""
     adapter = AdapterParameters(ReftConfig(rank=2), (0, 1), 8)
-    for one in adapter.parameters():
-        one.data = one.data.bfloat16()
+    for parameter in adapter.parameters():
+        parameter.data = parameter.data.bfloat16()
     adapter.to("cpu").to(torch.device("cpu"))
-    assert {one.dtype for one in adapter.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in adapter.parameters()} == {torch.bfloat16}
     assert adapter.base.dtype == torch.float32
     assert adapter.orthonormality_error() < 1e-5
     assert adapter.export_state_dict()["rotation"].dtype == torch.float32
     assert adapter.to("meta").is_meta
 
 
-def test_parts_on_several_devices_keep_it_too():
+def test_several_devices_keep_the_dtype_too():
     devices = [torch.device("cpu"), torch.device("cpu", 0)]
     adapter = MultiDeviceParameters(ReftConfig(rank=2), (0, 1), 8, devices=devices)
-    before = {name: one.clone() for name, one in adapter.training_state().items()}
+    before = {name: tensor.clone() for name, tensor in adapter.training_state().items()}
     adapter.half()
-    assert all(torch.equal(one, before[name]) for name, one in adapter.training_state().items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in adapter.training_state().items()
+    )
 
 
 @pytest.mark.parametrize("dtype", SHORT)
@@ -150,13 +154,13 @@ def test_a_rotation_that_was_loaded_stays_bit_for_bit(dtype, tmp_path):
     wrapped().save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")["rotation"]
     model = ReftModel.from_pretrained(llama(), tmp_path).to(dtype)
-    assert torch.equal(bank_of(model).rotation(), stored)
+    assert torch.equal(adapter_of(model).rotation(), stored)
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(load_file(tmp_path / "again/adapter_model.safetensors")["rotation"], stored)
 
 
 @pytest.mark.parametrize("dtype", SHORT)
-def test_heads_go_with_the_base_and_are_saved(dtype, tmp_path):
+def test_modules_to_save_follow_the_base_and_are_saved(dtype, tmp_path):
     model = wrapped(bert, modules_to_save=["classifier"], positions="f2").to(dtype)
     expected = logits(model)
     assert expected.dtype == dtype
@@ -168,7 +172,7 @@ def test_heads_go_with_the_base_and_are_saved(dtype, tmp_path):
 def test_training_goes_on_in_full_precision_after_an_evaluation_in_16_bits(tmp_path):
     labels = IDS.clone()
     labels[:, :4] = -100
-    rows = [{"input_ids": row, "labels": one} for row, one in zip(IDS, labels, strict=True)]
+    rows = [{"input_ids": row, "labels": label} for row, label in zip(IDS, labels, strict=True)]
     settings = {"max_steps": 2, "save_strategy": "no", "lr_scheduler_type": "constant"}
     quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
     arguments = TrainingArguments(
@@ -177,13 +181,13 @@ def test_training_goes_on_in_full_precision_after_an_evaluation_in_16_bits(tmp_p
     model = wrapped()
     trainer = ReftTrainer(model, arguments, train_dataset=rows, eval_dataset=rows)
     trainer.train()
-    before = {name: one.clone() for name, one in bank_of(model).training_state().items()}
+    before = {name: tensor.clone() for name, tensor in adapter_of(model).training_state().items()}
     trainer.evaluate()
     assert model.get_base_model().lm_head.weight.dtype == torch.bfloat16
-    for name, one in bank_of(model).training_state().items():
-        assert torch.equal(one, before[name])
+    for name, tensor in adapter_of(model).training_state().items():
+        assert torch.equal(tensor, before[name])
     trainer.train()
-    weight = bank_of(model).weight
+    weight = adapter_of(model).weight
     assert weight.dtype == torch.float32
     assert not torch.equal(weight, weight.bfloat16().float())
     assert not torch.equal(weight, before["weight"])

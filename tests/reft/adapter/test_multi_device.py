@@ -55,7 +55,7 @@ def run(model, steps=3):
     ids, mask, _ = padded([8, 5, 3], "right")
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :2] = -100
-    parameters = [one for one in model.parameters() if one.requires_grad]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
     gradients = None
     for _ in range(steps):
@@ -63,9 +63,9 @@ def run(model, steps=3):
         model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
         if gradients is None:
             gradients = {
-                name: one.grad.clone()
-                for name, one in model.named_parameters()
-                if one.grad is not None
+                name: parameter.grad.clone()
+                for name, parameter in model.named_parameters()
+                if parameter.grad is not None
             }
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -75,33 +75,39 @@ def run(model, steps=3):
 
 @pytest.mark.parametrize("base", [llama, gpt2])
 @pytest.mark.parametrize("intervention", MEMBERS)
-def test_it_is_the_bank_in_parts(base, intervention, spread):
-    """The same first values bit for bit, and the same training but for the rounding of a product
-    over two matrices or three."""
+def test_parts_equal_one_adapter(base, intervention, spread):
+    """Compare with one device: the initialisation is equal bit for bit, training to the rounding of
+    a product over two matrices or three."""
     cfg = config(intervention=intervention)
-    one, two = plain(base(), cfg), spread(base(), cfg)
-    adapter = two.base_model.reft.adapter("default")
+    single, multi = plain(base(), cfg), spread(base(), cfg)
+    adapter = multi.base_model.reft.adapter("default")
     assert isinstance(adapter, MultiDeviceParameters)
     assert [part.layers for part in adapter.parts] == [(0, 2), (1,)]
-    whole, parts = one.base_model.reft.adapter("default").training_state(), adapter.training_state()
+    whole, parts = (
+        single.base_model.reft.adapter("default").training_state(),
+        adapter.training_state(),
+    )
     assert whole.keys() == parts.keys()
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
-    assert one.get_nb_trainable_parameters() == two.get_nb_trainable_parameters()
-    expected, first = run(one)
-    got, second = run(two)
+    assert single.get_nb_trainable_parameters() == multi.get_nb_trainable_parameters()
+    expected, first = run(single)
+    got, second = run(multi)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert len(second) == 2 * len(first)
-    assert two.orthonormality_error() < 1e-5
-    whole, parts = one.base_model.reft.adapter("default").training_state(), adapter.training_state()
+    assert multi.orthonormality_error() < 1e-5
+    whole, parts = (
+        single.base_model.reft.adapter("default").training_state(),
+        adapter.training_state(),
+    )
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("state", [False, True])
 def test_files_fit_either_way(spread, tmp_path, state):
-    one, two = plain(llama(), config()), spread(llama(), config())
-    run(one), run(two)
-    for name, model in (("one", one), ("two", two)):
+    single, multi = plain(llama(), config()), spread(llama(), config())
+    run(single), run(multi)
+    for name, model in (("one", single), ("two", multi)):
         model.save_pretrained(tmp_path / name, training_state=state)
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
     assert files[0].keys() == files[1].keys()
@@ -109,7 +115,7 @@ def test_files_fit_either_way(spread, tmp_path, state):
         torch.testing.assert_close(files[1][name], value, rtol=1e-4, atol=1e-5)
     ids = tokens(2, 7)
     with torch.no_grad():
-        expected = one(ids).logits
+        expected = single(ids).logits
         from_two = ReftModel.from_pretrained(llama(), tmp_path / "two")
         torch.testing.assert_close(from_two(ids).logits, expected)
         # The same file gives the same bits, in parts or not.
@@ -121,43 +127,47 @@ def test_files_fit_either_way(spread, tmp_path, state):
     if state:
         fresh = spread(llama(), config())
         fresh.restore(tmp_path / "one")
-        torch.testing.assert_close(run(fresh)[0], run(one)[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(run(fresh)[0], run(single)[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("intervention", "init"),
     [*((name, "pyreft") for name in MEMBERS), ("loreft", "identity"), ("direft", "identity")],
 )
-def test_it_is_set_by_hand_as_a_bank(intervention, init, spread):
+def test_assign_equals_one_adapter(intervention, init, spread):
     cfg = config(intervention=intervention, init=init)
-    one, two = (
+    single, multi = (
         model.base_model.reft.adapter("default")
         for model in (plain(llama(), cfg), spread(llama(), cfg))
     )
-    assert (one.shape, one.layers, one.activation) == (two.shape, two.layers, two.activation)
-    for adapter in (one, two):
+    assert (single.shape, single.layers, single.activation) == (
+        multi.shape,
+        multi.layers,
+        multi.activation,
+    )
+    for adapter in (single, multi):
         adapter.reset_parameters(torch.Generator().manual_seed(7))
-    expected = one.training_state()
-    assert all(torch.equal(value, expected[name]) for name, value in two.training_state().items())
-    values = {"rotation": torch.rand(one.shape), "bias": torch.rand(one.shape[:3])}
-    if one.spec.orthonormal:
+    expected = single.training_state()
+    assert all(torch.equal(value, expected[name]) for name, value in multi.training_state().items())
+    values = {"rotation": torch.rand(single.shape), "bias": torch.rand(single.shape[:3])}
+    if single.spec.orthonormal:
         values["rotation"] = torch.linalg.qr(values["rotation"].mT).Q.mT
-    if one.weight is not None:
-        values["weight"] = torch.rand(one.shape)
-    one.assign(**values)
-    two.assign(**values)
-    torch.testing.assert_close(two.rotation(), one.rotation())
-    torch.testing.assert_close(two.rotation(), values["rotation"])
-    for expected, weights in zip(one.edit_weights(), two.edit_weights(), strict=True):
+    if single.weight is not None:
+        values["weight"] = torch.rand(single.shape)
+    single.assign(**values)
+    multi.assign(**values)
+    torch.testing.assert_close(multi.rotation(), single.rotation())
+    torch.testing.assert_close(multi.rotation(), values["rotation"])
+    for expected, weights in zip(single.edit_weights(), multi.edit_weights(), strict=True):
         torch.testing.assert_close(weights[:3], expected[:3])
         assert weights[3:] == expected[3:]
-    two.rotation().pow(3).sum().backward()
-    trained = "free" if one.spec.orthonormal else "decode"
-    assert all(getattr(part, trained).grad.abs().max() > 0 for part in two.parts)
+    multi.rotation().pow(3).sum().backward()
+    trained = "free" if single.spec.orthonormal else "decode"
+    assert all(getattr(part, trained).grad.abs().max() > 0 for part in multi.parts)
 
 
-def test_numbers_are_drawn_where_the_generator_is():
-    """As of a bank there, though the first layer's device has no values at all."""
+def test_values_are_drawn_on_the_device_of_the_generator():
+    """The values are those of one device, though the first layer's device has no values at all."""
     meta, draw = torch.device("meta"), torch.Generator
     whole = AdapterParameters(
         config(), (0, 1, 2), 8, generator=draw().manual_seed(5)
@@ -218,14 +228,15 @@ def test_a_trainer_continues_it(spread, make_trainer, word_llama, tmp_path):
     through.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "through" / "checkpoint-3"))
     expected, got = (
-        one.model.base_model.reft.adapter("default").training_state() for one in (through, resumed)
+        trainer.model.base_model.reft.adapter("default").training_state()
+        for trainer in (through, resumed)
     )
     assert isinstance(resumed.model.base_model.reft.adapter("default"), MultiDeviceParameters)
     assert all(torch.equal(value, expected[name]) for name, value in got.items())
 
 
 def test_a_state_dict_of_parts(spread, tmp_path):
-    """What engines gather, and copies, give the same bits."""
+    """Gathered state dicts and copies give the same bits."""
     model, ids = spread(llama(), config()), tokens(2, 7)
     run(model)
     model.save_pretrained(tmp_path, training_state=True, state_dict=model.state_dict())
@@ -236,8 +247,8 @@ def test_a_state_dict_of_parts(spread, tmp_path):
     third.load_state_dict(model.state_dict())
     with torch.no_grad():
         expected = model(ids).logits
-        for one in (other, third, copy.deepcopy(model)):
-            assert torch.equal(one(ids).logits, expected)
+        for copied in (other, third, copy.deepcopy(model)):
+            assert torch.equal(copied(ids).logits, expected)
 
 
 def test_several_adapters_and_deletion(spread, monkeypatch):
@@ -325,19 +336,19 @@ def test_device_map(places, component, tmp_path):
         device_map=device_map(PLACES[places]),
         offload_folder=tmp_path / "offload",
     )
-    assert any(one.is_meta for one in base.model.layers[1].parameters())
+    assert any(parameter.is_meta for parameter in base.model.layers[1].parameters())
     cfg = config(component=component)
     model, expected = plain(base, cfg), plain(llama(), cfg)
     assert not model.base_model.reft.adapter("default").is_meta
     ids = tokens(2, 7)
     how = {"max_new_tokens": 4, "do_sample": False}
     assert model.generate(ids, **how).tolist() == expected.generate(ids, **how).tolist()
-    for one in (model, expected):
-        one.zero_grad()
-        one(ids, labels=ids).loss.backward()
+    for wrapped in (model, expected):
+        wrapped.zero_grad()
+        wrapped(ids, labels=ids).loss.backward()
     wanted = dict(expected.base_model.reft.named_parameters())
-    for name, one in model.base_model.reft.named_parameters():
-        torch.testing.assert_close(one.grad, wanted[name].grad)
+    for name, parameter in model.base_model.reft.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name].grad)
     model.save_pretrained(tmp_path / "adapter")
     model.unload()
     again = ReftModel.from_pretrained(base, tmp_path / "adapter")

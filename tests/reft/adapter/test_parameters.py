@@ -1,4 +1,4 @@
-"""The parameters of an adapter: which exist, how they start, what comes out of them and back in."""
+"""The parameters of an adapter: names and shapes, weights for the edit, saving and loading."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from random_parameters import DIM, RANK, make_adapter
 from transformers.activations import ACT2FN
 
 from reft.adapter.parameters import AdapterParameters
@@ -14,8 +15,6 @@ from reft.config import ReftConfig
 from reft_kernels import orthonormalize
 from reft_kernels.activations import ACTIVATIONS, ALIASES, activate
 from reft_kernels.spec import FAMILY
-
-LAYERS, RANK, DIM = (1, 3, 4), 4, 20
 
 PARAMETERS = {
     "loreft": {"weight", "bias", "free"},
@@ -27,19 +26,13 @@ PARAMETERS = {
 }
 
 
-def adapter(intervention="loreft", seed=0, dim=DIM, layers=LAYERS, **changes) -> AdapterParameters:
-    changes = {"rank": RANK, "positions": "f2+l2", "tied": False, **changes}
-    config = ReftConfig(intervention=intervention, **changes)
-    return AdapterParameters(config, layers, dim, generator=torch.Generator().manual_seed(seed))
-
-
-def moved(one: AdapterParameters) -> AdapterParameters:
-    """A bank as after some training: every parameter away from where it started."""
+def moved(adapter: AdapterParameters) -> AdapterParameters:
+    """Move every parameter away from its initialisation, as training does."""
     torch.manual_seed(5)
     with torch.no_grad():
-        for parameter in one.parameters():
+        for parameter in adapter.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return one
+    return adapter
 
 
 def test_every_family_row_is_here():
@@ -48,32 +41,32 @@ def test_every_family_row_is_here():
 
 @pytest.mark.parametrize("intervention", FAMILY)
 def test_parameters_of_each_family_row(intervention):
-    one = adapter(intervention)
+    adapter = make_adapter(intervention)
     shapes = {
         "weight": (3, 2, RANK, DIM),
         "bias": (3, 2, RANK),
         "free": (3, 2, DIM, RANK),
         "decode": (3, 2, RANK, DIM),
     }
-    found = {name: tuple(p.shape) for name, p in one.named_parameters()}
-    assert found == {name: shapes[name] for name in PARAMETERS[intervention]}
+    shapes_by_name = {name: tuple(p.shape) for name, p in adapter.named_parameters()}
+    assert shapes_by_name == {name: shapes[name] for name in PARAMETERS[intervention]}
     start = {"base"} if "free" in PARAMETERS[intervention] else set()
-    assert set(one.state_dict()) == PARAMETERS[intervention] | start
+    assert set(adapter.state_dict()) == PARAMETERS[intervention] | start
 
 
 @pytest.mark.parametrize("intervention", FAMILY)
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_effective_weights_compute_the_edit(intervention, activation):
-    one = moved(adapter(intervention, activation=activation))
+def test_edit_weights_compute_the_edit(intervention, activation):
+    adapter = moved(make_adapter(intervention, activation=activation))
     spec = FAMILY[intervention]
-    out, r = one(), one.rotation()
+    out, r = adapter(), adapter.rotation()
     h = torch.randn(7, DIM)
     act = torch.relu if activation else lambda x: x
     for layer in range(3):
         for group in range(2):
-            code = one.bias[layer, group].expand(7, -1)
-            if one.weight is not None:
-                code = code + h @ one.weight[layer, group].T
+            code = adapter.bias[layer, group].expand(7, -1)
+            if adapter.weight is not None:
+                code = code + h @ adapter.weight[layer, group].T
             code = act(code) - (h @ r[layer, group].T if spec.subtract else 0)
             weights = out[layer]
             folded = weights.bias[group].expand(7, -1)
@@ -90,20 +83,20 @@ def test_effective_weights_compute_the_edit(intervention, activation):
             )
 
 
-def test_effective_weights_share_no_memory_with_parameters():
+def test_edit_weights_share_no_memory_with_parameters():
     for intervention in FAMILY:
-        one = adapter(intervention)
-        own = {p.untyped_storage().data_ptr() for p in one.parameters()}
-        out = one.edit_weights()
+        adapter = make_adapter(intervention)
+        memory = {p.untyped_storage().data_ptr() for p in adapter.parameters()}
+        out = adapter.edit_weights()
         for part in (tensor for layer in out for tensor in layer[:3] if tensor is not None):
-            assert part.untyped_storage().data_ptr() not in own, intervention
+            assert part.untyped_storage().data_ptr() not in memory, intervention
 
 
-def test_low_precision_around_the_bank_does_not_reach_it():
-    one = moved(adapter())
-    expected = one.edit_weights()
+def test_autocast_does_not_change_edit_weights():
+    adapter = moved(make_adapter())
+    expected = adapter.edit_weights()
     with torch.autocast("cpu", torch.bfloat16):
-        got = one.edit_weights()
+        got = adapter.edit_weights()
     for layer, expected_layer in zip(got, expected, strict=True):
         for tensor, value in zip(layer[:3], expected_layer[:3], strict=True):
             assert tensor.dtype == torch.float32
@@ -111,89 +104,23 @@ def test_low_precision_around_the_bank_does_not_reach_it():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-def test_dtype_of_parameters_and_of_what_comes_out(dtype):
-    one = adapter(dtype=dtype)
-    assert {p.dtype for p in one.parameters()} == {getattr(torch, dtype)}
+def test_dtype_of_parameters_and_edit_weights(dtype):
+    adapter = make_adapter(dtype=dtype)
+    assert {p.dtype for p in adapter.parameters()} == {getattr(torch, dtype)}
     wide = torch.promote_types(getattr(torch, dtype), torch.float32)
-    out = one.edit_weights()
+    out = adapter.edit_weights()
     assert {tensor.dtype for layer in out for tensor in layer[:3]} == {wide}
-    assert one.orthonormality_error() < 1e-5
-
-
-class TestInit:
-    def test_orthonormal_frames_are_uniform(self):
-        one = adapter(layers=tuple(range(300)), dim=6, rank=2)
-        r = one.rotation().detach()
-        eye = torch.eye(2).expand(300, 2, 2, 2)
-        torch.testing.assert_close(r @ r.mT, eye, rtol=0, atol=1e-5)
-        # Entries of a uniform frame: mean 0, variance 1/D, either sign on the diagonal.
-        assert r.mean().abs() < 0.02
-        assert abs(r.var() * 6 - 1) < 0.05
-        assert 0.4 < (r.diagonal(dim1=-2, dim2=-1) > 0).float().mean() < 0.6
-
-    @pytest.mark.parametrize("intervention", ["loreft", "direft"])
-    def test_linear_parts_are_drawn_like_nn_linear(self, intervention):
-        one = adapter(intervention, layers=tuple(range(40)))
-        linear = torch.nn.Linear(DIM, RANK * 2000)
-        bound = 1 / math.sqrt(DIM)
-        for value in (one.weight, one.bias, *([] if one.decode is None else [one.decode])):
-            assert value.abs().max() <= bound
-            assert abs(value.std() / linear.weight.std() - 1) < 0.05
-
-    @pytest.mark.parametrize("intervention", ["consreft", "lobireft"])
-    def test_a_bias_without_a_weight_is_uniform_in_0_1(self, intervention):
-        bias = adapter(intervention, layers=tuple(range(100))).bias
-        assert bias.min() >= 0 and bias.max() < 1
-        assert abs(bias.mean() - 0.5) < 0.05
-        assert abs(bias.var() - 1 / 12) < 0.01
-
-    def test_a_generator_decides(self):
-        for name, value in adapter(seed=4).export_state_dict().items():
-            assert torch.equal(value, adapter(seed=4).export_state_dict()[name])
-            assert not torch.equal(value, adapter(seed=5).export_state_dict()[name])
-
-    @pytest.mark.parametrize("intervention", FAMILY)
-    @pytest.mark.parametrize("activation", [None, "relu", "sigmoid"])
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_identity_is_exact_or_refused(self, intervention, activation, dtype):
-        impossible = (
-            intervention == "consreft"
-            or (intervention == "loreft" and (activation or dtype == "bfloat16"))
-            # sigmoid(0) is not 0, and relu is flat there: a start that could not learn.
-            or (intervention in ("direft_orthonormal", "lobireft") and activation)
-        )
-        settings = {"activation": activation, "dtype": dtype, "init": "identity"}
-        if impossible:
-            with pytest.raises(ValueError, match=r"ReftConfig.init.*identity"):
-                adapter(intervention, **settings)
-            return
-        out = adapter(intervention, **settings).edit_weights()
-        h = torch.randn(9, DIM)
-        for layer in range(3):
-            weights = out[layer]
-            r, code = weights.decode[0], weights.bias[0].expand(9, -1)
-            if weights.encode is not None:
-                code = code + h @ weights.encode[0].T
-            if weights.activation:
-                code = getattr(torch, weights.activation)(code)
-            if weights.subtract:
-                code = code - h @ r.T
-            assert torch.equal(code @ r, torch.zeros(9, DIM))
-
-    def test_meta_allocates_nothing(self):
-        config = ReftConfig(rank=8)
-        one = AdapterParameters(config, tuple(range(80)), 8192, device="meta")
-        assert all(t.is_meta for t in (*one.parameters(), *one.buffers()))
+    assert adapter.orthonormality_error() < 1e-5
 
 
 class TestAssign:
     def test_by_hand(self):
-        one, other = moved(adapter()), adapter(seed=9)
+        adapter, other = moved(make_adapter()), make_adapter(seed=9)
         values = other.export_state_dict()
-        one.assign(**values)
-        for name, value in one.export_state_dict().items():
+        adapter.assign(**values)
+        for name, value in adapter.export_state_dict().items():
             torch.testing.assert_close(value, values[name], rtol=1e-5, atol=1e-6)
-        assert one.free.abs().max() == 0
+        assert adapter.free.abs().max() == 0
 
     @pytest.mark.parametrize(
         ("intervention", "values", "words"),
@@ -211,66 +138,68 @@ class TestAssign:
         ],
     )
     def test_what_does_not_fit_changes_nothing(self, intervention, values, words):
-        one = moved(adapter(intervention))
-        before = one.training_state()
+        adapter = moved(make_adapter(intervention))
+        before = adapter.training_state()
         with pytest.raises(ValueError) as caught:
-            one.assign(**{"bias": torch.zeros(3, 2, RANK), **values})
+            adapter.assign(**{"bias": torch.zeros(3, 2, RANK), **values})
         assert words in str(caught.value)
-        for name, value in one.training_state().items():
+        for name, value in adapter.training_state().items():
             assert torch.equal(value, before[name])
 
     def test_a_free_rotation_may_be_anything(self):
-        one = adapter("direft")
-        one.assign(rotation=torch.full((3, 2, RANK, DIM), 2.0))
-        assert torch.equal(one.edit_weights()[0].decode, torch.full((2, RANK, DIM), 2.0))
+        adapter = make_adapter("direft")
+        adapter.assign(rotation=torch.full((3, 2, RANK, DIM), 2.0))
+        assert torch.equal(adapter.edit_weights()[0].decode, torch.full((2, RANK, DIM), 2.0))
 
     def test_a_rank_above_the_width_is_refused(self):
         with pytest.raises(ValueError, match=r"rank must be at most D = 20.*got 21"):
-            adapter(rank=21)
+            make_adapter(rank=21)
 
     @pytest.mark.parametrize("name", sorted({*ACTIVATIONS, *ALIASES} & {*ACT2FN}))
     def test_every_activation_is_transformers_own(self, name):
-        one = adapter(activation=name)
+        adapter = make_adapter(activation=name)
         u = torch.linspace(-4, 4, 41)
-        torch.testing.assert_close(activate(one.activation, u), ACT2FN[name](u), rtol=0, atol=2e-3)
+        torch.testing.assert_close(
+            activate(adapter.activation, u), ACT2FN[name](u), rtol=0, atol=2e-3
+        )
 
 
 class TestState:
     @pytest.mark.parametrize("intervention", FAMILY)
-    def test_published(self, intervention):
-        one, other = moved(adapter(intervention)), adapter(intervention, seed=3)
-        other.load(one.export_state_dict())
-        for weights, expected in zip(other.edit_weights(), one.edit_weights(), strict=True):
+    def test_export_and_load(self, intervention):
+        adapter, other = moved(make_adapter(intervention)), make_adapter(intervention, seed=3)
+        other.load(adapter.export_state_dict())
+        for weights, expected in zip(other.edit_weights(), adapter.edit_weights(), strict=True):
             torch.testing.assert_close(weights[:3], expected[:3], rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize("intervention", FAMILY)
     def test_training_is_bit_for_bit(self, intervention):
-        one, other = moved(adapter(intervention)), adapter(intervention, seed=3)
-        other.load(one.training_state(), training_state=True)
-        for mine, theirs in zip(
-            (*one.parameters(), *one.buffers()),
+        adapter, other = moved(make_adapter(intervention)), make_adapter(intervention, seed=3)
+        other.load(adapter.training_state(), training_state=True)
+        for tensor, expected in zip(
+            (*adapter.parameters(), *adapter.buffers()),
             (*other.parameters(), *other.buffers()),
             strict=True,
         ):
-            assert torch.equal(mine, theirs)
+            assert torch.equal(tensor, expected)
 
     def test_names_are_checked(self):
-        one = adapter()
-        state = one.training_state()
+        adapter = make_adapter()
+        state = adapter.training_state()
         with pytest.raises(ValueError, match="missing: weight, unknown: none"):
-            one.load({name: state[name] for name in ("rotation", "bias")})
+            adapter.load({name: state[name] for name in ("rotation", "bias")})
         with pytest.raises(ValueError, match="missing: none, unknown: extra"):
-            one.load({**state, "extra": torch.zeros(1)})
+            adapter.load({**state, "extra": torch.zeros(1)})
         with pytest.raises(ValueError, match=r"missing: rotation.base, rotation.free"):
-            one.load(one.export_state_dict(), training_state=True)
+            adapter.load(adapter.export_state_dict(), training_state=True)
         with pytest.raises(ValueError, match=r"rotation.free must have shape"):
-            one.load({**state, "rotation.free": torch.zeros(1)}, training_state=True)
+            adapter.load({**state, "rotation.free": torch.zeros(1)}, training_state=True)
 
     def test_a_gathered_state_is_taken(self):
-        one, other = moved(adapter()), adapter(seed=3)
-        gathered = {name: value.clone() for name, value in one.state_dict().items()}
+        adapter, other = moved(make_adapter()), make_adapter(seed=3)
+        gathered = {name: value.clone() for name, value in adapter.state_dict().items()}
         for name, value in other.training_state(gathered).items():
-            assert torch.equal(value, one.training_state()[name])
+            assert torch.equal(value, adapter.training_state()[name])
         del gathered["base"]
         with pytest.raises(RuntimeError, match="state_dict must hold base: every key"):
             other.export_state_dict(gathered)
@@ -278,52 +207,52 @@ class TestState:
 
 class TestCache:
     @pytest.fixture
-    def one(self):
-        return adapter().eval()
+    def adapter(self):
+        return make_adapter().eval()
 
     @torch.no_grad()
-    def test_it_is_kept_while_nothing_changes(self, one):
-        assert one.edit_weights() is one.edit_weights()
+    def test_it_is_kept_while_nothing_changes(self, adapter):
+        assert adapter.edit_weights() is adapter.edit_weights()
 
     @torch.no_grad()
-    def test_any_write_ends_it(self, one):
-        for name, tensor in (*one.named_parameters(), *one.named_buffers()):
-            before = one.edit_weights()
+    def test_any_write_ends_it(self, adapter):
+        for name, tensor in (*adapter.named_parameters(), *adapter.named_buffers()):
+            before = adapter.edit_weights()
             tensor.mul_(1.0)
-            assert one.edit_weights() is not before, name
+            assert adapter.edit_weights() is not before, name
 
     @torch.no_grad()
-    def test_a_replaced_parameter_ends_it(self, one):
-        before = one.edit_weights()
-        one.bias.data = torch.zeros_like(one.bias)
-        assert torch.equal(one.edit_weights()[0].bias, torch.zeros(2, RANK))
+    def test_a_replaced_parameter_ends_it(self, adapter):
+        before = adapter.edit_weights()
+        adapter.bias.data = torch.zeros_like(adapter.bias)
+        assert torch.equal(adapter.edit_weights()[0].bias, torch.zeros(2, RANK))
         assert not torch.equal(before[0].bias, torch.zeros(2, RANK))
 
     @torch.no_grad()
-    def test_writes_past_the_version_end_with_the_mode(self, one):
-        one.edit_weights()
-        one.bias.data.zero_()
-        one.train().eval()
-        assert torch.equal(one.edit_weights()[0].bias, torch.zeros(2, RANK))
+    def test_writes_past_the_version_end_with_the_mode(self, adapter):
+        adapter.edit_weights()
+        adapter.bias.data.zero_()
+        adapter.train().eval()
+        assert torch.equal(adapter.edit_weights()[0].bias, torch.zeros(2, RANK))
 
-    def test_gradients_are_never_cached(self, one):
+    def test_gradients_are_never_cached(self, adapter):
         with torch.no_grad():
-            kept = one.edit_weights()
-        out = one.edit_weights()
+            kept = adapter.edit_weights()
+        out = adapter.edit_weights()
         assert out is not kept
         assert out[0].decode.requires_grad
         with torch.no_grad():
-            assert not one.edit_weights()[0].decode.requires_grad
+            assert not adapter.edit_weights()[0].decode.requires_grad
 
-    def test_inference_mode_works(self, one):
+    def test_inference_mode_works(self, adapter):
         with torch.inference_mode():
-            first = one.edit_weights()
+            first = adapter.edit_weights()
         with torch.no_grad():
-            assert torch.equal(one.edit_weights()[0].decode, first[0].decode)
+            assert torch.equal(adapter.edit_weights()[0].decode, first[0].decode)
 
 
 class TestLoadedRotation:
-    """R as it came from a file is used as it is until the bank is trained."""
+    """R as it came from a file is used as it is until it is trained."""
 
     def trained(self):
         adapter = AdapterParameters(ReftConfig(rank=3), (0, 1), 16)

@@ -40,11 +40,14 @@ def gradients(model: ReftModel, labels: Tensor, how: str, dtype: torch.dtype) ->
     with around(how, dtype):
         loss = model(input_ids=IDS, labels=labels).loss
     loss.backward()
-    return {n: one.grad.clone() for n, one in model.reft.adapter("default").named_parameters()}
+    return {
+        n: parameter.grad.clone()
+        for n, parameter in model.reft.adapter("default").named_parameters()
+    }
 
 
-def distance(mine: dict[str, Tensor], theirs: dict[str, Tensor], name: str) -> float:
-    return float((mine[name].float() - theirs[name]).norm() / theirs[name].norm())
+def distance(gradients: dict[str, Tensor], expected: dict[str, Tensor], name: str) -> float:
+    return float((gradients[name].float() - expected[name]).norm() / expected[name].norm())
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -95,7 +98,7 @@ def test_rotations_stay_orthonormal_through_training(how, dtype):
     assert losses[-1] < 0.7 * losses[0]
     assert model.orthonormality_error() < 1e-5
     state = [value for slot in optimizer.state.values() for value in slot.values()]
-    assert {one.dtype for one in (*parameters, *state)} == {torch.float32}
+    assert {tensor.dtype for tensor in (*parameters, *state)} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,9 +109,9 @@ def test_parameters_in_low_precision_keep_r_orthonormal(dtype):
     for _ in range(10):
         optimizer.zero_grad()
         model(input_ids=IDS, labels=LABELS).loss.backward()
-        assert {one.grad.dtype for one in parameters} == {DTYPES[dtype]}
+        assert {parameter.grad.dtype for parameter in parameters} == {DTYPES[dtype]}
         optimizer.step()
-    assert all(one.isfinite().all() for one in parameters)
+    assert all(parameter.isfinite().all() for parameter in parameters)
     assert model.orthonormality_error() < 1e-5
 
 
@@ -117,7 +120,7 @@ def test_a_gradient_scaler_scales_unscales_and_skips(how):
     model = wrapped(llama, how, torch.float16)
     expected = gradients(model, LABELS, how, torch.float16)
     parameters = dict(model.reft.adapter("default").named_parameters())
-    before = {name: one.detach().clone() for name, one in parameters.items()}
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     optimizer.zero_grad()
@@ -125,15 +128,15 @@ def test_a_gradient_scaler_scales_unscales_and_skips(how):
         loss = model(input_ids=IDS, labels=LABELS).loss
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    for name, one in parameters.items():
-        assert one.grad.isfinite().all()
+    for name, parameter in parameters.items():
+        assert parameter.grad.isfinite().all()
         # Scaled gradients round elsewhere, and lose less to the small end of float16.
-        assert distance({name: one.grad}, expected, name) < 0.02, name
+        assert distance({name: parameter.grad}, expected, name) < 0.02, name
     scaler.step(optimizer)
     scaler.update()
-    assert not any(torch.equal(one, before[name]) for name, one in parameters.items())
+    assert not any(torch.equal(parameter, before[name]) for name, parameter in parameters.items())
 
-    before = {name: one.detach().clone() for name, one in parameters.items()}
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer.zero_grad()
     with around(how, torch.float16):
         loss = model(input_ids=IDS, labels=LABELS).loss
@@ -141,7 +144,7 @@ def test_a_gradient_scaler_scales_unscales_and_skips(how):
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 2.0**7
-    assert all(torch.equal(one, before[name]) for name, one in parameters.items())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in parameters.items())
 
 
 @pytest.mark.parametrize("how", ["autocast", "base"])
@@ -159,7 +162,7 @@ def test_the_trainer_in_bf16_learns_what_it_learns_in_float32(how, make_trainer,
         trainer.train()
         histories[name] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         errors[name] = model.orthonormality_error()
-        assert {one.dtype for one in model.reft.parameters()} == {torch.float32}
+        assert {parameter.dtype for parameter in model.reft.parameters()} == {torch.float32}
         model.unload()
     assert max(errors.values()) < 1e-5
     assert histories["bfloat16"][0] == pytest.approx(histories["float32"][0], rel=0.02)

@@ -28,7 +28,7 @@ from reft_kernels.spec import FAMILY
 
 IDS = tokens(2, 7)
 LABELS = IDS.masked_fill(torch.arange(7) < 4, -100)
-BANK = "reft.adapters.default."
+ADAPTER_PREFIX = "reft.adapters.default."
 ORTHONORMAL = [name for name, spec in FAMILY.items() if spec.orthonormal]
 
 
@@ -50,20 +50,20 @@ def values(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def same(mine, theirs):
-    return mine.keys() == theirs.keys() and all(
-        torch.equal(one, theirs[key]) for key, one in mine.items()
+def same(state, expected):
+    return state.keys() == expected.keys() and all(
+        torch.equal(tensor, expected[key]) for key, tensor in state.items()
     )
 
 
 def through_safetensors(state, folder):
-    save_file({key: one.contiguous() for key, one in state.items()}, folder / "x.safetensors")
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / "x.safetensors")
     return load_file(folder / "x.safetensors")
 
 
 def through_torch_save(state, folder):
     file = io.BytesIO()
-    torch.save({key: one.clone() for key, one in state.items()}, file)
+    torch.save({key: tensor.clone() for key, tensor in state.items()}, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
 
@@ -95,9 +95,9 @@ def test_every_member_and_every_door(member, tied, tmp_path):
     model = wrapped(0, intervention=member, tied=tied)
     adapter = model.reft.adapter("default")
     doors = {
-        "wrapper": lambda one: one,
-        "base": lambda one: one.get_base_model(),
-        "adapter": lambda one: one.reft.adapter("default"),
+        "wrapper": lambda model: model,
+        "base": lambda model: model.get_base_model(),
+        "adapter": lambda model: model.reft.adapter("default"),
     }
     for strict in (True, False):
         for door in doors.values():
@@ -105,12 +105,12 @@ def test_every_member_and_every_door(member, tied, tmp_path):
             state = through_safetensors(door(model).state_dict(), tmp_path)
             door(other).load_state_dict(state, strict=strict)
             assert torch.equal(logits(other), logits(model))
-    alone = {key: one for key, one in values(model).items() if ".reft." in key}
+    alone = {key: tensor for key, tensor in values(model).items() if ".reft." in key}
     other = wrapped(1, intervention=member, tied=tied)
     assert not other.load_state_dict(alone, strict=False).unexpected_keys
     assert torch.equal(logits(other), logits(model))
-    numbers = sum(one.numel() for one in alone.values())
-    trained = sum(one.numel() for one in adapter.parameters())
+    numbers = sum(tensor.numel() for tensor in alone.values())
+    trained = sum(parameter.numel() for parameter in adapter.parameters())
     assert numbers - trained == (adapter.free.numel() if adapter.free is not None else 0)
 
 
@@ -121,9 +121,9 @@ def test_half_an_r_is_refused_by_name_and_nothing_is_loaded(member, present, str
     model, other = wrapped(0, intervention=member), wrapped(1, intervention=member)
     absent = {"free": "base", "base": "free"}[present]
     for door, prefix in (
-        (lambda one: one, f"base_model.{BANK}"),
-        (lambda one: one.get_base_model(), BANK),
-        (lambda one: one.reft.adapter("default"), ""),
+        (lambda model: model, f"base_model.{ADAPTER_PREFIX}"),
+        (lambda model: model.get_base_model(), ADAPTER_PREFIX),
+        (lambda model: model.reft.adapter("default"), ""),
     ):
         state = dict(door(model).state_dict())
         del state[prefix + absent]
@@ -137,12 +137,14 @@ def test_half_an_r_is_refused_by_name_and_nothing_is_loaded(member, present, str
 
 def test_what_has_neither_leaves_r_alone():
     model, other = wrapped(0), wrapped(1)
-    own = other.reft.adapter("default").rotation()
-    state = {key: one for key, one in values(model).items() if not key.endswith((".free", ".base"))}
-    found = other.load_state_dict(state, strict=False)
-    assert {key.rpartition(".")[2] for key in found.missing_keys} == {"free", "base"}
+    rotation = other.reft.adapter("default").rotation()
+    state = {
+        key: tensor for key, tensor in values(model).items() if not key.endswith((".free", ".base"))
+    }
+    keys = other.load_state_dict(state, strict=False)
+    assert {key.rpartition(".")[2] for key in keys.missing_keys} == {"free", "base"}
     adapter = other.reft.adapter("default")
-    assert torch.equal(adapter.rotation(), own)
+    assert torch.equal(adapter.rotation(), rotation)
     assert torch.equal(adapter.weight, model.reft.adapter("default").weight)
 
 
@@ -167,10 +169,10 @@ def test_another_shape_changes_no_adapter(changes, said):
 
     model, other = two(0, **changes), two(1)
     before = values(other)
-    for one, source in ((other, model), (other.get_base_model(), model.get_base_model())):
+    for module, source in ((other, model), (other.get_base_model(), model.get_base_model())):
         for strict in (True, False):
             with pytest.raises(RuntimeError, match=f"(?s)adapters.second.*{said}"):
-                one.load_state_dict(dict(source.state_dict()), strict=strict)
+                module.load_state_dict(dict(source.state_dict()), strict=strict)
             assert same(values(other), before)
 
 
@@ -181,14 +183,14 @@ def test_a_loaded_rotation_is_forgotten_for_that_of_the_dictionary(tmp_path):
     assert adapter.loaded is not None
     adapter.requires_grad_(False)
     other.load_state_dict(through_safetensors(model.state_dict(), tmp_path))
-    mine = model.reft.adapter("default")
-    assert torch.equal(adapter.rotation(), orthonormalize(mine.free, mine.base))
+    expected = model.reft.adapter("default")
+    assert torch.equal(adapter.rotation(), orthonormalize(expected.free, expected.base))
 
 
 @pytest.mark.parametrize("factor", [1.0 + 2**-9, 0.75, 3.0])
 def test_signs_are_signs_whatever_a_dictionary_went_through(factor):
     model, other = wrapped(0), wrapped(1)
-    key = f"base_model.{BANK}base"
+    key = f"base_model.{ADAPTER_PREFIX}base"
     state = values(model)
     state[key].diagonal(dim1=-2, dim2=-1).mul_(factor)
     other.load_state_dict(state)
@@ -197,7 +199,7 @@ def test_signs_are_signs_whatever_a_dictionary_went_through(factor):
 
 def test_a_dictionary_in_less_precision_keeps_r_orthonormal():
     model, other = wrapped(0), wrapped(1)
-    state = {key: one.bfloat16() for key, one in values(model).items()}
+    state = {key: tensor.bfloat16() for key, tensor in values(model).items()}
     for assign in (False, True):
         other.load_state_dict(state, assign=assign)
         assert other.reft.adapter("default").base.dtype == torch.float32
@@ -208,19 +210,19 @@ def test_a_dictionary_in_less_precision_keeps_r_orthonormal():
 def test_an_adapter_in_parts_is_refused_as_a_whole():
     config = ReftConfig(rank=2)
     devices = [torch.device("cpu"), torch.device("cpu", 0), torch.device("cpu")]
-    one, other = (MultiDeviceParameters(config, (0, 1, 2), 8, devices=devices) for _ in range(2))
+    source, other = (MultiDeviceParameters(config, (0, 1, 2), 8, devices=devices) for _ in range(2))
     before = {name: value.clone() for name, value in other.state_dict().items()}
     for change in (
         lambda state: state.pop("parts.1.base"),
         lambda state: state.update({"parts.1.bias": torch.zeros(2, 1, 2)}),
     ):
-        state = dict(one.state_dict())
+        state = dict(source.state_dict())
         change(state)
         with pytest.raises(RuntimeError, match=r"parts\.1\.b.*Nothing was changed"):
             other.load_state_dict(state)
         assert same(dict(other.state_dict()), before)
-    other.load_state_dict(dict(one.state_dict()))
-    assert torch.equal(other.rotation(), one.rotation())
+    other.load_state_dict(dict(source.state_dict()))
+    assert torch.equal(other.rotation(), source.rotation())
 
 
 @pytest.mark.parametrize("member", ["loreft", "consreft", "direft"])
@@ -235,7 +237,7 @@ def test_accelerate_saves_and_loads_it(member, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_own_trainer_saves_and_resumes_it(tied, tmp_path):
-    """Of a base with tied weights too, whose dictionary would name one memory twice."""
+    """Tied weights of the base too, whose state dict would have two keys for one memory."""
 
     def trainer(seed):
         base = llama(tie_word_embeddings=tied)
@@ -243,7 +245,7 @@ def test_transformers_own_trainer_saves_and_resumes_it(tied, tmp_path):
         model = get_reft_model(base, ReftConfig(rank=3, positions="f2+l2"))
         settings = {"max_steps": 2, "save_steps": 2, "learning_rate": 1e-2, "use_cpu": True}
         quiet = {"report_to": "none", "disable_tqdm": True}
-        rows = [{"input_ids": row, "labels": one} for row, one in zip(IDS, LABELS, strict=True)]
+        rows = [{"input_ids": row, "labels": label} for row, label in zip(IDS, LABELS, strict=True)]
         return Trainer(
             model, TrainingArguments(str(tmp_path), **settings, **quiet), train_dataset=rows
         )
@@ -252,9 +254,9 @@ def test_transformers_own_trainer_saves_and_resumes_it(tied, tmp_path):
     first.train()
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     stored = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
-    assert {f"base_model.{BANK}{name}" for name in ("free", "base")} < stored.keys()
-    for one in (first.model, second.model):
-        one.eval()
+    assert {f"base_model.{ADAPTER_PREFIX}{name}" for name in ("free", "base")} < stored.keys()
+    for model in (first.model, second.model):
+        model.eval()
     assert torch.equal(logits(second.model), logits(first.model))
 
 
@@ -277,8 +279,8 @@ def test_trl_reward_trainer_resumes_it(word_tokenizer, tmp_path):
     first, second = trainer(0), trainer(1)
     first.train()
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    for one in (first.model, second.model):
-        one.eval()
+    for model in (first.model, second.model):
+        model.eval()
     assert torch.equal(logits(second.model), logits(first.model))
 
 
@@ -303,13 +305,15 @@ def test_a_start_has_no_gradient_and_counts_as_no_parameter():
     assert adapter.base.grad is None and not adapter.base.requires_grad
     named = dict(adapter.named_parameters())
     assert set(named) == {"weight", "bias", "free"}
-    assert model.get_nb_trainable_parameters()[0] == sum(one.numel() for one in named.values())
+    assert model.get_nb_trainable_parameters()[0] == sum(
+        tensor.numel() for tensor in named.values()
+    )
 
 
 def test_on_meta_it_is_there_and_is_assigned():
     config = ReftConfig(rank=2)
-    one = AdapterParameters(config, (0, 1), 8)
+    source = AdapterParameters(config, (0, 1), 8)
     other = AdapterParameters(config, (0, 1), 8, device="meta")
     assert other.state_dict()["base"].is_meta
-    other.load_state_dict(dict(one.state_dict()), assign=True)
-    assert torch.equal(other.rotation(), one.rotation())
+    other.load_state_dict(dict(source.state_dict()), assign=True)
+    assert torch.equal(other.rotation(), source.rotation())

@@ -134,8 +134,8 @@ class TestSameAsAlone:
             f"req_{at}": tokens for at, (tokens, _) in enumerate(one_by_one(model, inputs, names))
         }
         assert len(got) == (2 if version() < (5, 17) else 6)  # 5.16 returns the first of each
-        for request, one in got.items():
-            assert one.generated_tokens == wanted[request.partition("__")[0]]
+        for request, output in got.items():
+            assert output.generated_tokens == wanted[request.partition("__")[0]]
 
     @pytest.mark.parametrize("make", [gpt2, sliding, with_lora])
     def test_other_bases(self, make):
@@ -183,7 +183,7 @@ class TestRefused:
         self.refused(model, r"one a sequence \(2", adapter_scales=[1.0])
         self.refused(model, "finite", adapter_scales=[1.0, float("nan")])
 
-    def test_positions_that_no_length_tells(self):
+    def test_positions_that_do_not_follow_from_a_length(self):
         model = make_model(["ends"])
         model.add_adapter("told", config(positions="given"))
         self.refused(model, "'told' has positions \"given\"", adapter_names=["ends", "told"])
@@ -203,14 +203,14 @@ class TestRefused:
     def test_steps_without_the_host(self, model, wrong):
         self.refused(model, f"{next(iter(wrong))} must be left unset", settings(**wrong))
 
-    def test_heads(self, model):
+    def test_modules_to_save(self, model):
         both = make_model(["ends", "prompt"])
         both.add_adapter("head", config(modules_to_save=["lm_head"]))
         self.refused(both, "cannot mix adapters", adapter_names=["head", "ends"])
 
     def test_the_managers_of_the_base(self, model):
         got = model.get_base_model().generate_batch(prompts([5]), generation(), settings())
-        assert all("ReftModel.generate_batch" in one.error for one in got.values())
+        assert all("ReftModel.generate_batch" in output.error for output in got.values())
 
     def test_a_model_that_cannot_generate(self):
         model = get_reft_model(bert(), config(positions="f1"))
@@ -228,7 +228,8 @@ class TestAfterwards:
 
         def state():
             hooked = [
-                (len(one._forward_hooks), len(one._forward_pre_hooks)) for one in base.modules()
+                (len(module._forward_hooks), len(module._forward_pre_hooks))
+                for module in base.modules()
             ]
             return hooked, base.config._attn_implementation, base.generation_config.to_dict()
 
@@ -239,7 +240,7 @@ class TestAfterwards:
             except ValueError:
                 assert mistake
             assert state() == before
-            assert {name for name, one in model.named_modules() if one.training} == names
+            assert {name for name, module in model.named_modules() if module.training} == names
         assert not model.reft.engines()
         model.eval()
         check(

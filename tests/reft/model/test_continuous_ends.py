@@ -22,7 +22,7 @@ def model():
 
 def generated(model, given: GenerationConfig | None) -> list[list[int]]:
     """Each prompt alone, by ``generate``."""
-    found = []
+    answers = []
     for ids, name in zip(INPUTS, NAMES, strict=True):
         prompt = torch.tensor([ids])
         whole = model.generate(
@@ -31,8 +31,8 @@ def generated(model, given: GenerationConfig | None) -> list[list[int]]:
             generation_config=copy.deepcopy(given),
             adapter_names=[name],
         )
-        found.append(whole[0, len(ids) :].tolist())
-    return found
+        answers.append(whole[0, len(ids) :].tolist())
+    return answers
 
 
 @pytest.fixture
@@ -54,14 +54,16 @@ def as_generate(model, given):
 
 @pytest.mark.parametrize("kind", ["two ends", "one end"])
 def test_answers_end_where_they_end_in_generate(kind, model, ends, monkeypatch):
-    own = model.get_base_model().generation_config
+    settings_of_base = model.get_base_model().generation_config
     if kind == "one end":
-        monkeypatch.setattr(own, "eos_token_id", ends[0])
+        monkeypatch.setattr(settings_of_base, "eos_token_id", ends[0])
     given = GenerationConfig(max_new_tokens=STEPS, do_sample=False)
-    before = given.to_dict(), own.to_dict()
+    before = given.to_dict(), settings_of_base.to_dict()
     wanted = as_generate(model, given)
     assert len(wanted[0]) <= 4 and wanted[0][-1] in ends
-    assert (given.to_dict(), own.to_dict()) == before, "settings of the caller were written"
+    assert (given.to_dict(), settings_of_base.to_dict()) == before, (
+        "settings of the caller were written"
+    )
 
 
 def test_what_the_caller_says_comes_first(model, ends):
@@ -71,9 +73,9 @@ def test_what_the_caller_says_comes_first(model, ends):
 
 
 def test_the_settings_of_the_model_alone(model, ends, monkeypatch):
-    own = model.get_base_model().generation_config
-    monkeypatch.setattr(own, "max_new_tokens", STEPS)
-    monkeypatch.setattr(own, "do_sample", False)
+    settings_of_base = model.get_base_model().generation_config
+    monkeypatch.setattr(settings_of_base, "max_new_tokens", STEPS)
+    monkeypatch.setattr(settings_of_base, "do_sample", False)
     as_generate(model, None)
 
 

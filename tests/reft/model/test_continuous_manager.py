@@ -10,7 +10,6 @@ import pytest
 import torch
 from batching import (
     check,
-    config,
     generation,
     make_model,
     one_by_one,
@@ -21,10 +20,8 @@ from batching import (
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from reft import ReftModel
-from reft.adapter.device_cache import CacheItem
-from reft.adapter.requests import UNEDITED, Request, TokenKeys
+from reft.adapter.requests import TokenKeys
 from reft.model import continuous_manager as continuous
-from reft_kernels.spec import EditWeights
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +31,7 @@ def model():
 
 def matches():
     """Record how many tokens of each request were found in shared blocks."""
-    found: list[int] = []
+    shared: list[int] = []
     original = continuous.share_by_edits
 
     def watched(cache, requests, keys):
@@ -42,12 +39,12 @@ def matches():
         search = cache.search_prefix_match
 
         def recorded(request_id, tokens):
-            found.append(search(request_id, tokens))
-            return found[-1]
+            shared.append(search(request_id, tokens))
+            return shared[-1]
 
         cache.search_prefix_match = recorded
 
-    return mock.patch.object(continuous, "share_by_edits", watched), found
+    return mock.patch.object(continuous, "share_by_edits", watched), shared
 
 
 class TestSharedBlocks:
@@ -55,47 +52,51 @@ class TestSharedBlocks:
 
     def run(self, model, names, inputs=None):
         inputs = prompts([50]) * len(names) if inputs is None else inputs
-        patch, found = matches()
+        patch, shared = matches()
         with patch:
             how = settings(page=8, max_requests_per_batch=1)
             got = model.generate_batch(inputs, generation(), how, adapter_names=names)
-        assert len(found) == len(names)
-        return got, found, one_by_one(model, inputs, names)
+        assert len(shared) == len(names)
+        return got, shared, one_by_one(model, inputs, names)
 
     def test_tokens_alone_are_wrong_keys(self, model):
         names = ["prompt", "ends", "__base__"]
-        with mock.patch.object(TokenKeys, "keyed", lambda self, request, tokens: list(tokens)):
-            got, found, wanted = self.run(model, names)
-        assert found[1:] == [48, 48]
+        with mock.patch.object(
+            TokenKeys, "replace_edited", lambda self, request, tokens: list(tokens)
+        ):
+            got, shared, wanted = self.run(model, names)
+        assert shared[1:] == [48, 48]
         for output, (_, logprobs) in list(zip(got.values(), wanted, strict=True))[1:]:
             wrong = torch.tensor(output.logprobs[:1]) - torch.tensor(logprobs[:1])
             assert wrong.abs().max() > 1e-2
-        got, found, wanted = self.run(model, names)
-        assert found == [0, 0, 0]
+        got, shared, wanted = self.run(model, names)
+        assert shared == [0, 0, 0]
         check(got, wanted)
 
     def test_the_same_adapter_shares(self, model):
-        got, found, wanted = self.run(model, ["ends", "ends", "untied", "prompt", "ends", "untied"])
-        assert found == [0, 48, 0, 0, 48, 48]
+        got, shared, wanted = self.run(
+            model, ["ends", "ends", "untied", "prompt", "ends", "untied"]
+        )
+        assert shared == [0, 48, 0, 0, 48, 48]
         check(got, wanted)
 
     def test_what_no_adapter_edits_is_shared_by_all(self, model):
         # Prompts that are the same for 40 tokens, edited behind them.
         start = prompts([40])[0]
         inputs = [start + more for more in prompts([10, 11, 12, 13], seed=5)]
-        got, found, wanted = self.run(model, ["__base__", "early", "__base__", "early"], inputs)
-        assert found == [0, 40, 40, 40]
+        got, shared, wanted = self.run(model, ["__base__", "early", "__base__", "early"], inputs)
+        assert shared == [0, 40, 40, 40]
         check(got, wanted)
 
     def test_another_scale_is_another_edit(self, model):
-        patch, found = matches()
+        patch, shared = matches()
         inputs, names, scales = prompts([50]) * 3, ["ends"] * 3, [1.0, 0.5, 1.0]
         with patch:
             how = settings(page=8, max_requests_per_batch=1)
             got = model.generate_batch(
                 inputs, generation(), how, adapter_names=names, adapter_scales=scales
             )
-        assert found == [0, 0, 48]
+        assert shared == [0, 0, 48]
         check(got, one_by_one(model, inputs, names, scales=scales))
 
     def test_a_trained_adapter_is_another_edit(self):
@@ -103,14 +104,14 @@ class TestSharedBlocks:
         for seed in (None, 7):
             if seed is not None:
                 shake(model, "ends", seed)
-            patch, found = matches()
+            patch, shared = matches()
             inputs = prompts([50]) * 2
             with patch:
                 how = settings(page=8, max_requests_per_batch=1)
                 got = model.generate_batch(inputs, generation(), how, persistent_manager=True)
             check(got, one_by_one(model, inputs, ["ends"] * 2))
             if seed is None:
-                assert found == [0, 48]
+                assert shared == [0, 48]
         model.destroy_cached_continuous_batching_manager()
 
     def test_a_release_with_other_methods_does_not_share(self, model):
@@ -123,39 +124,6 @@ class TestSharedBlocks:
 
     def test_the_methods_are_there(self):
         assert continuous.register_name() in continuous.REGISTER
-
-
-class TestKeys:
-    def request(self, name, places, scale=1.0, everything=None):
-        wide = torch.zeros(1, 1, 2)
-        weights = (EditWeights(wide, torch.zeros(1, 1), wide),)
-        return Request(
-            CacheItem((name, None), weights, ((0, "block_output"),)), scale, places, everything
-        )
-
-    def test_equal_if_and_only_if_the_edits_are(self):
-        keys, tokens = TokenKeys(10), [1, 2, 3, 4]
-        asked = [
-            UNEDITED,
-            self.request("a", ((0, 0),)),
-            self.request("a", ((1, 0),)),
-            self.request("a", ((1, 1),)),
-            self.request("b", ((1, 0),)),
-            self.request("a", ((1, 0),), scale=2.0),
-            self.request("a", ((1, 0),), everything=3),
-        ]
-        made = [tuple(keys.replace_edited(one, tokens)) for one in asked]
-        assert made[0] == (1, 2, 3, 4) and len(set(made)) == len(asked)
-        again = self.request("a", ((1, 0), (9, 0)))
-        assert tuple(keys.replace_edited(again, tokens)) == made[2]
-        assert keys.replace_edited(again, [1, 3, 3, 4])[1] not in (3, made[2][1])
-        assert all(-(2**31) <= one < 10 and one != -1 for ids in made for one in ids)
-
-    def test_no_numbers_left(self):
-        keys, tokens = TokenKeys(2**29), [1, 2**29 - 1]
-        made = [keys.replace_edited(self.request(f"{at}", ((1, 0),)), tokens) for at in range(6)]
-        assert made[0] and made[2] and made[3:] == [None] * 3
-        assert keys.replace_edited(self.request("0", ((1, 0),)), [1, 2**29]) is None
 
 
 class TestManager:
@@ -181,12 +149,12 @@ class TestManager:
             assert [tokens[: n + 1] for n in range(8)] == got[request_id]
 
     def results(self, manager, count):
-        found = {}
-        while len(found) < count:
+        results = {}
+        while len(results) < count:
             result = manager.get_result(timeout=60)
             assert result is not None and result.error is None
-            found[result.request_id] = result
-        return found
+            results[result.request_id] = result
+        return results
 
     def test_mistakes_add_nothing(self, model):
         manager = model.init_continuous_batching(generation(), settings())
@@ -232,10 +200,10 @@ class TestManager:
         assert len(served.reft.handles) == 3
         manager.start()
         try:
-            found = self.results(manager, 3)
+            results = self.results(manager, 3)
         finally:
             manager.stop()
-        check({one: found[one] for one in ids}, wanted)
+        check({request_id: results[request_id] for request_id in ids}, wanted)
         assert len(served.reft.handles) == 2
 
     def test_the_pool_changes_while_requests_run(self, model, tmp_path):
@@ -301,10 +269,3 @@ class TestManager:
             pytest.raises(ValueError, match="tensor parallelism over 2"),
         ):
             model.init_continuous_batching()
-
-
-def test_positions_of_a_request_are_told_by_its_prompt(model):
-    with pytest.raises(ValueError, match="image"):
-        from reft.adapter.requests import make_request
-
-        make_request(config(positions="image"), mock.Mock(), 1.0, 9, "seeing")

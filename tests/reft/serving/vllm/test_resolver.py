@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 
@@ -10,10 +9,9 @@ import pytest
 from served_adapters import random_adapter
 from tiny_models import DIM, LAYERS
 
-from reft import ReftConfig
 from reft.adapter.host_adapter import read_host_adapter
 from reft.io.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from reft.serving.vllm.request_adapter import RequestAdapter, requested_adapter
+from reft.serving.vllm.request_adapter import RequestAdapter
 from reft.serving.vllm.resolver import Resolver
 from reft.serving.vllm.settings import Settings
 
@@ -31,84 +29,8 @@ def folder(resolver, name="good"):
     return resolver.settings.cache_folder.parent / "adapters" / name
 
 
-class TestSettings:
-    def test_they_are_read_from_additional_config(self, tmp_path):
-        given = {"reft": {"folder": str(tmp_path), "max_adapters": 8, "prefix_keys": "salt"}}
-        settings = Settings.of(given)
-        assert (settings.folder, settings.max_adapters, settings.prefix_keys) == (
-            str(tmp_path),
-            8,
-            "salt",
-        )
-        assert settings.max_cpu_adapters == 1024 and settings.cache_folder.parts[-2:] == (
-            "reft",
-            "serving",
-        )
-
-    @pytest.mark.parametrize(
-        ("changes", "words"),
-        [
-            ({"folder": "/nothing/here"}, "reft.folder must be a directory"),
-            ({"folder": 3}, "reft.folder must be a directory"),
-            ({"slots": 3}, "no field 'slots'"),
-            ({"max_adapters": 0}, "reft.max_adapters must be an integer of at least 1, got 0"),
-            ({"max_cpu_adapters": True}, "reft.max_cpu_adapters must be an integer"),
-            ({"resident": 8}, "reft.resident is called reft.max_adapters now"),
-            ({"hosted": 8}, "reft.hosted is called reft.max_cpu_adapters now"),
-            ({"max_rank": "8"}, "reft.max_rank must be an integer"),
-            ({"max_scale": float("inf")}, "reft.max_scale must be a number"),
-            ({"max_scale": 0}, "reft.max_scale must be a number"),
-            ({"prefix_keys": "none"}, 'reft.prefix_keys must be "blocks" or "salt"'),
-            ({"cache": 1}, "reft.cache must be"),
-        ],
-    )
-    def test_mistakes(self, tmp_path, changes, words):
-        with pytest.raises(ValueError, match=words):
-            Settings.of({"reft": {"folder": str(tmp_path), **changes}})
-
-    @pytest.mark.parametrize("given", [None, {}, {"reft": "adapters"}, "reft"])
-    def test_none_at_all(self, given):
-        with pytest.raises(ValueError, match="needs additional_config="):
-            Settings.of(given)
-
-
-class TestRequestAdapter:
-    def test_what_a_client_may_write(self):
-        assert requested_adapter({}) is None and requested_adapter({"reft": "__base__"}) is None
-        assert requested_adapter({"reft": "a", "other": 1}) == ("a", 1.0)
-        assert requested_adapter({"reft": "a", "reft_scale": -2}) == ("a", -2.0)
-        for extra, words in (
-            ({"reft": 3}, "must be an adapter's name, got 3"),
-            ({"reft": {"name": "a"}}, "must be an adapter's name"),
-            ({"reft": "a", "reft_scale": "2"}, "must be a finite number"),
-            ({"reft": "a", "reft_scale": True}, "must be a finite number"),
-            ({"reft": "a", "reft_scale": float("nan")}, "must be a finite number"),
-            ({"reft_scale": 2.0}, "needs an adapter's name"),
-            ({"reft": "__base__", "reft_scale": 2.0}, "needs an adapter's name"),
-        ):
-            with pytest.raises(ValueError, match=words):
-                requested_adapter(extra)
-
-    def test_it_travels_as_json(self):
-        config = ReftConfig(positions="f2+l3", tied=False, short_prompts="paper")
-        adapter = RequestAdapter.from_config(config, "ab" * 32, 0.5)
-        again = RequestAdapter.from_dict(json.loads(json.dumps(adapter.to_dict())))
-        assert again == adapter
-        assert list(again.request(9).edited(0, 9)) == [(0, 0), (1, 0), (6, 1), (7, 1), (8, 1)]
-
-    def test_keys_of_blocks(self):
-        """A block is told by the adapter and the edited tokens in it, and not at all without."""
-        last = RequestAdapter.from_config(ReftConfig(positions="l2"), "a" * 64, 1.0)
-        assert last.block_key(100, 0, 32) is None
-        assert last.block_key(100, 96, 128) == ("a" * 64, 1.0, ((98, 0), (99, 0)))
-        assert last.block_key(98, 96, 128) == ("a" * 64, 1.0, ((96, 0), (97, 0)))
-        everything = RequestAdapter.from_config(ReftConfig(positions="all"), "b" * 64, 2.0)
-        assert len(everything.block_key(10, 32, 64)[2]) == 32
-        assert last.salt(98) != last.salt(99)
-
-
 class TestResolver:
-    def test_a_name_becomes_a_content_and_a_copy(self, resolver):
+    def test_a_name_becomes_a_hash_and_a_copy(self, resolver):
         adapter = resolver.resolve("good", 2)
         original = read_host_adapter(folder(resolver), **SIZES)
         assert adapter.content_hash == original.content_hash and adapter.scale == 2
@@ -119,7 +41,7 @@ class TestResolver:
         )
         assert len(list(resolver.settings.cache_folder.iterdir())) == 1, "nothing is left beside"
 
-    def test_a_replaced_folder_is_another_content(self, resolver, tmp_path):
+    def test_a_replaced_folder_has_another_hash(self, resolver, tmp_path):
         first = resolver.resolve("good").content_hash
         shutil.rmtree(folder(resolver))
         random_adapter(folder(resolver), 1)
@@ -162,7 +84,7 @@ class TestResolver:
     @pytest.mark.parametrize(
         "name", ["", ".", "..", "../adapters/good", "a/b", "a\\b", ".hidden", "a\0b", "x" * 300]
     )
-    def test_names_that_are_none(self, resolver, name):
+    def test_invalid_names(self, resolver, name):
         with pytest.raises(ValueError, match="a folder's plain name"):
             resolver.resolve(name)
         assert not resolver.settings.cache_folder.exists()
@@ -190,7 +112,7 @@ class TestResolver:
             resolver.resolve("bad")
         assert not list(resolver.settings.cache_folder.iterdir())
 
-    def test_folders_that_are_none(self, resolver):
+    def test_invalid_folders(self, resolver):
         with pytest.raises(ValueError, match="there is no adapter 'nobody'"):
             resolver.resolve("nobody")
         folder(resolver, "empty").mkdir()
