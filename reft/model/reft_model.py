@@ -407,18 +407,12 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
             ValueError: there is no such adapter. Nothing was uploaded.
             OSError: the hub refused, or cannot be reached.
         """
+        name = save_load.name_or_active(self._registry, adapter_name)
         return push_adapter(
-            self._registry,
-            self.base_model,
-            save_load.name_or_active(self._registry, adapter_name),
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            commit_description=commit_description,
-        )
+            self._registry, self.base_model, name, repo_id,
+            private=private, token=token, revision=revision, create_pr=create_pr,
+            commit_message=commit_message, commit_description=commit_description,
+        )  # fmt: skip
 
     @classmethod
     def from_pretrained(

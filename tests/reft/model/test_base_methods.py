@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import bert, gpt2, llama, moved, tokens
+from saved_models import files, logits, wrapped
+from tiny_models import bert, gpt2, llama
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -17,27 +17,8 @@ from transformers import (
     pipeline,
 )
 
-from reft import ReftConfig, ReftModel, get_reft_model
+from reft import ReftConfig, ReftModel
 from reft.io.adapter_files import WEIGHTS_FILE, read_adapter
-
-IDS = tokens(2, 7)
-CONFIG = ReftConfig(rank=3, positions="f2+l2")
-
-
-def wrapped(base=None, config=CONFIG, seed=3):
-    base = llama() if base is None else base
-    torch.manual_seed(seed)
-    return moved(get_reft_model(base, config), 0.1)
-
-
-@torch.no_grad()
-def logits(model):
-    return model(IDS).logits
-
-
-def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
 
 # ------------------------------------------------------------------------ objects
 

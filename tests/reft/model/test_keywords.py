@@ -5,22 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_models import llama, moved, tokens
+from saved_models import logits, wrapped
+from tiny_models import llama
 
-from reft import ReftConfig, ReftModel, get_reft_model
-
-IDS = tokens(2, 7)
-
-
-def wrapped():
-    torch.manual_seed(3)
-    return moved(get_reft_model(llama(), ReftConfig(rank=3, positions="f2+l2")), 0.1)
-
-
-@torch.no_grad()
-def logits(model):
-    return model(IDS).logits
-
+from reft import ReftModel
 
 # ------------------------------------------------------------------------ keywords of saving
 
@@ -50,13 +38,13 @@ def test_keywords_of_other_libraries_are_accepted(door, keywords, tmp_path):
         ({"save_embedding_layers": True}, ValueError, "modules_to_save"),
         ({"variant": "fp16"}, ValueError, "variant of save_pretrained must be None, got 'fp16'"),
         ({"selected_adapters": "default"}, TypeError, "must be a list of names, got 'default'"),
-        ({"selected_adapters": []}, ValueError, "must be a list of names"),
+        ({"selected_adapters": []}, ValueError, "must be a non-empty list"),
         ({"selected_adapters": ["other"]}, ValueError, "adapter_name must be one of"),
         ({"selected_adapters": ["default", "no"]}, ValueError, "adapter_name must be one of"),
         (
             {"selected_adapters": ["default"], "adapter_name": "default"},
             ValueError,
-            "stand alone",
+            "without adapter_name",
         ),
         ({"is_trainable": True}, TypeError, r"ReftModel\.save_pretrained\(\).*'is_trainable'"),
     ],

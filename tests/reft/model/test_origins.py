@@ -7,28 +7,13 @@ import warnings
 
 import peft
 import pytest
-import torch
-from tiny_models import llama, moved, tokens
+from saved_models import wrapped
+from tiny_models import llama
 from transformers import AutoModel, AutoModelForCausalLM
 
-from reft import ReftConfig, ReftModel, get_reft_model
+from reft import ReftConfig, ReftModel
 from reft.io.adapter_files import CONFIG_FILE, read_adapter
 from reft.model.origins import is_same
-
-IDS = tokens(2, 7)
-CONFIG = ReftConfig(rank=3, positions="f2+l2")
-
-
-def wrapped(base=None, config=CONFIG, seed=3):
-    base = llama() if base is None else base
-    torch.manual_seed(seed)
-    return moved(get_reft_model(base, config), 0.1)
-
-
-@torch.no_grad()
-def logits(model):
-    return model(IDS).logits
-
 
 # ------------------------------------------------------------------------ another library
 

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import peft
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_models import llama, moved, tokens
+from saved_models import logits, wrapped
+from tiny_models import llama
 
-from reft import ReftConfig, ReftModel, get_reft_model
+from reft import ReftConfig, ReftModel
 from reft.io.adapter_files import read_adapter
-
-IDS = tokens(2, 7)
-CONFIG = ReftConfig(rank=3, positions="f2+l2")
-
-
-def wrapped(base=None, config=CONFIG, seed=3):
-    base = llama() if base is None else base
-    torch.manual_seed(seed)
-    return moved(get_reft_model(base, config), 0.1)
-
-
-@torch.no_grad()
-def logits(model):
-    return model(IDS).logits
-
-
-def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def lora(base):
