@@ -15,9 +15,9 @@ from tiny_models import tokens
 from torch.utils.checkpoint import checkpoint
 
 from reft import ReftConfig, get_reft_model
+from reft.config import COMPONENTS
 from reft.model import activation_checkpointing as checkpointing
 
-COMPONENTS = ["block_output", "attention_output", "mlp_output"]
 #: Architecture -> components edited under checkpointing that is not reentrant.
 NAMES = {
     "llama": COMPONENTS,
