@@ -86,7 +86,7 @@ def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
         )
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-    blocks = find_blocks(base).blocks
+    blocks = find_blocks(base).layers
     for place, layer in enumerate(case.edited_layers):
         blocks[layer].register_forward_hook(partial(hook, place))
 

@@ -45,14 +45,14 @@ def build(
     check_config(registry, config)
     if config.base_model_name_or_path is None:
         config = replace(config, base_model_name_or_path=origin_of(base))
-    layers = config.resolve_layers(len(sites.blocks))
+    layers = config.resolve_layers(len(sites.layers))
     with _originals(registry, base):
         paths = config.resolve_modules_to_save(_nameable(base))
         refuse_incomplete_modules(base, paths)
         _refuse_edited_heads(registry, base, [(layer, config.component) for layer in layers], paths)
         refuse_untying(base, paths)
         heads = copy_modules(base, paths)
-    devices = [block_device(sites.blocks[layer]) for layer in layers]
+    devices = [block_device(sites.layers[layer]) for layer in layers]
     adapter: AdapterParameters | MultiDeviceParameters
     if len(set(devices)) == 1:
         adapter = AdapterParameters(
@@ -176,7 +176,7 @@ def check_config(registry: AdapterRegistry, config: ReftConfig) -> None:
             f"ReftConfig.block_path must be {sites.path!r}, where this model's adapters are, "
             f"or None; got {config.block_path!r}"
         )
-    for layer in config.resolve_layers(len(sites.blocks)):
+    for layer in config.resolve_layers(len(sites.layers)):
         sites.module(layer, config.component)
     if config.positions == "image" and registry.image_token is None:
         raise ValueError(
@@ -214,14 +214,14 @@ class PoolHost:
 
     @property
     def num_layers(self) -> int:
-        return len(self.registry.sites.blocks)
+        return len(self.registry.sites.layers)
 
     @property
     def dim(self) -> int:
         return self.registry.sites.dim
 
     def device_of(self, site: EditSite) -> torch.device:
-        return block_device(self.registry.sites.blocks[site[0]])
+        return block_device(self.registry.sites.layers[site[0]])
 
     def check_new_name(self, name: str) -> None:
         self.registry.check_new_name(name)

@@ -68,7 +68,7 @@ class ReftTransformersForCausalLM(TransformersForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        blocks = find_blocks(self.model).blocks
+        blocks = find_blocks(self.model).layers
         self.reft = edited(blocks, vllm_config, split=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

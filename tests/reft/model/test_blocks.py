@@ -70,14 +70,14 @@ def build(name: str) -> nn.Module:
 def test_blocks_are_found_edited_and_trained(name):
     base = build(name)
     blocks = find_blocks(base)
-    assert (blocks.path, len(blocks.blocks), blocks.dim) == (MODELS[name][2], 3, 24)
+    assert (blocks.path, len(blocks.layers), blocks.dim) == (MODELS[name][2], 3, 24)
     # One sequence: the score head of a Llama classifier reads its last token only.
     ids = tokens(1, 7)
     with torch.no_grad():
         expected = base(ids)[0]
     model = get_reft_model(base, ReftConfig(rank=2, positions="f2+l2"))
     seen = []
-    blocks.blocks[2].register_forward_hook(
+    blocks.layers[2].register_forward_hook(
         lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out)
     )
     out = model(ids)[0]
@@ -122,8 +122,8 @@ class TestUnknownLayouts:
 
     def test_a_path_decides(self):
         odd = self.Odd()
-        assert find_blocks(odd, "right").blocks == tuple(odd.right)
-        assert find_blocks(odd, "short").blocks == tuple(odd.short)
+        assert find_blocks(odd, "right").layers == tuple(odd.right)
+        assert find_blocks(odd, "short").layers == tuple(odd.short)
         model = get_reft_model(odd, ReftConfig(rank=2, block_path="right"))
         assert model.base_model.reft.sites.path == "right"
         with pytest.raises(ValueError, match=r"block_path must be 'right'.*got 'left'"):
@@ -274,7 +274,7 @@ class TestSides:
         model = transformers.EncoderDecoderModel(config)
         path = {"encoder": "encoder.encoder.layer", "decoder": "decoder.bert.encoder.layer"}[side]
         blocks = find_blocks(model, path)
-        assert (blocks.side, blocks.dim, len(blocks.blocks)) == (side, 24, 3)
+        assert (blocks.side, blocks.dim, len(blocks.layers)) == (side, 24, 3)
         assert type(blocks.stack) is transformers.BertModel
 
 
@@ -289,7 +289,7 @@ class TestWrappedByPeft:
         )
         blocks = find_blocks(model, path)
         assert blocks.path == "model.layers" and blocks.stack is model
-        assert blocks.blocks == tuple(model.get_base_model().model.layers)
+        assert blocks.layers == tuple(model.get_base_model().model.layers)
 
     def test_sides(self, tmp_path):
         """An adapter fits the model with and without the wrapper."""

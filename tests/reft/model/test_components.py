@@ -227,16 +227,16 @@ def test_a_part_is_what_is_added(name):
     expected = BLOCKS[name]
     model = tiny(name)
     blocks = find_blocks(model, expected.block_path)
-    assert (len(blocks.blocks), blocks.dim) == (LAYERS, DIM)
+    assert (len(blocks.layers), blocks.dim) == (LAYERS, DIM)
     paths = dict(zip(PARTS, (expected.attention, expected.mlp), strict=True))
     for part, path in paths.items():
         if path is None:
             with pytest.raises(ValueError, match=rf"'{part}'.*of block 0.*module:"):
                 blocks.module(0, part)
         else:
-            assert blocks.module(0, part) is blocks.blocks[0].get_submodule(path)
+            assert blocks.module(0, part) is blocks.layers[0].get_submodule(path)
     parts = {part: blocks.module(0, part) for part, path in paths.items() if path is not None}
-    stream = Stream(blocks.blocks[0], parts)
+    stream = Stream(blocks.layers[0], parts)
     forward(model, name)
     for part in parts:
         assert stream.parts[part].abs().max() > 1e-4
@@ -255,9 +255,9 @@ def test_the_criterion_can_fail():
         model = tiny(name)
         blocks = find_blocks(model)
         stream = Stream(
-            blocks.blocks[0],
+            blocks.layers[0],
             {
-                "attention_output": blocks.blocks[0].get_submodule(path),
+                "attention_output": blocks.layers[0].get_submodule(path),
                 "mlp_output": blocks.module(0, "mlp_output"),
             },
         )
