@@ -112,7 +112,7 @@ def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
     modules = nn.ModuleList(
         _module(case.hidden, case.rank, first, last, tied, case.dtype) for _ in case.edited_layers
     ).to(device)
-    blocks = find_blocks(base).blocks
+    blocks = find_blocks(base).layers
 
     def hook(module: nn.Module, block: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, tuple):

@@ -21,7 +21,7 @@ def wrap(base: nn.Module, case: ModelCase) -> Wrapped:
             return (output[0].detach().requires_grad_(), *output[1:])
         return output.detach().requires_grad_()
 
-    find_blocks(base).blocks[case.edited_layers[0]].register_forward_hook(leaf)
+    find_blocks(base).layers[case.edited_layers[0]].register_forward_hook(leaf)
 
     def loss(batch: Mapping[str, Tensor]) -> Tensor:
         found: Tensor = base(**batch).loss

@@ -80,7 +80,7 @@ def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
         edited = lowrank_edit(hidden, now["plan"], weights.encode, weights.bias, weights.decode)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-    blocks = find_blocks(base).blocks
+    blocks = find_blocks(base).layers
     for place, layer in enumerate(case.edited_layers):
         blocks[layer].register_forward_hook(partial(hook, place))
 

@@ -212,7 +212,7 @@ def _by_pyreft(component: str, sites: ModelBlocks) -> str:
     the part, and this library's of what is added.
     """
     part = _PARTS.get(component)
-    block = sites.blocks[0]
+    block = sites.layers[0]
     if part is None or part not in dict(block.named_modules()):
         return component
     inside = set(block.get_submodule(part).modules())

@@ -69,7 +69,7 @@ def keep_plans(registry: AdapterRegistry) -> None:
     disable and enable checkpointing during training. It looks at one block, and at the others only
     if checkpointing was enabled in that one.
     """
-    present = registry.blocks.blocks[0].__dict__.get(NAME)
+    present = registry.blocks.layers[0].__dict__.get(NAME)
     if present is None or isinstance(present, KeepPlan):
         return
     for module in registry.blocks.stack.modules():

@@ -47,14 +47,16 @@ def build(
     check_config(registry, config)
     if config.base_model_name_or_path is None:
         config = replace(config, base_model_name_or_path=origin_of(base))
-    layers = config.resolve_layers(len(blocks.blocks))
+    layers = config.resolve_layers(len(blocks.layers))
     with _originals(registry, base):
         paths = config.resolve_modules_to_save(_nameable(base))
         refuse_incomplete_modules(base, paths)
-        _refuse_edited_modules(registry, base, [(layer, config.component) for layer in layers], paths)
+        _refuse_edited_modules(
+            registry, base, [(layer, config.component) for layer in layers], paths
+        )
         refuse_untying(base, paths)
         modules = copy_modules(base, paths)
-    devices = [block_device(blocks.blocks[layer]) for layer in layers]
+    devices = [block_device(blocks.layers[layer]) for layer in layers]
     adapter: AdapterParameters | MultiDeviceParameters
     if len(set(devices)) == 1:
         adapter = AdapterParameters(
@@ -114,8 +116,8 @@ def _refuse_edited_modules(
             if module in edited_modules:
                 layer, component = edited_modules[module]
                 raise ValueError(
-                    f"ReftConfig.modules_to_save must not contain an edited module; {path} contains "
-                    f"the {component} of block {layer}"
+                    "ReftConfig.modules_to_save must not contain an edited module; "
+                    f"{path} contains the {component} of block {layer}"
                 )
 
 
@@ -178,7 +180,7 @@ def check_config(registry: AdapterRegistry, config: ReftConfig) -> None:
             f"ReftConfig.block_path must be {blocks.path!r}, where this model's adapters are, "
             f"or None; got {config.block_path!r}"
         )
-    for layer in config.resolve_layers(len(blocks.blocks)):
+    for layer in config.resolve_layers(len(blocks.layers)):
         blocks.module(layer, config.component)
     if config.positions == "image" and registry.image_token is None:
         raise ValueError(
@@ -215,14 +217,14 @@ class PoolHost:
 
     @property
     def num_layers(self) -> int:
-        return len(self.registry.blocks.blocks)
+        return len(self.registry.blocks.layers)
 
     @property
     def dim(self) -> int:
         return self.registry.blocks.dim
 
     def device_of(self, site: EditSite) -> torch.device:
-        return block_device(self.registry.blocks.blocks[site[0]])
+        return block_device(self.registry.blocks.layers[site[0]])
 
     def check_new_name(self, name: str) -> None:
         self.registry.check_new_name(name)

@@ -71,7 +71,7 @@ def check_config(config: object, adapter_name: object = None) -> None:
     elif isinstance(config, Mapping):
         instead = "; ReftConfig.from_dict makes one of a mapping"
     elif isinstance(config, (str, os.PathLike)):
-        instead = "; ReftModel.from_pretrained(base_model, path) loads a saved adapter"
+        instead = "; ReftModel.from_pretrained(base_model, path) loads a stored adapter"
     else:
         instead = ""
     given = f"the class {origin}" if isinstance(config, type) else origin

@@ -34,7 +34,7 @@ class Handle(Protocol):
 
 
 class Wrapper(Protocol):
-    """The attributes of :class:`reft.ReftModel` that its base uses, beside :data:`METHODS`."""
+    """The attributes of :class:`reft.ReftModel` that are used besides :data:`METHODS`."""
 
     base_model: nn.Module
 

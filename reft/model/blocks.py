@@ -27,7 +27,7 @@ class ModelBlocks:
     Attributes:
         path: name of the block list in the transformers model, inside PEFT's wrapper if there is
             one, so that adapters fit the model with and without it.
-        blocks: the blocks, first to last.
+        layers: the blocks, first to last.
         dim: D, the width of the residual stream.
         stack: the module whose forward runs the blocks and receives their tokens: the model itself,
             the encoder or decoder of an encoder–decoder, or the encoder inside a multiple-choice
@@ -38,7 +38,7 @@ class ModelBlocks:
     """
 
     path: str
-    blocks: tuple[nn.Module, ...]
+    layers: tuple[nn.Module, ...]
     dim: int
     stack: nn.Module
     side: str = "model"
@@ -57,7 +57,7 @@ class ModelBlocks:
             ValueError: the block has no such component, or it is a sum of several modules' outputs;
                 under tensor parallelism, the output is not replicated.
         """
-        block = self.blocks[layer]
+        block = self.layers[layer]
         if component == "block_output":
             return block
         where = f"of block {layer}, a {type(block).__name__}"

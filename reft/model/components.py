@@ -47,7 +47,7 @@ COMPONENT_PATHS: dict[str, tuple[str, ...]] = {
 }
 
 #: Norms (attention's, MLP's) between a component and the residual sum, in blocks that have every
-#: module of the row: there the norm's output is what is added. One name is not enough to tell:
+#: module of the row: there the norm's output is added. A single name does not decide it:
 #: Llama's ``post_attention_layernorm`` is the norm before the MLP, Nomic BERT's that of the sum.
 POST_NORMS: tuple[tuple[str, ...], ...] = (
     ("post_self_attn_layernorm", "post_mlp_layernorm"),  # GLM-4

@@ -114,7 +114,7 @@ class MakePlan(_ArgumentHook):
             if watched is not None:
                 watched.append(plan)
         if torch.is_grad_enabled() and activation_checkpointing.NAME in vars(
-            registry.blocks.blocks[0]
+            registry.blocks.layers[0]
         ):
             activation_checkpointing.keep_plans(registry)
 

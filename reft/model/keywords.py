@@ -118,7 +118,7 @@ def names_to_save(selected: Sequence[str] | None, adapter_name: str | None) -> l
         raise TypeError(f"selected_adapters must be a list of names, got {shown(selected)}")
     if adapter_name is not None or not selected:
         raise ValueError(
-            "selected_adapters must be a list of names and stand alone, got "
+            "selected_adapters must be a non-empty list of names without adapter_name, got "
             f"{shown(list(selected))} and adapter_name={shown(adapter_name)}"
         )
     return list(selected)
@@ -128,6 +128,6 @@ def _refuse_unknown(method: str, keywords: Mapping[str, Any], known: Sequence[st
     for name in keywords:
         if name not in known:
             raise TypeError(
-                f"ReftModel.{method}() got an unexpected keyword argument {name!r}; beside those "
+                f"ReftModel.{method}() got an unexpected keyword argument {name!r}; besides those "
                 f"in its signature it takes {', '.join(sorted(known))}"
             )

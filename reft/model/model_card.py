@@ -93,14 +93,14 @@ def _card(registry: AdapterRegistry, base: nn.Module, name: str, source: str) ->
     table = "\n".join(f"| `{key}` | {_code(ascii(value))} |" for key, value in rows.items())
     saved = f", those of {', '.join(map(_code, modules))} included" if modules else ""
     kind = type(base).__name__
-    what = f"{_code(origin)} ({_code(kind)})" if origin else _code(kind)
+    subject = f"{_code(origin)} ({_code(kind)})" if origin else _code(kind)
     return f"""---
 {_metadata(config, base).to_yaml()}
 ---
 
 # ReFT adapter
 
-A [representation finetuning](https://arxiv.org/abs/2404.03592) adapter of {what}, for the \
+A [representation finetuning](https://arxiv.org/abs/2404.03592) adapter of {subject}, for the \
 Python package `reft`. The model's own weights are untouched: its hidden vectors are edited at \
 chosen tokens.
 

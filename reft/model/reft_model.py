@@ -21,9 +21,7 @@ from reft.adapter.untrained import mark_untrained
 from reft.config import ReftConfig
 from reft.foreign_names import WRAPPING, refusing_foreign_keywords
 from reft.io.adapter_files import read_adapter
-from reft.model import activation_checkpointing as checkpointing
-from reft.model import peft_compat as peft_base
-from reft.model import save_load
+from reft.model import activation_checkpointing, peft_compat, save_load
 from reft.model.adapters import PoolHost, attach, build, detach, detach_all, with_both_ends
 from reft.model.arguments import check_base, check_config, check_mode
 from reft.model.base_methods import put_on_base
@@ -95,7 +93,7 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
     """
 
     base_model: nn.Module
-    peft_config = peft_base.Config()
+    peft_config = peft_compat.Config()
 
     def __init__(self, base_model: nn.Module, block_path: str | None = None) -> None:
         super().__init__()
@@ -105,11 +103,11 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
                 f"base_model must not have adapters (an attribute {SUBMODULE!r}) yet, got "
                 f"{type(base_model).__name__} with one; use add_adapter, or unload() first"
             )
-        inner = peft_base.transformers_model(base_model)
+        inner = peft_compat.transformers_model(base_model)
         sites = find_blocks(inner, block_path)
         can_generate = getattr(inner, "can_generate", None)
         self.base_model = base_model
-        self._frozen = peft_base.freeze(inner)
+        self._frozen = peft_compat.freeze(inner)
         generates = can_generate is not None and can_generate()
         registry = AdapterRegistry(
             sites, causal=generates and sites.side != "encoder", image_token=image_token(base_model)
@@ -117,13 +115,13 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
         registry.pool = AdapterPool(PoolHost(registry, origin_of(inner)))
         inner.add_module(SUBMODULE, registry)
         self._handles = [
-            *peft_base.register(
-                peft_base.outer(base_model),
+            *peft_compat.register(
+                peft_compat.outer(base_model),
                 lambda module: TakeOptions(registry, module, module is base_model),
                 Forget(registry),
             ),
-            *peft_base.register(
-                peft_base.callers(base_model, sites.stack),
+            *peft_compat.register(
+                peft_compat.callers(base_model, sites.stack),
                 lambda module: MakePlan(registry, sites.stack),
                 ForgetPlan(registry),
             ),
@@ -186,11 +184,15 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The base model's, without gradients that nothing below the first edit needs."""
-        checkpointing.enable(self.base_model, "gradient_checkpointing_enable", args, kwargs)
+        activation_checkpointing.enable(
+            self.base_model, "gradient_checkpointing_enable", args, kwargs
+        )
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """transformers' new name for :meth:`gradient_checkpointing_enable`."""
-        checkpointing.enable(self.base_model, "activation_checkpointing_enable", args, kwargs)
+        activation_checkpointing.enable(
+            self.base_model, "activation_checkpointing_enable", args, kwargs
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -198,12 +200,12 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
         except AttributeError:
             if name == "base_model":
                 raise
-            return peft_base.attribute(self.base_model, name)
+            return peft_compat.attribute(self.base_model, name)
 
     def get_base_model(self) -> nn.Module:
         """The transformers model, out of PEFT's wrapper if it has one, with the adapters still
         attached; :meth:`unload` detaches them."""
-        return peft_base.transformers_model(self.base_model)
+        return peft_compat.transformers_model(self.base_model)
 
     @property
     def _registry(self) -> AdapterRegistry:
@@ -310,7 +312,7 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
         registry, inner = self._registry, self.get_base_model()
         registry.active_threads.check_alone("unload()")
         detach_all(registry, inner, self._handles)
-        checkpointing.forget_plans(self.base_model)
+        activation_checkpointing.forget_plans(self.base_model)
         for name, parameter in inner.named_parameters():
             if name in self._frozen:
                 parameter.requires_grad_(True)
@@ -407,18 +409,12 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
             ValueError: there is no such adapter. Nothing was uploaded.
             OSError: the hub refused, or cannot be reached.
         """
+        name = save_load.name_or_active(self._registry, adapter_name)
         return push_adapter(
-            self._registry,
-            self.base_model,
-            save_load.name_or_active(self._registry, adapter_name),
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            commit_description=commit_description,
-        )
+            self._registry, self.base_model, name, repo_id,
+            private=private, token=token, revision=revision, create_pr=create_pr,
+            commit_message=commit_message, commit_description=commit_description,
+        )  # fmt: skip
 
     @classmethod
     def from_pretrained(

@@ -202,7 +202,7 @@ def attach_tensors(
     try:
         # Check before memory is allocated for sizes that a file claims.
         blocks = registry.blocks
-        layers = config.resolve_layers(len(blocks.blocks))
+        layers = config.resolve_layers(len(blocks.layers))
         check_layout(config, stack_shape(config, len(layers), blocks.dim), edit)
         # All values are overwritten, so any initialisation will do.
         adapter, copies = build(registry, base, name, replace(config, init="pyreft"))

@@ -24,8 +24,8 @@ class RefusesTrl(nn.Module):
     def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         if name == "forward" and _is_fused(value):
             raise TypeError(
-                "TRL's trainers put a fused head into a transformers model, and got a ReftModel, "
-                f"which is a wrapper around one: {_INSTEAD}"
+                "this trainer of TRL installs a fused head in a transformers model, and got a "
+                f"ReftModel, which is a wrapper around one: {_INSTEAD}"
             )
         super().__setattr__(name, value)
 
@@ -39,8 +39,8 @@ class RefusesTrl(nn.Module):
         if "trl" in named and _SUPPORTED not in named:
             (*others,) = sorted(named - {"trl"})
             raise TypeError(
-                f"TRL's trainer {', '.join(others)} does not take a ReftModel, whose edits need to "
-                f"be told where prompts end: {_INSTEAD}"
+                f"TRL's trainer {', '.join(others)} does not take a ReftModel, whose edits need "
+                f"the length of each prompt: {_INSTEAD}"
             )
         self.base_model.add_model_tags(tags)  # type: ignore[operator, union-attr]
 

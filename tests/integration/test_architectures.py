@@ -84,7 +84,7 @@ def test_exactly_the_chosen_rows_of_the_chosen_blocks(name, component):
         block if path is None else block.get_submodule(path)
         for block in model.get_submodule("base_model").get_submodule(one.blocks)
     ]
-    assert (sites.path, len(sites.blocks), sites.dim) == (one.blocks, LAYERS, DIM)
+    assert (sites.path, len(sites.layers), sites.dim) == (one.blocks, LAYERS, DIM)
     assert [sites.module(layer, component) for layer in range(LAYERS)] == modules
     ids = tokens(2, 8)
     call = call_of(name, ids)
@@ -229,7 +229,7 @@ class TestEncoderDecoders:
     def test_labels_end_the_decoders_prompt(self):
         """The start token and what comes before the first label: the rest is not edited."""
         model = wrapped("t5-decoder", "block_output")
-        block = model.reft.blocks.blocks[0]
+        block = model.reft.blocks.layers[0]
         source, labels = tokens(2, 5), tokens(2, 6, seed=4)
         labels[1, :2] = -100
         call = {"input_ids": source, "labels": labels}
@@ -251,7 +251,7 @@ class TestEncoderDecoders:
     def test_adapters_by_name_and_given_positions(self):
         model = wrapped("t5-encoder", "block_output")
         model.add_adapter("other", config_of("t5-encoder", "block_output", rank=1))
-        block = model.reft.blocks.blocks[0]
+        block = model.reft.blocks.layers[0]
         source = tokens(3, 6)
         call = {"input_ids": source, "decoder_input_ids": torch.zeros(3, 1, dtype=torch.long)}
         (edited,) = outputs(

@@ -45,7 +45,7 @@ class TestRefusals:
         config = ReftConfig(rank=2, positions="f1", block_path="encoder.albert_layer_groups")
         model = get_reft_model(base.eval(), config)
         seen: list[torch.Tensor] = []
-        model.reft.blocks.blocks[0].register_forward_hook(
+        model.reft.blocks.layers[0].register_forward_hook(
             lambda module, args, output: seen.append(output.detach().clone())
         )
         ids = tokens(2, 6)

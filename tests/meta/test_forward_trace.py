@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -41,7 +42,7 @@ def files_of(calls: list[tuple[str, str]]) -> list[str]:
 
 
 def moves_of(calls: list[tuple[str, str]]) -> int:
-    return sum(before != after for (before, _), (after, _) in zip(calls, calls[1:], strict=False))
+    return sum(before != after for (before, _), (after, _) in pairwise(calls))
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["gradients", "no gradients"])

@@ -271,7 +271,7 @@ def test_another_base(name, tmp_path):
 HEAD = {"classifier.weight": torch.zeros(3, DIM), "classifier.bias": torch.zeros(3)}
 HEADS = {
     "a shape": ({"classifier.weight": torch.zeros(4, DIM)}, "classifier.weight must have shape"),
-    "NaN": ({"classifier.bias": one_of(NAN, (3,))}, "head classifier.bias must be finite"),
+    "NaN": ({"classifier.bias": one_of(NAN, (3,))}, "classifier.bias must be finite"),
     "integers": ({"classifier.bias": torch.zeros(3, dtype=torch.int32)}, "must be stored as"),
     "a name": ({"classifier.evil": torch.zeros(3)}, "unknown: classifier.evil"),
 }

@@ -73,7 +73,7 @@ class ReftTransformersForCausalLM(TransformersForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        blocks = find_blocks(self.model).blocks
+        blocks = find_blocks(self.model).layers
         self.reft = add_hooks(blocks, vllm_config, has_residual=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

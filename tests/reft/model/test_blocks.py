@@ -1,4 +1,4 @@
-"""Where blocks are found, in architectures of every shape, and what is said where they are not."""
+"""Blocks are found in architectures of every shape, and an error tells why if they are not."""
 
 from __future__ import annotations
 
@@ -69,15 +69,15 @@ def build(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", MODELS)
 def test_blocks_are_found_edited_and_trained(name):
     base = build(name)
-    sites = find_blocks(base)
-    assert (sites.path, len(sites.blocks), sites.dim) == (MODELS[name][2], 3, 24)
+    blocks = find_blocks(base)
+    assert (blocks.path, len(blocks.layers), blocks.dim) == (MODELS[name][2], 3, 24)
     # One sequence: the score head of a Llama classifier reads its last token only.
     ids = tokens(1, 7)
     with torch.no_grad():
         expected = base(ids)[0]
     model = get_reft_model(base, ReftConfig(rank=2, positions="f2+l2"))
     seen = []
-    sites.blocks[2].register_forward_hook(
+    blocks.layers[2].register_forward_hook(
         lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out)
     )
     out = model(ids)[0]
@@ -96,9 +96,9 @@ def test_a_composite_model_is_edited_in_its_text_part():
         text_config=transformers.LlamaConfig(**COMMON, **KV),
         image_token_index=39,
     )
-    sites = find_blocks(transformers.LlavaForConditionalGeneration(config))
-    assert sites.path.endswith("language_model.layers")
-    assert sites.dim == 24
+    blocks = find_blocks(transformers.LlavaForConditionalGeneration(config))
+    assert blocks.path.endswith("language_model.layers")
+    assert blocks.dim == 24
 
 
 class TestUnknownLayouts:
@@ -122,8 +122,8 @@ class TestUnknownLayouts:
 
     def test_a_path_decides(self):
         odd = self.Odd()
-        assert find_blocks(odd, "right").blocks == tuple(odd.right)
-        assert find_blocks(odd, "short").blocks == tuple(odd.short)
+        assert find_blocks(odd, "right").layers == tuple(odd.right)
+        assert find_blocks(odd, "short").layers == tuple(odd.short)
         model = get_reft_model(odd, ReftConfig(rank=2, block_path="right"))
         assert model.base_model.reft.blocks.path == "right"
         with pytest.raises(ValueError, match=r"block_path must be 'right'.*got 'left'"):
@@ -158,7 +158,7 @@ class TestUnknownLayouts:
 
 
 class Mixer(nn.Module):
-    """A block as nobody else has it."""
+    """A block of an unusual build."""
 
     def __init__(self):
         super().__init__()
@@ -168,8 +168,8 @@ class Mixer(nn.Module):
         return hidden + self.inner["down"](self.inner["up"](hidden).tanh())
 
 
-class Own(nn.Module):
-    """A model that transformers does not know: it has a config, and is called with input_ids."""
+class CustomModel(nn.Module):
+    """A model unknown to transformers: it has a config and takes input_ids."""
 
     def __init__(self, listing=nn.Sequential):
         super().__init__()
@@ -186,12 +186,12 @@ class Own(nn.Module):
         return self.head(hidden)
 
 
-class TestOwnModels:
+class TestCustomModels:
     @pytest.mark.parametrize("listing", [nn.Sequential, nn.ModuleList])
     @pytest.mark.parametrize("component", ["block_output", "module:inner.down"])
     def test_a_path_of_blocks_and_one_in_them(self, listing, component, tmp_path):
         torch.manual_seed(0)
-        base = Own(listing)
+        base = CustomModel(listing)
         config = ReftConfig(rank=2, positions="l1", component=component, block_path="tower")
         ids, mask = tokens(2, 5), torch.ones(2, 5, dtype=torch.long)
         mask[1, 3:] = 0
@@ -216,21 +216,21 @@ class TestOwnModels:
 
     def test_without_a_path(self):
         with pytest.raises(ValueError, match=r'Name the list: ReftConfig\(block_path="…"\)'):
-            get_reft_model(Own(), ReftConfig())
+            get_reft_model(CustomModel(), ReftConfig())
 
     def test_a_list_inside_a_block_is_not_called(self):
         says = (
             r"'module:inner' is no part of block 0, a Mixer.*: module:inner.up, module:inner.down"
         )
         with pytest.raises(ValueError, match=says):
-            find_blocks(Own(), "tower").module(0, "module:inner")
+            find_blocks(CustomModel(), "tower").module(0, "module:inner")
 
 
 class TestSides:
     class Side(nn.Module):
         def __init__(self):
             super().__init__()
-            # Its name is no side.
+            # The name of the list does not tell the side.
             self.decoder_layers = nn.ModuleList([nn.Linear(4, 4)])
 
         def forward(self, inputs_embeds):
@@ -247,39 +247,39 @@ class TestSides:
             return input_ids
 
     @pytest.mark.parametrize("side", ["encoder", "decoder"])
-    def test_are_told_by_the_module_that_is_handed_tokens(self, side):
+    def test_are_told_by_the_module_that_takes_tokens(self, side):
         model = self.Both()
-        sites = find_blocks(model, f"text_{side}.decoder_layers")
-        assert (sites.side, sites.stack) == (side, getattr(model, f"text_{side}"))
+        blocks = find_blocks(model, f"text_{side}.decoder_layers")
+        assert (blocks.side, blocks.stack) == (side, getattr(model, f"text_{side}"))
 
     def test_blocks_outside_both(self):
         with pytest.raises(ValueError, match="'loose', which lie in no module"):
             find_blocks(self.Both(), "loose")
 
     def test_one_side_alone_is_one_stack(self):
-        """Its configuration still says that it is of an encoder–decoder."""
+        """Its configuration still has is_encoder_decoder=True."""
         heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
         config = transformers.BartConfig(vocab_size=40, d_model=24, encoder_layers=3, **heads)
         encoder = transformers.BartModel(config).get_encoder()
         assert encoder.config.is_encoder_decoder
-        sites = find_blocks(encoder)
-        assert (sites.path, sites.side, sites.stack) == ("layers", "model", encoder)
+        blocks = find_blocks(encoder)
+        assert (blocks.path, blocks.side, blocks.stack) == ("layers", "model", encoder)
 
     @pytest.mark.parametrize("side", ["encoder", "decoder"])
     def test_two_models_as_one(self, side):
-        """The list lies deep in each, in an encoder of its own."""
+        """The list is nested in an encoder inside each model."""
         bert = transformers.BertConfig(**COMMON)
         decoder = transformers.BertConfig(**COMMON, is_decoder=True, add_cross_attention=True)
         config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(bert, decoder)
         model = transformers.EncoderDecoderModel(config)
         path = {"encoder": "encoder.encoder.layer", "decoder": "decoder.bert.encoder.layer"}[side]
-        sites = find_blocks(model, path)
-        assert (sites.side, sites.dim, len(sites.blocks)) == (side, 24, 3)
-        assert type(sites.stack) is transformers.BertModel
+        blocks = find_blocks(model, path)
+        assert (blocks.side, blocks.dim, len(blocks.layers)) == (side, 24, 3)
+        assert type(blocks.stack) is transformers.BertModel
 
 
 class TestWrappedByPeft:
-    """Names are those in the model that PEFT has wrapped."""
+    """Paths are those in the model inside PEFT's wrapper."""
 
     @pytest.mark.parametrize("path", [None, "model.layers"])
     def test_blocks(self, path):
@@ -287,12 +287,12 @@ class TestWrappedByPeft:
         model = peft.get_peft_model(
             build("LlamaForCausalLM"), peft.LoraConfig(target_modules=["q_proj"])
         )
-        sites = find_blocks(model, path)
-        assert sites.path == "model.layers" and sites.stack is model
-        assert sites.blocks == tuple(model.get_base_model().model.layers)
+        blocks = find_blocks(model, path)
+        assert blocks.path == "model.layers" and blocks.stack is model
+        assert blocks.layers == tuple(model.get_base_model().model.layers)
 
     def test_sides(self, tmp_path):
-        """An adapter fits the wrapped and the bare model."""
+        """An adapter fits the model with and without the wrapper."""
         peft = pytest.importorskip("peft")
 
         def t5():
@@ -312,7 +312,7 @@ class TestWrappedByPeft:
             got = model(**call).logits
             model.save_pretrained(tmp_path)
             again = ReftModel.from_pretrained(t5(), tmp_path)
-            # A fresh LoRA changes nothing.
+            # A new LoRA changes nothing.
             torch.testing.assert_close(again(**call).logits, got, rtol=1e-4, atol=1e-5)
             with again.disable_adapter():
                 assert (again(**call).logits - got).abs().max() > 1e-4
@@ -325,7 +325,7 @@ def test_an_output_of_another_layout_is_refused():
         model(tokens(2, 9))
 
 
-def test_the_device_is_where_a_block_computes():
+def test_the_device_of_a_blocks_output():
     block = nn.Linear(2, 2, device="meta")
     assert block_device(block) == torch.device("meta")
     block._hf_hook = SimpleNamespace(execution_device="cpu")

@@ -1,5 +1,5 @@
-"""What attention and MLP add to the residual stream, in blocks of every build: x + part is again a
-state of the stream, for some state x before it."""
+"""Components: the outputs that attention and MLP add to the residual stream, in blocks of every
+build. The criterion: x + component is again a state of the stream, for some earlier state x."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LINEAR = {
 
 @dataclass(frozen=True)
 class Block:
-    """A model and where its parts are; None where block 0 has no such module."""
+    """A model and the paths of its components; None if block 0 has no such module."""
 
     model: str
     config: str
@@ -58,7 +58,7 @@ def _causal(name: str, attention: str | None, mlp: str | None, arguments: dict, 
     return Block(f"{name}ForCausalLM", f"{name}Config", given, attention, mlp)
 
 
-#: Builds that the matrix of ``test_architectures`` does not have.
+#: Builds that the table of ``architectures`` lacks.
 OTHERS = {
     "mpnet": Block(
         "MPNetModel", "MPNetConfig", BERT, "attention.attn", "output.dense"
@@ -149,25 +149,23 @@ OTHERS = {
 
 
 def everything() -> dict[str, Block]:
-    """These builds and the matrix's."""
-    matrix = {
-        name: Block(
-            one.model, one.config, one.arguments, one.attention, one.mlp, one.block_path, one.image
-        )
-        for name, one in ARCHITECTURES.items()
-        if not one.image  # its blocks are Llama's
+    """These builds and those of ``architectures``."""
+    table = {
+        name: Block(a.model, a.config, a.arguments, a.attention, a.mlp, a.block_path, a.image)
+        for name, a in ARCHITECTURES.items()
+        if not a.image  # its blocks are Llama's
     }
-    return {**matrix, **OTHERS}
+    return {**table, **OTHERS}
 
 
 BLOCKS = everything()
 
 
 def tiny(name: str) -> nn.Module:
-    one = BLOCKS[name]
-    if not hasattr(transformers, one.model):
-        pytest.skip(f"this version of transformers has no {one.model}")
-    return construct(Architecture(one.model, one.config, one.arguments, ""))
+    block = BLOCKS[name]
+    if not hasattr(transformers, block.model):
+        pytest.skip(f"this version of transformers has no {block.model}")
+    return construct(Architecture(block.model, block.config, block.arguments, ""))
 
 
 def forward(model: nn.Module, name: str) -> None:
@@ -183,8 +181,10 @@ def first(value) -> Tensor | None:
 
 
 class Stream:
-    """States that pass through one block: what it is given, what its modules are given, what norms
-    and it give; and the outputs of its parts."""
+    """States inside a block, and the outputs of its components.
+
+    States are the inputs of the block and its modules, and the outputs of the block and its norms.
+    """
 
     def __init__(self, block: nn.Module, parts: dict[str, nn.Module]) -> None:
         self.states: list[Tensor] = []
@@ -208,9 +208,9 @@ class Stream:
         self.parts[part] = first(output).detach().reshape(14, DIM).clone()
 
     def adds(self, part: str) -> bool:
-        """Whether a state and the part, or all parts that are parallel to it, make a state."""
+        """Whether a state plus the part, or plus both parts if they are parallel, is a state."""
         added = self.parts[part]
-        others = [value for one, value in self.parts.items() if one != part]
+        others = [value for name, value in self.parts.items() if name != part]
         before = [
             x for x in self.states if not any(_same(x, value) for value in self.parts.values())
         ]
@@ -224,19 +224,19 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_part_is_what_is_added(name):
-    one = BLOCKS[name]
+    expected = BLOCKS[name]
     model = tiny(name)
-    sites = find_blocks(model, one.block_path)
-    assert (len(sites.blocks), sites.dim) == (LAYERS, DIM)
-    wanted = dict(zip(PARTS, (one.attention, one.mlp), strict=True))
-    for part, path in wanted.items():
+    blocks = find_blocks(model, expected.block_path)
+    assert (len(blocks.layers), blocks.dim) == (LAYERS, DIM)
+    paths = dict(zip(PARTS, (expected.attention, expected.mlp), strict=True))
+    for part, path in paths.items():
         if path is None:
             with pytest.raises(ValueError, match=rf"'{part}'.*of block 0.*module:"):
-                sites.module(0, part)
+                blocks.module(0, part)
         else:
-            assert sites.module(0, part) is sites.blocks[0].get_submodule(path)
-    parts = {part: sites.module(0, part) for part, path in wanted.items() if path is not None}
-    stream = Stream(sites.blocks[0], parts)
+            assert blocks.module(0, part) is blocks.layers[0].get_submodule(path)
+    parts = {part: blocks.module(0, part) for part, path in paths.items() if path is not None}
+    stream = Stream(blocks.layers[0], parts)
     forward(model, name)
     for part in parts:
         assert stream.parts[part].abs().max() > 1e-4
@@ -244,8 +244,8 @@ def test_a_part_is_what_is_added(name):
 
 
 def test_the_criterion_can_fail():
-    """Not what is added: the output of attention where a norm follows, where attention adds the
-    residual itself, where it norms the sum too."""
+    """The output of attention is not what is added if a norm follows, or if attention itself adds
+    the residual or normalises the sum."""
     for name, path in (
         ("gemma2", "self_attn"),
         ("bloom", "self_attention"),
@@ -253,25 +253,25 @@ def test_the_criterion_can_fail():
         ("mpnet", "attention"),
     ):
         model = tiny(name)
-        sites = find_blocks(model)
+        blocks = find_blocks(model)
         stream = Stream(
-            sites.blocks[0],
+            blocks.layers[0],
             {
-                "attention_output": sites.blocks[0].get_submodule(path),
-                "mlp_output": sites.module(0, "mlp_output"),
+                "attention_output": blocks.layers[0].get_submodule(path),
+                "mlp_output": blocks.module(0, "mlp_output"),
             },
         )
         forward(model, name)
         assert not stream.adds("attention_output"), name
 
 
-def test_every_row_of_the_tables_is_some_models():
-    if not all(hasattr(transformers, one.model) for one in BLOCKS.values()):
+def test_every_row_of_the_tables_is_used_by_a_model():
+    if not all(hasattr(transformers, block.model) for block in BLOCKS.values()):
         pytest.skip("this version of transformers has not all of these models")
-    used = {path for one in BLOCKS.values() for path in (one.attention, one.mlp)}
+    used = {path for block in BLOCKS.values() for path in (block.attention, block.mlp)}
     rows = {path for paths in COMPONENT_PATHS.values() for path in paths}
     assert rows <= used
-    pairs = {(one.attention, one.mlp) for one in BLOCKS.values()}
+    pairs = {(block.attention, block.mlp) for block in BLOCKS.values()}
     assert {row[:2] for row in POST_NORMS} <= pairs
 
 
@@ -284,7 +284,7 @@ def test_experts_beside_a_shared_mlp_are_edited_by_name():
 
 
 def test_an_attention_that_not_every_block_has():
-    """Where some blocks have none, the layers that have one are named."""
+    """The error lists the modules of a block that has none."""
     model = tiny("recurrent-gemma")
     with pytest.raises(ValueError, match=r"no part of block 0.*module:temporal_block"):
         get_reft_model(model, ReftConfig(rank=2, component="attention_output"))

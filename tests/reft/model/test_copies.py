@@ -1,5 +1,4 @@
-"""Copies of a wrapped model live on their own: by copy, pickle, torch.save, and in another
-process."""
+"""Copies of a wrapped model are independent of it: by copy, pickle and torch.save."""
 
 from __future__ import annotations
 
@@ -29,6 +28,8 @@ HOW = {
     "torch.save": saved,
 }
 every_way = pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+#: torch.save pickles modules, too.
+two_ways = pytest.mark.parametrize("how", [HOW["deepcopy"], saved], ids=["deepcopy", "torch.save"])
 
 
 def wrapped(**changes):
@@ -53,7 +54,7 @@ def train(model, steps=2):
 
 def storages(model):
     tensors = [*model.parameters(), *model.buffers()]
-    return {one.untyped_storage().data_ptr() for one in tensors if one.numel()}
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
 
 
 @every_way
@@ -70,8 +71,9 @@ def test_a_copy_is_trained_and_unloaded_alone(how):
     assert torch.equal(logits(model), expected)
     base = twin.unload()
     assert not hasattr(base, "reft")
-    assert not any(one._forward_hooks or one._forward_pre_hooks for one in base.modules())
-    assert not any(one._load_state_dict_pre_hooks for one in base.modules())
+    for module in base.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+        assert not module._load_state_dict_pre_hooks
     assert "save_pretrained" not in vars(base)
     with model.disable_adapter():
         plain = logits(model)
@@ -79,7 +81,7 @@ def test_a_copy_is_trained_and_unloaded_alone(how):
     assert torch.equal(logits(model), expected)
 
 
-@every_way
+@two_ways
 def test_a_copied_base_edits_and_saves_its_own_adapters(how, tmp_path):
     model = wrapped()
     expected = logits(model)
@@ -89,26 +91,26 @@ def test_a_copied_base_edits_and_saves_its_own_adapters(how, tmp_path):
         model.reft.adapter("default").bias.add_(1.0)
     assert torch.equal(logits(twin), expected)
     assert not torch.equal(logits(model), expected)
-    twin.save_pretrained(tmp_path)  # its own, not the model's
+    twin.save_pretrained(tmp_path)  # the copy's adapter, not the model's
     assert torch.equal(logits(ReftModel.from_pretrained(llama(), tmp_path)), expected)
 
 
-@every_way
-def test_training_goes_on_alike_with_and_without_checkpointing(how):
-    for checkpointed in (False, True):
-        model = wrapped()
-        if checkpointed:
-            model.gradient_checkpointing_enable()
-        train(model)
-        twin = how(model)
-        for one in (model, twin):
-            train(one)
-        assert torch.equal(logits(model), logits(twin))
+@pytest.mark.parametrize("checkpointed", [False, True])
+@two_ways
+def test_a_copy_continues_training_like_the_model(how, checkpointed):
+    model = wrapped()
+    if checkpointed:
+        model.gradient_checkpointing_enable()
+    train(model)
+    twin = how(model)
+    train(model)
+    train(twin)
+    assert torch.equal(logits(model), logits(twin))
 
 
-@every_way
-def test_a_loaded_rotation_stays_itself(how, tmp_path):
-    """Until it is trained, the R of a file is used bit for bit: in a copy too."""
+@two_ways
+def test_a_loaded_rotation_is_copied_bit_for_bit(how, tmp_path):
+    """Until it is trained, the R of a file is used bit for bit, in a copy too."""
     trained = wrapped()
     train(trained)
     trained.save_pretrained(tmp_path)
@@ -118,7 +120,7 @@ def test_a_loaded_rotation_stays_itself(how, tmp_path):
     assert torch.equal(logits(how(model)), logits(model))
 
 
-def test_a_shallow_copy_is_another_name_of_the_model():
+def test_a_shallow_copy_shares_everything_with_the_model():
     model = wrapped()
     expected = logits(model)
     twin = copy.copy(model)
@@ -132,8 +134,8 @@ def test_a_shallow_copy_is_another_name_of_the_model():
         model.set_adapter("default")
 
 
-@every_way
-def test_a_copy_made_in_the_middle_has_nothing_in_progress(how):
+@two_ways
+def test_a_copy_made_during_a_call_is_not_in_that_call(how):
     """Inside disable_adapter() and inside a generation."""
     model = wrapped()
     expected = logits(model)
@@ -141,19 +143,19 @@ def test_a_copy_made_in_the_middle_has_nothing_in_progress(how):
         twin = how(model)
     assert torch.equal(logits(twin), expected)
 
-    made = []
+    copies = []
 
     class Copying:
         def __call__(self, input_ids, scores, **kwargs):
-            made.append(how(model))
+            copies.append(how(model))
             return torch.ones(input_ids.shape[0], dtype=torch.bool)
 
     model.generate(IDS[:1], max_new_tokens=2, stopping_criteria=[Copying()], do_sample=False)
-    assert made[0].reft.call.generation is None
-    assert torch.equal(logits(made[0]), expected)
+    assert copies[0].reft.call.generation is None
+    assert torch.equal(logits(copies[0]), expected)
 
 
-def test_state_dict_is_whole_in_another_model():
+def test_a_state_dict_holds_all_of_an_adapter():
     model, other = wrapped(), wrapped()
     train(model)
     other.load_state_dict(model.state_dict())

@@ -1,4 +1,4 @@
-"""Modules of the base that are trained beside an adapter: copied, swapped, stored, given back."""
+"""Modules of the base that an adapter trains in full: copied, activated, saved, removed."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_copy_is_trained_and_the_original_is_not():
     assert all(p.requires_grad for p in after.values())
 
 
-def test_disabled_means_the_original_head_too():
+def test_disable_adapter_puts_the_original_module_back():
     base = bert()
     expected = logits(base)
     model = get_reft_model(base, config())
@@ -74,20 +74,20 @@ def test_disabled_means_the_original_head_too():
     assert not torch.equal(trained, expected)
 
 
-def test_each_adapter_has_its_own_head():
+def test_each_adapter_has_a_copy_of_its_own():
     model = get_reft_model(bert(), config(), "first")
     step(model)
     first = logits(model)
     model.add_adapter("second", config())
-    model.add_adapter("headless", config(modules_to_save=None))
+    model.add_adapter("plain", config(modules_to_save=None))
     assert torch.equal(logits(model), first)
     model.set_adapter("second")
     fresh = model.base_model.classifier
-    # A new adapter starts from the base's head, not from the trained one.
+    # A new adapter starts from the base's module, not from the trained one.
     assert torch.equal(fresh.weight, bert().classifier.weight)
     step(model)
     second = logits(model)
-    model.set_adapter("headless")
+    model.set_adapter("plain")
     assert torch.equal(model.base_model.classifier.weight, bert().classifier.weight)
     model.set_adapter("first")
     assert torch.equal(logits(model), first)
@@ -96,14 +96,14 @@ def test_each_adapter_has_its_own_head():
     assert model.active_adapter == "second"
     assert torch.equal(logits(model), second)
     with model.disable_adapter():
-        model.set_adapter("headless")
+        model.set_adapter("plain")
         assert torch.equal(model.base_model.classifier.weight, bert().classifier.weight)
     with pytest.raises(ValueError, match=r"cannot mix adapters.*'second' does"):
-        model(IDS, adapter_names=["second", "headless", "headless"])
-    assert model(IDS, adapter_names=["headless"] * 3).logits.shape == (3, 3)
+        model(IDS, adapter_names=["second", "plain", "plain"])
+    assert model(IDS, adapter_names=["plain"] * 3).logits.shape == (3, 3)
 
 
-def test_a_head_is_stored_with_the_adapter(tmp_path):
+def test_the_copy_is_saved_with_the_adapter(tmp_path):
     model = get_reft_model(bert(), config(task_type="SEQ_CLS"))
     step(model)
     model.save_pretrained(tmp_path / "a", training_state=True)
@@ -118,25 +118,25 @@ def test_a_head_is_stored_with_the_adapter(tmp_path):
     assert torch.equal(again.base_model.classifier.weight, model.base_model.classifier.weight)
 
 
-def test_gathered_parameters_are_stored(tmp_path):
+def test_gathered_parameters_are_saved(tmp_path):
     model = get_reft_model(bert(), config())
     step(model)
     state = {name: value + 1 for name, value in model.state_dict().items()}
-    model.save_pretrained(tmp_path / "whole", state_dict=state)
+    model.save_pretrained(tmp_path / "wrapper", state_dict=state)
     inner = {name.removeprefix("base_model."): value for name, value in state.items()}
     model.save_pretrained(tmp_path / "base", state_dict=inner)
-    for folder in ("whole", "base"):
+    for folder in ("wrapper", "base"):
         again = ReftModel.from_pretrained(bert(), tmp_path / folder)
         assert torch.equal(
             again.base_model.classifier.weight, model.base_model.classifier.weight + 1
         )
-        mine, theirs = again.reft.adapter("default"), model.reft.adapter("default")
-        assert torch.equal(mine.bias, theirs.bias + 1)
+        bias = model.reft.adapter("default").bias
+        assert torch.equal(again.reft.adapter("default").bias, bias + 1)
     with pytest.raises(ValueError, match=r"state_dict must hold .*reft\.adapters\.default"):
         model.save_pretrained(tmp_path / "none", state_dict={})
 
 
-def test_a_head_that_does_not_fit_is_refused(tmp_path):
+def test_stored_modules_that_do_not_fit_are_refused(tmp_path):
     model = get_reft_model(bert(), config())
     model.save_pretrained(tmp_path)
     other = bert()
@@ -158,7 +158,7 @@ def test_unknown_modules_are_refused():
     assert not hasattr(base, "reft")
 
 
-def test_a_causal_head_can_be_trained():
+def test_an_output_layer_can_be_trained():
     base = llama(tie_word_embeddings=False)
     model = get_reft_model(base, config(modules_to_save=["lm_head"])).train()
     labels = IDS.clone()
@@ -169,7 +169,7 @@ def test_a_causal_head_can_be_trained():
 
 
 def test_a_part_of_an_edited_block_may_be_trained_in_full():
-    """What is edited is the block's output, whatever computes it."""
+    """The block's output is edited, whatever computes it."""
     model = get_reft_model(llama(), ReftConfig(rank=2, modules_to_save=["layers.1.mlp"])).train()
     ids = tokens(1, 6)
     model(ids, labels=ids, prompt_lengths=[4]).loss.backward()
@@ -178,13 +178,13 @@ def test_a_part_of_an_edited_block_may_be_trained_in_full():
         edited = model(ids).logits
         with model.disable_adapter():
             assert not torch.equal(model(ids).logits, edited)
-    for name, one in model.named_parameters():
-        if one.requires_grad:
-            assert one.grad.abs().max() > 0, name
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.abs().max() > 0, name
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"modules_to_save": ["model"]}, "model contains the block_output of block 0"),
         (
@@ -197,10 +197,10 @@ def test_a_part_of_an_edited_block_may_be_trained_in_full():
         ),
     ],
 )
-def test_what_is_edited_cannot_be_trained_in_full(changes, said):
-    """The copy that is trained would not be edited."""
+def test_edited_modules_cannot_be_trained_in_full(changes, message):
+    """The copy would not be edited."""
     base = llama()
     before = dict(base.named_modules())
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         get_reft_model(base, ReftConfig(rank=2, **changes))
     assert dict(base.named_modules()) == before

@@ -1,4 +1,4 @@
-"""Adapters are loaded with PEFT's keywords, say whose they are, and for which base."""
+"""Adapters name the library and the base that they belong to."""
 
 from __future__ import annotations
 
@@ -7,81 +7,19 @@ import warnings
 
 import peft
 import pytest
-import torch
-from tiny_models import llama, moved, tokens
+from saved_models import wrapped
+from tiny_models import llama
 from transformers import AutoModel, AutoModelForCausalLM
 
-from reft import ReftConfig, ReftModel, get_reft_model
+from reft import ReftConfig, ReftModel
 from reft.io.adapter_files import CONFIG_FILE, read_adapter
 from reft.model.origins import is_same
 
-IDS = tokens(2, 7)
-CONFIG = ReftConfig(rank=3, positions="f2+l2")
-
-
-def wrapped(base=None, config=CONFIG, seed=3):
-    base = llama() if base is None else base
-    torch.manual_seed(seed)
-    return moved(get_reft_model(base, config), 0.1)
-
-
-@torch.no_grad()
-def logits(model):
-    return model(IDS).logits
-
-
-# ------------------------------------------------------------------------ keywords of loading
-
-
-@pytest.mark.parametrize(
-    "keywords",
-    [
-        {"low_cpu_mem_usage": True},
-        {"torch_device": "cpu", "ephemeral_gpu_offload": False},
-        {"autocast_adapter_dtype": False},
-        {"subfolder": None, "revision": None, "token": None},
-        {"subfolder": "", "cache_dir": "elsewhere", "local_files_only": True},
-    ],
-)
-def test_pefts_keywords_of_loading_are_taken(keywords, tmp_path):
-    model = wrapped()
-    model.save_pretrained(tmp_path)
-    again = ReftModel.from_pretrained(llama(), tmp_path, **keywords)
-    again.load_adapter(tmp_path, "second", **keywords)
-    again.set_adapter("second")
-    assert torch.equal(logits(again), logits(model))
-
-
-@pytest.mark.parametrize("subfolder", ["a", "a/b", "a/b/", "./a"])
-def test_a_subfolder_is_where_the_adapter_is(subfolder, tmp_path):
-    model = wrapped()
-    model.save_pretrained(tmp_path / subfolder)
-    for path in (tmp_path, str(tmp_path)):
-        again = ReftModel.from_pretrained(llama(), path, subfolder=subfolder)
-        assert torch.equal(logits(again), logits(model))
-    base = llama()
-    with pytest.raises(FileNotFoundError, match=r"no such adapter directory.*nowhere"):
-        ReftModel.from_pretrained(base, tmp_path, subfolder="nowhere")
-    assert not hasattr(base, "reft")
-
-
-def test_an_unknown_keyword_names_the_method(tmp_path):
-    model = wrapped()
-    model.save_pretrained(tmp_path)
-    base = llama()
-    with pytest.raises(TypeError, match=r"ReftModel\.from_pretrained\(\).*'is_trainble'"):
-        ReftModel.from_pretrained(base, tmp_path, is_trainble=True)
-    assert not hasattr(base, "reft")
-    with pytest.raises(TypeError, match=r"ReftModel\.load_adapter\(\).*'adapter'"):
-        model.load_adapter(tmp_path, "second", adapter="x")
-    assert list(model.configs) == ["default"]
-
-
-# ------------------------------------------------------------------------ whose a folder is
+# ------------------------------------------------------------------------ another library
 
 
 @pytest.mark.parametrize("origin", ["here", None, "no/such-model"])
-def test_peft_and_transformers_say_whose_the_folder_is(origin, tmp_path):
+def test_peft_and_transformers_name_the_library_of_the_folder(origin, tmp_path):
     llama().save_pretrained(tmp_path / "base")
     name = str(tmp_path / "base") if origin == "here" else origin
     config = ReftConfig(rank=2, base_model_name_or_path=name)
@@ -117,7 +55,7 @@ def test_the_entry_for_peft_is_in_the_json_file_alone(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["LORA", "REFTY", 3, None])
-def test_an_adapter_of_pefts_is_told_from_ours(kind, tmp_path):
+def test_an_adapter_of_peft_is_refused(kind, tmp_path):
     wrapped().save_pretrained(tmp_path)
     stored = json.loads((tmp_path / CONFIG_FILE).read_text())
     (tmp_path / CONFIG_FILE).write_text(json.dumps({**stored, "peft_type": kind}))
@@ -148,9 +86,9 @@ def test_another_base_of_the_same_shape_is_reported_with_both_names(door, tmp_pa
 
     with pytest.warns(UserWarning) as caught:
         load(named("other/llama-2"))
-    said = [str(one.message) for one in caught if "made for the base" in str(one.message)]
-    assert len(said) == 1
-    assert "'meta/llama-3'" in said[0] and "'other/llama-2'" in said[0]
+    messages = [str(warning.message) for warning in caught]
+    [message] = [message for message in messages if "made for the base" in message]
+    assert "'meta/llama-3'" in message and "'other/llama-2'" in message
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         for name in ("meta/llama-3", "/models/llama-3/", "LLaMA-3", ""):
@@ -158,21 +96,21 @@ def test_another_base_of_the_same_shape_is_reported_with_both_names(door, tmp_pa
 
 
 def test_folders_are_the_same_by_any_spelling(tmp_path, monkeypatch):
-    (tmp_path / "one").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "one")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "base")
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path)
     cached = f"/cache/hub/models--meta--llama-3/snapshots/{'0' * 40}"
     for pair in (
-        ("one", str(tmp_path / "one")),
-        ("one", "./one/"),
-        ("one", "other/../link"),
+        ("base", str(tmp_path / "base")),
+        ("base", "./base/"),
+        ("base", "other/../link"),
         ("meta/llama-3", cached),
         ("/a/llama-3", cached),
         ("C:\\models\\llama-3", "meta/llama-3"),
     ):
         assert is_same(*pair) and is_same(*pair[::-1]), pair
-    for pair in (("one", "other"), ("meta/llama-3", "meta/llama-2"), ("llama", cached)):
+    for pair in (("base", "other"), ("meta/llama-3", "meta/llama-2"), ("llama", cached)):
         assert not is_same(*pair), pair
 
 

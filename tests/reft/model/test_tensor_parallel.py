@@ -1,5 +1,5 @@
-"""What of a base that several processes share is whole, told by plans; what is refused. The
-processes themselves are in tests/distributed."""
+"""Bases under tensor parallelism: which outputs are replicated according to a plan, and which bases
+are refused. Tests with several processes are in tests/distributed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LLAMA = {
 
 
 def distributed(base, plan=LLAMA, **sizes):
-    """A base as transformers leaves one that it has split."""
+    """A base with the attributes that transformers sets when it splits one."""
     base._device_mesh = object()
     base._tp_plan = plan
     plain = {"tp_size": 1, "ep_size": 1, "enable_expert_parallel": False}
@@ -30,14 +30,14 @@ def distributed(base, plan=LLAMA, **sizes):
     return base
 
 
-def test_only_a_base_that_was_loaded_so_is_split():
+def test_only_a_base_that_was_loaded_with_a_plan_is_split():
     base = llama()
     assert base.tp_plan and find_plan(base) is None
     assert find_plan(distributed(base, tp_size=4)) == TensorParallelPlan(4, LLAMA)
     assert find_plan(distributed(base, fsdp_size=4)) is None
 
 
-def test_a_plan_says_what_is_whole():
+def test_a_plan_says_which_outputs_are_replicated():
     plan = {
         **LLAMA,
         "model.layers.*.self_attn": "local_params",
@@ -46,10 +46,10 @@ def test_a_plan_says_what_is_whole():
         "model.layers.*.mlp.experts": "moe_tp_experts",
         "model.layers.*.mlp.shared.up_proj": "colwise",
     }
-    whole = ["self_attn", "self_attn.o_proj", "mlp", "mlp.experts", "input_layernorm"]
+    replicated = ["self_attn", "self_attn.o_proj", "mlp", "mlp.experts", "input_layernorm"]
     parts = ["self_attn.q_proj", "self_attn.q_norm", "mlp.experts.down_proj", "mlp.shared"]
     split = TensorParallelPlan(2, plan)
-    assert split.replicated("model.layers", [*whole, *parts, "mlp.router"]) == whole
+    assert split.replicated("model.layers", [*replicated, *parts, "mlp.router"]) == replicated
 
 
 def test_projections_of_the_block_itself():
@@ -72,27 +72,27 @@ def test_a_slice_is_refused_with_the_reason(component, reason):
         get_reft_model(base, ReftConfig(rank=2, component=component))
     assert repr(component) in str(refused.value) and reason in str(refused.value)
     assert "reft" not in base._modules
-    for one in ("block_output", "attention_output", "mlp_output", "module:mlp.down_proj"):
-        get_reft_model(base, ReftConfig(rank=2, component=one)).unload()
+    for allowed in ("block_output", "attention_output", "mlp_output", "module:mlp.down_proj"):
+        get_reft_model(base, ReftConfig(rank=2, component=allowed)).unload()
 
 
 @pytest.mark.parametrize(
-    ("sizes", "plan", "said"),
+    ("sizes", "plan", "message"),
     [
         ({"pp_size": 2}, LLAMA, "pipeline parallelism"),
         ({"tp_size": 2, "enable_sequence_parallel": True}, LLAMA, "sequence parallelism:"),
         ({"tp_size": 2}, {"model.norm": "sequence_parallel"}, "parallelism of model.norm:"),
     ],
 )
-def test_parts_of_a_prompt_are_refused(sizes, plan, said):
+def test_parts_of_a_prompt_are_refused(sizes, plan, message):
     base = distributed(llama(), plan, **sizes)
-    with pytest.raises(ValueError, match=f"^base_model must not be under .*{said}"):
+    with pytest.raises(ValueError, match=f"^base_model must not be under .*{message}"):
         get_reft_model(base, ReftConfig(rank=2))
     assert "reft" not in base._modules
 
 
 def test_context_parallel_is_refused_while_it_is_on(monkeypatch):
-    """torch puts a function of its own in the place of its attention."""
+    """torch replaces its attention function while context parallelism is on."""
     attention = torch.nn.functional.scaled_dot_product_attention
 
     def replaced(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""One set of weights for each edited token, the formula of the paper."""
+"""untied_by="position": a set of weights for each edited token, which is the paper's formula."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def make(**changes) -> tuple[ReftModel, ReftConfig]:
     return model.eval(), config
 
 
-def wanted_group(token: int, n: int) -> int | None:
-    """From the formula: prefix position p has set p, and the suffix is counted from the end."""
+def expected_group(token: int, n: int) -> int | None:
+    """The formula: prefix position p has set p, and suffix positions are counted from the end."""
     half = n // 2
     if token < min(FIRST, half):
         return token
@@ -52,29 +52,29 @@ def test_each_token_has_its_own_weights(side):
             for row, n in enumerate(lengths):
                 start = width - n if side == "left" else 0
                 for token in range(n):
-                    group = wanted_group(token, n)
+                    group = expected_group(token, n)
                     if group is not None:
-                        place = start + token
-                        hidden = out[row, place : place + 1].clone()
-                        out[row, place] = edit(hidden, config, values, layer, group)[0]
+                        column = start + token
+                        hidden = out[row, column : column + 1].clone()
+                        out[row, column] = edit(hidden, config, values, layer, group)[0]
             return (out, *output[1:]) if isinstance(output, tuple) else out
 
         return run
 
     for layer, block in enumerate(blocks_of(plain)):
         block.register_forward_hook(hook(layer))
-    theirs = plain(input_ids=ids, attention_mask=mask).logits
-    ours = model(input_ids=ids, attention_mask=mask).logits
-    kept = mask.bool()
-    torch.testing.assert_close(ours[kept], theirs[kept], rtol=1e-4, atol=1e-4)
-    ours[kept].square().sum().backward()
-    theirs[kept].square().sum().backward()
+    expected = plain(input_ids=ids, attention_mask=mask).logits
+    actual = model(input_ids=ids, attention_mask=mask).logits
+    real = mask.bool()
+    torch.testing.assert_close(actual[real], expected[real], rtol=1e-4, atol=1e-4)
+    actual[real].square().sum().backward()
+    expected[real].square().sum().backward()
     adapter = model.base_model.reft.adapter("default")
     torch.testing.assert_close(adapter.bias.grad, values["bias"].grad, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(adapter.weight.grad, values["weight"].grad, rtol=1e-3, atol=1e-3)
 
 
-def test_it_is_not_what_side_means():
+def test_it_differs_from_untied_by_side():
     ids, _, _ = padded([9], "left")
     model, _ = make()
     by_side = ReftConfig(rank=2, positions=f"f{FIRST}+l{LAST}", tied=False)
@@ -108,7 +108,7 @@ def test_generation_edits_the_prompt_alone():
         assert both[row, ids.shape[1] :].tolist()[: len(new)] == new
 
 
-def test_what_is_refused(tmp_path):
+def test_unsupported_combinations_are_refused(tmp_path):
     for changes in ({"tied": True}, {"tied": False, "positions": "prompt"}):
         with pytest.raises(ValueError, match=r"untied_by=\"position\" needs tied=False"):
             ReftConfig(untied_by="position", **changes)

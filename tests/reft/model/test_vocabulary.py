@@ -1,4 +1,4 @@
-"""Embeddings that are resized or exchanged on a wrapped model."""
+"""Resizing or replacing the embeddings of a wrapped model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def config(*modules, **changes) -> ReftConfig:
     return ReftConfig(**{"rank": 2, "positions": "f2", "modules_to_save": modules, **changes})
 
 
-def covered(base) -> list[str]:
+def replaced_methods(base) -> list[str]:
     return [name for module in base.modules() for name in METHODS if name in module.__dict__]
 
 
@@ -40,15 +40,21 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("way", ["wrapper", "base", "disabled"])
-@pytest.mark.parametrize(
-    ("tied", "modules"), [(True, ["lm_head"]), (False, ["lm_head"]), (False, ["embed_tokens"])]
-)
-def test_it_is_refused_before_anything_changes(change, way, tied, modules):
+#: (change, object that it is called on, tied embeddings, module that the adapter trains)
+CASES = [
+    *((change, "wrapper", True, "lm_head") for change in CHANGES),
+    *((change, "base", False, "embed_tokens") for change in CHANGES),
+    *(("resize", way, False, "lm_head") for way in ("wrapper", "base", "disabled")),
+    ("input", "disabled", False, "lm_head"),
+    ("output", "disabled", True, "lm_head"),
+]
+
+
+@pytest.mark.parametrize(("change", "way", "tied", "module"), CASES)
+def test_it_is_refused_before_anything_changes(change, way, tied, module):
     base = llama(tie_word_embeddings=tied)
     before = base(IDS).logits
-    model = get_reft_model(base, config(*modules))
+    model = get_reft_model(base, config(module))
     present = dict(base.named_modules()), base(IDS).logits
     with pytest.raises(
         ValueError, match=r"while adapters train .*'default' does.*unload\(\) first"
@@ -64,23 +70,23 @@ def test_it_is_refused_before_anything_changes(change, way, tied, modules):
     assert torch.equal(model.unload()(IDS).logits, before)
 
 
-@pytest.mark.parametrize("where", ["active", "waiting"])
+@pytest.mark.parametrize("where", ["active", "stored"])
 def test_any_adapter_with_copies_counts(where):
     base = llama(tie_word_embeddings=False)
     model = get_reft_model(base, config("lm_head"), "trains")
     model.add_adapter("plain", config())
-    if where == "waiting":
+    if where == "stored":
         model.set_adapter("plain")
     with pytest.raises(ValueError, match="'trains' does"):
         base.resize_token_embeddings(VOCAB + 2)
     model.delete_adapter("trains")
-    assert not covered(base)
+    assert not replaced_methods(base)
     base.resize_token_embeddings(VOCAB + 2, mean_resizing=False)
     with torch.no_grad():
         assert model(MORE).logits.shape[-1] == VOCAB + 2
 
 
-def test_what_changes_nothing_is_allowed():
+def test_calls_that_change_nothing_are_allowed():
     base = llama(tie_word_embeddings=False)
     model = get_reft_model(base, config("embed_tokens", "lm_head"))
     assert model.resize_token_embeddings() is base.model.embed_tokens
@@ -89,19 +95,19 @@ def test_what_changes_nothing_is_allowed():
     base.set_input_embeddings(base.model.embed_tokens)
     base.set_output_embeddings(base.lm_head)
     model.tie_weights()
-    assert {one for one, p in base.named_parameters() if p.requires_grad} >= {
+    assert {name for name, p in base.named_parameters() if p.requires_grad} >= {
         "model.embed_tokens.weight",
         "lm_head.weight",
     }
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_without_copies_it_works_as_the_bases_does(tied):
+def test_without_copies_the_embeddings_are_resized(tied):
     plain, base = (llama(tie_word_embeddings=tied) for _ in range(2))
     model = get_reft_model(base, config())
-    for one in (plain, model):
+    for resized in (plain, model):
         torch.manual_seed(5)
-        one.resize_token_embeddings(VOCAB + 2, mean_resizing=False)
+        resized.resize_token_embeddings(VOCAB + 2, mean_resizing=False)
     with torch.no_grad():
         expected = plain(MORE).logits
         assert model(MORE).logits.shape == expected.shape
@@ -111,7 +117,7 @@ def test_without_copies_it_works_as_the_bases_does(tied):
     assert (base.lm_head.weight is base.model.embed_tokens.weight) is tied
 
 
-def test_heads_that_are_no_embeddings_do_not_hinder():
+def test_copies_of_other_modules_do_not_matter():
     base = bert()
     model = get_reft_model(base, config(task_type="SEQ_CLS"))
     model.resize_token_embeddings(VOCAB + 2, mean_resizing=False)
@@ -122,13 +128,13 @@ def test_heads_that_are_no_embeddings_do_not_hinder():
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_refuse_for_themselves(how):
+def test_copies_of_the_model_refuse_it_too(how):
     base = llama(tie_word_embeddings=True)
     twin = how(get_reft_model(base, config("lm_head")))
     with pytest.raises(ValueError, match="while adapters train"):
         twin.resize_token_embeddings(VOCAB + 2)
     freed = twin.unload()
-    assert not covered(freed)
+    assert not replaced_methods(freed)
     freed.resize_token_embeddings(VOCAB + 2, mean_resizing=False)
     assert freed.lm_head.weight.shape[0] == VOCAB + 2
     assert base.lm_head.weight.shape[0] == VOCAB
@@ -140,8 +146,8 @@ def test_through_pefts_wrapper():
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
     wrapped = peft.get_peft_model(llama(tie_word_embeddings=True), lora)
     model = get_reft_model(wrapped, config("embed_tokens"))
-    for one in (model, wrapped, model.get_base_model()):
+    for resized in (model, wrapped, model.get_base_model()):
         with pytest.raises(ValueError, match="while adapters train"):
-            one.resize_token_embeddings(VOCAB + 2)
+            resized.resize_token_embeddings(VOCAB + 2)
     model.unload()
-    assert not covered(wrapped)
+    assert not replaced_methods(wrapped)

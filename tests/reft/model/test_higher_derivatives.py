@@ -1,5 +1,5 @@
-"""Gradient penalties and Hessians of a wrapped model, against finite differences of its first
-derivatives, and forward-mode derivatives against finite differences of its outputs."""
+"""Higher derivatives of a wrapped model against finite differences: gradient penalties, Hessians,
+forward-mode derivatives."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ ADAPTERS = {
 
 
 def wrapped(**fields) -> ReftModel:
-    """In float64, R away from its base point; GPT-2, whose norms stay in that precision."""
+    """A GPT-2 in float64, whose norms keep that precision, with R away from its base point."""
     base = gpt2().double()
-    base.set_attn_implementation("eager")  # others have one derivative
+    base.set_attn_implementation("eager")  # other implementations have first derivatives only
     fields = {"positions": "f1+l2", "rank": 2, "dtype": "float64", **fields}
     model = get_reft_model(base, ReftConfig(**fields))
     random = torch.Generator().manual_seed(4)
@@ -64,7 +64,7 @@ def moved(parameters, directions, factor):
 
 
 def slope(value, parameters, directions):
-    """d value along the directions, by central differences."""
+    """The derivative of ``value`` along the directions, by central differences."""
     moved(parameters, directions, STEP)
     above = value()
     moved(parameters, directions, -2 * STEP)
@@ -92,20 +92,20 @@ def test_a_gradient_penalty_and_a_hessian_times_a_vector(kind, inputs):
         return torch.autograd.grad(loss, parameters, create_graph=create_graph)
 
     grads = torch.autograd.grad(penalty(create_graph=True), parameters)
-    found = sum((g * v).sum() for g, v in zip(grads, directions, strict=True))
+    derivative = sum((g * v).sum() for g, v in zip(grads, directions, strict=True))
     (expected,) = slope(lambda: [penalty()], parameters, directions)
     assert abs(expected) > 1e-4
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(derivative, expected, rtol=1e-5, atol=1e-8)
 
     along = sum((g * v).sum() for g, v in zip(gradients(True), directions, strict=True))
     product = torch.autograd.grad(along, parameters)
-    for got, wanted in zip(product, slope(gradients, parameters, directions), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+    for actual, expected in zip(product, slope(gradients, parameters, directions), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["grad", ".backward()"])
 def test_a_penalty_trains(backward, inputs):
-    """Both ways to ask give the parameters a gradient along which the penalty falls."""
+    """Along the gradient of the penalty, the penalty decreases by the predicted amount."""
     model = wrapped()
     parameters = trained(model)
     start = model.get_input_embeddings()(inputs[0]).detach()
@@ -123,26 +123,22 @@ def test_a_penalty_trains(backward, inputs):
         grads = torch.autograd.grad(before, parameters)
     size = sum(each.square().sum() for each in grads)
     moved(parameters, grads, -1e-4)
-    found = float(penalty(False) - before.detach())
-    torch.testing.assert_close(found, float(-1e-4 * size), rtol=0.05, atol=0)
+    change = float(penalty(False) - before.detach())
+    torch.testing.assert_close(change, float(-1e-4 * size), rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("kept", ["trained", "loaded"])
+@pytest.mark.parametrize("start", ["trained", "loaded"])
 @pytest.mark.parametrize("kind", ["loreft", "bent"])
-def test_tangents_pass_what_is_kept(kind, kept, inputs, tmp_path):
-    """In eval mode, without gradients, R and A are kept from one forward to the next, and R of a
-    loaded adapter is used as it was loaded: a tangent of a parameter must be seen all the same."""
+def test_tangents_are_seen_despite_cached_weights(kind, start, inputs, tmp_path):
+    """In eval mode without gradients, R and A are cached between forwards, and a loaded R is used
+    as it was loaded. A tangent of a parameter must be seen all the same."""
     model = wrapped(**ADAPTERS[kind])
-    if kept == "loaded":
+    if start == "loaded":
         model.save_pretrained(tmp_path)
         base = copy.deepcopy(model).unload()
         model = ReftModel.from_pretrained(base, tmp_path).eval()
     ids, mask, _ = inputs
-    state = {
-        name: each.detach()
-        for name, each in model.named_parameters()
-        if ".bank" in name or "reft" in name
-    }
+    state = {name: each.detach() for name, each in model.named_parameters() if "reft" in name}
     assert state
     random = torch.Generator().manual_seed(6)
     tangents = {k: torch.randn(v.shape, generator=random).to(v) for k, v in state.items()}
@@ -156,10 +152,10 @@ def test_tangents_pass_what_is_kept(kind, kept, inputs, tmp_path):
             logits({k: v + step * tangents[k] for k, v in state.items()}) for step in (STEP, -STEP)
         )
         expected = (above - below) / (2 * STEP)
-        logits(state)  # what is kept is of these very tensors
+        logits(state)  # the cached weights are computed from these very tensors
         with forward_ad.dual_level():
             duals = {k: forward_ad.make_dual(v, tangents[k]) for k, v in state.items()}
-            found = forward_ad.unpack_dual(logits(duals)).tangent
+            tangent = forward_ad.unpack_dual(logits(duals)).tangent
         _, by_transform = torch.func.jvp(logits, (state,), (tangents,))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(by_transform, expected, rtol=1e-4, atol=1e-6)
