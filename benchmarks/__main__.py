@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks.archive import unpack_results
 from benchmarks.compare import compare_results
 from benchmarks.compile import compile_kernels
-from benchmarks.gpu import run_session
+from benchmarks.gpu_session.archive import unpack_results
+from benchmarks.gpu_session.rehearsal import rehearse_session
+from benchmarks.gpu_session.session import run_session
 from benchmarks.learning.command import learn
-from benchmarks.rehearsal import rehearse_session
-from benchmarks.report import write_report
+from benchmarks.report.device_report import write_report
 from benchmarks.run import list_suites, run_suites
 from benchmarks.sweep import sweep_settings
 

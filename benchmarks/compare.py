@@ -14,9 +14,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.records import Row, read
+from benchmarks.report.tables import NONE, by_key, percent, quantity, times
+from benchmarks.result_rows import Row, read
 from benchmarks.run import stop
-from benchmarks.tables import NONE, by_key, percent, quantity, times
 
 _CONDITIONS = (
     "device", "kind", "driver", "threads", "platform", "python", "torch", "triton", "transformers"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import DTYPES, OpCase
-from benchmarks.records import Gate
+from benchmarks.result_rows import Gate
 from reft_kernels.testing import Edit, Result, budget, relative_error
 
 #: How far another library's own order of roundings may lie from float64, by dtype of hidden.

@@ -22,9 +22,9 @@ from rich.table import Table
 
 from benchmarks.machine import default_device, folder_name
 from benchmarks.peers import Peer, peers
-from benchmarks.records import RESULTS, Row, Writer
+from benchmarks.report.tables import quantity
+from benchmarks.result_rows import RESULTS, Row, Writer
 from benchmarks.suites import SIZES, Options, Suite, suites
-from benchmarks.tables import quantity
 from benchmarks.timing import Effort
 
 

@@ -30,7 +30,7 @@ from benchmarks.gate import OpGate, result_of
 from benchmarks.machine import describe, folder_name
 from benchmarks.peers import Operator
 from benchmarks.peers.ours import edit as operator_of
-from benchmarks.records import RESULTS, Gate, Row, Writer, replace_file
+from benchmarks.result_rows import RESULTS, Gate, Row, Writer, replace_file
 from benchmarks.run import chosen_device, release, stop
 from benchmarks.suites.op import Stand, calls_of, cold_stands, first_line, tensors
 from benchmarks.timing import (

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.records import RESULTS
+from benchmarks.result_rows import RESULTS
 
 FOLDER = RESULTS / "learning"
 
@@ -33,7 +33,7 @@ def learn(
     from benchmarks.learning.tasks import TASKS
 
     if report:
-        from benchmarks.learning.report import write_page
+        from benchmarks.report.pages import write_page
 
         typer.echo(f"wrote {write_page(output)}")
         return

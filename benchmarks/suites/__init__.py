@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.machine import describe
 from benchmarks.peers import Peer
-from benchmarks.records import Row
+from benchmarks.result_rows import Row
 from benchmarks.timing import Effort
 
 #: Of every suite: "ci" for tests, "cpu" and "gpu" for results that are kept.

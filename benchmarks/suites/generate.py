@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.allocations import operations, traffic
 from benchmarks.cases import LLAMA_1B, ModelCase, llama
 from benchmarks.peers import Absent, Wrapped
-from benchmarks.records import Row
+from benchmarks.result_rows import Row
 from benchmarks.suites import Options, Suite, row
 from benchmarks.suites.models import Twins, check, make_batch
 from benchmarks.timing import Clock, Run, interleave, paired_ratio, quantiles

@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.cases import LLAMA_8B, ModelCase, llama
 from benchmarks.peers import Absent, Peer, Wrapped
-from benchmarks.records import Row
+from benchmarks.result_rows import Row
 from benchmarks.suites import Options, Suite, row
 from benchmarks.suites.models import build
 from benchmarks.timing import Clock, Run, interleave, paired_ratio, quantiles

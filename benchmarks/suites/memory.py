@@ -9,7 +9,7 @@ from functools import partial
 from benchmarks.allocations import saved_bytes, traffic
 from benchmarks.cases import LLAMA_1B, ModelCase, llama
 from benchmarks.peers import Absent, peers
-from benchmarks.records import Row
+from benchmarks.result_rows import Row
 from benchmarks.suites import Options, Suite, row
 from benchmarks.suites.models import FLOOR, LLAMA_8B_STEP, Twins, check, make_batch, step
 

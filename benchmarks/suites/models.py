@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import DTYPES, LLAMA_1B, LLAMA_8B, ROBERTA_BASE, ModelCase, llama
-from benchmarks.counted import added, profiled
 from benchmarks.gate import check_losses
+from benchmarks.op_overhead import added, profiled
 from benchmarks.peers import Absent, Wrapped
 from benchmarks.peers.ours import wrap as wrap_ours
 from benchmarks.peers.reference import prompt_length
 from benchmarks.peers.reference import wrap as wrap_reference
-from benchmarks.records import Gate, Row
+from benchmarks.result_rows import Gate, Row
 from benchmarks.suites import Options, Suite, row
 from benchmarks.timing import Clock, Run, interleave, paired_ratio, quantiles
 

@@ -16,7 +16,7 @@ from benchmarks.cases import DTYPES, OpCase
 from benchmarks.gate import OpGate, result_of
 from benchmarks.machine import copy_bandwidth
 from benchmarks.peers import Operator, Peer
-from benchmarks.records import Row
+from benchmarks.result_rows import Row
 from benchmarks.suites import Options, Suite, row
 from benchmarks.timing import Clock, Run, graph_run, interleave, paired_ratio, quantiles
 from reft_kernels import RowPlan

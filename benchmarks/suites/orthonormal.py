@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.cases import RotationCase
 from benchmarks.peers import Absent, Rotation
-from benchmarks.records import Gate, Row
+from benchmarks.result_rows import Gate, Row
 from benchmarks.suites import Options, Suite, row
 from benchmarks.timing import Clock, Run, interleave, paired_ratio, quantiles
 

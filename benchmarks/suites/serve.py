@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from benchmarks.allocations import operations
 from benchmarks.cases import LLAMA_1B, ModelCase, llama
-from benchmarks.counted import Profile, added, profiled
 from benchmarks.gate import LOSS
+from benchmarks.op_overhead import Profile, added, profiled
 from benchmarks.peers import Absent, Peer
-from benchmarks.records import Gate, Row
+from benchmarks.result_rows import Gate, Row
 from benchmarks.suites import Options, Suite, row
 from benchmarks.suites.generate import set_eval
 from benchmarks.suites.models import Twins

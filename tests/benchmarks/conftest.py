@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.peers import peers
-from benchmarks.records import Row
+from benchmarks.result_rows import Row
 from benchmarks.suites import Options, suites
 from benchmarks.timing import Effort
 

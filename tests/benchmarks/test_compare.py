@@ -6,7 +6,7 @@ import math
 
 import pytest
 import typer
-from hand_made import MACHINE, row, write
+from sample_rows import MACHINE, row, write
 from typer.testing import CliRunner
 
 from benchmarks.compare import Change, compare_results, compare_rows, warnings

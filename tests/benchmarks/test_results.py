@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.peers import peers
-from benchmarks.records import RESULTS, read
-from benchmarks.report import BEGIN, END, readme_table, render
+from benchmarks.report.device_report import BEGIN, END, readme_table, render
+from benchmarks.result_rows import RESULTS, read
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(path for path in RESULTS.iterdir() if any(path.glob("*.jsonl")))

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from benchmarks import run
 from benchmarks.__main__ import app
-from benchmarks.records import read
+from benchmarks.result_rows import read
 from benchmarks.suites import suites
 
 

@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hand_made import row
+from sample_rows import row
 from typer.testing import CliRunner
 
 from benchmarks import sweep
 from benchmarks.__main__ import app
 from benchmarks.peers import Operator
-from benchmarks.records import read
-from benchmarks.report import render
+from benchmarks.report.device_report import render
+from benchmarks.result_rows import read
 from benchmarks.suites.op import Stand, tensors
 from benchmarks.timing import Effort
 from reft_kernels import tuning

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.records import Row
+from benchmarks.result_rows import Row
 
 #: Peers as they follow one another in tables and plots; unknown ones come last.
 ORDER = (

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from benchmarks.plots.frame import (
+from benchmarks.report.plots.frame import (
     DASHED,
     INK,
     SOFT,
@@ -22,8 +22,8 @@ from benchmarks.plots.frame import (
     style,
     ticks,
 )
-from benchmarks.records import Row
-from benchmarks.tables import quantity
+from benchmarks.report.tables import quantity
+from benchmarks.result_rows import Row
 
 _PHASES = ("forward", "backward")
 

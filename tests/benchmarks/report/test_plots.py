@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from hand_made import op_rows, row, step, step_rows, sweep_rows
+from sample_rows import op_rows, row, step, step_rows, sweep_rows
 
-from benchmarks.plots import draw
-from benchmarks.plots.frame import FLOORS, style
-from benchmarks.tables import ORDER
+from benchmarks.report.plots import draw
+from benchmarks.report.plots.frame import FLOORS, style
+from benchmarks.report.tables import ORDER
 
 
 def rotation_rows():

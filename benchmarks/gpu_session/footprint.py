@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.cases import DTYPES, ModelCase, OpCase, RotationCase
-from benchmarks.stages import OP_JOBS, PARITY_JOBS, SWEEP_JOBS
+from benchmarks.gpu_session.stages import OP_JOBS, PARITY_JOBS, SWEEP_JOBS
 from benchmarks.suites.op import copies
 
 GIB = 2**30

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from benchmarks.plots.frame import SOFT, frame, legend, plain, style, ticks
-from benchmarks.records import Row
+from benchmarks.report.plots.frame import SOFT, frame, legend, plain, style, ticks
+from benchmarks.result_rows import Row
 
 _DASHES = ("-", "--", ":")
 

@@ -19,12 +19,12 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.archive import pack
+from benchmarks.gpu_session.archive import pack
+from benchmarks.gpu_session.stages import BUDGETS, ENVIRONMENT, Outcome, run_stages, stages
+from benchmarks.gpu_session.summary import render
 from benchmarks.machine import ROOT, describe, folder_name
-from benchmarks.records import replace_file
+from benchmarks.result_rows import replace_file
 from benchmarks.run import stop
-from benchmarks.stages import BUDGETS, ENVIRONMENT, Outcome, run_stages, stages
-from benchmarks.summary import render
 
 
 def run_session(

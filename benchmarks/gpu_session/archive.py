@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.records import RESULTS
+from benchmarks.result_rows import RESULTS
 from benchmarks.revision import named_commits
 from benchmarks.run import stop
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.learning import tables
-from benchmarks.learning.plot import plot
 from benchmarks.learning.tables import Learnt
 from benchmarks.learning.tasks import TASKS
 from benchmarks.machine import ROOT
+from benchmarks.report.plots.learning import plot
 
 PAGE = ROOT / "docs" / "learning.md"
 PLOT = "learning.png"

@@ -30,10 +30,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.compile import single_thread
-from benchmarks.gpu import environment_of
-from benchmarks.revision import ROOT
-from benchmarks.run import stop
-from benchmarks.stage_builds import (
+from benchmarks.gpu_session.builds import (
     HAZARD,
     Built,
     Request,
@@ -43,7 +40,10 @@ from benchmarks.stage_builds import (
     of_suites,
     of_sweep,
 )
-from benchmarks.stages import BUDGETS, OP_JOBS, PARITY_JOBS, SWEEP_JOBS
+from benchmarks.gpu_session.session import environment_of
+from benchmarks.gpu_session.stages import BUDGETS, OP_JOBS, PARITY_JOBS, SWEEP_JOBS
+from benchmarks.revision import ROOT
+from benchmarks.run import stop
 
 #: Processes that share the builds of a stage; other stages have one.
 WORKERS = {"parity": PARITY_JOBS, "op": OP_JOBS, "sweep": SWEEP_JOBS}

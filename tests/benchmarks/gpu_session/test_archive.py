@@ -8,13 +8,13 @@ import json
 import tarfile
 
 import pytest
-from hand_made import MACHINE, row
+from sample_rows import MACHINE, row
 from typer.testing import CliRunner
 
-from benchmarks import archive as module
 from benchmarks.__main__ import app
-from benchmarks.archive import pack, unpack
-from benchmarks.records import RESULTS, read
+from benchmarks.gpu_session import archive as module
+from benchmarks.gpu_session.archive import pack, unpack
+from benchmarks.result_rows import RESULTS, read
 from benchmarks.revision import content_id
 
 CONTENT = "tree-0123456789ab-ba9876543210"

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import serving_page
 from benchmarks.machine import ROOT
 from benchmarks.peers import Peer, Wrapped, peers
-from benchmarks.plots.serve import adapters
-from benchmarks.records import read
-from benchmarks.report import machine_lines
+from benchmarks.report import serving_table
+from benchmarks.report.device_report import machine_lines
+from benchmarks.report.plots.serve import adapters
+from benchmarks.result_rows import read
 from benchmarks.suites import Options
 from benchmarks.suites import serve as suite
 from benchmarks.suites.serve import SUITE, counts, names
@@ -107,9 +107,9 @@ def test_a_wrong_edit_is_no_number(monkeypatch):
 
 def test_the_page_is_filled(rows, tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(f"above\n{serving_page.BEGIN}\nold\n{serving_page.END}\nbelow\n")
+    page.write_text(f"above\n{serving_table.BEGIN}\nold\n{serving_table.END}\nbelow\n")
     more = [dataclasses.replace(row, shape={**row.shape, "rank": 16}) for row in rows]
-    serving_page.write_page([*rows, *more], ["Measured here."], page)
+    serving_table.write_page([*rows, *more], ["Measured here."], page)
     text = page.read_text()
     assert text.startswith("above\n") and text.endswith("below\n") and "old" not in text
     assert "| ours | f3+l3 | 2 | 8 |" in text and "| LoRA | f3+l3 | 2 | 1 |" in text
@@ -120,9 +120,9 @@ def test_the_page_is_filled(rows, tmp_path):
     assert (tmp_path / "serving.png").read_bytes().startswith(b"\x89PNG")
     page.write_text("nothing")
     with pytest.raises(ValueError, match="needs the lines"):
-        serving_page.write_page(rows, [], page)
+        serving_table.write_page(rows, [], page)
     with pytest.raises(ValueError, match="no rows of it"):
-        serving_page.table([], [])
+        serving_table.table([], [])
 
 
 def test_a_line_of_the_page_is_its_rows(rows):
@@ -144,7 +144,7 @@ def test_a_line_of_the_page_is_its_rows(rows):
         if row.peer == "ours" and row.shape["adapters"] == 1 and row.metric == "prefill_counted"
     ]
     base = [row for row in rows if row.peer == "base"]
-    text = serving_page.table([*base, *one, *changed], ["Measured here."])
+    text = serving_table.table([*base, *one, *changed], ["Measured here."])
     line = "| ours | f3+l3 | 2 | 8 | 1.125 | 1.250 | 1.50 | 1.75 | 3 | 1.062 | 1.25 | 1.88 |"
     assert line in text
 
@@ -158,8 +158,8 @@ def test_the_page_says_how_large_the_noise_is(rows):
         for row in again
         if row.metric in ("prefill", "decode")
     ]
-    assert "the noise: 0.88 to 1.25. " in serving_page.table([*kept, *changed], [])
-    assert "noise" not in serving_page.table(kept, [])
+    assert "the noise: 0.88 to 1.25. " in serving_table.table([*kept, *changed], [])
+    assert "noise" not in serving_table.table(kept, [])
 
 
 def test_the_plot_says_what_was_counted(rows):
@@ -172,4 +172,4 @@ def test_the_plot_says_what_was_counted(rows):
 
 def test_the_page_says_what_the_rows_say():
     rows = [row for row in read(ROOT / "benchmarks" / "results" / "cpu") if row.suite == "serve"]
-    assert serving_page.table(rows, machine_lines(rows)) in serving_page.PAGE.read_text()
+    assert serving_table.table(rows, machine_lines(rows)) in serving_table.PAGE.read_text()

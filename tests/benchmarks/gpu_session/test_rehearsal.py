@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import rehearsal
 from benchmarks.__main__ import app
-from benchmarks.stage_builds import HAZARD, Built, Request, of_launches, of_suites, of_sweep
-from benchmarks.stages import BUDGETS
+from benchmarks.gpu_session import rehearsal
+from benchmarks.gpu_session.builds import HAZARD, Built, Request, of_launches, of_suites, of_sweep
+from benchmarks.gpu_session.stages import BUDGETS
 from benchmarks.suites import suites
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 #: A training step and a forward of the smallest case of the step suite, with the launches noted: as
@@ -26,7 +26,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 STEP = """
 import json, sys
 import torch
-from benchmarks import stage_builds
+from benchmarks.gpu_session import builds as stage_builds
 from reft_kernels import launch_recorder
 from benchmarks.peers.ours import wrap
 from benchmarks.suites import models
@@ -75,7 +75,7 @@ def test_a_model_step_asks_for_the_builds_that_the_suite_asks_for(tmp_path):
 REPLAY = """
 import json, sys
 import torch
-from benchmarks import stage_builds
+from benchmarks.gpu_session import builds as stage_builds
 lines = sys.argv[1:]
 requests = list(stage_builds.of_launches(lines))
 built = [stage_builds.build(request) for request in requests]
@@ -109,7 +109,7 @@ def test_launches_of_tests_are_compiled_once_and_float64_never(tmp_path):
 def test_a_request_that_fails_says_why(tmp_path):
     source = """
 import json
-from benchmarks import stage_builds
+from benchmarks.gpu_session import builds as stage_builds
 built = stage_builds.build(stage_builds.Request("parity", "launch", '{"kernel": "none"}', "x"))
 print(json.dumps({"failed": built.failed, "seconds": built.seconds}))
 """

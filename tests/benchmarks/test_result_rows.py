@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from benchmarks.records import Gate, Row, Writer, parse, read
+from benchmarks.result_rows import Gate, Row, Writer, parse, read
 from benchmarks.timing import Quantiles
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from benchmarks.machine import ROOT
-from benchmarks.plots.serve import adapters
-from benchmarks.records import Row
-from benchmarks.tables import constants, markdown, missing, quantity
+from benchmarks.report.plots.serve import adapters
+from benchmarks.report.tables import constants, markdown, missing, quantity
+from benchmarks.result_rows import Row
 
 PAGE = ROOT / "docs" / "serving.md"
 BEGIN, END = "<!-- serving table -->", "<!-- end of serving table -->"

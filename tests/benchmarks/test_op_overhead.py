@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.counted import Profile, added, profiled
+from benchmarks.op_overhead import Profile, added, profiled
 
 
 def test_equal_calls_are_equal_work():

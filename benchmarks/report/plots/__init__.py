@@ -9,11 +9,11 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.plots.edit import bandwidth, orthonormal, work
-from benchmarks.plots.frame import FLOORS
-from benchmarks.plots.steps import overheads, sweeps
-from benchmarks.records import Row
-from benchmarks.tables import in_order, most_exact
+from benchmarks.report.plots.edit import bandwidth, orthonormal, work
+from benchmarks.report.plots.frame import FLOORS
+from benchmarks.report.plots.steps import overheads, sweeps
+from benchmarks.report.tables import in_order, most_exact
+from benchmarks.result_rows import Row
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[str]:

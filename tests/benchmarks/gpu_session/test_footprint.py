@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import footprint, sweep
+from benchmarks import sweep
 from benchmarks.allocations import traffic
 from benchmarks.cases import LLAMA_8B, ModelCase, OpCase, llama
-from benchmarks.footprint import CONTEXT, GIB, LIMIT
 from benchmarks.gate import OpGate, result_of
+from benchmarks.gpu_session import footprint
+from benchmarks.gpu_session.footprint import CONTEXT, GIB, LIMIT
+from benchmarks.gpu_session.stages import BUDGETS
 from benchmarks.peers import Absent, peers
 from benchmarks.peers.ours import edit as operator_of
-from benchmarks.stages import BUDGETS
 from benchmarks.suites import suites
 from benchmarks.suites.models import Twins, build, make_batch, step
 from benchmarks.suites.op import Stand, copies, tensors

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import stages as module
-from benchmarks.stages import BUDGETS, SECONDS, Stage, run_stages, stages
+from benchmarks.gpu_session import stages as module
+from benchmarks.gpu_session.stages import BUDGETS, SECONDS, Stage, run_stages, stages
 from benchmarks.suites import suites
 
 PASSES = ("-c", "print('fine')")

@@ -9,9 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.machine import ROOT
-from benchmarks.records import RESULTS, Row, read
-from benchmarks.run import stop
-from benchmarks.tables import (
+from benchmarks.report.tables import (
     NONE,
     by_key,
     cases_by_peer,
@@ -26,6 +24,8 @@ from benchmarks.tables import (
     quantity,
     seconds_and_ratio,
 )
+from benchmarks.result_rows import RESULTS, Row, read
+from benchmarks.run import stop
 
 BEGIN, END = "<!-- benchmark table -->", "<!-- end of benchmark table -->"
 _SHAPE_OF_MODEL = ("model", "hidden", "layers", "batch", "sequence", "edited", "sweep")
@@ -135,14 +135,14 @@ def write_report(
             typer.echo(f"table written to {path}")
             return
         if serving:
-            from benchmarks.serving_page import write_page
+            from benchmarks.report.serving_table import write_page
 
             own = [row for row in rows if row.suite == "serve"]
             typer.echo(f"table written to {write_page(own, machine_lines(own))}")
             return
         beside = output or (folder if folder.is_dir() else folder.parent) / "report"
         beside.mkdir(parents=True, exist_ok=True)
-        from benchmarks.plots import draw
+        from benchmarks.report.plots import draw
 
         page = beside / "report.md"
         page.write_text(render(rows), encoding="utf-8")  # to be there if a plot fails

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import typer
-from hand_made import MACHINE, MODEL, op_rows, row, step, step_rows, sweep_rows, write
+from sample_rows import MACHINE, MODEL, op_rows, row, step, step_rows, sweep_rows, write
 from typer.testing import CliRunner
 
-from benchmarks import report
-from benchmarks.records import Gate
-from benchmarks.report import readme_table, render, rewrite, write_report
-from benchmarks.tables import percent, quantity, times
+from benchmarks.report import device_report as report
+from benchmarks.report.device_report import readme_table, render, rewrite, write_report
+from benchmarks.report.tables import percent, quantity, times
+from benchmarks.result_rows import Gate
 
 app = typer.Typer()
 app.command()(write_report)
@@ -312,7 +312,7 @@ def test_tables_are_written_even_if_a_plot_fails(tmp_path, monkeypatch):
     def fails(rows, folder):
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr("benchmarks.plots.draw", fails)
+    monkeypatch.setattr("benchmarks.report.plots.draw", fails)
     (tmp_path / "op.jsonl").write_text(row().as_json() + "\n")
     with pytest.raises(RuntimeError, match="no fonts"):
         write_report(tmp_path)

@@ -11,9 +11,19 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from benchmarks.plots.frame import BAND, FLOORS, INK, SOFT, frame, legend, plain, style, ticks
-from benchmarks.records import Row
-from benchmarks.tables import fields, model_label, percent
+from benchmarks.report.plots.frame import (
+    BAND,
+    FLOORS,
+    INK,
+    SOFT,
+    frame,
+    legend,
+    plain,
+    style,
+    ticks,
+)
+from benchmarks.report.tables import fields, model_label, percent
+from benchmarks.result_rows import Row
 from reft.positions import parse_positions
 
 _TICKS = (-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100, 300, 1000, 3000)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from benchmarks.records import Row
+from benchmarks.result_rows import Row
 
 INK, SOFT, BAND = "#222222", "#666666", "#d9d9d9"
 Dash = Literal["-", "--", ":", "-."]

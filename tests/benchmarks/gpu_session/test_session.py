@@ -13,25 +13,25 @@ import time
 
 import pytest
 import torch
-from hand_made import MACHINE, row
 from rich.console import Console
+from sample_rows import MACHINE, row
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
-from benchmarks.archive import pack, unpack
-from benchmarks.gpu import Session, environment_of
+from benchmarks.gpu_session.archive import pack, unpack
+from benchmarks.gpu_session.session import Session, environment_of
+from benchmarks.gpu_session.stages import Outcome
+from benchmarks.gpu_session.summary import pytest_summary, render
 from benchmarks.machine import ROOT
-from benchmarks.records import parse, read
-from benchmarks.stages import Outcome
-from benchmarks.summary import pytest_summary, render
+from benchmarks.result_rows import parse, read
 
 #: Runs a session of one stage that writes a row and a half, and then sleeps.
 KILLED = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from benchmarks import stages
-from benchmarks.gpu import Session
+from benchmarks.gpu_session import stages
+from benchmarks.gpu_session.session import Session
 stages.LOOK = 0.1
 home, scratch = Path(sys.argv[1]), Path(sys.argv[2])
 session = Session(home, scratch, "h200", {machine}, False, ["op"], Console())

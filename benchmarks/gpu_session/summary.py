@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.stages import TESTS, Outcome
-from benchmarks.tables import markdown
+from benchmarks.gpu_session.stages import TESTS, Outcome
+from benchmarks.report.tables import markdown
 
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+(?:\[.*?\])?)(?: - (.*))?$", re.MULTILINE)
 _SUMMARY = re.compile(r"^=*\s*((?:\d+ \w+,? ?)+in \d.*?)\s*=*$", re.MULTILINE)

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import Row
+from benchmarks.result_rows import Row
 
 MACHINE = {
     "device": "Slow CPU",

@@ -12,12 +12,13 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
-from benchmarks.learning import report, tables
+from benchmarks.learning import tables
 from benchmarks.learning.command import FOLDER
 from benchmarks.learning.methods import METHODS, trained_parameters
-from benchmarks.learning.plot import plot
 from benchmarks.learning.run import best_rate, plan, run_once, stored
 from benchmarks.learning.tasks import TASKS
+from benchmarks.report import pages as report
+from benchmarks.report.plots.learning import plot
 
 TASK_NAMES = list(TASKS)
 
