@@ -1,16 +1,17 @@
-"""Rows of results: one JSON object a line, one file a suite, one folder a device."""
+"""Result rows: one JSON object per line, one file per suite, one folder per device."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import Quantiles
+from benchmarks.timing import Quantiles, paired_ratio, quantiles
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FORMAT = 1
@@ -22,11 +23,11 @@ def _now() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What was checked before anything was timed.
+    """The check before a measurement.
 
     Attributes:
-        passed: without it there is no number.
-        says: the errors and what was allowed, or what failed.
+        passed: whether it passed; if not, the row has no number.
+        says: the errors beside the tolerance, or the failure.
     """
 
     passed: bool
@@ -38,20 +39,20 @@ class Row:
     """One quantity of one peer in one case.
 
     Attributes:
-        suite, case, metric: what was measured; ``case`` is its readable id.
+        suite, case, metric: the quantity; ``case`` is a readable id.
         shape: the fields of the case.
-        peer, version: who.
+        peer, version: the peer and its version.
         unit: "s", "bytes", "count" or "" for a bare number.
-        value, p20, p80, rounds: over the rounds; None where there is no number.
-        ratio: median of the rounds' ratios to ``baseline``; ratio_p20 and ratio_p80 beside it.
-        baseline: the peer that the ratio refers to.
-        bytes, flops: what the work needs at least (not what the peer does).
-        bandwidth: bytes a second of this device's own copy, in this run.
-        gate: the check of exactly this shape; None where the suite compares no numbers.
-        absent: why there is no number.
+        value, p20, p80, rounds: quantiles over the rounds; None if there is no number.
+        ratio, ratio_p20, ratio_p80: quantiles of the rounds' ratios to ``baseline``.
+        baseline: the peer that ratios refer to.
+        bytes, flops: the least that the work needs, not what the peer does.
+        bandwidth: bytes per second of a copy on this device, in this run.
+        gate: the check of exactly this shape; None if the suite compares no numbers.
+        absent: the reason why there is no number.
         machine: device, driver, versions, commit.
-        note: what a reader must know of this peer.
-        when: UTC.
+        note: a remark on the peer for the reader.
+        when: the time of the measurement, UTC.
     """
 
     suite: str
@@ -81,23 +82,23 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What names the quantity, whenever and wherever it was measured."""
+        """The identity of the quantity, independent of time and machine."""
         return self.suite, self.case, self.metric, self.peer
 
     @property
     def share(self) -> float | None:
-        """Bytes the work needs ÷ time ÷ bandwidth of a copy."""
+        """Needed bytes ÷ time ÷ bandwidth of a copy; None if one of them is unknown."""
         if self.unit != "s" or not self.value or not self.bytes or not self.bandwidth:
             return None
         return self.bytes / self.value / self.bandwidth
 
-    def timed(self, found: Quantiles, ratio: Quantiles | None = None) -> Row:
-        """This row with numbers in it."""
+    def timed(self, seconds: Quantiles, ratio: Quantiles | None = None) -> Row:
+        """A copy of this row with numbers."""
         changed: dict[str, Any] = {
-            "value": found.median,
-            "p20": found.p20,
-            "p80": found.p80,
-            "rounds": found.rounds,
+            "value": seconds.median,
+            "p20": seconds.p20,
+            "p80": seconds.p80,
+            "rounds": seconds.rounds,
         }
         if ratio is not None:
             changed |= {
@@ -107,34 +108,40 @@ class Row:
             }
         return dataclasses.replace(self, **changed)
 
+    def with_rounds(self, seconds: Sequence[float], baseline: Sequence[float] | None) -> Row:
+        """A copy with the quantiles of all rounds, and of their ratios to the baseline's rounds."""
+        ratio = None if baseline is None else paired_ratio(seconds, baseline)
+        return self.timed(quantiles(seconds), ratio)
+
     def as_json(self) -> str:
+        """The row as a line of JSON."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
 
 
 def parse(line: str) -> Row:
-    """A row from its JSON.
+    """Read a row from its JSON.
 
     Raises:
-        ValueError: it is not a row of a format this version reads.
+        ValueError: the line is not a row of :data:`FORMAT`.
     """
-    given = json.loads(line)
-    known = {one.name for one in dataclasses.fields(Row)}
-    found = given.get("format") if isinstance(given, dict) else None
-    if found != FORMAT or given.keys() - known:
-        raise ValueError(f"not a result of format {FORMAT}, got {found!r}: {line[:120]}")
-    if given.get("gate") is not None:
-        given["gate"] = Gate(**given["gate"])
-    return Row(**given)
+    fields = json.loads(line)
+    known = {field.name for field in dataclasses.fields(Row)}
+    version = fields.get("format") if isinstance(fields, dict) else None
+    if version != FORMAT or fields.keys() - known:
+        raise ValueError(f"not a result of format {FORMAT}, got {version!r}: {line[:120]}")
+    if fields.get("gate") is not None:
+        fields["gate"] = Gate(**fields["gate"])
+    return Row(**fields)
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file, or of all files of a folder and the folders in it, in order of names.
+    """Read the rows of a file, or of all files below a folder, in order of names.
 
-    Of a quantity that was measured several times the latest is taken.
+    If a file holds several rows of a quantity, the last one counts.
 
     Raises:
-        FileNotFoundError: there is nothing at ``path``, or no results in it.
-        ValueError: a line is no row; the message names file and line.
+        FileNotFoundError: ``path`` does not exist or holds no results.
+        ValueError: a line is not a row; the message names file and line.
     """
     files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
     if not files or not files[0].exists():
@@ -146,28 +153,28 @@ def read(path: Path) -> list[Row]:
                 row = parse(line)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{file}, line {number}: {error}") from None
-            place = (str(file.parent), *row.key)
-            latest.pop(place, None)
-            latest[place] = row
+            key = (str(file.parent), *row.key)
+            latest.pop(key, None)
+            latest[key] = row
     return list(latest.values())
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file at once: whoever reads it, or ends this process, finds the old or the new."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_bytes(content)
-    beside.replace(path)
+    """Write a file atomically: a reader sees the old or the new content, even after a crash."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch.write_bytes(content)
+    scratch.replace(path)
 
 
 class Writer:
-    """Writes rows as they come; a run replaces what the same suite wrote before."""
+    """Writes rows one by one; a run replaces the earlier rows of its suites."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._started: set[str] = set()
 
     def write(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """Write each row and hand it on."""
+        """Write each row and yield it."""
         for row in rows:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"{row.suite}.jsonl"

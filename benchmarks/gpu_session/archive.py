@@ -1,4 +1,4 @@
-"""What a session on a GPU brings home, and how it is taken in: few files, whole at every moment."""
+"""The archive of a session's results, and the command ``python -m benchmarks unpack``."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from benchmarks.result_rows import RESULTS
 from benchmarks.revision import named_commits
 from benchmarks.run import stop
 
-#: A file of more than 16 MiB does not come back from a lent machine.
+#: Largest size of the archive. Lent machines return files of at most 16 MiB.
 LIMIT = 15 * 2**20
-#: What is left out of an archive that would be larger, in this order.
-_SPARED = ((".png", "plots"), (".log", "logs"))
-#: Files in which a content id may stand for the commit.
-_TEXTS = (".jsonl", ".json", ".md")
+#: Files to leave out of an archive that would be larger, in this order.
+_OPTIONAL = ((".png", "plots"), (".log", "logs"))
+#: Suffixes of files that may hold a content id instead of a commit.
+_TEXT_SUFFIXES = (".jsonl", ".json", ".md")
 
 
 def pack(folder: Path, top: str, limit: int = LIMIT) -> tuple[bytes, list[str]]:
-    """A gzipped tar of all files of a folder, under ``top/``.
+    """Pack all files of a folder into a gzipped tar, under ``top/``.
 
-    A line that a process has not finished writing is left out of rows.
+    The last line of a row file is left out while it is incomplete.
 
     Returns:
-        the archive, and what was left out to keep it within ``limit`` bytes: plots, then logs.
+        The archive, and what was left out to keep it within ``limit`` bytes: plots, then logs.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     left_out: list[str] = []
     content = _tar(folder, paths, top)
-    for suffix, name in _SPARED:
+    for suffix, name in _OPTIONAL:
         if len(content) <= limit:
             break
         paths = [path for path in paths if path.suffix != suffix]
@@ -53,7 +53,7 @@ def _tar(folder: Path, paths: Iterable[Path], top: str) -> bytes:
         for path in paths:
             try:
                 content, written = path.read_bytes(), path.stat().st_mtime
-            except FileNotFoundError:  # replaced meanwhile: it is there the next time
+            except FileNotFoundError:  # being replaced; the next archive has it
                 continue
             if path.suffix == ".jsonl":
                 content = content[: content.rfind(b"\n") + 1]
@@ -66,10 +66,13 @@ def _tar(folder: Path, paths: Iterable[Path], top: str) -> bytes:
 def unpack_results(
     archive: Annotated[Path, typer.Argument(help="results.tar.gz of `gpu`.")],
     output: Annotated[
-        Path, typer.Option(help="Where the folder of the device goes.", show_default="results")
+        Path,
+        typer.Option(
+            help="Folder in which to put the folder of the device.", show_default="results"
+        ),
     ] = RESULTS,
 ) -> None:
-    """Take the results of a session on a GPU into results/<device>."""
+    """Unpack the results of a session on a GPU into results/<device>."""
     try:
         typer.echo(f"unpacked to {unpack(archive, output)}")
     except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
@@ -77,15 +80,15 @@ def unpack_results(
 
 
 def unpack(archive: Path, output: Path) -> Path:
-    """Extract an archive of :func:`pack`; content ids in it become commits where git knows them.
+    """Extract an archive of :func:`pack`, and replace content ids by commits that git knows.
 
     Returns:
-        the folder of the device, in ``output``.
+        The folder of the device, in ``output``.
 
     Raises:
-        ValueError: the archive holds something else than files of one folder, or is of a session
-            without a GPU and would go among the results that are kept.
-        OSError, tarfile.TarError: it cannot be read, or a member lies outside of it.
+        ValueError: the archive holds anything but files of one folder, or it is of a session
+            without a GPU and ``output`` is the folder of committed results.
+        OSError, tarfile.TarError: the archive cannot be read, or a member lies outside of it.
     """
     with tarfile.open(archive, "r:gz") as tar, tempfile.TemporaryDirectory() as scratch:
         members = tar.getmembers()
@@ -93,19 +96,21 @@ def unpack(archive: Path, output: Path) -> Path:
         tar.extractall(scratch, members, filter="data")
         source = Path(scratch) / top
         if output.resolve() == RESULTS.resolve() and _is_tiny(source):
-            raise ValueError("it is of a session without a GPU, no results to keep; give --output")
+            raise ValueError(
+                "its session had no GPU, so it holds no results to keep; give --output"
+            )
         _name_commits(source)
         shutil.copytree(source, output / top, dirs_exist_ok=True)
     return output / top
 
 
 def _top(members: Iterable[tarfile.TarInfo]) -> str:
-    """The one folder in which all members lie."""
+    """The folder that holds all members."""
     tops = set()
     for member in members:
         path = PurePosixPath(member.name)
         if not member.isfile() or path.is_absolute() or ".." in path.parts or len(path.parts) < 2:
-            raise ValueError(f"it must hold files of one folder, not {member.name!r}")
+            raise ValueError(f"it must hold files of one folder, got {member.name!r}")
         tops.add(path.parts[0])
     if len(tops) != 1:
         raise ValueError(f"it must hold the folder of one device, got {sorted(tops)}")
@@ -120,8 +125,8 @@ def _is_tiny(folder: Path) -> bool:
 def _name_commits(folder: Path) -> None:
     try:
         for path in folder.rglob("*"):
-            if path.suffix in _TEXTS and path.is_file():
+            if path.suffix in _TEXT_SUFFIXES and path.is_file():
                 text = path.read_text(encoding="utf-8")
                 path.write_text(named_commits(text), encoding="utf-8")
     except (OSError, subprocess.SubprocessError) as error:
-        typer.echo(f"commits are not named, git failed: {error}", err=True)
+        typer.echo(f"content ids are kept, git failed: {error}", err=True)

@@ -1,11 +1,9 @@
-"""Which kernel builds each stage of a session on a GPU asks for, asked of a driver that launches
-nothing.
+"""The kernel builds of each stage of a session, compiled with a driver that launches nothing.
 
-A :class:`Request` is something that a stage does, small enough for one process: a launch that a
-test made, a case of the operator, a candidate of the sweep, a step of a model. :func:`build` does
-it with the library's own code under ``stub_driver`` and returns the builds that were not in
-Triton's cache. Models have as many parameters as they need for their edits: blocks return what they
-get, all weights are one number.
+A :class:`Request` is a part of a stage that fits one process: a launch of a test, a case of the
+operator, a candidate of the sweep, a step of a model. :func:`build` runs it with the library's own
+code under ``stub_driver`` and returns the builds that were not in Triton's cache. Models have
+parameters only for their edits: blocks return their input, and each weight is an expanded scalar.
 """
 
 from __future__ import annotations
@@ -25,28 +23,28 @@ from benchmarks import sweep
 from benchmarks.cases import DTYPES, ModelCase, OpCase
 from benchmarks.peers.ours import wrap
 from benchmarks.suites import generate, memory, models, op, serve
-from benchmarks.suites.load import hollow
+from benchmarks.suites.load import hollow_model
 from reft_kernels import RowPlan, lowrank_edit_, tuning
 from reft_kernels.launch_recorder import replay
 from reft_kernels.stub_driver import launching_nothing
 
-#: Layers of a model that stands for one of more: pointers to the parameters of four layers have
-#: every alignment that those of more have.
+#: Layers of the model that stands in for a deeper one. Pointers to the parameters of four layers
+#: have every alignment that more layers have.
 LAYERS = 4
 _TARGET = "cuda:90"
-#: How the failure of a build begins that compiled, and that Hopper may compute wrong.
+#: First words of the failure of a build that compiles but may compute wrongly on Hopper.
 HAZARD = "wgmma with an operand in registers"
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One thing that a stage does.
+    """A part of a stage.
 
     Attributes:
-        stage: its name.
+        stage: the name of the stage.
         kind: "launch", "op", "candidate", "step" or "serve".
         subject: a line of ``launch_recorder``, a case, or (case, kernel, settings).
-        label: what to call it.
+        label: a readable name.
     """
 
     stage: str
@@ -57,29 +55,31 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What a request needed: CPU seconds of each build, and why it failed, if it did."""
+    """The result of a request: CPU seconds of each build, and the error, if there was one."""
 
     request: Request
     seconds: tuple[float, ...]
     failed: str | None = None
 
 
-def of_launches(lines: Sequence[str]) -> Iterator[Request]:
-    """The launches that ``launch_recorder`` wrote, each once, without float64, which PyTorch
-    computes on a GPU."""
+def launch_requests(lines: Sequence[str]) -> Iterator[Request]:
+    """Requests for the launches that ``launch_recorder`` wrote, each once.
+
+    Launches in float64 are left out: on a GPU, PyTorch computes them.
+    """
     seen = set()
     for line in lines:
-        written = json.loads(line)
-        test = written.pop("test")
-        key = json.dumps(written)
-        double = "float64" in key or written.get("constants", {}).get("ACC") == "fp64"
+        launch = json.loads(line)
+        test = launch.pop("test")
+        key = json.dumps(launch)
+        double = "float64" in key or launch.get("constants", {}).get("ACC") == "fp64"
         if key not in seen and not double:
             seen.add(key)
             yield Request("parity", "launch", line, test)
 
 
-def of_suites() -> Iterator[Request]:
-    """Every case that the suites measure on a GPU."""
+def suite_requests() -> Iterator[Request]:
+    """Requests for every case that the suites measure on a GPU."""
     for case in op.cases("gpu"):
         yield Request("op", "op", case, str(case))
     for stage, cases in (
@@ -92,8 +92,8 @@ def of_suites() -> Iterator[Request]:
     yield from (Request("serve", "serve", case, str(case)) for case in serve.cases("gpu"))
 
 
-def of_sweep(count: int) -> Iterator[Request]:
-    """The candidates of the first ``count`` cases of the sweep."""
+def sweep_requests(count: int) -> Iterator[Request]:
+    """Requests for the candidates of the first ``count`` cases of the sweep."""
     for case in sweep.cases("gpu")[:count]:
         shape: dict[str, Any] = {
             "dim": case.dim, "rank": case.rank, "num_rows": case.rows,
@@ -106,12 +106,12 @@ def of_sweep(count: int) -> Iterator[Request]:
 
 
 def build(request: Request) -> Built:
-    """Do what the request says, launching nothing; a build that Hopper may compute wrong fails."""
+    """Compile a request without launching; a build that Hopper may compute wrongly fails."""
     failed = None
     with launching_nothing(_TARGET) as journal:
         try:
-            _DO[request.kind](request.subject)
-        except Exception as error:  # a compiler's or launcher's own
+            _BUILDERS[request.kind](request.subject)
+        except Exception as error:  # of the compiler or the launcher
             failed = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     if journal.register_wgmma:
         failed = f"{HAZARD}: {', '.join(journal.register_wgmma)}"
@@ -123,7 +123,7 @@ def _launch(line: str) -> None:
 
 
 def _operator(case: OpCase) -> None:
-    """Forward and backward of LoReFT on as many rows as the case edits."""
+    """Run forward and backward of LoReFT on the edited rows of a case."""
     groups = (case.groups,) if case.groups > 1 else ()
     owners = torch.arange(case.rows) * case.groups // case.rows
     plan = RowPlan.from_rows(torch.arange(case.rows), owners, case.groups)
@@ -147,14 +147,14 @@ def _candidate(subject: tuple[OpCase, str, tuning.KernelConfig]) -> None:
 
 
 def _small(case: ModelCase) -> ModelCase:
-    """The same edits in a model of a few blocks and next to no vocabulary."""
+    """A case with the same edits in a model of few blocks and a tiny vocabulary."""
     edited = None if case.edited is None else min(case.edited, LAYERS)
     layers = min(case.layers, LAYERS)
     return case.but(layers=layers, edited=edited, intermediate=64, vocabulary=64)
 
 
-def _passed_through() -> Any:
-    """Blocks of Llama and RoBERTa that return what they get."""
+def _identity_blocks() -> Any:
+    """Patches that make blocks of Llama and RoBERTa return their input."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
     from transformers.models.roberta.modeling_roberta import RobertaLayer
 
@@ -167,38 +167,38 @@ def _passed_through() -> Any:
 
 
 def _model_step(case: ModelCase) -> None:
-    """A training step and a forward without gradients, tied and untied."""
+    """Run a training step and a forward without gradients, tied and untied."""
     case = _small(case)
-    llama, roberta = _passed_through()
+    llama, roberta = _identity_blocks()
     with llama, roberta:
         for tied in (True, False) if "+" in case.positions else (True,):
-            wrapped = wrap(tied, hollow(case, torch.device("cpu")), case)
+            wrapped = wrap(tied, hollow_model(case, torch.device("cpu")), case)
             batch = models.make_batch(case, torch.device("cpu"))
-            models.step(wrapped, batch)()
+            models.training_step(wrapped, batch)()
             wrapped.model.eval()
             with torch.no_grad():
                 wrapped.loss(batch)
 
 
 def _mixed_batch(case: ModelCase) -> None:
-    """A forward of every number of adapters that the suite mixes in a batch."""
+    """Run a forward with every number of adapters that the suite mixes in a batch."""
     from reft import ReftModel
 
     case = _small(case)
-    llama, roberta = _passed_through()
+    llama, roberta = _identity_blocks()
     with llama, roberta, tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        counts = [number for number in serve.counts(case, serve.ADAPTERS) if number]
+        counts = [number for number in serve.adapter_counts(case) if number]
         serve.write_adapters(case, Path(folder), max(counts))
-        model = ReftModel(hollow(case, torch.device("cpu")).eval())
+        model = ReftModel(hollow_model(case, torch.device("cpu")).eval())
         model.pool.capacity = max(counts)
         for number in range(max(counts)):
             model.pool.add(f"user{number}", Path(folder) / f"user{number}")
         prompts = torch.randint(3, case.vocabulary, (case.batch, case.sequence))
         for number in counts:
-            model(input_ids=prompts, adapter_names=serve.names(case, number))
+            model(input_ids=prompts, adapter_names=serve.adapter_names(case, number))
 
 
-_DO: dict[str, Callable[[Any], None]] = {
+_BUILDERS: dict[str, Callable[[Any], None]] = {
     "launch": _launch,
     "op": _operator,
     "candidate": _candidate,
@@ -207,21 +207,13 @@ _DO: dict[str, Callable[[Any], None]] = {
 }
 
 
-def seconds_by_stage(built: Sequence[Built]) -> dict[str, tuple[float, ...]]:
-    """Stage -> CPU seconds of its builds."""
-    found: dict[str, tuple[float, ...]] = {}
-    for each in built:
-        found[each.request.stage] = found.get(each.request.stage, ()) + each.seconds
-    return found
-
-
-def longest(built: Sequence[Built]) -> dict[str, float]:
-    """Stage -> seconds of builds that wait for one another, in one test or one candidate."""
+def longest_sequence(built: Sequence[Built]) -> dict[str, float]:
+    """Map each stage to the seconds of its longest sequence of builds, in a test or candidate."""
     sums: dict[tuple[str, str], float] = {}
     for each in built:
         key = (each.request.stage, each.request.label)
         sums[key] = sums.get(key, 0.0) + sum(each.seconds)
-    found: dict[str, float] = {}
+    longest_of: dict[str, float] = {}
     for (stage, _), seconds in sums.items():
-        found[stage] = max(found.get(stage, 0.0), seconds)
-    return found
+        longest_of[stage] = max(longest_of.get(stage, 0.0), seconds)
+    return longest_of

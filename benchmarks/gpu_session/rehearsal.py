@@ -1,9 +1,9 @@
-"""``python -m benchmarks rehearse``: what a session on a GPU will take, found without a GPU.
+"""The command ``python -m benchmarks rehearse``: predict a session on a GPU without a GPU.
 
-The tiny session runs to its end, the kernel tests run in the interpreter, and every build that the
-real session asks for is compiled for an H100 by a driver that launches nothing, from an empty
-cache. A stage is predicted to take the start of its process, its builds divided among its workers
-(no less than those that wait for one another), and what it measures. Only the last is an estimate:
+It runs the tiny session and the kernel tests in the interpreter. Then it compiles every build of
+the real session for an H100, from an empty cache, with a driver that launches nothing. The
+predicted time of a stage is the start of its processes, plus its builds divided among its workers
+(at least the longest sequence of builds), plus its measurements. Only the last is an estimate:
 :data:`MEASURING`.
 """
 
@@ -35,22 +35,22 @@ from benchmarks.gpu_session.builds import (
     Built,
     Request,
     build,
-    longest,
-    of_launches,
-    of_suites,
-    of_sweep,
+    launch_requests,
+    longest_sequence,
+    suite_requests,
+    sweep_requests,
 )
 from benchmarks.gpu_session.session import environment_of
 from benchmarks.gpu_session.stages import BUDGETS, OP_JOBS, PARITY_JOBS, SWEEP_JOBS
 from benchmarks.revision import ROOT
 from benchmarks.run import stop
 
-#: Processes that share the builds of a stage; other stages have one.
+#: Processes that share the builds of a stage; other stages have one process.
 WORKERS = {"parity": PARITY_JOBS, "op": OP_JOBS, "sweep": SWEEP_JOBS}
-#: Cases of the sweep that must fit its budget: prompt ends, and every row.
+#: Number of cases of the sweep that must fit its budget: prompt ends, and every row.
 SWEEP_CASES = 2
-#: Stage -> how many times how many seconds it measures, without compiling; what is beyond is
-#: measured as time allows. Estimates: no GPU has run these yet.
+#: Maps a stage to (number of cases, seconds per case) to measure without compiling; further cases
+#: run as time allows. These are estimates: no GPU has run them yet.
 MEASURING: Mapping[str, tuple[int, float]] = {
     "op": (12, 3.0),
     "step": (3, 8.0),
@@ -63,22 +63,22 @@ MEASURING: Mapping[str, tuple[int, float]] = {
     "offsets": (4, 1.0),
     "report": (1, 6.0),
 }
-#: Seconds of a test on a GPU beside its builds, and of a candidate of the sweep: its check against
-#: float64, its capture and its rounds. Estimates too.
-TEST, CANDIDATE = 0.1, 0.65
-#: The whole session, in seconds.
+#: Seconds of a test on a GPU without its builds, and of a candidate of the sweep: its check, its
+#: capture and its rounds. These are estimates too.
+TEST_SECONDS, CANDIDATE_SECONDS = 0.1, 0.65
+#: Seconds of the whole session.
 LIMIT = 540.0
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A stage of the session.
+    """The predicted time of a stage.
 
     Attributes:
-        builds: that were not in the cache; compiling: their CPU seconds.
-        waiting: seconds until its workers have compiled them.
-        starting, measuring: seconds of all else.
-        budget: seconds that the session gives it.
+        builds, compiling: number and CPU seconds of the builds that were not in the cache.
+        waiting: seconds until the workers have compiled them.
+        starting, measuring: seconds of imports and of measurements.
+        budget: seconds that the session gives the stage.
     """
 
     stage: str
@@ -91,23 +91,23 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """The sum of all parts."""
         return self.starting + self.waiting + self.measuring
 
 
 def rehearse_session(
-    output: Annotated[Path, typer.Option(help="Folder of logs and of rehearsal.json.")],
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that test and compile here.")] = (
+    output: Annotated[Path, typer.Option(help="Folder of logs and rehearsal.json.")],
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that test and compile.")] = (
         os.cpu_count() or 1
     ),
 ) -> None:
-    """Run the tiny session, compile what the real one needs, predict how long each stage takes."""
+    """Run the tiny session, compile the builds of the real one, and predict its stages."""
     output.mkdir(parents=True, exist_ok=True)
     console = Console()
     _run(console, output, "session", ["-m", "benchmarks", "gpu", "--tiny", "--output", str(output)])
     starting = _seconds_to_start()
     launches, tests = _launches_of_tests(console, output, jobs)
-    requests = [*of_launches(launches), *of_suites(), *of_sweep(SWEEP_CASES)]
+    requests = [*launch_requests(launches), *suite_requests(), *sweep_requests(SWEEP_CASES)]
     built = _compiled(console, requests, jobs)
     predictions = predict(built, tests, starting)
     report = {
@@ -126,7 +126,7 @@ def rehearse_session(
     total = sum(each.seconds for each in predictions)
     if total > LIMIT:
         complaints.append(f"the session takes {total:.0f} s of {LIMIT:.0f}")
-    # A candidate of the sweep may not compile: it is left out there too. None may compute wrong.
+    # The sweep skips a candidate that does not compile; none may compute wrongly.
     complaints += [
         f"{each.request.stage}, {each.request.label}: {each.failed}"
         for each in built
@@ -138,27 +138,30 @@ def rehearse_session(
 
 
 def predict(built: Sequence[Built], tests: int, starting: float) -> list[Prediction]:
-    """What each stage takes.
+    """Predict the time of each stage.
 
     Args:
-        built: what was compiled, for which stage.
-        tests: how many tests the parity stage runs.
-        starting: seconds until a process has imported what it needs.
+        built: the compiled requests.
+        tests: number of tests in the stage "parity".
+        starting: seconds that a process needs for its imports.
     """
     seconds: dict[str, list[float]] = {stage: [] for stage in BUDGETS}
     for each in built:
         seconds[each.request.stage] += each.seconds
-    in_a_row = longest(built)
+    sequences = longest_sequence(built)
     candidates = sum(each.request.stage == "sweep" for each in built)
     measuring = {stage: count * each for stage, (count, each) in MEASURING.items()}
-    measuring |= {"parity": tests * TEST / PARITY_JOBS, "sweep": candidates * CANDIDATE}
+    measuring |= {
+        "parity": tests * TEST_SECONDS / PARITY_JOBS,
+        "sweep": candidates * CANDIDATE_SECONDS,
+    }
     return [
         Prediction(
             stage=stage,
             builds=len(seconds[stage]),
             compiling=sum(seconds[stage]),
-            waiting=max(sum(seconds[stage]) / WORKERS.get(stage, 1), in_a_row.get(stage, 0.0)),
-            # Workers start after the process that starts them.
+            waiting=max(sum(seconds[stage]) / WORKERS.get(stage, 1), sequences.get(stage, 0.0)),
+            # Workers start after their parent process.
             starting=starting * (2 if stage in WORKERS else 1),
             measuring=measuring[stage],
             budget=budget,
@@ -170,7 +173,7 @@ def predict(built: Sequence[Built], tests: int, starting: float) -> list[Predict
 def _print(console: Console, predictions: Sequence[Prediction]) -> None:
     table = Table(
         "stage", "builds", "core s", "workers", "compile s", "start s", "measure s", "sum s",
-        "budget s", title="a session on a GPU, predicted",
+        "budget s", title="predicted session on a GPU",
     )  # fmt: skip
     for each in predictions:
         numbers = (each.waiting, each.starting, each.measuring, each.seconds, each.budget)
@@ -195,7 +198,7 @@ def _environment(**more: str) -> dict[str, str]:
 def _run(
     console: Console, output: Path, name: str, command: Sequence[str], **environment: str
 ) -> str:
-    """Run a step with a log of its own; the rehearsal ends if it fails."""
+    """Run a step of the rehearsal with a log; exit if it fails."""
     console.print(f"[bold]{name}[/]: {' '.join(command)}", highlight=False, soft_wrap=True)
     began = time.perf_counter()
     done = subprocess.run(
@@ -215,7 +218,7 @@ def _run(
 
 
 def _seconds_to_start() -> float:
-    """Seconds until a process of the benchmarks has imported what it needs."""
+    """Seconds that a process of the benchmarks needs for its imports."""
     began = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "benchmarks", "list"],
@@ -228,7 +231,7 @@ def _seconds_to_start() -> float:
 
 
 def _launches_of_tests(console: Console, output: Path, jobs: int) -> tuple[list[str], int]:
-    """What the tests launch that run on a GPU too, and how many tests that are."""
+    """The launches of the tests that also run on a GPU, and the number of these tests."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "launches"
         printed = _run(
@@ -246,7 +249,7 @@ def _launches_of_tests(console: Console, output: Path, jobs: int) -> tuple[list[
 
 
 def _compiled(console: Console, requests: Sequence[Request], jobs: int) -> list[Built]:
-    """Compile what is asked for, in processes that start with an empty cache."""
+    """Compile requests in several processes that start with an empty cache."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ.update(_environment(TRITON_CACHE_DIR=cache))
         os.environ.pop("TRITON_INTERPRET", None)

@@ -1,4 +1,4 @@
-"""What a session on a GPU runs, and how: one process after the other, each within its seconds."""
+"""The stages of a session on a GPU: one process after the other, each with a time budget."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import typer
 
 from benchmarks.revision import ROOT
 
-#: Seconds of each stage, in the order they run: what matters most first. A call on the device ends
-#: after 600 s; 540 leave room for its start and end. The split is an estimate: builds counted in
-#: the interpreter times the seconds of one, and cases times the seconds of what each measures.
+#: Seconds of each stage, in order of execution: the most important first. A call on the device ends
+#: after 600 s; 540 s leave room for its start and end. The split is an estimate, from the number of
+#: builds times the seconds of a build and the number of cases times the seconds of a case.
 BUDGETS: dict[str, float] = {
     "parity": 90.0,
     "op": 85.0,
@@ -34,10 +34,10 @@ BUDGETS: dict[str, float] = {
     "offsets": 10.0,
     "report": 15.0,
 }
-#: Processes that compile or test at the same time: the machine has 16 cores, and together they may
-#: take 24 GiB of its GPU, see ``footprint.py``.
+#: Processes that compile or test at the same time. The machine has 16 cores; the processes of a
+#: stage may take 24 GiB of its GPU together (``footprint.py``).
 PARITY_JOBS, OP_JOBS, SWEEP_JOBS = 12, 8, 4
-#: Threads and settings of every stage. Deterministic matrix products ask for a workspace.
+#: Environment of every stage. Deterministic matrix products need a cuBLAS workspace.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
@@ -45,24 +45,25 @@ ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "COLUMNS": "160",
 }
-#: Stages that are tests; their logs are pytest's.
+#: Stages that run pytest.
 TESTS = ("parity", "offsets")
-#: Each of these takes 16 GiB of the GPU: they run by themselves, one after the other.
+#: Tests that take 16 GiB of the GPU each; they run alone, one after the other.
 _LARGE = "tests/kernels/test_costs.py::test_offsets_beyond_32_bits"
-#: Of these words one is replaced in each command.
+#: Placeholders in commands: the output folder, and the seconds of the stage.
 OUTPUT, SECONDS = "{output}", "{seconds}"
-#: Seconds between two looks at a stage that runs.
-LOOK = 10.0
+#: Seconds between two reports while a stage runs.
+REPORT_EVERY = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One step of a session.
+    """A stage of a session.
 
     Attributes:
         command: arguments of the Python interpreter.
-        seconds: its budget.
-        grace: so many seconds before its end it is interrupted, to say what it has so far.
+        seconds: the budget.
+        grace: seconds before the end of the budget at which the stage receives SIGINT, so that it
+            can print its results so far.
     """
 
     name: str
@@ -73,7 +74,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a stage ended: "passed", "failed" or "stopped" (out of time), after ``seconds``."""
+    """The end of a stage after ``seconds``: "passed", "failed" or "stopped" (out of time)."""
 
     stage: str
     ended: str
@@ -82,7 +83,7 @@ class Outcome:
 
 
 def stages(tiny: bool) -> tuple[Stage, ...]:
-    """The session, in order; ``tiny`` is the smallest of everything, for Triton's interpreter."""
+    """The stages in order; ``tiny`` selects the smallest sizes, for Triton's interpreter."""
     device, size, rounds = ("cpu", "ci", "1") if tiny else ("cuda", "gpu", "3")
     where = ("--device", device, "--size", size, "--limit", SECONDS, "--output", OUTPUT)
 
@@ -115,7 +116,7 @@ def stages(tiny: bool) -> tuple[Stage, ...]:
         "offsets": (*pytest, *large),
         "report": ("-m", "benchmarks", "report", OUTPUT),
     }
-    # Interrupted, pytest ends its workers, which may take 10 s, and prints what failed until then.
+    # After SIGINT pytest ends its workers, which can take 10 s, and prints the failures so far.
     grace = {"parity": 20.0}
     return tuple(
         Stage(name, command, BUDGETS[name], grace.get(name, 0.0))
@@ -130,26 +131,26 @@ def run_stages(
     environment: Mapping[str, str],
     report: Callable[[Sequence[Outcome], str | None], object],
 ) -> list[Outcome]:
-    """Run stages one after the other, whatever becomes of those before.
+    """Run stages one after the other; a stage that fails does not stop the next ones.
 
     Args:
-        budget: seconds of all; each stage has its own share of them, and what one leaves over goes
-            to those behind it. A stage that is over its time is killed with its children.
-        folder: of the rows; every stage writes a log there.
-        report: called with the outcomes so far and the stage that runs, None after the last: at the
-            beginning of each stage, every ten seconds and at the end.
+        budget: seconds of all stages. Each has a share; unused seconds go to the next stages. A
+            stage that exceeds its share is killed with its children.
+        folder: the folder of rows and of a log per stage.
+        report: receives the outcomes so far and the name of the running stage (None after the
+            last). It is called when a stage begins, every ten seconds, and at the end.
     """
     outcomes: list[Outcome] = []
     began = time.perf_counter()
-    for place, stage in enumerate(wanted):
+    for index, stage in enumerate(wanted):
         left = max(0.0, budget - (time.perf_counter() - began))
-        seconds = left * stage.seconds / sum(other.seconds for other in wanted[place:])
-        words = {OUTPUT: str(folder), SECONDS: f"{0.9 * seconds:.0f}"}
-        command = [words.get(word, word) for word in stage.command]
+        seconds = left * stage.seconds / sum(other.seconds for other in wanted[index:])
+        placeholders = {OUTPUT: str(folder), SECONDS: f"{0.9 * seconds:.0f}"}
+        command = [placeholders.get(word, word) for word in stage.command]
         report(outcomes, stage.name)
         typer.echo(f"{stage.name}, at most {seconds:.0f} s")
-        look = partial(report, outcomes, stage.name)
-        outcomes.append(_run(stage, command, seconds, folder, environment, look))
+        report_now = partial(report, outcomes, stage.name)
+        outcomes.append(_run(stage, command, seconds, folder, environment, report_now))
         typer.echo("  {ended} after {seconds:.0f} s: {last_line}".format(**asdict(outcomes[-1])))
     report(outcomes, None)
     return outcomes
@@ -161,12 +162,12 @@ def _run(
     seconds: float,
     folder: Path,
     environment: Mapping[str, str],
-    look: Callable[[], object],
+    report_now: Callable[[], object],
 ) -> Outcome:
     log = folder / f"{stage.name}.log"
     began = time.perf_counter()
-    # A group of its own, to be killed as a whole; no session of its own, which would outlive the
-    # command that a machine is lent for.
+    # A new process group can be killed as a whole. A new session would outlive the command for
+    # which the machine is lent.
     with (
         log.open("wb") as file,
         subprocess.Popen(
@@ -179,11 +180,11 @@ def _run(
         ) as process,
     ):
         try:
-            status = _wait(process, began + max(0.0, seconds - stage.grace), look)
+            status = _wait(process, began + max(0.0, seconds - stage.grace), report_now)
             stopped = status is None
             if stopped and stage.grace:
                 process.send_signal(signal.SIGINT)
-                _wait(process, began + seconds, look)
+                _wait(process, began + seconds, report_now)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -193,11 +194,13 @@ def _run(
     return Outcome(stage.name, ended, time.perf_counter() - began, last)
 
 
-def _wait(process: subprocess.Popen[bytes], until: float, look: Callable[[], object]) -> int | None:
-    """The exit status of a process, None if it still runs at ``until``."""
+def _wait(
+    process: subprocess.Popen[bytes], until: float, report_now: Callable[[], object]
+) -> int | None:
+    """Wait for a process; return its exit status, or None if it still runs at ``until``."""
     while (left := until - time.perf_counter()) > 0:
         try:
-            return process.wait(timeout=min(LOOK, left))
+            return process.wait(timeout=min(REPORT_EVERY, left))
         except subprocess.TimeoutExpired:
-            look()
+            report_now()
     return process.poll()

@@ -1,4 +1,4 @@
-"""A session on a GPU as a page: its stages, the tests that failed, the tables of its numbers."""
+"""The summary of a session as Markdown: stages, failed tests, and the tables of the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SUMMARY = re.compile(r"^=*\s*((?:\d+ \w+,? ?)+in \d.*?)\s*=*$", re.MULTILINE)
 _MACHINE = ("device", "driver", "python", "torch", "triton", "transformers", "cores", "commit")
 
 
-def render(
+def render_summary(
     machine: Mapping[str, Any],
     wanted: Sequence[str],
     outcomes: Sequence[Outcome],
@@ -23,14 +23,14 @@ def render(
     folder: Path,
     notes: Sequence[str] = (),
 ) -> str:
-    """Markdown of a session so far.
+    """Write the summary of a session that may still run.
 
     Args:
-        machine: what ``machine.describe`` says.
+        machine: the result of ``machine.describe``.
         wanted: names of the stages, in order.
-        running: the stage that runs now.
-        folder: of the rows and logs.
-        notes: what else a reader must know, a line each.
+        running: the name of the running stage; None after the last.
+        folder: the folder of rows and logs.
+        notes: lines for the top of the page.
     """
     parts = ["# A session on a GPU", *notes]
     parts.append(markdown(["", ""], [[name, str(machine[name])] for name in _MACHINE], left=2))
@@ -48,10 +48,10 @@ def render(
 
 
 def pytest_summary(log: str) -> list[str]:
-    """The last line of pytest, and the tests that failed with the beginning of their errors."""
+    """The last line of pytest's output, and a list of failed tests with their errors."""
     ends = _SUMMARY.findall(log)
     failed = [f"- `{name}` {says[:160]}".rstrip() for name, says in _FAILED.findall(log)]
-    says = ends[-1] if ends else "pytest has not come to its summary"
+    says = ends[-1] if ends else "pytest did not reach its summary"
     return [says, *(["\n".join(failed)] if failed else [])]
 
 
@@ -60,12 +60,9 @@ def _stages(wanted: Sequence[str], outcomes: Sequence[Outcome], running: str | N
     lines = []
     for name in wanted:
         if name in ended:
-            one = ended[name]
-            lines.append([name, one.ended, f"{one.seconds:.0f}", _cell(one.last_line)])
+            outcome = ended[name]
+            last_line = outcome.last_line.replace("|", "\\|")
+            lines.append([name, outcome.ended, f"{outcome.seconds:.0f}", last_line])
         else:
-            lines.append([name, "running" if name == running else "not begun", "", ""])
+            lines.append([name, "running" if name == running else "not started", "", ""])
     return markdown(["stage", "ended", "seconds", "last line"], lines, left=2)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""The floor: the frozen model, its backward cut at the first edited block."""
+"""The baseline: the frozen model, with its backward cut at the first edited block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reft.model.sites import find_sites
 
 
 def wrap(base: nn.Module, case: ModelCase) -> Wrapped:
-    """Whoever trains something at the output of the first edited block pays this much."""
+    """Make the output of the first edited block a leaf, where the backward of an edit ends."""
     base.requires_grad_(False)
 
     def leaf(module: nn.Module, args: Any, output: Any) -> Any:
@@ -23,14 +23,14 @@ def wrap(base: nn.Module, case: ModelCase) -> Wrapped:
 
     find_sites(base).blocks[case.edited_layers[0]].register_forward_hook(leaf)
 
-    def loss(batch: Mapping[str, Tensor]) -> Tensor:
-        found: Tensor = base(**batch).loss
-        return found
+    def compute_loss(batch: Mapping[str, Tensor]) -> Tensor:
+        loss: Tensor = base(**batch).loss
+        return loss
 
-    return Wrapped(loss, [], base)
+    return Wrapped(compute_loss, [], base)
 
 
 PEERS = (
     Peer("frozen", wrap=wrap),
-    Peer("frozen again", wrap=wrap, note="the same floor once more: how far the noise reaches"),
+    Peer("frozen again", wrap=wrap, note="the frozen baseline measured a second time: the noise"),
 )

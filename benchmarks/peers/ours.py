@@ -1,4 +1,4 @@
-"""This library."""
+"""This library: its operator, its orthonormal map, and its wrapped models."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from reft_kernels.testing import PARAMETERS, Edit
 
 
 def edit(backend: str, case: OpCase, edit: Edit) -> Operator:
-    """The edit in place, by a named backend or the one that "auto" takes."""
+    """Build the in-place edit with the given backend."""
     if backend == "torch" and edit.hidden.device.type != "cuda":
-        raise Absent("on a CPU this is what 'auto' takes")
+        raise Absent("on a CPU, backend 'auto' is already torch")
     leaves = {name: getattr(edit, name).clone().requires_grad_() for name in PARAMETERS}
 
     def call(hidden: Tensor) -> Tensor:
         return lowrank_edit_(hidden, edit.plan, *leaves.values(), backend=backend, **edit.options)
 
-    return Operator(call, leaves, own=True)
+    return Operator(call, leaves, within_budget=True)
 
 
 def rotation(case: RotationCase, device: torch.device) -> Rotation:
-    """All layers in one call, around a base point of reflectors."""
+    """Compute R of all layers in one call, around a base point of reflectors."""
     shape = (case.layers, case.dim, case.rank)
     start = torch.linalg.qr(torch.randn(shape, device=device)).Q
     base = reflector_base(start.mT)
@@ -39,7 +39,7 @@ def rotation(case: RotationCase, device: torch.device) -> Rotation:
 
 
 def config(case: ModelCase, tied: bool) -> ReftConfig:
-    """The adapter of a case."""
+    """The adapter configuration of a case."""
     return ReftConfig(
         intervention="loreft",
         rank=case.rank,
@@ -50,15 +50,15 @@ def config(case: ModelCase, tied: bool) -> ReftConfig:
 
 
 def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
-    """A whole model, as a user would make it."""
+    """Wrap a whole model with the public interface."""
     if not tied and "+" not in case.positions:
-        raise Absent(f"positions {case.positions!r} have one end: nothing to untie")
+        raise Absent(f"positions {case.positions!r} have one end, so there is nothing to untie")
     model: ReftModel = get_reft_model(base, config(case, tied))
     model.train()
 
-    def loss(batch: Mapping[str, Tensor]) -> Tensor:
-        found: Tensor = model(**batch).loss
-        return found
+    def compute_loss(batch: Mapping[str, Tensor]) -> Tensor:
+        loss: Tensor = model(**batch).loss
+        return loss
 
     def generate(prompts: Tensor, count: int) -> Tensor:
         tokens: Tensor = model.generate(
@@ -66,8 +66,10 @@ def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
         )
         return tokens
 
-    trained = [one for one in model.parameters() if one.requires_grad]
-    return Wrapped(loss, trained, model, generate, model.save_pretrained, same_as_reference=True)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Wrapped(
+        compute_loss, trainable, model, generate, model.save_pretrained, same_as_reference=True
+    )
 
 
 PEERS = (

@@ -1,124 +1,149 @@
-"""The measured part of docs/serving.md, from rows of the suite "serve"."""
+"""The measured section of docs/serving.md, from rows of the suite "serve"."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-from benchmarks.machine import ROOT
-from benchmarks.report.plots.serve import adapters
-from benchmarks.report.tables import constants, markdown, missing, quantity
+from benchmarks.report.conditions import measured_on
+from benchmarks.report.number_format import quantity
+from benchmarks.report.tables import common_fields, markdown, missing_lines
 from benchmarks.result_rows import Row
 
-PAGE = ROOT / "docs" / "serving.md"
-BEGIN, END = "<!-- serving table -->", "<!-- end of serving table -->"
+_HEAD = (
+    "peer",
+    "positions",
+    "rank",
+    "adapters",
+    "prefill ÷ base, operators",
+    "÷ one adapter, operators",
+    "prefill ÷ base, timed",
+    "÷ one adapter, timed",
+    "decoding: added operators",
+    "decoding ÷ base, operators",
+    "decoding ÷ base, timed",
+    "÷ one adapter, timed",
+)
 
 
-def table(rows: Sequence[Row], machine: Sequence[str]) -> str:
-    """What stands between the markers.
+def serving_section(rows: Sequence[Row]) -> str:
+    """Write conditions, plot, table and memory of the suite.
 
     Args:
-        rows: of the suite.
-        machine: what they were measured on, in words.
+        rows: rows of this suite and of others, which are ignored.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no rows of the suite.
     """
-    own = [row for row in rows if row.suite == "serve"]
-    if not own:
-        raise ValueError("the page's table is of the suite serve, and there are no rows of it")
-    found = {(row.peer, _where(row), row.shape["adapters"], row.metric): row for row in own}
-    lines = []
-    for peer, where, count in dict.fromkeys(key[:3] for key in found):
-        metrics = {key[3]: row for key, row in found.items() if key[:3] == (peer, where, count)}
-        if peer == "base" or metrics.get("prefill") is None or metrics["prefill"].value is None:
-            continue
-        line = [peer, *where, "one at a time" if peer == "pyreft" else f"{count}"]
-        counted, one = (
-            metrics.get("prefill_counted"),
-            found.get((peer, where, 1, "prefill_counted")),
-        )
-        line.append(_ratio(counted, 3))
-        over = None
-        if counted is not None and one is not None and count > 1:
-            over = (counted.value or 0.0) / (one.value or 1.0)
-        line.append("" if over is None else f"{over:.3f}")
-        line += [_ratio(metrics.get("prefill"), 2), _value(metrics.get("prefill_over_one"))]
-        more = metrics.get("decode_operations")
-        line.append("" if more is None else quantity(more.value or 0.0, "count"))
-        line += [_ratio(metrics.get("decode_counted"), 3), _ratio(metrics.get("decode"), 2)]
-        line.append(_value(metrics.get("decode_over_one")))
-        lines.append(line)
-    head = ["peer", "positions", "rank", "adapters"]
-    head += ["prefill over the base, counted", "over one adapter, counted"]
-    head += ["prefill over the base, timed", "over one adapter, timed"]
-    head += ["decoding: operators more", "decoding over the base, counted"]
-    head += ["decoding over the base, timed", "over one adapter, timed"]
-    base = [row for row in own if row.peer == "base" and row.value is not None]
-    seconds = {
-        metric: min(row.value or 0.0 for row in base if row.metric == metric)
-        for metric in ("prefill", "decode")
-    }
-    operators = ""
-    if any(row.metric == "decode_operations" for row in own):
-        operators = "*Operators more*: those that a step of decoding dispatches beyond the base's. "
-    common = constants(own, ("positions", "rank", "adapters", "sweep", "edited"))
-    says = (
-        f"`python -m benchmarks run serve`. {' '.join(machine)} All: {common}. Numbers are ratios, "
-        "medians over rounds in turns. *Timed*: whole forwards, on a machine that others use "
-        f"too. {_noise(own)}*Counted*: the time of the base and of the operators and the Python "
-        f"that it does not run. {operators}The base itself takes "
-        f"{quantity(seconds['prefill'], 's')} for the prompts and "
-        f"{quantity(seconds['decode'], 's')} for a step of the whole batch. "
-        "LoRA has rank 8 on q and v, whatever the rank of the line it is beside. vLLM has no line: "
-        "it would be timed on a GPU, and none was used."
-    )
+    rows = [row for row in rows if row.suite == "serve"]
+    if not rows:
+        raise ValueError("docs/serving.md needs rows of the suite serve, got none")
     notes = dict.fromkeys(
         f"{row.peer}: {row.note}."
-        for row in own
+        for row in rows
         if row.note and row.peer == "pyreft" and row.value is not None
     )
-    left_out = missing([row for row in own if row.value is None])
-    shown = [at for at in range(len(head)) if any(line[at] for line in lines)]
-    whole = markdown([head[at] for at in shown], [[line[at] for at in shown] for line in lines], 2)
-    parts = [says, "![Many adapters](serving.png)", whole, *notes, *left_out]
-    return "\n\n".join([*parts, *_memory(own)])
+    parts = [_conditions(rows), "![Several adapters in one batch](serving.png)", _table(rows)]
+    parts += [*notes, *missing_lines([row for row in rows if row.value is None]), *_memory(rows)]
+    return "\n\n".join(parts)
+
+
+def _conditions(rows: Sequence[Row]) -> str:
+    base = [row for row in rows if row.peer == "base" and row.value is not None]
+    prefill, decode = (
+        quantity(min(row.value or 0.0 for row in base if row.metric == metric), "s")
+        for metric in ("prefill", "decode")
+    )
+    operators = ""
+    if any(row.metric == "decode_operations" for row in rows):
+        operators = "*Added operators*: those that a decoding step dispatches beyond the base's. "
+    common = common_fields(rows, ("positions", "rank", "adapters", "sweep", "edited"))
+    return (
+        f"`python -m benchmarks run serve`. {' '.join(measured_on(rows))} All: {common}. Numbers "
+        "are ratios: medians over interleaved rounds. *Timed*: whole forwards, on a machine "
+        f"shared with other work. {_noise(rows)}*Operators*: the time of the base plus that of the "
+        f"operators and the Python that the base does not run. {operators}The base itself takes "
+        f"{prefill} for the prompts and {decode} for a decoding step of the whole batch. "
+        "LoRA has rank 8 on q and v, whatever the rank of its line. vLLM has no line, since it has "
+        "to be timed on a GPU and none was used."
+    )
+
+
+def _table(rows: Sequence[Row]) -> str:
+    """A line per peer, positions, rank and number of adapters; empty columns are left out."""
+    by_line: dict[tuple[str, str, str, int], dict[str, Row]] = {}
+    for row in rows:
+        line = (row.peer, *_positions_and_rank(row), row.shape["adapters"])
+        by_line.setdefault(line, {})[row.metric] = row
+    lines = [
+        _line(line, metrics, by_line.get((*line[:3], 1), {}))
+        for line, metrics in by_line.items()
+        if line[0] != "base" and "prefill" in metrics and metrics["prefill"].value is not None
+    ]
+    columns = [column for column in range(len(_HEAD)) if any(line[column] for line in lines)]
+    return markdown(
+        [_HEAD[column] for column in columns],
+        [[line[column] for column in columns] for line in lines],
+        2,
+    )
+
+
+def _line(
+    line: tuple[str, str, str, int], metrics: Mapping[str, Row], one_adapter: Mapping[str, Row]
+) -> list[str]:
+    peer, positions, rank, adapters = line
+    operations = metrics.get("decode_operations")
+    overhead, single = (of.get("prefill_op_overhead") for of in (metrics, one_adapter))
+    over_one = ""
+    if overhead is not None and single is not None and adapters > 1:
+        over_one = f"{(overhead.value or 0.0) / (single.value or 1.0):.3f}"
+    return [
+        peer,
+        positions,
+        rank,
+        "one at a time" if peer == "pyreft" else f"{adapters}",
+        _ratio(overhead, 3),
+        over_one,
+        _ratio(metrics.get("prefill"), 2),
+        _value(metrics.get("prefill_over_one")),
+        "" if operations is None else quantity(operations.value or 0.0, "count"),
+        _ratio(metrics.get("decode_op_overhead"), 3),
+        _ratio(metrics.get("decode"), 2),
+        _value(metrics.get("decode_over_one")),
+    ]
 
 
 def _noise(rows: Sequence[Row]) -> str:
-    """How far the base's own work, measured again, is from the base."""
-    again = [
+    """The range of ratios without any adapter, which repeat the work of the base."""
+    ratios = [
         row.ratio
         for row in rows
         if row.peer == "ours" and row.shape["adapters"] == 0 and row.ratio is not None
         if row.metric in ("prefill", "decode")
     ]
-    if not again:
+    if not ratios:
         return ""
     return (
-        "0 adapters is the base's own work measured again, the noise: "
-        f"{min(again):.2f} to {max(again):.2f}. "
+        "0 adapters repeats the work of the base and shows the noise: "
+        f"{min(ratios):.2f} to {max(ratios):.2f}. "
     )
 
 
 def _memory(rows: Sequence[Row]) -> list[str]:
-    """Bytes an adapter takes, beside what its numbers need."""
+    """A table of the bytes per adapter, beside the size of its parameters."""
     measured = [row for row in rows if row.metric == "memory"]
     host = {row.case: row for row in rows if row.metric == "host_memory"}
     lines = []
     for row in measured:
         shape = row.shape
-        numbers = (2 * shape["hidden"] + 1) * shape["rank"] * shape["edited"]
+        parameters = (2 * shape["hidden"] + 1) * shape["rank"] * shape["edited"]
         line = [str(shape["positions"]), str(shape["rank"])]
-        line += [f"{round(one.value or 0.0):,}" for one in (row, host[row.case])]
-        lines.append([*line, f"{4 * numbers:,}"])
+        line += [f"{round(memory.value or 0.0):,}" for memory in (row, host[row.case])]
+        lines.append([*line, f"{4 * parameters:,}"])
     if not lines:
         return []
-    says = f"Bytes an adapter takes, {measured[0].shape['adapters']} of them being resident:"
+    caption = f"Bytes per adapter, with {measured[0].shape['adapters']} adapters on the device:"
     head = ["positions", "rank", "on the device", "on the host", "4 · L · (2·r·D + r)"]
-    return [says, markdown(head, lines, 1)]
+    return [caption, markdown(head, lines, 1)]
 
 
 def _ratio(row: Row | None, digits: int) -> str:
@@ -129,21 +154,5 @@ def _value(row: Row | None) -> str:
     return "" if row is None or row.value is None else f"{row.value:.2f}"
 
 
-def write_page(rows: Sequence[Row], machine: Sequence[str], page: Path = PAGE) -> Path:
-    """Fill the page and draw its plot beside it.
-
-    Raises:
-        ValueError: no rows, or the page lacks the markers.
-    """
-    text = page.read_text(encoding="utf-8")
-    if (text.count(BEGIN), text.count(END)) != (1, 1):
-        raise ValueError(f"{page} needs the lines {BEGIN} and {END}, once each")
-    head, tail = text[: text.index(BEGIN)], text[text.index(END) :]
-    page.write_text(f"{head}{BEGIN}\n{table(rows, machine)}\n{tail}", encoding="utf-8")
-    drawn = [row for row in rows if row.suite == "serve" and row.ratio is not None]
-    FigureCanvasAgg(adapters(drawn)).print_png(page.with_name("serving.png"))
-    return page
-
-
-def _where(row: Row) -> tuple[str, str]:
+def _positions_and_rank(row: Row) -> tuple[str, str]:
     return str(row.shape["positions"]), str(row.shape["rank"])

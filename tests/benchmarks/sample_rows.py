@@ -1,4 +1,4 @@
-"""Rows by hand, for what reads results."""
+"""Handwritten rows for tests of compare, report and plots."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MODEL = {
 
 
 def row(**changes: Any) -> Row:
-    """A row of the op suite with changes; p20 and p80 lie 1 % around a value if not given."""
+    """A row of the op suite with changes; p20 and p80 are 1 % around the value by default."""
     plain = Row(
         suite="op",
         case="a",
@@ -56,9 +56,9 @@ def row(**changes: Any) -> Row:
 
 
 def step(peer: str, ratio: float | None, spread: float = 0.01, **changes: Any) -> Row:
-    """A row of the step suite: a floor of 200 ms, and ``ratio`` to it; None for no number."""
+    """A row of the step suite with a ratio to a baseline of 200 ms; None means no number."""
     shape = MODEL | changes.pop("shape", {})
-    said: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "suite": "step",
         "metric": "step",
         "case": "-".join(str(value) for value in shape.values()),
@@ -70,17 +70,17 @@ def step(peer: str, ratio: float | None, spread: float = 0.01, **changes: Any) -
         "ratio_p80": None if ratio is None else ratio + spread,
         "baseline": "frozen",
     }
-    return row(**said | changes)
+    return row(**fields | changes)
 
 
 def write(path: Path, *rows: Row) -> Path:
-    """A file of these rows."""
-    path.write_text("".join(one.as_json() + "\n" for one in rows), encoding="utf-8")
+    """Write a file of these rows."""
+    path.write_text("".join(each.as_json() + "\n" for each in rows), encoding="utf-8")
     return path
 
 
 def op_rows() -> list[Row]:
-    """Two cases, forward only: in the second the compiled peer is absent."""
+    """Forward rows of two cases; the compiled peer is absent in the second."""
     small = {"positions": "all", "rows": 8, "dim": 64, "rank": 4}
     large = small | {"dim": 128}
     work = {"bytes": 1000, "flops": 2000, "bandwidth": 4e6, "baseline": "ours"}
@@ -95,22 +95,22 @@ def op_rows() -> list[Row]:
 
 
 def step_rows() -> list[Row]:
-    """Two models; in the second a peer is absent."""
+    """Rows of two models; a peer is absent in the second."""
     wide = {"shape": {"model": "Llama 128x2", "hidden": 128}}
     return [
         step("frozen", 1.0),
-        step("frozen again", 0.998, note="the same floor once more"),
+        step("frozen again", 0.998, note="the baseline again"),
         step("ours", 1.004, 0.002),
         step("pyreft", 2.31, version="0.1.0"),
         step("frozen", 1.0, value=0.04, **wide),
-        step("frozen again", 1.0, note="the same floor once more", **wide),
+        step("frozen again", 1.0, note="the baseline again", **wide),
         step("ours", 1.0949, **wide),
         step("pyreft", None, version="0.1.0", absent="it fails here", **wide),
     ]
 
 
 def sweep_rows() -> list[Row]:
-    """Three families of cases, four peers."""
+    """Rows of four peers in three families of cases."""
     return [
         step(peer, 1 + more * value / 8, shape={"sweep": sweep, field: value})
         for sweep, field, values in (

@@ -1,4 +1,4 @@
-"""Plots of the edit itself and of orthonormal R."""
+"""Plots of the edit alone and of orthonormal R."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from benchmarks.report.number_format import quantity
 from benchmarks.report.plots.frame import (
     DASHED,
     INK,
@@ -22,40 +23,39 @@ from benchmarks.report.plots.frame import (
     style,
     ticks,
 )
-from benchmarks.report.tables import quantity
 from benchmarks.result_rows import Row
 
 _PHASES = ("forward", "backward")
 
 
-def bandwidth(rows: Sequence[Row], how: str = "") -> Figure:
+def bandwidth_plot(rows: Sequence[Row], how: str = "") -> Figure:
     """Share of a copy's bandwidth over arithmetic intensity; panels by phase and by positions.
 
     Args:
-        rows: op rows with bytes, flops and a copy's bandwidth.
-        how: ends the title.
+        rows: rows of the suite "op" with bytes, flops and the bandwidth of a copy.
+        how: text that ends the title.
     """
     rows = [row for row in rows if row.share]
-    kinds = [
-        (name, own)
+    panels_of = [
+        (name, group)
         for name, every in (("every row edited", True), ("ends of the prompt edited", False))
-        if (own := [row for row in rows if (row.shape.get("positions") == "all") is every])
+        if (group := [row for row in rows if (row.shape.get("positions") == "all") is every])
     ]
     figure = frame(
-        (11.6, 1.6 + 2.9 * len(kinds)),
-        f"The edit{how}: how close it comes to the device's own copy",
+        (11.6, 1.6 + 2.9 * len(panels_of)),
+        f"Bandwidth of the edit{how}, relative to a copy on the same device",
         rows,
-        "Marks: the median of the cases within an octave of intensity; bars: from the least to "
-        "the most. Small steps aside keep peers apart.",
+        "Marks: median of the cases within an octave of intensity; bars: minimum to maximum. "
+        "Peers are shifted slightly to keep them apart.",
     )
-    panels = figure.subplots(len(kinds), 2, sharex="col", sharey="row", squeeze=False)
+    panels = figure.subplots(len(panels_of), 2, sharex="col", sharey="row", squeeze=False)
     peers = list(dict.fromkeys(row.peer for row in rows))
     speed = quantity(statistics.median(row.bandwidth or 0.0 for row in rows), "bytes")
-    for line, (kind, own) in zip(panels, kinds, strict=True):
+    for line, (kind, group) in zip(panels, panels_of, strict=True):
         for axes, phase in zip(line, _PHASES, strict=True):
             for number, peer in enumerate(peers):
-                some = [r for r in own if r.metric.endswith(phase) and r.peer == peer]
-                _roof(axes, some, 1.035 ** (number - (len(peers) - 1) / 2))
+                cases = [r for r in group if r.metric.endswith(phase) and r.peer == peer]
+                _bandwidth_marks(axes, cases, 1.035 ** (number - (len(peers) - 1) / 2))
             axes.axhline(100, color=INK, linewidth=1.2, linestyle=DASHED)
             axes.set_xscale("log")
             axes.set_yscale("log")
@@ -63,25 +63,25 @@ def bandwidth(rows: Sequence[Row], how: str = "") -> Figure:
             logarithmic(axes.xaxis, "")
             logarithmic(axes.yaxis, " %")
             plain(axes)
-        line[0].set_ylabel("bytes the work needs ÷ time,\nshare of a copy's bandwidth")
+        line[0].set_ylabel("needed bytes ÷ time,\nshare of a copy's bandwidth")
     for axes in panels[-1]:
-        axes.set_xlabel("arithmetic intensity of the work (flops / byte)")
+        axes.set_xlabel("arithmetic intensity (flops / byte)")
     copy = Line2D([], [], color=INK, linewidth=1.2, linestyle=DASHED, label=f"a copy: {speed}/s")
     legend(figure, peers, [copy])
     return figure
 
 
-def _roof(axes: Axes, rows: Sequence[Row], aside: float) -> None:
-    """One peer: cases whose intensity is within the same octave are one mark."""
-    near: dict[int, list[Row]] = {}
+def _bandwidth_marks(axes: Axes, rows: Sequence[Row], shift: float) -> None:
+    """Draw a peer: the cases within an octave of intensity share a mark; x is times ``shift``."""
+    octaves: dict[int, list[Row]] = {}
     for row in rows:
-        near.setdefault(round(math.log2(_intensity(row))), []).append(row)
+        octaves.setdefault(round(math.log2(_intensity(row))), []).append(row)
     look, points = style(rows[0].peer if rows else ""), []
-    for _, own in sorted(near.items()):
-        shares = [100 * (row.share or 0.0) for row in own]
-        place = aside * statistics.median(map(_intensity, own))
-        points.append((place, statistics.median(shares)))
-        axes.vlines(place, min(shares), max(shares), color=look.color, alpha=0.3, linewidth=1.6)
+    for _, group in sorted(octaves.items()):
+        shares = [100 * (row.share or 0.0) for row in group]
+        x = shift * statistics.median(map(_intensity, group))
+        points.append((x, statistics.median(shares)))
+        axes.vlines(x, min(shares), max(shares), color=look.color, alpha=0.3, linewidth=1.6)
     axes.plot(
         *zip(*points, strict=True) if points else ((), ()),
         color=look.color, marker=look.marker, markersize=look.size, linewidth=0.6 * look.width,
@@ -93,60 +93,60 @@ def _intensity(row: Row) -> float:
     return (row.flops or 0) / (row.bytes or 1)
 
 
-def work(rows: Sequence[Row], how: str = "") -> Figure:
-    """Time over the bytes that the work needs, beside what a copy of them would take."""
-    figure = frame((11.6, 5.0), f"Time of the edit{how}, by the bytes that it must move", rows)
+def time_plot(rows: Sequence[Row], how: str = "") -> Figure:
+    """Time over the bytes that the edit must move, beside the time of a copy of as many bytes."""
+    figure = frame((11.6, 5.0), f"Time of the edit{how} over the bytes that it must move", rows)
     panels = figure.subplots(1, 2, sharey=True)
     peers = list(dict.fromkeys(row.peer for row in rows))
     speeds = [row.bandwidth for row in rows if row.bandwidth]
     for axes, phase in zip(panels, _PHASES, strict=True):
-        own = [row for row in rows if row.metric.endswith(phase)]
+        group = [row for row in rows if row.metric.endswith(phase)]
         for peer in reversed(peers):
-            some, look = [row for row in own if row.peer == peer], style(peer)
+            cases, look = [row for row in group if row.peer == peer], style(peer)
             axes.plot(
-                [(row.bytes or 0) / 1e6 for row in some], [row.value or 0.0 for row in some],
+                [(row.bytes or 0) / 1e6 for row in cases], [row.value or 0.0 for row in cases],
                 linestyle="none", color=look.color, marker=look.marker, markersize=look.size,
                 alpha=0.85, markeredgecolor="white", markeredgewidth=0.5,
             )  # fmt: skip
-        ends = sorted(row.bytes or 0 for row in own)
+        ends = sorted(row.bytes or 0 for row in group)
         if speeds and ends:
-            pace = statistics.median(speeds)
+            speed = statistics.median(speeds)
             sizes = (ends[0], ends[-1])
             axes.plot(
-                [size / 1e6 for size in sizes], [size / pace for size in sizes],
+                [size / 1e6 for size in sizes], [size / speed for size in sizes],
                 color=INK, linewidth=1.2, linestyle=DASHED,
             )  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_title(phase, fontsize=10.5, color=INK)
-        axes.set_xlabel("bytes the work needs (MB)")
+        axes.set_xlabel("needed bytes (MB)")
         logarithmic(axes.xaxis, "")
         plain(axes)
     panels[0].set_ylim(bottom=0.4 * min(row.value or 1.0 for row in rows))
     for axes in panels:
         logarithmic(axes.yaxis, "s")
     panels[0].set_ylabel("time of one call")
-    copy = Line2D([], [], color=INK, linewidth=1.2, linestyle=DASHED, label="at a copy's pace")
+    copy = Line2D([], [], color=INK, linewidth=1.2, linestyle=DASHED, label="a copy")
     legend(figure, peers, [copy] if speeds else [])
     return figure
 
 
-def orthonormal(rows: Sequence[Row]) -> Figure:
-    """Time over D, a line by peer and rank."""
+def orthonormal_plot(rows: Sequence[Row]) -> Figure:
+    """Time over D, a line per peer and rank."""
     figure = frame((10.0, 5.2), "Orthonormal R of one layer, forward and backward", rows)
     axes = figure.subplots()
     ranks = sorted({row.shape["rank"] for row in rows})
     peers = list(dict.fromkeys(row.peer for row in rows))
-    kinds: tuple[Dash, ...] = ("-", "--", ":", "-.")
-    dashes = {rank: kinds[number % len(kinds)] for number, rank in enumerate(ranks)}
+    styles: tuple[Dash, ...] = ("-", "--", ":", "-.")
+    dashes = {rank: styles[number % len(styles)] for number, rank in enumerate(ranks)}
     for peer in peers:
         look = style(peer)
         for rank, dash in dashes.items():
-            own = [row for row in rows if row.peer == peer and row.shape["rank"] == rank]
-            own.sort(key=lambda row: row.shape["dim"])
+            line = [row for row in rows if row.peer == peer and row.shape["rank"] == rank]
+            line.sort(key=lambda row: row.shape["dim"])
             axes.plot(
-                [row.shape["dim"] for row in own],
-                [(row.value or 0.0) / row.shape["layers"] for row in own],
+                [row.shape["dim"] for row in line],
+                [(row.value or 0.0) / row.shape["layers"] for row in line],
                 color=look.color, marker=look.marker, markersize=look.size,
                 linewidth=look.width, linestyle=dash,
             )  # fmt: skip
@@ -156,11 +156,11 @@ def orthonormal(rows: Sequence[Row]) -> Figure:
     ticks(axes.xaxis, dims, [str(dim) for dim in dims])
     logarithmic(axes.yaxis, "s")
     axes.set_xlabel("hidden size D")
-    axes.set_ylabel("time a layer")
+    axes.set_ylabel("time per layer")
     plain(axes)
-    lines = [
+    ranks_legend = [
         Line2D([], [], color=SOFT, linestyle=dash, linewidth=1.8, label=f"rank {rank}")
         for rank, dash in dashes.items()
     ]
-    legend(figure, peers, lines)
+    legend(figure, peers, ranks_legend)
     return figure

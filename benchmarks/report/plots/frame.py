@@ -1,14 +1,17 @@
-"""What all plots share: one look a peer, and the frame with title, device and legend."""
+"""Common parts of plots: the style of a peer, the frame with title and device, and the legend."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -17,16 +20,16 @@ from benchmarks.result_rows import Row
 
 INK, SOFT, BAND = "#222222", "#666666", "#d9d9d9"
 Dash = Literal["-", "--", ":", "-."]
-#: A copy's pace, wherever it is drawn.
+#: The line style of the bandwidth of a copy.
 DASHED = (0, (5, 3))
-#: Peers that others are measured against.
-FLOORS = ("frozen", "frozen again", "base")
+#: Peers that other peers are compared with.
+BASELINES = ("frozen", "frozen again", "base")
 _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How a peer looks: colours of Okabe and Ito's palette, and a marker beside them."""
+    """Colour (of Okabe and Ito's palette), marker and line of a peer."""
 
     color: str
     marker: str
@@ -53,7 +56,7 @@ _OTHER = Style("#000000", "*")
 
 
 def style(peer: str) -> Style:
-    """The look of a peer, the same in every plot."""
+    """The style of a peer, the same in every plot."""
     return _STYLES.get(peer, _OTHER)
 
 
@@ -79,21 +82,28 @@ def frame(size: tuple[float, float], title: str, rows: Sequence[Row], below: str
 
 
 def device(rows: Sequence[Row]) -> str:
-    """Devices of the rows with the versions of torch, in few words."""
-    return " and ".join(dict.fromkeys(_device(row) for row in rows))
+    """The devices of the rows, each with its version of torch and its commits."""
+    commits: dict[str, dict[str, None]] = {}
+    for row in rows:
+        commits.setdefault(_device(row), {})[str(row.machine.get("commit") or "")] = None
+    return "; ".join(
+        ", ".join([name, *(f"commit {commit}" for commit in known if commit)])
+        for name, known in commits.items()
+    )
 
 
 def _device(row: Row) -> str:
     machine = row.machine
-    said = [str(machine.get("device", "an unknown device"))]
+    words = [str(machine.get("device", "an unknown device"))]
     if machine.get("kind") == "cpu" and machine.get("threads"):
-        said.append(f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}")
-    said += [f"{name} {machine[name]}" for name in ("torch", "commit") if machine.get(name)]
-    return ", ".join(said)
+        words.append(f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}")
+    if machine.get("torch"):
+        words.append(f"torch {machine['torch']}")
+    return ", ".join(words)
 
 
 def plain(axes: Axes) -> None:
-    """A light grid behind the data, and no box around it."""
+    """Draw a light grid behind the data and no box around it."""
     axes.set_axisbelow(True)
     axes.grid(True, which="major", color="#e3e3e3", linewidth=0.7)
     for side in ("top", "right"):
@@ -104,7 +114,7 @@ def plain(axes: Axes) -> None:
 
 
 def legend(figure: Figure, peers: Iterable[str], more: Sequence[Artist] = ()) -> None:
-    """Peers in their order, and more below, beside the axes."""
+    """Draw a legend beside the axes: peers in order, then ``more``."""
     handles = [
         Line2D(
             [], [], label=peer, color=look.color, marker=look.marker, markersize=look.size,
@@ -123,7 +133,7 @@ def legend(figure: Figure, peers: Iterable[str], more: Sequence[Artist] = ()) ->
 
 
 def logarithmic(axis: Axis, unit: str) -> None:
-    """Label a logarithmic axis, once its data are there, as people say it: "10 µs", "5 %"."""
+    """Label a logarithmic axis with units: "10 µs", "5 %"; call it after plotting the data."""
     low, high = sorted(axis.get_view_interval())
     few = low > 0 and high / low < 30
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
@@ -140,6 +150,14 @@ def _seconds(value: float) -> str:
 
 
 def ticks(axis: Axis, values: Sequence[float], labels: Sequence[str] | None = None) -> None:
-    """Ticks at these values and nowhere else."""
+    """Set ticks at these values only."""
     axis.set_ticks(list(values), labels=None if labels is None else list(labels))
     axis.set_minor_locator(NullLocator())
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG; a reader of ``path`` never sees a half-written file."""
+    # The Agg canvas is used directly: pyplot would change the caller's state and backend.
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    FigureCanvasAgg(figure).print_png(scratch)
+    scratch.replace(path)
