@@ -61,28 +61,28 @@ def write_sections(page: Path, sections: Mapping[str, str]) -> Path:
     return page
 
 
-def write_readme(rows: Sequence[Row], page: Path = README) -> Path:
+def write_readme(rows: Sequence[Row]) -> Path:
     """Write README's benchmark table.
 
     Raises:
         ValueError: there are no rows of the suite "step", or the page has no section for them.
     """
-    return write_sections(page, {README_SECTION: readme_table(rows)})
+    return write_sections(README, {README_SECTION: readme_table(rows)})
 
 
-def write_serving_page(rows: Sequence[Row], page: Path = SERVING) -> Path:
+def write_serving_page(rows: Sequence[Row]) -> Path:
     """Write the table of docs/serving.md and the plot beside it.
 
     Raises:
         ValueError: there are no rows of the suite "serve", or the page has no section for them.
     """
-    write_sections(page, {SERVING_SECTION: serving_section(rows)})
+    write_sections(SERVING, {SERVING_SECTION: serving_section(rows)})
     plotted = [row for row in rows if row.suite == "serve" and row.ratio is not None]
-    save_figure(serving_plot(plotted), page.with_name("serving.png"))
-    return page
+    save_figure(serving_plot(plotted), SERVING.with_name("serving.png"))
+    return SERVING
 
 
-def write_learning_page(folder: Path, page: Path = LEARNING) -> Path:
+def write_learning_page(folder: Path) -> Path:
     """Write the tables of docs/learning.md and the plot beside it.
 
     Args:
@@ -96,6 +96,6 @@ def write_learning_page(folder: Path, page: Path = LEARNING) -> Path:
     from benchmarks.report.plots.learning import learning_plot
 
     tasks = read_tasks(folder)
-    write_sections(page, page_sections(tasks))
-    save_figure(learning_plot(tasks), page.with_name("learning.png"))
-    return page
+    write_sections(LEARNING, page_sections(tasks))
+    save_figure(learning_plot(tasks), LEARNING.with_name("learning.png"))
+    return LEARNING

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from unittest import mock
 
 import pytest
 import torch
 
 from benchmarks.peers import peers
 from benchmarks.result_rows import Row
-from benchmarks.suites import Options, suites
+from benchmarks.suites import Options, models, suites
 from benchmarks.timing import Effort
 
 #: Peers of the suite "layer". It runs the code of the suite "step", which has all peers here.
@@ -21,7 +22,8 @@ def _measured(name: str) -> tuple[Row, ...]:
     participants = [peer for peer in peers() if name != "layer" or peer.name in LAYER_PEERS]
     options = Options(torch.device("cpu"), participants, Effort(0, min_rounds=2, warmup=1))
     suite = suites()[name]
-    return tuple(row for case in suite.cases("ci") for row in suite.run(case, options))
+    with mock.patch.object(models, "_PROFILES", 1):  # the profiler is slow
+        return tuple(row for case in suite.cases("ci") for row in suite.run(case, options))
 
 
 @pytest.fixture(scope="session")

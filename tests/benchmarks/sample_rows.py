@@ -121,3 +121,33 @@ def sweep_rows() -> list[Row]:
         for value in values
         for peer, more in (("frozen", 0), ("frozen again", 0.001), ("ours", 0.01), ("pyreft", 0.5))
     ]
+
+
+def serve_rows(rank: int = 2) -> list[Row]:
+    """Rows of the base, this library with 0, 1 and 8 adapters, LoRA and pyreft."""
+    rows = []
+    for peer, adapters in (("base", 0), ("ours", 0), ("ours", 1), ("ours", 8), ("LoRA", 1)):
+        metrics = ["prefill", "decode"]
+        metrics += ["prefill_over_one", "decode_over_one"] * (adapters > 1)
+        if peer == "ours":
+            metrics += ["prefill_op_overhead", "decode_op_overhead", "decode_operations"]
+        rows += [_serve_row(peer, adapters, metric, rank) for metric in metrics]
+    note = "one request at a time: the time of a request times the number of requests"
+    pyreft = _serve_row("pyreft", 1, "prefill", rank)
+    rows.append(dataclasses.replace(pyreft, value=3.0, ratio=6.0, note=note))
+    for metric in ("memory", "host_memory"):
+        size = MODEL["layers"] * (2 * MODEL["hidden"] + 1) * rank * 4
+        memory = _serve_row("ours", 8, metric, rank)
+        rows.append(dataclasses.replace(memory, unit="bytes", value=size, ratio=None))
+    return rows
+
+
+def _serve_row(peer: str, adapters: int, metric: str, rank: int) -> Row:
+    shape = MODEL | {"positions": "f3+l3", "rank": rank, "adapters": adapters}
+    ratio = None if metric.endswith("over_one") else 1.0 + adapters / 100
+    value = {"decode_operations": 0.0}.get(metric, 0.5)
+    case = f"{rank}-k{adapters}"
+    return row(
+        suite="serve", case=case, metric=metric, shape=shape, peer=peer, value=value, ratio=ratio,
+        baseline="base",
+    )  # fmt: skip

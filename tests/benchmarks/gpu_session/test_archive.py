@@ -1,13 +1,15 @@
-"""Unpacking: into the folder of the device and nowhere else, with commits by name."""
+"""Archives: size limits, unpacking into the folder of the device only, and commits."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import json
+import os
 import tarfile
 
 import pytest
+from archive_members import members
 from sample_rows import MACHINE, row
 from typer.testing import CliRunner
 
@@ -21,7 +23,7 @@ CONTENT = "tree-0123456789ab-ba9876543210"
 
 
 def packed(tmp_path, name, *files):
-    """An archive of (member name, text) and of members that are no files."""
+    """An archive of files, given as (name, text), and of other members."""
     path = tmp_path / name
     with tarfile.open(path, "w:gz") as tar:
         for file in files:
@@ -40,7 +42,7 @@ def link(name, target):
     return member
 
 
-def test_there_and_back(tmp_path, monkeypatch):
+def test_round_trip(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "named_commits", lambda text: text.replace(CONTENT, "c0ffee"))
     source, home = tmp_path / "scratch", tmp_path / "results.tar.gz"
     (source / "report").mkdir(parents=True)
@@ -63,11 +65,11 @@ def test_there_and_back(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ([("../evil.txt", "x")], "files of one folder, not '../evil.txt'"),
+        ([("../evil.txt", "x")], "files of one folder, got '../evil.txt'"),
         ([("h200/../../evil.txt", "x")], "files of one folder"),
-        ([("/evil.txt", "x")], "files of one folder, not '/evil.txt'"),
-        ([link("h200/evil.txt", "/etc/passwd")], "files of one folder, not 'h200/evil.txt'"),
-        ([("evil.txt", "x")], "files of one folder, not 'evil.txt'"),
+        ([("/evil.txt", "x")], "files of one folder, got '/evil.txt'"),
+        ([link("h200/evil.txt", "/etc/passwd")], "files of one folder, got 'h200/evil.txt'"),
+        ([("evil.txt", "x")], "files of one folder, got 'evil.txt'"),
         ([("h200/a", "x"), ("cpu/a", "x")], "one device, got ['cpu', 'h200']"),
         ([], "one device, got []"),
     ],
@@ -77,10 +79,10 @@ def test_members_outside_are_refused(tmp_path, files, says):
     output = tmp_path / "results" / "here"
     done = CliRunner().invoke(app, ["unpack", str(path), "--output", str(output)])
     assert done.exit_code == 2 and says in done.stderr
-    assert {one.name for one in tmp_path.rglob("*")} == {"results.tar.gz"}
+    assert {path.name for path in tmp_path.rglob("*")} == {"results.tar.gz"}
 
 
-def test_what_is_no_archive_is_refused_in_a_line(tmp_path):
+def test_other_files_are_refused_with_a_single_line(tmp_path):
     (tmp_path / "broken").write_text("no archive")
     whole = packed(tmp_path, "whole", ("h200/a.json", "x" * 10_000)).read_bytes()
     (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
@@ -90,27 +92,39 @@ def test_what_is_no_archive_is_refused_in_a_line(tmp_path):
         assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_session_without_a_gpu_is_no_result_to_keep(tmp_path):
+def test_a_session_without_a_gpu_is_not_kept(tmp_path):
     path = packed(tmp_path, "results.tar.gz", ("cpu/session.json", '{"tiny": true}'))
     before = sorted(RESULTS.rglob("*"))
     done = CliRunner().invoke(app, ["unpack", str(path)])
-    assert done.exit_code == 2 and "no results to keep; give --output" in done.stderr
+    assert done.exit_code == 2 and "holds no results to keep; give --output" in done.stderr
     assert sorted(RESULTS.rglob("*")) == before
     assert unpack(path, tmp_path / "results") == tmp_path / "results" / "cpu"
 
 
-def test_without_git_it_is_unpacked_all_the_same(tmp_path, monkeypatch, capsys):
+def test_an_archive_is_unpacked_without_git(tmp_path, monkeypatch, capsys):
     def fails(text):
         raise FileNotFoundError("git")
 
     monkeypatch.setattr(module, "named_commits", fails)
     files = [(f"h200/{name}.json", f'["{CONTENT}"]') for name in "ab"]
     unpack(packed(tmp_path, "results.tar.gz", *files), tmp_path)
-    assert {one.name for one in (tmp_path / "h200").iterdir()} == {"a.json", "b.json"}
-    assert capsys.readouterr().err == "commits are not named, git failed: git\n"
+    assert {path.name for path in (tmp_path / "h200").iterdir()} == {"a.json", "b.json"}
+    assert capsys.readouterr().err == "content ids are kept, git failed: git\n"
 
 
-def test_an_id_of_no_commit_stays(tmp_path):
+def test_an_unknown_content_id_is_kept(tmp_path):
     path = packed(tmp_path, "results.tar.gz", ("h200/a.json", f'["{CONTENT}"]'))
     assert (unpack(path, tmp_path) / "a.json").read_text() == f'["{CONTENT}"]'
     assert content_id() != CONTENT
+
+
+def test_a_large_archive_leaves_out_plots_then_logs(tmp_path):
+    (tmp_path / "op.jsonl").write_text(row().as_json() + "\n")
+    (tmp_path / "plot.png").write_bytes(os.urandom(4000))
+    (tmp_path / "op.log").write_bytes(os.urandom(4000))
+    whole, left_out = pack(tmp_path, "h200")
+    assert left_out == [] and len(members(whole)) == 3
+    smaller, left_out = pack(tmp_path, "h200", limit=len(whole) - 1)
+    assert left_out == ["plots"] and set(members(smaller)) == {"h200/op.jsonl", "h200/op.log"}
+    smallest, left_out = pack(tmp_path, "h200", limit=3000)
+    assert left_out == ["plots", "logs"] and set(members(smallest)) == {"h200/op.jsonl"}

@@ -1,4 +1,4 @@
-"""GPU memory: within the limit in every stage, and no less than what small cases allocate."""
+"""GPU memory estimates: within the limit, and above the allocations of small cases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.gpu_session.stages import BUDGETS
 from benchmarks.peers import Absent, peers
 from benchmarks.peers.ours import edit as operator_of
 from benchmarks.suites import suites
-from benchmarks.suites.models import Twins, build, make_batch, step
+from benchmarks.suites.models import Twins, build, make_batch, training_step
 from benchmarks.suites.op import Stand, copies, tensors
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def test_every_stage_stays_within_the_limit(name):
 
 
 @pytest.mark.parametrize("name", [*MODELS, "serve"])
-def test_a_whole_model_leaves_room_for_what_the_allocator_cannot_use(name):
+def test_a_whole_model_leaves_room_for_fragmentation(name):
     needed = footprint.serve if name == "serve" else footprint.step
     for case in suites()[name].cases("gpu"):
         assert footprint.weights(case) < needed(case) <= 22 * GIB, case
@@ -44,24 +44,24 @@ def test_hidden_of_the_operator_is_small():
 @pytest.mark.parametrize("case", [LLAMA_8B, suites()["step"].cases("gpu")[2]], ids=str)
 def test_weights_are_those_of_the_model(case: ModelCase):
     model = build(case, torch.device("meta"))
-    exact = sum(one.numel() * one.element_size() for one in model.parameters())
+    exact = sum(p.numel() * p.element_size() for p in model.parameters())
     assert footprint.weights(case) == pytest.approx(exact, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_gate_takes_no_more_than_was_reckoned(dtype):
+def test_a_gate_stays_within_its_estimate(dtype):
     case = OpCase("all", 2, 256, 256, 8, dtype)
     elements = 2 * 256 * 256
 
-    def judge():
+    def check():
         edit = tensors(case, CPU)
         gate = OpGate(case, edit)
         operator = operator_of("auto", case, edit)
         stand = Stand(operator, edit.hidden, edit.upstream)
-        return gate.check(result_of(*stand.result()), own=True)
+        return gate.check(result_of(*stand.result()), within_budget=True)
 
-    assert judge().passed
-    peak = traffic(judge, CPU).peak
+    assert check().passed
+    peak = traffic(check, CPU).peak
     assert 50 * elements < peak <= footprint.gate(case) - CONTEXT
 
 
@@ -75,17 +75,17 @@ def test_a_gate_takes_no_more_than_was_reckoned(dtype):
     ],
     ids=lambda case: case.name,
 )
-def test_a_step_takes_no_more_than_was_reckoned(case):
+def test_a_step_stays_within_its_estimate(case):
     batch, twins = make_batch(case, CPU), Twins(case, CPU)
     peaks = []
     for peer in peers():
         if peer.name not in ("frozen", "ours", "reference", "LoRA") or peer.wrap is None:
             continue
         try:
-            once = step(peer.wrap(twins.one(), case), batch)
+            step = training_step(peer.wrap(twins.fresh(), case), batch)
         except Absent:
             continue
-        once()
-        peaks.append(traffic(once, CPU).peak)
-    reckoned = footprint.step(case) - CONTEXT - footprint.weights(case)
-    assert reckoned / 4 < max(peaks) <= reckoned
+        step()
+        peaks.append(traffic(step, CPU).peak)
+    estimate = footprint.step(case) - CONTEXT - footprint.weights(case)
+    assert estimate / 4 < max(peaks) <= estimate

@@ -1,4 +1,4 @@
-"""The rehearsal: what is compiled is what the library asks for, and predictions add up."""
+"""The rehearsal: it compiles the builds that the library launches, and its predictions add up."""
 
 from __future__ import annotations
 
@@ -14,116 +14,120 @@ from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
 from benchmarks.gpu_session import rehearsal
-from benchmarks.gpu_session.builds import HAZARD, Built, Request, of_launches, of_suites, of_sweep
+from benchmarks.gpu_session.builds import (
+    HAZARD,
+    Built,
+    Request,
+    launch_requests,
+    suite_requests,
+    sweep_requests,
+)
 from benchmarks.gpu_session.stages import BUDGETS
 from benchmarks.suites import suites
 
 ROOT = Path(__file__).parents[3]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
-#: A training step and a forward of the smallest case of the step suite, with the launches noted: as
-#: the suite itself does it in the interpreter, and as the rehearsal does it for a GPU.
-STEP = """
-import json, sys
+#: Records launches in the interpreter: of an edit in float32 and float64, and of a training step
+#: and a forward of the suite "step" at its smallest size.
+INTERPRETED = """
+import json
 import torch
-from benchmarks.gpu_session import builds as stage_builds
-from reft_kernels import launch_recorder
 from benchmarks.peers.ours import wrap
 from benchmarks.suites import models
+from reft_kernels import dispatch, functional, launch_recorder, lowrank_edit
+from reft_kernels.testing import Case, make_edit, run_edit
 
-how, seen = sys.argv[1], launch_recorder.record()
+seen = launch_recorder.record()
+for dtype in (torch.float32, torch.float64):
+    run_edit(lowrank_edit, make_edit(Case(64, 2, (3,), dtype=dtype)), backend="triton")
+lines = [json.dumps(json.loads(line) | {"test": "t"}) for line in seen]
+seen.clear()
+functional.choose = lambda *given: dispatch.Choice("triton", "as on a GPU")
 (case,) = models.step_cases("ci")
-if how == "rehearsed":
-    built = stage_builds.build(stage_builds.Request("step", "step", case, "step"))
-    assert built.failed is None, built.failed
-    print(json.dumps({"seen": sorted(seen), "seconds": built.seconds}))
-else:
-    from reft_kernels import dispatch, functional
-    functional.choose = lambda *given: dispatch.Choice("triton", "as on a GPU")
-    for tied in (True, False):
-        wrapped = wrap(tied, models.build(case, torch.device("cpu")), case)
-        batch = models.make_batch(case, torch.device("cpu"))
-        models.step(wrapped, batch)()
-        wrapped.model.eval()
-        with torch.no_grad():
-            wrapped.loss(batch)
-    print(json.dumps({"seen": sorted(seen)}))
+for tied in (True, False):
+    wrapped = wrap(tied, models.build(case, torch.device("cpu")), case)
+    batch = models.make_batch(case, torch.device("cpu"))
+    models.training_step(wrapped, batch)()
+    wrapped.model.eval()
+    with torch.no_grad():
+        wrapped.loss(batch)
+print(json.dumps({"lines": lines, "step": sorted(seen)}))
+"""
+#: Compiles the same for a GPU: the step first, then recorded launches, then a broken request.
+REHEARSED = """
+import json, sys
+from benchmarks.gpu_session.builds import Request, build, launch_requests
+from benchmarks.suites import models
+from reft_kernels import launch_recorder
+
+seen = launch_recorder.record()
+(case,) = models.step_cases("ci")
+step = build(Request("step", "step", case, "step"))
+launched = sorted(seen)
+requests = list(launch_requests(sys.argv[1:] * 2))
+broken = Request("parity", "launch", '{"kernel": "none"}', "x")
+built = [step, *map(build, requests), build(broken)]
+print(json.dumps({
+    "step": launched,
+    "labels": [request.label for request in requests],
+    "seconds": [each.seconds for each in built],
+    "failed": [each.failed for each in built],
+}))
 """
 
 
-def run_python(tmp_path: Path, source: str, *arguments: str, **environment: str) -> dict:
+def run_python(folder: Path, source: str, *arguments: str, **environment: str) -> dict:
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    clean |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    clean |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(folder)}
     done = subprocess.run(
         [sys.executable, "-c", source, *arguments],
         capture_output=True, text=True, cwd=ROOT, env=clean | environment, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found: dict = json.loads(done.stdout.splitlines()[-1])
-    return found
+    printed: dict = json.loads(done.stdout.splitlines()[-1])
+    return printed
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    """The launches that the interpreter records."""
+    return run_python(tmp_path_factory.mktemp("cache"), INTERPRETED, TRITON_INTERPRET="1")
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory, interpreted):
+    """The builds of the rehearsal, from an empty cache."""
+    return run_python(tmp_path_factory.mktemp("cache"), REHEARSED, *interpreted["lines"])
 
 
 @needs_triton
-def test_a_model_step_asks_for_the_builds_that_the_suite_asks_for(tmp_path):
-    rehearsed = run_python(tmp_path, STEP, "rehearsed")
-    real = run_python(tmp_path, STEP, "real", TRITON_INTERPRET="1")
-    assert rehearsed["seen"] == real["seen"]
-    assert len(rehearsed["seconds"]) == len(real["seen"]) >= 4
-    assert all(seconds > 0 for seconds in rehearsed["seconds"])
-
-
-REPLAY = """
-import json, sys
-import torch
-from benchmarks.gpu_session import builds as stage_builds
-lines = sys.argv[1:]
-requests = list(stage_builds.of_launches(lines))
-built = [stage_builds.build(request) for request in requests]
-print(json.dumps({
-    "labels": [request.label for request in requests],
-    "builds": [len(each.seconds) for each in built],
-    "failed": [each.failed for each in built],
-}))
-"""
-RECORD = """
-import json, sys
-from reft_kernels import lowrank_edit
-from reft_kernels.testing import Case, make_edit, run_edit
-from reft_kernels import launch_recorder
-seen = launch_recorder.record()
-import torch
-for dtype in (torch.float32, torch.float64):
-    run_edit(lowrank_edit, make_edit(Case(64, 2, (3,), dtype=dtype)), backend="triton")
-print(json.dumps([json.dumps(json.loads(line) | {"test": "t"}) for line in seen]))
-"""
+def test_a_model_step_compiles_the_builds_that_the_suite_launches(interpreted, rehearsed):
+    assert rehearsed["step"] == interpreted["step"]
+    seconds = rehearsed["seconds"][0]
+    assert len(seconds) == len(interpreted["step"]) >= 4
+    assert all(each > 0 for each in seconds) and rehearsed["failed"][0] is None
 
 
 @needs_triton
-def test_launches_of_tests_are_compiled_once_and_float64_never(tmp_path):
-    lines = run_python(tmp_path, RECORD, TRITON_INTERPRET="1")
-    assert len(lines) == 6
-    found = run_python(tmp_path, REPLAY, *lines, *lines)
-    assert found == {"labels": ["t"] * 3, "builds": [1] * 3, "failed": [None] * 3}
+def test_recorded_launches_are_compiled_once_and_float64_never(interpreted, rehearsed):
+    assert len(interpreted["lines"]) == 6
+    assert rehearsed["labels"] == ["t"] * 3
+    assert [len(seconds) for seconds in rehearsed["seconds"][1:4]] == [1, 1, 1]
+    assert rehearsed["failed"][1:4] == [None] * 3
 
 
-def test_a_request_that_fails_says_why(tmp_path):
-    source = """
-import json
-from benchmarks.gpu_session import builds as stage_builds
-built = stage_builds.build(stage_builds.Request("parity", "launch", '{"kernel": "none"}', "x"))
-print(json.dumps({"failed": built.failed, "seconds": built.seconds}))
-"""
-    if find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    assert run_python(tmp_path, source) == {"failed": "KeyError: 'arguments'", "seconds": []}
+@needs_triton
+def test_a_failed_request_gives_the_reason(rehearsed):
+    assert (rehearsed["failed"][-1], rehearsed["seconds"][-1]) == ("KeyError: 'arguments'", [])
 
 
-def test_every_suite_with_edits_is_asked():
-    stages = {request.stage for request in of_suites()}
+def test_every_suite_with_edits_has_requests():
+    stages = {request.stage for request in suite_requests()}
     assert stages == set(suites()) - {"orthonormal", "load"}
-    assert {request.stage for request in of_sweep(1)} == {"sweep"}
-    assert len(list(of_sweep(2))) > len(list(of_sweep(1))) > 20
-    assert list(of_launches([])) == []
+    assert {request.stage for request in sweep_requests(1)} == {"sweep"}
+    assert len(list(sweep_requests(2))) > len(list(sweep_requests(1))) > 20
+    assert list(launch_requests([])) == []
 
 
 def built(stage: str, *seconds: float, label: str = "x", failed: str | None = None) -> Built:
@@ -131,7 +135,7 @@ def built(stage: str, *seconds: float, label: str = "x", failed: str | None = No
 
 
 def test_predictions_divide_builds_among_workers():
-    found = {
+    predictions = {
         each.stage: each
         for each in rehearsal.predict(
             [
@@ -143,10 +147,10 @@ def test_predictions_divide_builds_among_workers():
             starting=4.0,
         )
     }
-    assert list(found) == list(BUDGETS)
-    parity, step = found["parity"], found["step"]
+    assert list(predictions) == list(BUDGETS)
+    parity, step = predictions["parity"], predictions["step"]
     assert (parity.builds, parity.compiling) == (25, 29.0)
-    assert parity.waiting == 24.0  # those of one test wait for one another
+    assert parity.waiting == 24.0  # builds of a test are sequential
     assert parity.starting == 8.0 and parity.measuring == pytest.approx(120 * 0.1 / 12)
     assert (step.waiting, step.starting) == (5.0, 4.0)
     assert step.seconds == 9.0 + step.measuring
@@ -154,7 +158,7 @@ def test_predictions_divide_builds_among_workers():
 
 @pytest.fixture
 def without_running(monkeypatch):
-    """A rehearsal in which every step is done and has compiled what the list says."""
+    """A rehearsal without processes; it returns the list of compiled requests."""
     compiled: list[Built] = []
     monkeypatch.setattr(rehearsal, "_run", lambda *args, **kwargs: "")
     monkeypatch.setattr(rehearsal, "_seconds_to_start", lambda: 1.0)
@@ -167,7 +171,7 @@ def rehearse(tmp_path):
     return CliRunner().invoke(app, ["rehearse", "--output", str(tmp_path)])
 
 
-def test_a_rehearsal_that_fits_passes_and_is_written_down(tmp_path, without_running):
+def test_a_rehearsal_that_fits_passes_and_is_recorded(tmp_path, without_running):
     without_running += [built("op", 1.0), built("sweep", failed="OutOfResources: too much")]
     done = rehearse(tmp_path)
     assert done.exit_code == 0, done.output
@@ -178,7 +182,7 @@ def test_a_rehearsal_that_fits_passes_and_is_written_down(tmp_path, without_runn
 
 
 @pytest.mark.parametrize(
-    ("found", "says"),
+    ("compiled", "says"),
     [
         (built("step", 500.0), "step takes "),
         (built("layer", 3.0, failed="CompilationError: no"), "layer, x: CompilationError: no"),
@@ -186,8 +190,8 @@ def test_a_rehearsal_that_fits_passes_and_is_written_down(tmp_path, without_runn
     ],
     ids=["too-long", "does-not-compile", "computes-wrong"],
 )
-def test_a_rehearsal_that_does_not_fit_fails(tmp_path, without_running, found, says):
-    without_running.append(found)
+def test_a_rehearsal_that_does_not_fit_fails(tmp_path, without_running, compiled, says):
+    without_running.append(compiled)
     done = rehearse(tmp_path)
     assert done.exit_code == 1 and says in done.stderr
 

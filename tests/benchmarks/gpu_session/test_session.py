@@ -1,4 +1,4 @@
-"""A session: a real stage without a GPU, and what is at home however the command ends."""
+"""A session: a real stage without a GPU, and the returned files after a kill."""
 
 from __future__ import annotations
 
@@ -8,31 +8,30 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 
 import pytest
 import torch
+from archive_members import members
 from rich.console import Console
 from sample_rows import MACHINE, row
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
-from benchmarks.gpu_session.archive import pack, unpack
+from benchmarks.gpu_session.archive import unpack
 from benchmarks.gpu_session.session import Session, environment_of
 from benchmarks.gpu_session.stages import Outcome
-from benchmarks.gpu_session.summary import pytest_summary, render
 from benchmarks.machine import ROOT
 from benchmarks.result_rows import parse, read
 
-#: Runs a session of one stage that writes a row and a half, and then sleeps.
+#: Runs a session of one stage, which writes a row and a half and then sleeps.
 KILLED = """
 import sys
 from pathlib import Path
 from rich.console import Console
 from benchmarks.gpu_session import stages
 from benchmarks.gpu_session.session import Session
-stages.LOOK = 0.1
+stages.REPORT_EVERY = 0.1
 home, scratch = Path(sys.argv[1]), Path(sys.argv[2])
 session = Session(home, scratch, "h200", {machine}, False, ["op"], Console())
 writes = (
@@ -46,12 +45,7 @@ stages.run_stages([stage], 60, scratch, dict(__import__("os").environ), session.
 """
 
 
-def members(archive):
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        return {one.name: tar.extractfile(one).read() for one in tar.getmembers()}
-
-
-def test_rows_are_at_home_when_everything_is_killed(tmp_path):
+def test_a_killed_session_has_returned_its_rows(tmp_path):
     home, scratch = tmp_path / "home", tmp_path / "scratch"
     home.mkdir()
     scratch.mkdir()
@@ -83,16 +77,16 @@ def test_a_tiny_session_of_one_stage(tmp_path):
          "--output", str(tmp_path / "home"), "--budget", "90", "--commit", "0123456789ab"],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert {one.name for one in (tmp_path / "home").iterdir()} == {"results.tar.gz", "summary.md"}
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"results.tar.gz", "summary.md"}
     folder = unpack(tmp_path / "home" / "results.tar.gz", tmp_path / "results")
     assert folder == tmp_path / "results" / "cpu"
     session = json.loads((folder / "session.json").read_text())
-    assert [(one["stage"], one["ended"]) for one in session["stages"]] == [
+    assert [(stage["stage"], stage["ended"]) for stage in session["stages"]] == [
         ("orthonormal", "passed"),
         ("report", "passed"),
     ]
     assert session["tiny"] and session["running"] is None
-    assert {(one.suite, one.machine["commit"]) for one in read(folder)} == {
+    assert {(each.suite, each.machine["commit"]) for each in read(folder)} == {
         ("orthonormal", "0123456789ab")
     }
     page = (tmp_path / "home" / "summary.md").read_text()
@@ -101,7 +95,7 @@ def test_a_tiny_session_of_one_stage(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _commit(monkeypatch):
-    """A session's --commit is an environment variable: of this test alone."""
+    """Restore REFT_COMMIT, which --commit of a session sets."""
     from benchmarks.machine import describe
 
     monkeypatch.setenv("REFT_COMMIT", "")
@@ -113,11 +107,11 @@ def _commit(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--tiny", "--stage", "nothing"], "--stage must be one of parity, op, step, sweep"),
-        ([], "no CUDA device; --tiny tries everything"),
+        (["--tiny", "--stage", "nothing"], "--stage takes parity, op, step, sweep"),
+        ([], "no CUDA device; --tiny runs without one"),
     ],
 )
-def test_bad_calls_are_one_line(arguments, says):
+def test_bad_calls_give_a_single_line(arguments, says):
     if not arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     done = CliRunner().invoke(app, ["gpu", *arguments])
@@ -125,7 +119,7 @@ def test_bad_calls_are_one_line(arguments, says):
 
 
 @pytest.mark.parametrize("tiny", [True, False])
-def test_a_stage_has_one_thread_and_only_a_tiny_one_interprets(tiny, monkeypatch):
+def test_stages_have_one_thread_and_only_tiny_ones_interpret(tiny, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0" if tiny else "1")
     environment = environment_of(tiny, "0123456789ab")
     assert environment["OMP_NUM_THREADS"] == environment["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
@@ -134,7 +128,7 @@ def test_a_stage_has_one_thread_and_only_a_tiny_one_interprets(tiny, monkeypatch
     assert environment["REFT_COMMIT"] == "0123456789ab"
 
 
-def test_settings_come_home_as_a_file_of_their_own(tmp_path):
+def test_settings_are_returned_as_a_separate_file(tmp_path):
     home, scratch = tmp_path / "home", tmp_path / "scratch"
     home.mkdir()
     scratch.mkdir()
@@ -144,66 +138,16 @@ def test_settings_come_home_as_a_file_of_their_own(tmp_path):
     (scratch / "settings.json").write_text("[]\n")
     session.report([Outcome("sweep", "stopped", 60.0, "")], None)
     assert (home / "settings.json").read_text() == "[]\n"
-    assert {one.name for one in home.iterdir()} == {
+    assert {path.name for path in home.iterdir()} == {
         "results.tar.gz",
         "summary.md",
         "settings.json",
     }
 
 
-def test_a_disk_that_is_full_stops_nothing(tmp_path):
-    said = io.StringIO()
+def test_a_failed_report_does_not_stop_the_session(tmp_path):
+    printed = io.StringIO()
     absent = tmp_path / "home"
-    session = Session(absent, tmp_path, "h200", MACHINE, False, ["op"], Console(file=said))
+    session = Session(absent, tmp_path, "h200", MACHINE, False, ["op"], Console(file=printed))
     session.report([], "op")
-    assert "not written this time" in said.getvalue()
-
-
-LOG = """\
-..F.E
-=================================== FAILURES ===================================
-FAILURE in a test | of something
-=========================== short test summary info ============================
-FAILED tests/kernels/test_a.py::test_b[loreft-D64 r1] - AssertionError: out 1.1e-3
-ERROR tests/kernels/test_a.py::test_c
-2 failed, 3 passed, 1 error in 12.34s (0:00:12)
-"""
-FAILED = """\
-- `tests/kernels/test_a.py::test_b[loreft-D64 r1]` AssertionError: out 1.1e-3
-- `tests/kernels/test_a.py::test_c`"""
-
-
-def test_failed_tests_are_named():
-    assert pytest_summary(LOG) == [
-        "2 failed, 3 passed, 1 error in 12.34s (0:00:12)",
-        FAILED,
-    ]
-    assert pytest_summary("...F") == ["pytest has not come to its summary"]
-    assert pytest_summary("===== 3 passed in 0.12s =====") == ["3 passed in 0.12s"]
-
-
-def test_the_summary_tells_how_each_stage_ended(tmp_path):
-    (tmp_path / "parity.log").write_text(LOG)
-    outcomes = [Outcome("parity", "failed", 61.4, "2 failed | 3 passed")]
-    page = render(MACHINE, ["parity", "op", "step"], outcomes, "op", tmp_path, ["It lacks plots."])
-    for line in (
-        "| parity | failed | 61 | 2 failed \\| 3 passed |",
-        "| op | running |  |  |",
-        "| step | not begun |  |  |",
-        "| commit | 0123456789ab |",
-        "It lacks plots.",
-        "test_b[loreft-D64 r1]",
-    ):
-        assert line in page
-
-
-def test_an_archive_that_would_be_too_large_lacks_plots_then_logs(tmp_path):
-    (tmp_path / "op.jsonl").write_text(row().as_json() + "\n")
-    (tmp_path / "plot.png").write_bytes(os.urandom(4000))
-    (tmp_path / "op.log").write_bytes(os.urandom(4000))
-    whole, nothing = pack(tmp_path, "h200")
-    assert nothing == [] and len(members(whole)) == 3
-    smaller, left_out = pack(tmp_path, "h200", limit=len(whole) - 1)
-    assert left_out == ["plots"] and set(members(smaller)) == {"h200/op.jsonl", "h200/op.log"}
-    smallest, left_out = pack(tmp_path, "h200", limit=3000)
-    assert left_out == ["plots", "logs"] and set(members(smallest)) == {"h200/op.jsonl"}
+    assert "report not written" in printed.getvalue()

@@ -1,4 +1,4 @@
-"""Stages of a session: their budgets, and that none stops those behind it."""
+"""Stages of a session: budgets, and failures that do not stop the next stages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.suites import suites
 PASSES = ("-c", "print('fine')")
 FAILS = ("-c", "raise SystemExit('broken')")
 SLEEPS = ("-c", "import time; print('begun', flush=True); time.sleep(60)")
-# A child in the group of the stage, whose number is printed, and that outlives its parent.
+# A child in the process group of the stage; it prints its id and outlives its parent.
 _FORKS = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -36,7 +36,7 @@ def run(tmp_path, wanted, budget=20.0, report=lambda outcomes, running: None):
     return run_stages(wanted, budget, tmp_path, os.environ, report)
 
 
-def test_every_suite_has_a_stage_and_all_fit_into_a_command():
+def test_every_suite_has_a_stage_and_all_fit_a_session():
     names = [stage.name for stage in stages(tiny=False)]
     assert names == list(BUDGETS) == [stage.name for stage in stages(tiny=True)]
     assert names[:4] == ["parity", "op", "step", "sweep"] and names[-1] == "report"
@@ -44,7 +44,7 @@ def test_every_suite_has_a_stage_and_all_fit_into_a_command():
     assert sum(BUDGETS.values()) <= 540
 
 
-def test_parity_runs_all_kernel_tests_but_those_that_run_alone():
+def test_parity_runs_all_kernel_tests_except_the_large_ones():
     by_name = {stage.name: stage.command for stage in stages(tiny=False)}
     parity = by_name["parity"]
     assert "tests/kernels" in parity and parity[parity.index("-n") + 1] == "12"
@@ -54,16 +54,16 @@ def test_parity_runs_all_kernel_tests_but_those_that_run_alone():
 
 def test_a_failed_stage_stops_nothing(tmp_path):
     outcomes = run(tmp_path, [Stage("a", PASSES, 1), Stage("b", FAILS, 1), Stage("c", PASSES, 1)])
-    assert [(one.stage, one.ended) for one in outcomes] == [
+    assert [(outcome.stage, outcome.ended) for outcome in outcomes] == [
         ("a", "passed"),
         ("b", "failed"),
         ("c", "passed"),
     ]
-    assert [one.last_line for one in outcomes] == ["fine", "broken", "fine"]
+    assert [outcome.last_line for outcome in outcomes] == ["fine", "broken", "fine"]
     assert (tmp_path / "b.log").read_text() == "broken\n"
 
 
-def test_a_stage_out_of_time_is_killed_and_the_rest_goes_on(tmp_path):
+def test_a_stage_out_of_time_is_killed_and_the_next_runs(tmp_path):
     outcomes = run(tmp_path, [Stage("slow", SLEEPS, 1), Stage("next", PASSES, 3)], budget=8.0)
     slow, following = outcomes
     assert (slow.ended, slow.last_line) == ("stopped", "begun") and slow.seconds < 6
@@ -80,7 +80,7 @@ def _is_gone(pid):
     for _ in range(100):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-            if state == "Z":  # dead, and not yet waited for
+            if state == "Z":  # dead, not yet reaped
                 return True
         except FileNotFoundError:
             return True
@@ -88,21 +88,21 @@ def _is_gone(pid):
     return False
 
 
-def test_a_stage_with_grace_may_say_what_it_has(tmp_path):
+def test_a_stage_with_grace_prints_its_results_so_far(tmp_path):
     (outcome,) = run(tmp_path, [Stage("tests", INTERRUPTED, 1, grace=8.0)], budget=10.0)
     assert (outcome.ended, outcome.last_line) == ("stopped", "so far 3 failed")
     assert outcome.seconds < 9
 
 
-def test_each_stage_gets_its_budget_and_what_is_left_over(tmp_path):
+def test_each_stage_gets_its_budget_and_unused_seconds(tmp_path):
     show = ("-c", "import sys; print(sys.argv[1])", SECONDS)
     outcomes = run(tmp_path, [Stage("a", show, 40), Stage("b", show, 60)], budget=100.0)
-    assert float(outcomes[0].last_line) == 36  # 0.9 of its own
-    assert 80 <= float(outcomes[1].last_line) <= 90  # of nearly everything
+    assert float(outcomes[0].last_line) == 36  # 0.9 of its share
+    assert 80 <= float(outcomes[1].last_line) <= 90  # 0.9 of nearly the whole budget
 
 
-def test_a_stage_is_looked_at_while_it_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "LOOK", 0.1)
+def test_a_running_stage_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "REPORT_EVERY", 0.1)
     seen = []
 
     def report(outcomes, running):
@@ -114,7 +114,7 @@ def test_a_stage_is_looked_at_while_it_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("tiny", [True, False])
-def test_words_of_commands_are_known(tiny):
+def test_placeholders_of_commands_are_known(tiny):
     for stage in stages(tiny):
         for word in stage.command:
             assert not word.startswith("{") or word in (module.OUTPUT, SECONDS)

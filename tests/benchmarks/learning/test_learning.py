@@ -1,5 +1,4 @@
-"""`python -m benchmarks learn`: what is chosen, what is kept, and that the page says what the files
-say."""
+"""The command learn: stored runs, the choice of rates, trainable parameters, and the page."""
 
 from __future__ import annotations
 
@@ -14,11 +13,20 @@ from typer.testing import CliRunner
 from benchmarks.__main__ import app
 from benchmarks.learning import tables
 from benchmarks.learning.command import FOLDER
-from benchmarks.learning.methods import METHODS, trained_parameters
-from benchmarks.learning.run import best_rate, plan, run_once, stored
+from benchmarks.learning.methods import METHODS, trainable_parameters
+from benchmarks.learning.results import (
+    best_rate,
+    method_results,
+    read_results,
+    results_file,
+    run_key,
+    store_result,
+)
+from benchmarks.learning.run import make_plan, plan_as_json
 from benchmarks.learning.tasks import TASKS
-from benchmarks.report import pages as report
-from benchmarks.report.plots.learning import plot
+from benchmarks.report import pages
+from benchmarks.report.plots.frame import save_figure
+from benchmarks.report.plots.learning import learning_plot
 
 TASK_NAMES = list(TASKS)
 
@@ -27,47 +35,51 @@ def invoke(*arguments: str):
     return CliRunner().invoke(app, ["learn", *arguments])
 
 
-@pytest.mark.parametrize("task", TASK_NAMES)
-def test_a_short_run_is_kept_and_not_done_again(task, tmp_path):
-    arguments = ("--tiny", "--task", task, "--methods", "loreft,lora", "--seeds", "0,1")
+@pytest.mark.parametrize(
+    ("task", "methods"), [("facts", ["loreft", "lora"]), ("messages", ["loreft"])]
+)
+def test_a_stored_run_is_not_repeated(task, methods, tmp_path):
+    """A run is repeated only if its plan changed, and then gives the same numbers."""
+    arguments = ("--tiny", "--task", task, "--methods", ",".join(methods), "--seeds", "0,1")
     result = invoke(*arguments, "-o", str(tmp_path))
     assert result.exit_code == 0, result.output
-    files = sorted(tmp_path.glob(f"{task}/*.json"))
-    assert len(files) == 4
-    stored = json.loads(files[0].read_text(encoding="utf-8"))
-    assert stored["plan"]["points"] == [2, 4]
-    assert len(stored["heldout"]) == len(stored["development"]) == 2
-    times = [path.stat().st_mtime_ns for path in files]
-    marked = {**stored, "seconds": -1.0}
-    files[0].write_text(json.dumps(marked), encoding="utf-8")
-    assert invoke(*arguments, "-o", str(tmp_path)).exit_code == 0
-    assert json.loads(files[0].read_text(encoding="utf-8")) == marked  # read, not made
-    assert [path.stat().st_mtime_ns for path in files[1:]] == times[1:]
-    stale = {**stored, "plan": {**stored["plan"], "data": "other"}}
-    files[0].write_text(json.dumps(stale), encoding="utf-8")
-    assert invoke(*arguments, "-o", str(tmp_path)).exit_code == 0
-    again = json.loads(files[0].read_text(encoding="utf-8"))
-    assert again["plan"] == stored["plan"]
-    assert (again["heldout"], again["loss"]) == (stored["heldout"], stored["loss"])
+    file = results_file(tmp_path, task)
+    runs = read_results(file)
+    assert len(runs) == 2 * len(methods)
+    assert runs == sorted(runs, key=lambda run: run_key(run["plan"]))
+    assert runs[0]["plan"]["points"] == [2, 4]
+    assert len(runs[0]["heldout"]) == len(runs[0]["development"]) == 2
 
-    learnt = tables.read(tmp_path, task)
-    assert [one.method for one in learnt] == ["loreft", "lora"]
-    assert [len(one.runs) for one in learnt] == [2, 2]
-    assert len(tables.scores(task, learnt)) == 2 + 2 + 1  # a head, two methods, the base
+    marked = [{**run, "seconds": -1.0} for run in runs]
+    stale = {**marked[0], "plan": {**runs[0]["plan"], "data": "other"}}
+    file.write_text("".join(json.dumps(run) + "\n" for run in (stale, *marked[1:])))
+    assert invoke(*arguments, "-o", str(tmp_path)).exit_code == 0
+    again = read_results(file)
+    assert again[1:] == marked[1:]  # read, not trained
+    assert again[0]["plan"] == runs[0]["plan"] and again[0]["seconds"] > 0
+    for key in ("heldout", "development", "loss", "trained"):
+        assert again[0][key] == runs[0][key]
+
+    results = method_results(tmp_path, task)
+    assert [each.method for each in results] == methods
+    assert [len(each.runs) for each in results] == [2] * len(methods)
+    lines = tables.score_table(results).splitlines()
+    assert len(lines) == 2 + len(methods) + 1  # a head, the methods, the base
 
 
 @pytest.mark.parametrize("task", TASK_NAMES)
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_trained(task, method):
-    """Each method trains what it says; the head of a classifier goes with all of them."""
+def test_trainable_parameters(task, method):
+    """Each method trains its own parameters; all of them train the head of a classifier."""
     base, _ = TASKS[task].load(0)
     total, width = base.num_parameters(), base.config.hidden_size
     blocks = base.config.num_hidden_layers
-    head = sum(one.numel() for one in base.get_submodule(TASKS[task].head).parameters())
-    trained = trained_parameters(METHODS[method].prepare(base, METHODS[method].setup(TASKS[task])))
-    beside = head if task == "messages" else 0
+    head = sum(p.numel() for p in base.get_submodule(TASKS[task].head).parameters())
+    model = METHODS[method].prepare(base, METHODS[method].setup(TASKS[task]))
+    trainable = trainable_parameters(model)
+    classifier = head if task == "messages" else 0
     rank, groups = TASKS[task].edit.rank, TASKS[task].edit.num_groups
-    full_edit = blocks * groups * (2 * width * rank + rank) + beside
+    full_edit = blocks * groups * (2 * width * rank + rank) + classifier
     expected = {
         "full": total,
         "head": head,
@@ -75,20 +87,20 @@ def test_what_is_trained(task, method):
         "consreft": full_edit - blocks * groups * width * rank,
     }
     if method.startswith("lora"):
-        assert beside < trained < total / 4
+        assert classifier < trainable < total / 4
     else:
-        assert trained == expected.get(method, full_edit)
+        assert trainable == expected.get(method, full_edit)
 
 
-def test_the_parts_of_the_data_do_not_meet():
+def test_the_parts_of_the_data_are_disjoint():
     for task in TASKS.values():
         training, development, heldout = (
-            {json.dumps(one, sort_keys=True) for one in part} for part in task.split()
+            {json.dumps(record, sort_keys=True) for record in part} for part in task.split()
         )
         assert not training & development
         assert not training & heldout
         assert not development & heldout
-    labels = [one["label"] for one in TASKS["messages"].split()[1]]
+    labels = [record["label"] for record in TASKS["messages"].split()[1]]
     assert set(labels) == set(range(6))
 
 
@@ -98,20 +110,13 @@ def test_the_rate_is_chosen_without_the_held_out_part():
 
     late, soon = [0.1, 0.9], [0.4, 0.9]
     assert best_rate({1e-3: result([0.5, 0.8], 1, 0.1), 1e-2: result(late, 0.1, 0.5)}) == 1e-2
-    # Of equals who learnt sooner, whatever the losses and the held-out scores are.
+    # Ties go to the rate that learnt sooner, whatever losses and held-out scores are.
     assert best_rate({1e-3: result(late, 1, 0.1), 1e-2: result(soon, 0.1, 0.5)}) == 1e-2
     assert best_rate({1e-3: result(soon, 0.1, 0.5), 1e-2: result(late, 1, 0.1)}) == 1e-3
     assert best_rate({1e-2: result(soon, 1, 0.1), 1e-3: result(soon, 0.1, 0.5)}) == 1e-3
 
 
-def test_a_run_is_the_same_twice(tmp_path):
-    wanted = plan(TASKS["messages"], "loreft", 3e-3, 1, 3, 6)
-    first, second = (run_once(wanted, tmp_path / name) for name in ("a", "b"))
-    for key in ("heldout", "development", "loss", "trained"):
-        assert first[key] == second[key]
-
-
-def test_the_tied_head_gets_weights_of_its_own():
+def test_a_tied_head_gets_a_weight_of_its_own():
     base, _ = TASKS["facts"].load(0)
     embeddings = base.get_input_embeddings().weight
     assert base.lm_head.weight is embeddings
@@ -121,71 +126,63 @@ def test_the_tied_head_gets_weights_of_its_own():
     assert not embeddings.requires_grad
 
 
-def test_the_page_says_what_the_files_say():
-    text = report.PAGE.read_text(encoding="utf-8")
-    lines = report.parts(FOLDER)
-    shown = {f"{what} of {task}" for what in ("scores", "rates") for task in TASKS}
-    assert set(lines) == {*shown, "family"}
-    assert report.filled(text, lines) == text
-    for task in TASKS:
-        learnt = tables.read(FOLDER, task)
-        assert [one.method for one in learnt] == list(METHODS)
-        assert all(len(one.runs) == 3 for one in learnt)
-        assert all(sorted(one.tried) == sorted(METHODS[one.method].rates) for one in learnt)
-        loreft = next(one for one in learnt if one.method == "loreft")
+def test_the_page_shows_the_committed_results():
+    text = pages.LEARNING.read_text(encoding="utf-8")
+    tasks = tables.read_tasks(FOLDER)
+    sections = tables.page_sections(tasks)
+    names = {f"{table} of {task}" for table in ("scores", "rates") for task in TASKS}
+    assert set(sections) == {*names, "family"}
+    assert pages.fill_sections(text, sections) == text
+    for results in tasks.values():
+        assert [each.method for each in results] == list(METHODS)
+        assert all(len(each.runs) == 3 for each in results)
+        assert all(sorted(each.tried) == sorted(METHODS[each.method].rates) for each in results)
+        loreft = next(each for each in results if each.method == "loreft")
         assert f"**{statistics.fmean(loreft.finals):.1f}**" in text
 
 
-def test_the_committed_runs_are_of_these_plans():
-    """A run that would be done again, or was made on a changed checkout, is no result."""
-    files = sorted(FOLDER.glob("*/*.json"))
-    assert files
-    for path in files:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        found = result["plan"]
-        names = ("method", "rate", "seed")
-        wanted = plan(TASKS[found["task"]], *(found[name] for name in names), None, None)
-        assert stored(asdict(wanted)) == stored(found), path.name
-        assert path == FOLDER / wanted.file
-        assert len(result["heldout"]) == len(wanted.points)
-        commit = result["machine"]["commit"]
-        assert commit and not commit.endswith("+"), f"{path.name}: {commit}"
+@pytest.mark.parametrize("task", TASK_NAMES)
+def test_the_committed_runs_are_current_and_sorted(task):
+    """Each run has the present plan, so it would not be repeated, and an unchanged checkout."""
+    runs = read_results(results_file(FOLDER, task))
+    keys = [run_key(run["plan"]) for run in runs]
+    assert len(runs) == 75 and keys == sorted(set(keys))
+    for run, (method, rate, seed) in zip(runs, keys, strict=True):
+        current = make_plan(TASKS[task], method, rate, seed, None, None)
+        assert plan_as_json(asdict(current)) == plan_as_json(run["plan"]), (method, rate, seed)
+        assert len(run["heldout"]) == len(current.points)
+        commit = run["machine"]["commit"]
+        assert commit and not commit.endswith("+"), (method, rate, seed)
 
 
-def test_the_plot_and_the_tables_of_a_few_runs(tmp_path):
-    """What stands in the files comes out, the best first, and the page keeps what is around it."""
-    shape = plan(TASKS["facts"], "loreft", 1e-2, 0, None, None)
+def test_plot_and_tables_of_a_few_runs(tmp_path):
+    """Tables show the stored scores, the best method first, and the plot depends on them."""
+    plan = make_plan(TASKS["facts"], "loreft", 1e-2, 0, None, None)
     for method, rate, end in (("loreft", 1e-2, 0.5), ("loreft", 3e-2, 0.25), ("lobireft", 0.1, 1)):
         for seed in (0, 1) if rate != 3e-2 else (0,):
-            one = replace(shape, method=method, rate=rate, seed=seed)
-            curve = [end * point / one.steps for point in one.points]
+            run = replace(plan, method=method, rate=rate, seed=seed)
+            curve = [end * point / run.steps for point in run.points]
             curve[-1] += 0.01 * seed
             machine = dict.fromkeys(("device", "torch", "transformers", "peft", "commit"), "x")
-            result = {"format": 1, "plan": asdict(one), "development": curve, "heldout": curve}
+            result = {"format": 1, "plan": asdict(run), "development": curve, "heldout": curve}
             result |= {"counts": [7, 2, 3], "machine": machine, "trained": 25, "base": 1000}
-            result["before"] = 0.125
-            path = tmp_path / one.file
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(result), encoding="utf-8")
-    learnt = tables.read(tmp_path, "facts")
-    rows = tables.scores("facts", learnt)[2:]
+            store_result(results_file(tmp_path, "facts"), result | {"before": 0.125})
+    tasks = tables.read_tasks(tmp_path)
+    results = tasks["facts"]
+    rows = tables.score_table(results).splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == [
         "| LobiReFT", "| LoReFT", "| the base model, untrained"
     ]  # fmt: skip
     assert rows[1].endswith(" | **50.5** | 0.7 |")
     assert rows[1].startswith("| LoReFT | 25 | 2.50 | 0.01 | 3.1 |")
     assert rows[2].endswith(" | **12.5** | 0.0 |")
-    assert "| **50.0 / 50.0** | 25.0 / 25.0 |" in tables.rates(learnt)[2]
-    assert any(row.endswith("| 31.3 (6) | 25.0 (1) | 100.5 (1) |") for row in
-               tables.family({"facts": learnt}))  # fmt: skip
-    lines = report.parts(tmp_path)
-    page = "above\n" + "".join(f"<!-- {m} -->\nold\n<!-- end of {m} -->\n" for m in lines) + "below"
-    text = report.filled(page, lines)
-    assert text.startswith("above\n") and text.endswith("below") and "old" not in text
-    plot({"facts": learnt}, tmp_path / "a.png")
+    assert "| **50.0 / 50.0** | 25.0 / 25.0 |" in tables.rate_table(results)
+    family = tables.family_table(tasks)
+    assert "| 31.3 (6) | 25.0 (1) | 100.5 (1) |\n" in family
+    save_figure(learning_plot(tasks), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    learnt = [replace(one, runs=one.runs[:1]) for one in learnt]
-    plot({"facts": learnt}, tmp_path / "b.png")
+    first_runs = [replace(each, runs=each.runs[:1]) for each in results]
+    save_figure(learning_plot({"facts": first_runs}), tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
@@ -198,6 +195,9 @@ def test_mistakes(tmp_path):
     assert invoke("--tiny", "--methods", "head", "--task", "facts").exit_code == 2
     assert sorted(FOLDER.rglob("*")) == before
     with pytest.raises(FileNotFoundError, match="python -m benchmarks learn"):
-        tables.read(tmp_path, "facts")
-    with pytest.raises(ValueError, match="once each"):
-        report.filled("nothing here", {"family": []})
+        method_results(tmp_path, "facts")
+    file = results_file(tmp_path, "facts")
+    for line, reason in (("{nonsense", "line 1: "), ('{"format": 2}', "format must be 1, got 2")):
+        file.write_text(f"{line}\n")
+        with pytest.raises(ValueError, match=reason):
+            method_results(tmp_path, "facts")

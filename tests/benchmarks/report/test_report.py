@@ -1,4 +1,4 @@
-"""The page and README's table, from rows made by hand."""
+"""The report of a device, README's table, and the command, from handwritten rows."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import typer
 from sample_rows import MACHINE, MODEL, op_rows, row, step, step_rows, sweep_rows, write
 from typer.testing import CliRunner
 
-from benchmarks.report import device_report as report
-from benchmarks.report.device_report import readme_table, render, rewrite, write_report
-from benchmarks.report.tables import percent, quantity, times
+from benchmarks.report import pages
+from benchmarks.report.command import write_report
+from benchmarks.report.conditions import measured_on
+from benchmarks.report.device_report import render_report as render
+from benchmarks.report.readme_table import readme_table
 from benchmarks.result_rows import Gate
 
 app = typer.Typer()
@@ -17,71 +19,31 @@ app.command()(write_report)
 
 
 def call(*arguments):
-    return CliRunner().invoke(app, [str(one) for one in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def tables(text):
-    """The tables of a page: each a list of lines, each a list of cells."""
-    found = [[]]
+    """The tables of a page: a list of lines each, a list of cells per line."""
+    parsed = [[]]
     for line in text.splitlines():
         if line.startswith("|"):
-            found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
-        elif found[-1]:
-            found.append([])
-    return [table for table in found if table]
+            parsed[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+        elif parsed[-1]:
+            parsed.append([])
+    return [table for table in parsed if table]
 
 
-# ------------------------------------------------------------------ numbers
-
-
-@pytest.mark.parametrize(
-    ("value", "unit", "text"),
-    [
-        (12.0, "s", "12.0 s"),
-        (0.25, "s", "250 ms"),
-        (9.996e-4, "s", "1.00 ms"),
-        (1.234e-6, "s", "1.23 µs"),
-        (-2e-3, "s", "−2.00 ms"),
-        (0, "bytes", "0 B"),
-        (999, "bytes", "999 B"),
-        (2_500_000, "bytes", "2.50 MB"),
-        (134e6, "bytes", "134 MB"),
-        (-4096, "bytes", "−4.10 kB"),
-        (3e9, "bytes", "3.00 GB"),
-        (40, "count", "40"),
-        (0.5, "", "0.500"),
-    ],
-)
-def test_quantities(value, unit, text):
-    assert quantity(value, unit) == text
-
-
-@pytest.mark.parametrize(
-    ("ratio", "text"),
-    [(1.004, "+0.4 %"), (0.988, "−1.2 %"), (2.31, "+131 %"), (1.0004, "0.0 %"), (1.0999, "+10 %")],
-)
-def test_percent(ratio, text):
-    assert percent(ratio) == text
-
-
-def test_times():
-    assert [times(one) for one in (0.5, 1.0, 12.34, 250)] == ["0.500×", "1.00×", "12.3×", "250×"]
-
-
-# ------------------------------------------------------------------ the page
-
-
-def test_the_page_says_first_what_it_was_measured_on():
+def test_the_report_begins_with_the_machine():
     text = render(op_rows())
     assert text.startswith(
         "# Benchmark results\n\n"
         "Measured on Slow CPU, 1 thread of 2 cores, torch 2.13.0, triton 3.9.0, "
         "transformers 5.23.0, Python 3.11.7, Linux x86_64, commit 0123456789ab; "
-        "pyreft 0.1.0; 2026-02-03.\n\n## The edit itself\n"
+        "pyreft 0.1.0; 2026-02-03.\n\n## The edit alone\n"
     )
 
 
-def test_two_states_of_the_code_are_two_lines():
+def test_two_machines_have_a_sentence_each():
     later = MACHINE | {
         "commit": "ba9876543210+",
         "device": "Fast GPU",
@@ -95,7 +57,7 @@ def test_two_states_of_the_code_are_two_lines():
     assert lines[1].endswith("commit ba9876543210 with uncommitted changes; 2026-02-03.")
 
 
-def test_cases_of_the_edit_are_told_apart_by_what_differs():
+def test_cases_of_the_edit_show_the_fields_that_differ():
     text = render(op_rows())
     assert tables(text) == [
         [
@@ -109,7 +71,7 @@ def test_cases_of_the_edit_are_told_apart_by_what_differs():
     assert "\n– reference, compiled: no compiler (1 of 2)\n" in text
 
 
-def test_a_peer_without_any_number_is_named_below_alone():
+def test_a_peer_without_numbers_is_only_listed_below():
     text = render([row(), row(peer="adapters", value=None, absent="not installed", note="odd")])
     assert [table[0] for table in tables(text)] == [["case", "ours"]]
     assert "\n– adapters: not installed\n" in text
@@ -168,12 +130,12 @@ def test_each_sweep_has_its_table():
     assert length[0] == ["peer", "tokens 32", "tokens 64"]
 
 
-def test_cases_that_look_alike_keep_their_ids():
-    one, other = step("ours", 1.1, case="first"), step("ours", 1.2, case="second")
-    assert tables(render([one, other]))[0][0] == ["peer", "first", "second"]
+def test_cases_with_equal_labels_keep_their_ids():
+    first, second = step("ours", 1.1, case="first"), step("ours", 1.2, case="second")
+    assert tables(render([first, second]))[0][0] == ["peer", "first", "second"]
 
 
-def test_memory_and_generation_have_a_table_a_case():
+def test_memory_and_generation_have_a_table_per_case():
     model = {"shape": MODEL, "baseline": "base"}
     rows = [
         row(suite="memory", metric="saved", unit="bytes", value=2e6, **model),
@@ -184,20 +146,17 @@ def test_memory_and_generation_have_a_table_a_case():
     ]
     assert tables(render(rows)) == [
         [
-            ["peer", "peak", "kept for backward"],
+            ["peer", "peak", "saved for backward"],
             ["---", "---:", "---:"],
             ["ours", "−512 B", "2.00 MB"],
         ],
         [
-            ["peer", "a decoded token", "operators more a token"],
+            ["peer", "decoding step", "added operators per token"],
             ["---", "---:", "---:"],
             ["base", "2.00 ms", ""],
             ["ours", "+1.0 %", "0"],
         ],
     ]
-
-
-# ------------------------------------------------------------------ README
 
 
 def test_readme_table_is_the_whole_models_of_the_step_suite():
@@ -214,55 +173,25 @@ def test_readme_table_is_the_whole_models_of_the_step_suite():
     ]
     assert text.startswith("Measured on Slow CPU, 1 thread of 2 cores, torch 2.13.0,")
     assert "All: positions f7+l7, rank 4, dtype fp32." in text
-    assert text.endswith("– pyreft: it fails here (1 of 2)  \n¹ the same floor once more")
-
-
-def test_rewriting_changes_only_what_is_between_the_markers(tmp_path):
-    page = tmp_path / "README.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    rewrite(page, "| new |")
-    rewrite(page, "| new |")
-    assert page.read_text() == f"before\n{report.BEGIN}\n| new |\n{report.END}\nafter\n"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "no markers",
-        report.BEGIN,
-        f"{report.END}\n{report.BEGIN}",
-        2 * f"{report.BEGIN}{report.END}",
-    ],
-)
-def test_a_page_without_markers_is_left_alone(tmp_path, text):
-    page = tmp_path / "README.md"
-    page.write_text(text)
-    with pytest.raises(ValueError, match="needs the lines <!-- benchmark table --> and"):
-        rewrite(page, "table")
-    assert page.read_text() == text
+    assert text.endswith("– pyreft: it fails here (1 of 2)  \n¹ the baseline again")
 
 
 def test_the_readme_option_writes_the_table_and_no_page(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    results = write(tmp_path / "step.jsonl", *step_rows())
     page = tmp_path / "README.md"
-    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    monkeypatch.setattr(pages, "README", page)
+    results = write(tmp_path / "step.jsonl", *step_rows())
+    page.write_text("<!-- benchmark table -->\n<!-- end of benchmark table -->\n")
     done = call(results, "--readme")
     assert done.exit_code == 0, done.output
-    assert page.read_text() == f"{report.BEGIN}\n{readme_table(step_rows())}\n{report.END}\n"
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["README.md", "step.jsonl"]
+    assert pages.section_of(page.read_text(), "benchmark table") == readme_table(step_rows())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "step.jsonl"]
 
     page.write_text("nothing")
     done = call(results, "--readme")
     assert done.exit_code == 2
-    assert done.stderr.startswith(f"error: {page} needs the lines")
+    assert done.stderr.startswith(f"error: {page}: the page needs the lines")
     done = call(write(tmp_path / "op.jsonl", *op_rows()), "--readme")
-    assert done.stderr == (
-        "error: README's table is of the step suite, and there are no rows of it\n"
-    )
-
-
-# ------------------------------------------------------------------ the command
+    assert done.stderr == "error: README's table needs rows of the suite step, got none\n"
 
 
 def test_the_command_writes_page_and_plots(tmp_path):
@@ -274,14 +203,14 @@ def test_the_command_writes_page_and_plots(tmp_path):
     assert text == render([*step_rows(), *sweep_rows()], ["step.png", "sweeps.png"])
     assert "![step.png](step.png)\n\n![sweeps.png](sweeps.png)" in text
     assert call(tmp_path / "step.jsonl", "--output", tmp_path / "there").exit_code == 0
-    assert sorted(one.name for one in (tmp_path / "there").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == [
         "report.md",
         "step.png",
         "sweeps.png",
     ]
 
 
-def test_what_cannot_be_reported_is_one_line(tmp_path):
+def test_results_that_cannot_be_reported_give_a_single_line(tmp_path):
     done = call(tmp_path)
     assert done.exit_code == 2
     assert done.stderr == f"error: no results at {tmp_path}: a .jsonl file or a folder with some\n"
@@ -295,17 +224,17 @@ def test_what_cannot_be_reported_is_one_line(tmp_path):
     assert not (tmp_path / "report").exists()
 
 
-def test_overheads_are_read_from_counted_steps_where_there_are_some():
+def test_overheads_are_those_of_operators_where_there_are_some():
     whole = [step("frozen", 1.0), step("ours", 1.08), step("LoRA", None, absent="it fails")]
-    better = [step(peer, ratio, metric="counted") for peer, ratio in
+    better = [step(peer, ratio, metric="op_overhead") for peer, ratio in
               (("frozen", 1.0), ("ours", 1.004))]  # fmt: skip
     table = readme_table([*whole, *better])
     assert "+0.4 %" in table and "+8.0 %" not in table
-    assert "Counted: the operators" in table and "it fails" in table
+    assert "Only operators and Python" in table and "it fails" in table
     page = render([*whole, *better])
-    assert "### Whole step" in page and "### Counted" in page
+    assert "### Whole step" in page and "### Operator overhead" in page
     assert "+8.0 %" in page and "+0.4 %" in page
-    assert "+8.0 %" in readme_table(whole) and "Counted" not in readme_table(whole)
+    assert "+8.0 %" in readme_table(whole) and "Only operators" not in readme_table(whole)
 
 
 def test_tables_are_written_even_if_a_plot_fails(tmp_path, monkeypatch):
@@ -317,3 +246,13 @@ def test_tables_are_written_even_if_a_plot_fails(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="no fonts"):
         write_report(tmp_path)
     assert (tmp_path / "report" / "report.md").read_text() == render([row()])
+
+
+def test_two_commits_on_a_machine_are_one_sentence():
+    later = MACHINE | {"commit": "ba9876543210"}
+    rows = [row(), row(suite="load", metric="wrap", shape=MODEL, machine=later)]
+    (sentence,) = measured_on(rows)
+    assert sentence.count("Slow CPU") == 1
+    assert ", commits 0123456789ab (op) and ba9876543210 (load); 2026" in sentence
+    steps = [row(), row(peer="pyreft", machine=later)]
+    assert ", commits 0123456789ab and ba9876543210; 2026" in measured_on(steps)[0]
