@@ -76,8 +76,8 @@ def named_commits(text: str, root: Path = ROOT) -> str:
     Raises:
         OSError, subprocess.SubprocessError: git fails.
     """
-    wanted = set(_CONTENT_ID.findall(text))
-    commits = _commits_of(wanted, root) if wanted else {}
+    ids = set(_CONTENT_ID.findall(text))
+    commits = _commits_of(ids, root) if ids else {}
 
     def name(match: re.Match[str]) -> str:
         return commits.get((match[1], match[2]), match[0])

@@ -33,7 +33,7 @@ from benchmarks.peers.ours import edit as operator_of
 from benchmarks.result_rows import RESULTS, Gate, Row, Writer, replace_file
 from benchmarks.run import release, requested_device, stop
 from benchmarks.suites import first_line
-from benchmarks.suites.op import Stand, calls_of, cold_stands, tensors
+from benchmarks.suites.op import Workload, calls_of, cold_workloads, tensors
 from benchmarks.timing import (
     Clock,
     Effort,
@@ -227,9 +227,9 @@ def _checked_in_batches(
 def _timed(case: OpCase, operator: Operator, edit: Edit, device: torch.device) -> Run:
     """Time forward and backward: on a GPU from a graph of both, including feeding."""
     if device.type != "cuda":
-        return calls_of(Clock(device), Stand(operator, edit.hidden, edit.upstream))
-    stands = cold_stands(case, operator, edit)
-    return graph_run("both", [stand.whole for stand in stands])
+        return calls_of(Clock(device), Workload(operator, edit.hidden, edit.upstream))
+    workloads = cold_workloads(case, operator, edit)
+    return graph_run("both", [workload.whole for workload in workloads])
 
 
 def _with_settings(kernel: str, settings: tuning.KernelConfig, run: Run) -> Mapping[str, float]:
@@ -240,7 +240,7 @@ def _with_settings(kernel: str, settings: tuning.KernelConfig, run: Run) -> Mapp
 def _feeding(case: OpCase, edit: Edit, effort: Effort) -> float:
     """Seconds of the same graph with an operator that does nothing: the cost of feeding."""
     nothing = Operator(lambda hidden: hidden, {})
-    run = graph_run("both", [stand.whole for stand in cold_stands(case, nothing, edit)])
+    run = graph_run("both", [workload.whole for workload in cold_workloads(case, nothing, edit)])
     return quantiles(interleave({"nothing": run}, effort)["nothing"]["both"]).median
 
 
@@ -269,8 +269,8 @@ def check_candidate(job: Job) -> Gate:
     try:
         with tuning.trial(job.kernel, job.settings):
             operator = operator_of("triton", job.case, edit)
-            stand = Stand(operator, edit.hidden, edit.upstream)
-            return gate.check(result_of(*stand.result()), within_budget=True)
+            workload = Workload(operator, edit.hidden, edit.upstream)
+            return gate.check(result_of(*workload.result()), within_budget=True)
     except Exception as error:  # of the compiler or the launcher
         return Gate(False, f"{type(error).__name__}: {first_line(error)}")
 

@@ -23,7 +23,7 @@ _GATE = 100
 #: Bytes of a peer's forward and backward per element of hidden, at most. 32 were measured.
 _RESULT = 40
 #: Number of peers in the suite "op", and of peers of which it captures CUDA graphs.
-_STANDS, _CAPTURED = 8, 3
+_WORKLOADS, _CAPTURED = 8, 3
 #: Numbers in float32 that all models of a step keep per number of R: W, R, moments and base points
 #: of four models, and intermediates of an orthonormal R in float64.
 _ADAPTERS = 60
@@ -42,12 +42,12 @@ def warming(case: OpCase) -> int:
 def op(case: OpCase) -> int:
     """Bytes of the process that measures an operator.
 
-    It holds the gate, a stand per peer with output and gradient, and three graphs of cold copies
+    It holds the gate, a workload per peer with output and gradient, and three graphs of cold copies
     per captured peer.
     """
-    stands = _STANDS * 4 * _size(case)
+    workloads = _WORKLOADS * 4 * _size(case)
     graphs = _CAPTURED * copies(case) * (_size(case) + 3 * (2 * _size(case) + 8))
-    return gate(case) + _elements(case) * (stands + graphs)
+    return gate(case) + _elements(case) * (workloads + graphs)
 
 
 def sweep(case: OpCase) -> int:

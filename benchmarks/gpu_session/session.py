@@ -84,7 +84,7 @@ class Session:
         top: the name of the folder in the archive: that of the device.
         machine: the result of ``machine.describe``.
         tiny: whether the session runs without a GPU.
-        wanted: the names of the stages.
+        stage_names: the names of the stages.
     """
 
     home: Path
@@ -92,7 +92,7 @@ class Session:
     top: str
     machine: dict[str, Any]
     tiny: bool
-    wanted: Sequence[str]
+    stage_names: Sequence[str]
     console: Console
 
     def report(self, outcomes: Sequence[Outcome], running: str | None) -> None:
@@ -116,9 +116,11 @@ class Session:
         (self.scratch / "session.json").write_text(session, encoding="utf-8")
         content, left_out = pack(self.scratch, self.top)
         replace_file(self.home / "results.tar.gz", content)
-        notes = [f"results.tar.gz is limited in size and lacks {' and '.join(left_out)}."]
+        notes = []
+        if left_out:
+            notes = [f"results.tar.gz is limited in size and lacks {' and '.join(left_out)}."]
         page = render_summary(
-            self.machine, self.wanted, outcomes, running, self.scratch, notes if left_out else ()
+            self.machine, self.stage_names, outcomes, running, self.scratch, notes
         )
         replace_file(self.home / "summary.md", page.encode())
         settings = self.scratch / "settings.json"

@@ -125,7 +125,7 @@ def stages(tiny: bool) -> tuple[Stage, ...]:
 
 
 def run_stages(
-    wanted: Sequence[Stage],
+    selected: Sequence[Stage],
     budget: float,
     folder: Path,
     environment: Mapping[str, str],
@@ -142,9 +142,9 @@ def run_stages(
     """
     outcomes: list[Outcome] = []
     began = time.perf_counter()
-    for index, stage in enumerate(wanted):
+    for index, stage in enumerate(selected):
         left = max(0.0, budget - (time.perf_counter() - began))
-        seconds = left * stage.seconds / sum(other.seconds for other in wanted[index:])
+        seconds = left * stage.seconds / sum(other.seconds for other in selected[index:])
         placeholders = {OUTPUT: str(folder), SECONDS: f"{0.9 * seconds:.0f}"}
         command = [placeholders.get(word, word) for word in stage.command]
         report(outcomes, stage.name)

@@ -17,7 +17,7 @@ _MACHINE = ("device", "driver", "python", "torch", "triton", "transformers", "co
 
 def render_summary(
     machine: Mapping[str, Any],
-    wanted: Sequence[str],
+    stage_names: Sequence[str],
     outcomes: Sequence[Outcome],
     running: str | None,
     folder: Path,
@@ -27,14 +27,14 @@ def render_summary(
 
     Args:
         machine: the result of ``machine.describe``.
-        wanted: names of the stages, in order.
+        stage_names: names of the stages, in order.
         running: the name of the running stage; None after the last.
         folder: the folder of rows and logs.
         notes: lines for the top of the page.
     """
     parts = ["# A session on a GPU", *notes]
     parts.append(markdown(["", ""], [[name, str(machine[name])] for name in _MACHINE], left=2))
-    parts += ["## Stages", _stages(wanted, outcomes, running)]
+    parts += ["## Stages", _stages(stage_names, outcomes, running)]
     for name in TESTS:
         log = folder / f"{name}.log"
         if log.exists():
@@ -55,10 +55,10 @@ def pytest_summary(log: str) -> list[str]:
     return [says, *(["\n".join(failed)] if failed else [])]
 
 
-def _stages(wanted: Sequence[str], outcomes: Sequence[Outcome], running: str | None) -> str:
+def _stages(stage_names: Sequence[str], outcomes: Sequence[Outcome], running: str | None) -> str:
     ended = {outcome.stage: outcome for outcome in outcomes}
     lines = []
-    for name in wanted:
+    for name in stage_names:
         if name in ended:
             outcome = ended[name]
             last_line = outcome.last_line.replace("|", "\\|")

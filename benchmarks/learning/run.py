@@ -21,7 +21,6 @@ from benchmarks.learning.results import (
     best_rate,
     read_results,
     results_file,
-    run_key,
     store_result,
 )
 from benchmarks.learning.tasks import TASKS, LearningTask, collate
@@ -98,11 +97,11 @@ def plan_as_json(plan: Mapping[str, Any]) -> dict[str, Any]:
 def run_once(plan: Plan, folder: Path) -> Result:
     """Return the stored result of a plan, or train and store it if there is none."""
     file = results_file(folder, plan.task)
-    wanted = plan_as_json(asdict(plan))
+    plan_json = plan_as_json(asdict(plan))
     for stored in read_results(file):
-        if run_key(stored["plan"]) == run_key(wanted) and plan_as_json(stored["plan"]) == wanted:
+        if plan_as_json(stored["plan"]) == plan_json:
             return stored
-    result = {"format": FORMAT, "plan": wanted, **_train(plan)}
+    result = {"format": FORMAT, "plan": plan_json, **_train(plan)}
     store_result(file, result)
     return result
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.cases import ModelCase
 from benchmarks.peers import Peer, Wrapped
+from benchmarks.peers.model_calls import loss_of
 from reft.model.sites import find_sites
 
 
@@ -23,11 +23,7 @@ def wrap(base: nn.Module, case: ModelCase) -> Wrapped:
 
     find_sites(base).blocks[case.edited_layers[0]].register_forward_hook(leaf)
 
-    def compute_loss(batch: Mapping[str, Tensor]) -> Tensor:
-        loss: Tensor = base(**batch).loss
-        return loss
-
-    return Wrapped(compute_loss, [], base)
+    return Wrapped(loss_of(base), [], base)
 
 
 PEERS = (

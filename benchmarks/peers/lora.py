@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.cases import ModelCase
 from benchmarks.machine import installed
 from benchmarks.peers import Absent, Peer, Wrapped
+from benchmarks.peers.model_calls import greedy_generation, loss_of
 
 _TARGETS = {"llama": ["q_proj", "v_proj"], "roberta": ["query", "value"]}
 
@@ -31,22 +30,10 @@ def wrap(base: nn.Module, case: ModelCase) -> Wrapped:
     model = get_peft_model(base, settings)
     model.train()
 
-    def compute_loss(batch: Mapping[str, Tensor]) -> Tensor:
-        loss: Tensor = model(**batch).loss
-        return loss
-
-    def generate(prompts: Tensor, count: int) -> Tensor:
-        tokens: Tensor = model.generate(
-            input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-        )
-        return tokens
-
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Wrapped(compute_loss, trainable, model, generate, model.save_pretrained)
+    return Wrapped(
+        loss_of(model), trainable, model, greedy_generation(model), model.save_pretrained
+    )
 
 
 def load(base: nn.Module, folder: str) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases import ModelCase, OpCase, RotationCase
 from benchmarks.peers import Absent, Operator, Peer, Rotation, Wrapped
+from benchmarks.peers.model_calls import greedy_generation, loss_of
 from reft import ReftConfig, ReftModel, get_reft_model
 from reft_kernels import lowrank_edit_, orthonormalize, reflector_base
 from reft_kernels.testing import PARAMETERS, Edit
@@ -56,19 +56,14 @@ def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
     model: ReftModel = get_reft_model(base, config(case, tied))
     model.train()
 
-    def compute_loss(batch: Mapping[str, Tensor]) -> Tensor:
-        loss: Tensor = model(**batch).loss
-        return loss
-
-    def generate(prompts: Tensor, count: int) -> Tensor:
-        tokens: Tensor = model.generate(
-            input_ids=prompts, max_new_tokens=count, min_new_tokens=count, do_sample=False
-        )
-        return tokens
-
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Wrapped(
-        compute_loss, trainable, model, generate, model.save_pretrained, same_as_reference=True
+        loss_of(model),
+        trainable,
+        model,
+        greedy_generation(model, mask=False),
+        model.save_pretrained,
+        same_as_reference=True,
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from benchmarks.allocations import operations, traffic
 from benchmarks.cases import LLAMA_1B, ModelCase, llama
 from benchmarks.peers import Absent, Wrapped
+from benchmarks.peers.model_calls import greedy_generation, loss_of
 from benchmarks.result_rows import Row
 from benchmarks.suites import Options, Suite, blank_row, first_line
 from benchmarks.suites.models import BASELINE, Twins, check, make_batch
@@ -56,7 +57,8 @@ def run(case: ModelCase, options: Options) -> Iterator[Row]:
         try:
             if peer.name == BASELINE:
                 blank = dataclasses.replace(blank, peer=BASE)
-                wrapped = _without_adapter(twins.fresh())
+                base = twins.fresh()
+                wrapped = Wrapped(loss_of(base), [], base, greedy_generation(base))
             elif not gate.passed:
                 raise Absent("the gate did not pass")
             else:
@@ -81,27 +83,13 @@ def run(case: ModelCase, options: Options) -> Iterator[Row]:
     samples = interleave(runs, options.effort)
     for name, blank in blanks.items():
         for metric, seconds in samples[name].items():
-            base = samples.get(BASE, {}).get(metric)
-            yield dataclasses.replace(blank, metric=metric).with_rounds(seconds, base)
+            base_seconds = samples.get(BASE, {}).get(metric)
+            yield dataclasses.replace(blank, metric=metric).with_rounds(seconds, base_seconds)
         if name == BASE or BASE not in counts:
             continue
         for metric, unit in (("decode_operations", "count"), ("decode_bytes", "bytes")):
             added = counts[name][metric] - counts[BASE][metric]
             yield dataclasses.replace(blank, metric=metric, unit=unit, value=added)
-
-
-def _without_adapter(base: nn.Module) -> Wrapped:
-    def generate(prompts: Tensor, count: int) -> Tensor:
-        tokens: Tensor = base.generate(  # type: ignore[operator]
-            input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-        )
-        return tokens
-
-    return Wrapped(lambda batch: base(**batch).loss, [], base, generate)
 
 
 def set_eval(wrapped: Wrapped) -> None:

@@ -138,8 +138,8 @@ class _Feed(torch.autograd.Function):
 
 
 @dataclass(eq=False)
-class Stand:
-    """An operator with memory of its own: forward, feeding of the gradient, backward."""
+class Workload:
+    """An operator with its own copy of the inputs: forward, feeding of the gradient, backward."""
 
     operator: Operator
     hidden: Tensor
@@ -196,7 +196,7 @@ def run(case: OpCase, options: Options) -> Iterator[Row]:
         blank = blank_row("op", case, "", "s", peer, options)
         try:
             operator = peer.edit(case, edit)
-            result = result_of(*Stand(operator, edit.hidden, edit.upstream).result())
+            result = result_of(*Workload(operator, edit.hidden, edit.upstream).result())
             checked = gate.check(result, within_budget=operator.within_budget)
         except Exception as error:  # of the peer or its compiler; the other peers go on
             yield from _without_number(blank, absent=first_line(error))
@@ -205,7 +205,7 @@ def run(case: OpCase, options: Options) -> Iterator[Row]:
         if not checked.passed:
             yield from _without_number(blank, absent="the gate did not pass")
             continue
-        runs[peer.name] = calls_of(clock, Stand(operator, edit.hidden, edit.upstream))
+        runs[peer.name] = calls_of(clock, Workload(operator, edit.hidden, edit.upstream))
         blanks[peer.name] = blank
         if device.type == "cuda":
             try:
@@ -237,19 +237,19 @@ def _rows(
             yield row.with_rounds(seconds, samples.get("ours", {}).get(metric))
 
 
-def calls_of(clock: Clock, stand: Stand) -> Run:
+def calls_of(clock: Clock, workload: Workload) -> Run:
     """Time eager calls of forward and backward."""
 
     def run() -> Mapping[str, float]:
-        times = clock(forward=stand.forward, feed=stand.feed, backward=stand.backward)
+        times = clock(forward=workload.forward, feed=workload.feed, backward=workload.backward)
         return {phase: seconds for phase, seconds in times.items() if "feed" not in phase}
 
     return run
 
 
-def cold_stands(case: OpCase, operator: Operator, edit: Edit) -> list[Stand]:
-    """Enough stands to outgrow the L2 cache."""
-    return [Stand(operator, edit.hidden, edit.upstream) for _ in range(copies(case))]
+def cold_workloads(case: OpCase, operator: Operator, edit: Edit) -> list[Workload]:
+    """Enough workloads to outgrow the L2 cache."""
+    return [Workload(operator, edit.hidden, edit.upstream) for _ in range(copies(case))]
 
 
 def copies(case: OpCase) -> int:
@@ -268,15 +268,15 @@ def graphs_of(case: OpCase, operator: Operator, edit: Edit) -> Run:
     """
     if not operator.capturable:
         raise RuntimeError(_NO_CAPTURE)
-    stands = cold_stands(case, operator, edit)
+    workloads = cold_workloads(case, operator, edit)
 
-    def fed(stand: Stand) -> None:
-        stand.forward()
-        stand.feed()
+    def fed(workload: Workload) -> None:
+        workload.forward()
+        workload.feed()
 
     alone, before, both = (
-        graph_run("seconds", [partial(step, stand) for stand in stands])
-        for step in (Stand.forward, fed, Stand.whole)
+        graph_run("seconds", [partial(step, workload) for workload in workloads])
+        for step in (Workload.forward, fed, Workload.whole)
     )
 
     def run() -> Mapping[str, float]:
@@ -298,7 +298,7 @@ def warm(case: OpCase, options: Options) -> None:
         if peer.edit is None:
             continue
         with suppress(Exception):  # the measurement reports the error
-            Stand(peer.edit(case, edit), edit.hidden, edit.upstream).result()
+            Workload(peer.edit(case, edit), edit.hidden, edit.upstream).result()
 
 
 SUITE = Suite(

@@ -128,7 +128,7 @@ class _Batch:
         self.forwards: dict[_Key, _Forward] = {}
 
     def blank(self, peer: Peer, adapters: int) -> Row:
-        """A row of a peer with so many adapters."""
+        """A row of a peer with a number of adapters, without a number yet."""
         blank = blank_row("serve", self.case, "", "s", peer, self.options)
         shape = {**blank.shape, "adapters": adapters}
         return dataclasses.replace(blank, case=f"{self.case}-k{adapters}", shape=shape)

@@ -151,3 +151,14 @@ def _serve_row(peer: str, adapters: int, metric: str, rank: int) -> Row:
         suite="serve", case=case, metric=metric, shape=shape, peer=peer, value=value, ratio=ratio,
         baseline="base",
     )  # fmt: skip
+
+
+def page_tables(text: str) -> list[list[list[str]]]:
+    """The tables of a Markdown page: a list of lines each, a list of cells per line."""
+    parsed: list[list[list[str]]] = [[]]
+    for line in text.splitlines():
+        if line.startswith("|"):
+            parsed[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+        elif parsed[-1]:
+            parsed.append([])
+    return [table for table in parsed if table]

@@ -8,16 +8,16 @@ import torch
 from benchmarks.cases import OpCase
 from benchmarks.gate import OpGate, check_losses, result_of
 from benchmarks.peers import Operator, ours, reference
-from benchmarks.suites.op import Stand, tensors
+from benchmarks.suites.op import Workload, tensors
 from reft_kernels import lowrank_edit
 
 CPU = torch.device("cpu")
 
 
 def checked(case, operator, edit):
-    stand = Stand(operator, edit.hidden, edit.upstream)
+    workload = Workload(operator, edit.hidden, edit.upstream)
     return OpGate(case, edit).check(
-        result_of(*stand.result()), within_budget=operator.within_budget
+        result_of(*workload.result()), within_budget=operator.within_budget
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from benchmarks.gate import OpGate, result_of
 from benchmarks.peers import Absent, peers
 from benchmarks.suites import suites
-from benchmarks.suites.op import Stand, tensors
+from benchmarks.suites.op import Workload, tensors
 from benchmarks.suites.orthonormal import check_orthonormal
 
 CPU = torch.device("cpu")
@@ -34,17 +34,17 @@ def test_edit(benchmark, peer, case, phase):
     benchmark.group = f"op {phase} {case}"
     edit = tensors(case, CPU)
     operator = built(peer.edit, case, edit)
-    stand = Stand(operator, edit.hidden, edit.upstream)
-    result = result_of(*stand.result())
+    workload = Workload(operator, edit.hidden, edit.upstream)
+    result = result_of(*workload.result())
     gate = OpGate(case, edit).check(result, within_budget=operator.within_budget)
     assert gate.passed, gate.says
 
     def before():
         if phase == "backward":
-            stand.forward()
-            stand.feed()
+            workload.forward()
+            workload.feed()
 
-    benchmark.pedantic(getattr(stand, phase), setup=before, rounds=30, warmup_rounds=3)
+    benchmark.pedantic(getattr(workload, phase), setup=before, rounds=30, warmup_rounds=3)
 
 
 @pytest.mark.parametrize("case", suites()["orthonormal"].cases("ci"), ids=str)

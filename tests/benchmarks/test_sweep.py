@@ -17,7 +17,7 @@ from benchmarks.__main__ import app
 from benchmarks.peers import Operator
 from benchmarks.report.device_report import render_report
 from benchmarks.result_rows import Gate, read
-from benchmarks.suites.op import Stand, tensors
+from benchmarks.suites.op import Workload, tensors
 from benchmarks.timing import Effort
 from reft_kernels import tuning
 
@@ -147,9 +147,9 @@ def test_feeding_is_subtracted():
 
 def test_an_operator_that_does_nothing_leaves_only_feeding():
     edit = tensors(CASE, CPU)
-    stand = Stand(Operator(lambda hidden: hidden, {}), edit.hidden, edit.upstream)
-    stand.whole()
-    out, grads = stand.result()
+    workload = Workload(Operator(lambda hidden: hidden, {}), edit.hidden, edit.upstream)
+    workload.whole()
+    out, grads = workload.result()
     assert torch.equal(out, edit.hidden) and torch.equal(grads["hidden"], edit.upstream)
 
 

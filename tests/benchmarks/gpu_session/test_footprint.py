@@ -16,7 +16,7 @@ from benchmarks.peers import Absent, peers
 from benchmarks.peers.ours import edit as operator_of
 from benchmarks.suites import suites
 from benchmarks.suites.models import Twins, build, make_batch, training_step
-from benchmarks.suites.op import Stand, copies, tensors
+from benchmarks.suites.op import Workload, copies, tensors
 
 CPU = torch.device("cpu")
 MODELS = ("step", "layer", "memory", "generate")
@@ -57,8 +57,8 @@ def test_a_gate_stays_within_its_estimate(dtype):
         edit = tensors(case, CPU)
         gate = OpGate(case, edit)
         operator = operator_of("auto", case, edit)
-        stand = Stand(operator, edit.hidden, edit.upstream)
-        return gate.check(result_of(*stand.result()), within_budget=True)
+        workload = Workload(operator, edit.hidden, edit.upstream)
+        return gate.check(result_of(*workload.result()), within_budget=True)
 
     assert check().passed
     peak = traffic(check, CPU).peak

@@ -32,8 +32,8 @@ except KeyboardInterrupt:
 FORKS, INTERRUPTED = ("-c", _FORKS), ("-c", _INTERRUPTED)
 
 
-def run(tmp_path, wanted, budget=20.0, report=lambda outcomes, running: None):
-    return run_stages(wanted, budget, tmp_path, os.environ, report)
+def run(tmp_path, selected, budget=20.0, report=lambda outcomes, running: None):
+    return run_stages(selected, budget, tmp_path, os.environ, report)
 
 
 def test_every_suite_has_a_stage_and_all_fit_a_session():

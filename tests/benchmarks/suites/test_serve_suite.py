@@ -90,7 +90,7 @@ def test_a_wrong_edit_leaves_no_number(monkeypatch):
     from reft.serving.tables import Tables
 
     admit = Tables.admit
-    monkeypatch.setattr(Tables, "admit", lambda self, wanted: admit(self, wanted)[::-1])
+    monkeypatch.setattr(Tables, "admit", lambda self, items: admit(self, items)[::-1])
     (case,) = SUITE.cases("ci")
     ours = [peer for peer in peers() if peer.name == "ours"]
     options = Options(torch.device("cpu"), ours, Effort(0.1, min_rounds=2, warmup=1))
