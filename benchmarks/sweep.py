@@ -51,7 +51,7 @@ GAIN = 0.97
 _TABLE = "table"
 #: Default number of processes that check; they share the memory of a GPU (``footprint.py``).
 JOBS = 4
-_EFFORTS = {"ci": Effort(0, 2, 2, warmup=1), "gpu": Effort(0.05, 5, 30)}
+_EFFORTS = {"ci": Effort(0, 1, 1, warmup=0), "gpu": Effort(0.05, 5, 30)}
 
 
 @dataclass(frozen=True, slots=True)

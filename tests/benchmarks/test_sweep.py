@@ -38,7 +38,7 @@ class Here(Executor):
 
 def plan(**changes):
     """A plan that sweeps in this thread."""
-    return replace(sweep.Plan(CPU, Here(), 2, Effort(0, 2, 2, warmup=1)), **changes)
+    return replace(sweep.Plan(CPU, Here(), 2, Effort(0, 1, 1, warmup=0)), **changes)
 
 
 @pytest.fixture(autouse=True)
