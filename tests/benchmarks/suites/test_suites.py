@@ -9,10 +9,10 @@ from contextlib import suppress
 import pytest
 import torch
 
-from benchmarks.peers import Absent, ours, peers, pyreft
+from benchmarks.peers import Absent, Operator, ours, peers, pyreft
 from benchmarks.suites import Options, suites
 from benchmarks.suites import models as models_suite
-from benchmarks.suites.op import tensors
+from benchmarks.suites.op import graphs_of, tensors
 from benchmarks.timing import Effort
 
 METRICS = {
@@ -104,6 +104,8 @@ def test_peers_that_synchronise_are_not_capturable():
                 capturable[peer.name] = peer.edit(case, edit).capturable
     assert capturable["ours"] and not capturable["reference"]
     assert capturable.get("reference, compiled", True) and not capturable.get("pyreft", False)
+    with pytest.raises(RuntimeError, match="synchronises with the device"):
+        graphs_of(case, Operator(lambda hidden: hidden, {}, capturable=False), edit)
 
 
 def test_a_failed_gate_leaves_no_number(monkeypatch):
