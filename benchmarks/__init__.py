@@ -1,1 +1,1 @@
-"""Measurements from a checkout: ``python -m benchmarks --help``."""
+"""Benchmarks, run from a checkout: ``python -m benchmarks --help``."""

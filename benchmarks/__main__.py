@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks.archive import unpack_results
 from benchmarks.compare import compare_results
 from benchmarks.compile import compile_kernels
-from benchmarks.gpu import run_session
+from benchmarks.gpu_session.archive import unpack_results
+from benchmarks.gpu_session.rehearsal import rehearse_session
+from benchmarks.gpu_session.session import run_session
 from benchmarks.learning.command import learn
-from benchmarks.rehearsal import rehearse_session
-from benchmarks.report import write_report
+from benchmarks.report.command import write_report
 from benchmarks.run import list_suites, run_suites
 from benchmarks.sweep import sweep_settings
 
 app = typer.Typer(
-    help="Measure this library beside its peers: same work, same run, checked first.",
+    help="Measure this library beside other libraries: same work, same run, checked first.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -1,4 +1,4 @@
-"""Bytes: the peak of a call, what it allocates, and what autograd keeps for backward."""
+"""Allocations of a call: peak, total, and bytes that autograd saves; and its operators."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Of one call, in bytes: the most that was held at once, and all that was allocated."""
+    """Bytes of a call: the peak of the memory in use, and the sum of all allocations."""
 
     peak: int
     allocated: int
 
 
 def traffic(call: Callable[[], object], device: torch.device) -> Traffic:
-    """Count the allocations of a call, which must have run before (caches are warm then)."""
+    """Measure the allocations of a call; run it once before, so that caches are filled."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
+        in_use = torch.cuda.memory_allocated(device)
         before = _cuda_allocated(device)
         call()
         torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) - held
+        peak = torch.cuda.max_memory_allocated(device) - in_use
         return Traffic(peak, _cuda_allocated(device) - before)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would announce itself
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no messages of the profiler
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -42,10 +42,10 @@ def traffic(call: Callable[[], object], device: torch.device) -> Traffic:
         for event in results.kineto_results.events()
         if event.name() == "[memory]"
     )
-    now = peak = allocated = 0
+    in_use = peak = allocated = 0
     for _, size in events:
-        now += size
-        peak = max(peak, now)
+        in_use += size
+        peak = max(peak, in_use)
         allocated += max(size, 0)
     return Traffic(peak, allocated)
 
@@ -56,31 +56,32 @@ def _cuda_allocated(device: torch.device) -> int:
 
 
 def saved_bytes(call: Callable[[], Tensor], model: nn.Module | None = None) -> int:
-    """Bytes that a call's graph keeps for backward, each piece of memory counted once.
+    """Bytes that autograd saves for the backward of a call; each storage is counted once.
 
     Args:
         call: returns the loss.
-        model: its parameters and buffers are not counted: they are there anyway.
+        model: parameters and buffers of this model are not counted.
     """
-    own = set()
+    weights = set()
     if model is not None:
         tensors = (*model.parameters(), *model.buffers())
-        own = {one.untyped_storage().data_ptr() for one in tensors}
-    kept: list[Tensor] = []
+        weights = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
+        saved.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = call()
-    sizes = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in kept}
+    storages = [tensor.untyped_storage() for tensor in saved]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     del loss
-    return sum(size for place, size in sizes.items() if place not in own)
+    return sum(size for address, size in sizes.items() if address not in weights)
 
 
 def operations(call: Callable[[], object]) -> int:
-    """How many operators a call dispatches."""
+    """Number of operators that a call dispatches."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Counter(TorchDispatchMode):

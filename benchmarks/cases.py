@@ -1,4 +1,4 @@
-"""What is measured: shapes by name, with the bytes and flops that the work itself needs."""
+"""Cases: named shapes, with the least bytes and flops that their work needs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, slots=True)
 class OpCase:
-    """One call of the edit, LoReFT with a given R, on hidden of (batch, sequence, dim).
+    """A call of the edit (LoReFT, R given) on hidden states of shape (batch, sequence, dim).
 
     Attributes:
-        positions: "f7+l7", or "all": every row.
-        groups: 1, or 2 for weights of their own at the prompt's end.
+        positions: "f7+l7", or "all" for every row.
+        groups: 1, or 2 if the end of the prompt has weights of its own (untied).
     """
 
     positions: str
@@ -37,7 +37,7 @@ class OpCase:
 
     @property
     def rows(self) -> int:
-        """n, the rows that are edited."""
+        """n, the number of edited rows."""
         return self.batch * (14 if self.positions == "f7+l7" else self.sequence)
 
     @property
@@ -45,24 +45,24 @@ class OpCase:
         return {**dataclasses.asdict(self), "rows": self.rows}
 
     def bytes(self, phase: str) -> int:
-        """What must pass through memory: each input read once, each result written once.
+        """Bytes to move if each input is read once and each result is written once.
 
-        forward: h read, h′ written and h kept for backward, 3·n·D·e. backward: v and the kept h
-        read, dh written, 3·n·D·e. Both: A and R read, in backward their gradients written, in
-        float32.
+        The forward reads h, writes h′ and saves h for backward: 3·n·D·e. The backward reads v and
+        the saved h and writes dh: 3·n·D·e. Both read A and R in float32; the backward also writes
+        their gradients.
         """
         size = DTYPES[self.dtype].itemsize
         weights = 2 * self.groups * self.rank * self.dim * 4
         return 3 * self.rows * self.dim * size + weights * (1 if phase == "forward" else 2)
 
     def flops(self, phase: str) -> int:
-        """forward: A h and Rᵀs. backward: R v, Aᵀdu, and the two outer sums."""
+        """Flops of A h and Rᵀs (forward), or of R v, Aᵀdu and two outer sums (backward)."""
         return (4 if phase == "forward" else 8) * self.rows * self.rank * self.dim
 
 
 @dataclass(frozen=True, slots=True)
 class RotationCase:
-    """Orthonormal R of all layers of a model, from its free parameters and back."""
+    """Orthonormal R of all layers of a model: from its free parameters, and the gradient back."""
 
     dim: int
     rank: int
@@ -81,13 +81,14 @@ class ModelCase:
     """A whole model with an adapter, and a batch.
 
     Attributes:
+        name: the name of the shape.
         model: "llama" or "roberta", an architecture of transformers with random weights.
-        hidden, layers, intermediate, heads, kv_heads, vocabulary: its shape.
-        name: what this shape is known as.
-        batch, sequence: of the training batch; the first half of each sequence is the prompt.
-        positions, rank: of the adapter; on every layer, or the last ``edited`` of them.
-        dtype: of the base model.
-        sweep: the field that a family of cases varies.
+        hidden, layers, intermediate, heads, kv_heads, vocabulary: the shape of the model.
+        batch, sequence: the shape of the batch; the first half of each sequence is the prompt.
+        positions, rank: those of the adapter.
+        edited: number of edited layers, counted from the last; None for all.
+        dtype: the dtype of the base model.
+        sweep: the field that a family of cases varies; None for a single case.
     """
 
     name: str
@@ -116,16 +117,17 @@ class ModelCase:
 
     @property
     def shape(self) -> dict[str, Any]:
-        kept = ("model", "hidden", "layers", "batch", "sequence", "positions", "rank", "dtype")
-        fields = {name: getattr(self, name) for name in (*kept, "sweep")}
+        shown = ("model", "hidden", "layers", "batch", "sequence", "positions", "rank", "dtype")
+        fields = {name: getattr(self, name) for name in (*shown, "sweep")}
         return {**fields, "model": self.name, "edited": len(self.edited_layers)}
 
     @property
     def edited_layers(self) -> list[int]:
-        """Numbers of the edited blocks."""
+        """Indices of the edited blocks."""
         return list(range(self.layers))[-(self.edited or self.layers) :]
 
     def but(self, **changes: Any) -> ModelCase:
+        """A copy with some fields replaced."""
         return dataclasses.replace(self, **changes)
 
 
@@ -141,7 +143,7 @@ def llama(
     vocabulary: int = 1024,
     **more: Any,
 ) -> ModelCase:
-    """A Llama of this shape; heads of 64 and an MLP 2.75 times as wide if not said."""
+    """A Llama of this shape; by default with heads of 64 and an MLP 2.75 times as wide."""
     heads = max(1, hidden // 64)
     return ModelCase(
         name,

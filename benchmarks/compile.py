@@ -1,8 +1,8 @@
-"""``python -m benchmarks compile``: registers, shared memory and spills of every kernel build.
+"""The command ``python -m benchmarks compile``: resources of every kernel build, without a GPU.
 
-No GPU is needed. Registers that do not fit are spilled to memory, so a spill anywhere in the matrix
-is an error, and so is a wgmma with an operand in registers (see ``reft_kernels/README.md``): exit
-status 1, and a line naming the builds.
+It reports registers, shared memory and spills. A build that spills registers to memory is an error,
+and so is a wgmma with an operand in registers (see ``reft_kernels/README.md``). The command then
+exits with status 1 and names the builds.
 """
 
 from __future__ import annotations
@@ -46,25 +46,26 @@ def compile_kernels(
     targets: Annotated[
         list[str] | None,
         typer.Option(
-            "--target",
-            help=f"One of {', '.join(compile_report.TARGETS)}; may be repeated. Default: all.",
+            "--target", help=f"{', '.join(compile_report.TARGETS)}; may be repeated. Default: all."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per line.")
+    ] = False,
     dims: Annotated[str, typer.Option(help="D, separated by commas.")] = _joined(DIMS),
     ranks: Annotated[str, typer.Option(help="r, separated by commas.")] = _joined(RANKS),
     dtypes: Annotated[
-        str, typer.Option(help="Of the hidden states, separated by commas.")
+        str, typer.Option(help="Dtypes of the hidden states, separated by commas.")
     ] = _joined(DTYPES),
     rows: Annotated[
-        str, typer.Option(help="n, which settings go by, separated by commas.")
+        str, typer.Option(help="n, on which settings depend, separated by commas.")
     ] = _joined(compile_report.ROWS),
-    kernels: Annotated[str, typer.Option(help="Separated by commas.")] = _joined(
+    kernels: Annotated[str, typer.Option(help="Kernels, separated by commas.")] = _joined(
         compile_report.KERNELS
     ),
     jobs: Annotated[int, typer.Option(min=1, help="Worker processes.")] = os.cpu_count() or 1,
 ) -> None:
-    """Compile every kernel build for a target and print what it occupies."""
+    """Compile every kernel build for a target and print its resources."""
     try:
         todo = _jobs(targets or list(compile_report.TARGETS), dims, ranks, dtypes, rows, kernels)
     except (ValueError, RuntimeError) as error:
@@ -73,8 +74,10 @@ def compile_kernels(
     progress = Console(stderr=True)
     table = Table(*_BUILD, *_RESOURCES, title="bytes of memory; stack and spills are per thread")
     bad = []
-    found = _compiled(todo, min(jobs, len(todo)))
-    for row in track(found, "compiling", total=len(todo), console=progress, transient=True):
+    rows_of_builds = _compiled(todo, min(jobs, len(todo)))
+    for row in track(
+        rows_of_builds, "compiling", total=len(todo), console=progress, transient=True
+    ):
         if row["error"] or row["spills"] or row["register_wgmma"]:
             bad.append(row)
         if as_json:
@@ -85,7 +88,7 @@ def compile_kernels(
             )
     if not as_json:
         console = Console()
-        # A pipe or a file has no width to fit: rich would cut the table to 80 columns.
+        # Without a terminal rich would cut the table to 80 columns.
         (console if console.is_terminal else Console(width=140)).print(table)
     if bad:
         stop(f"{len(bad)} of {len(todo)} builds: {'; '.join(map(_complaint, bad))}", 1)
@@ -94,21 +97,25 @@ def compile_kernels(
 def _jobs(
     targets: Sequence[str], dims: str, ranks: str, dtypes: str, rows: str, kernels: str
 ) -> list[_Job]:
-    """The builds asked for, target by target. ValueError and RuntimeError say what is wrong with
-    the question."""
+    """The requested builds, target by target.
+
+    Raises:
+        ValueError: an option has a value that it does not take.
+        RuntimeError: Triton cannot compile for a target here.
+    """
     for target in targets:
         compile_report.check_target(target)
-    kinds = _names("dtypes", dtypes, DTYPES)
-    wanted = _names("kernels", kernels, compile_report.KERNELS)
+    dtype_names = _names("dtypes", dtypes, DTYPES)
+    selected = _names("kernels", kernels, compile_report.KERNELS)
     matrix = [
         build
         for build in compile_report.builds(
             _integers("dims", dims),
             _integers("ranks", ranks),
-            tuple(DTYPES[k] for k in kinds),
+            tuple(DTYPES[name] for name in dtype_names),
             _integers("rows", rows),
         )
-        if build.kernel in wanted
+        if build.kernel in selected
     ]
     return [_Job(target, build) for target in dict.fromkeys(targets) for build in matrix]
 
@@ -129,11 +136,11 @@ def _names(option: str, text: str, allowed: Sequence[str] | dict[str, Any]) -> t
 
 
 def _compiled(todo: Sequence[_Job], workers: int) -> Iterator[dict[str, Any]]:
-    """One row a job, in order."""
+    """Yield a row per job, in order."""
     if workers == 1:
         yield from map(_compile, todo)
         return
-    # Spawned, not forked: torch and the progress bar have threads by now.
+    # Spawned, not forked: torch and the progress bar have threads.
     with ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=single_thread
     ) as pool:
@@ -141,7 +148,7 @@ def _compiled(todo: Sequence[_Job], workers: int) -> Iterator[dict[str, Any]]:
 
 
 def single_thread() -> None:
-    """Keep PyTorch to one thread: a process that compiles shares the machine with others."""
+    """Limit PyTorch to one thread; several processes compile at the same time."""
     torch.set_num_threads(1)
 
 
@@ -161,7 +168,7 @@ def _compile(job: _Job) -> dict[str, Any]:
     }
     try:
         row |= compile_report.compile_build(build, job.target).as_dict()
-    except Exception as error:  # a compiler's own: the other builds still have something to tell
+    except Exception as error:  # of the compiler; the other builds go on
         row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
     return row
 

@@ -1,4 +1,4 @@
-"""What a number was measured on: device, driver, versions, commit, and the bandwidth of a copy."""
+"""The machine of a measurement: device, driver, versions, commit, and the bandwidth of a copy."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _PACKAGES = ("torch", "triton", "transformers")
 
 
 def default_device() -> torch.device:
-    """The GPU if there is one."""
+    """The GPU, or the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @functools.cache
 def describe(device: torch.device) -> dict[str, Any]:
-    """Device, driver, threads, versions and commit, as they go into every row."""
+    """Device, driver, threads, versions and commit, as every row records them."""
     return {
         "device": device_name(device),
         "kind": device.type,
@@ -42,19 +42,19 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The name its maker gave it."""
+    """The model name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
         info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    return found[1].strip() if found else platform.machine()
+    model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    return model[1].strip() if model else platform.machine()
 
 
 def folder_name(device: torch.device) -> str:
-    """The folder of results of this device: "h100-80gb-hbm3", "h200", "cpu"."""
+    """The name of the results folder of a device: "h100-80gb-hbm3", "h200", "cpu"."""
     if device.type != "cuda":
         return device.type
     words = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
@@ -62,7 +62,7 @@ def folder_name(device: torch.device) -> str:
 
 
 def installed(package: str) -> str | None:
-    """The version of a package, None where it is not installed."""
+    """The version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -71,17 +71,17 @@ def installed(package: str) -> str | None:
 
 @functools.cache
 def copy_bandwidth(device: torch.device, megabytes: int | None = None) -> float:
-    """Bytes a second, read and written, of the device's own copy of a large tensor."""
+    """Bytes per second, read and written, of copying a large tensor on the device."""
     if megabytes is None:
         megabytes = 2048 if device.type == "cuda" else 128
     try:
-        return _copied(device, megabytes * 2**20)
+        return _measure_copy(device, megabytes * 2**20)
     finally:
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # for graphs and other processes
+            torch.cuda.empty_cache()  # leave the memory to graphs and other processes
 
 
-def _copied(device: torch.device, size: int) -> float:
+def _measure_copy(device: torch.device, size: int) -> float:
     source = torch.rand(size // 4, device=device)
     target = torch.empty_like(source)
     clock = Clock(device)
@@ -93,7 +93,7 @@ def _copied(device: torch.device, size: int) -> float:
 
 def _driver() -> str | None:
     try:
-        found = subprocess.run(
+        done = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
             capture_output=True,
             text=True,
@@ -102,4 +102,4 @@ def _driver() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.splitlines()[0].strip() if found.stdout.strip() else None
+    return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None

@@ -1,4 +1,4 @@
-"""The state of the code that a number was measured on, in a checkout or a copy without ``.git``."""
+"""The state of the measured code: a commit, or content ids in a copy without ``.git``."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-#: The packages whose trees name a state of the code where there is no git.
+#: The packages whose tree ids identify a state of the code without git.
 PACKAGES = ("reft_kernels", "reft")
-#: So many commits back a content id is looked for.
+#: Number of commits to search for a content id.
 _COMMITS = 300
 _DIGITS = 12
 _CONTENT_ID = re.compile(rf"tree-([0-9a-f]{{{_DIGITS}}})-([0-9a-f]{{{_DIGITS}}})")
 
 
 def commit(root: Path = ROOT) -> str | None:
-    """What rows call the state of the code.
+    """The name of the state of the code in result rows.
 
-    The variable REFT_COMMIT if set; else the checkout's commit, with ``+`` if a file of the
-    packages differs from it; else, without ``.git``, the :func:`content_id`. None if git fails.
+    This is the variable REFT_COMMIT if it is set. Else it is the commit of the checkout, with ``+``
+    if a file of the packages differs from it, or None if git fails. Without ``.git`` it is the
+    :func:`content_id`.
     """
-    given = os.environ.get("REFT_COMMIT")
-    if given:
-        return given
+    override = os.environ.get("REFT_COMMIT")
+    if override:
+        return override
     if not (root / ".git").exists():
         return content_id(root)
     try:
@@ -37,12 +38,12 @@ def commit(root: Path = ROOT) -> str | None:
 
 
 def content_id(root: Path = ROOT) -> str:
-    """``tree-<12 digits>-<12 digits>``: the beginnings of git's ids of the packages' trees."""
+    """``tree-<12 digits>-<12 digits>``: the abbreviated git ids of the packages' trees."""
     return "-".join(["tree", *(tree_id(root / name).hex()[:_DIGITS] for name in PACKAGES)])
 
 
 def tree_id(folder: Path) -> bytes:
-    """The SHA-1 that git gives a folder, 20 bytes; compiled Python is left out."""
+    """The git id (SHA-1, 20 bytes) of a folder; compiled Python is left out."""
     entries = []
     for path in folder.iterdir():
         if path.name == "__pycache__" or path.suffix == ".pyc":
@@ -50,8 +51,9 @@ def tree_id(folder: Path) -> bytes:
         if path.is_symlink():
             mode, digest = "120000", _object_id("blob", os.fsencode(path.readlink()))
         elif path.is_dir():
-            if not any(one.is_file() for one in path.rglob("*") if "__pycache__" not in one.parts):
-                continue  # git knows no empty folders
+            files = (file for file in path.rglob("*") if "__pycache__" not in file.parts)
+            if not any(file.is_file() for file in files):
+                continue  # git does not track empty folders
             mode, digest = "40000", tree_id(path)
         else:
             mode = "100755" if path.stat().st_mode & 0o100 else "100644"
@@ -66,16 +68,16 @@ def tree_id(folder: Path) -> bytes:
 
 
 def named_commits(text: str, root: Path = ROOT) -> str:
-    """A text with each content id in it replaced by the commit whose packages have these trees.
+    """Replace each content id in a text by the newest commit whose packages have these trees.
 
-    The newest of the last 300 commits of the checkout at ``root`` that has them; an id that none
-    of them has stays as it is.
+    The last 300 commits of the checkout at ``root`` are searched; an id that none of them has is
+    kept.
 
     Raises:
         OSError, subprocess.SubprocessError: git fails.
     """
-    wanted = set(_CONTENT_ID.findall(text))
-    commits = _commits_of(wanted, root) if wanted else {}
+    ids = set(_CONTENT_ID.findall(text))
+    commits = _commits_of(ids, root) if ids else {}
 
     def name(match: re.Match[str]) -> str:
         return commits.get((match[1], match[2]), match[0])
@@ -85,13 +87,13 @@ def named_commits(text: str, root: Path = ROOT) -> str:
 
 def _commits_of(trees: Iterable[tuple[str, str]], root: Path) -> dict[tuple[str, str], str]:
     hashes = _git(root, "log", f"-{_COMMITS}", "--format=%H").split()
-    asked = "".join(f"{one}:{name}\n" for one in hashes for name in PACKAGES)
-    answers = _git(root, "cat-file", "--batch-check=%(objectname)", given=asked).splitlines()
+    paths = "".join(f"{commit_hash}:{name}\n" for commit_hash in hashes for name in PACKAGES)
+    ids = _git(root, "cat-file", "--batch-check=%(objectname)", stdin=paths).splitlines()
     known: dict[tuple[str, str], str] = {}
-    for number, one in enumerate(hashes):
-        first, second = answers[2 * number : 2 * number + 2]
-        known.setdefault((first[:_DIGITS], second[:_DIGITS]), one[:_DIGITS])
-    return {one: known[one] for one in trees if one in known}
+    for number, commit_hash in enumerate(hashes):
+        first, second = ids[2 * number : 2 * number + 2]
+        known.setdefault((first[:_DIGITS], second[:_DIGITS]), commit_hash[:_DIGITS])
+    return {pair: known[pair] for pair in trees if pair in known}
 
 
 def _object_id(kind: str, content: bytes) -> bytes:
@@ -99,10 +101,10 @@ def _object_id(kind: str, content: bytes) -> bytes:
     return hashlib.sha1(head + content, usedforsecurity=False).digest()
 
 
-def _git(root: Path, *arguments: str, given: str | None = None) -> str:
+def _git(root: Path, *arguments: str, stdin: str | None = None) -> str:
     done = subprocess.run(
         ["git", "-C", str(root), *arguments],
-        input=given,
+        input=stdin,
         capture_output=True,
         text=True,
         check=True,

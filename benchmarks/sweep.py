@@ -1,10 +1,10 @@
-"""``python -m benchmarks sweep``: find launch settings on a device, for the frozen table.
+"""The command ``python -m benchmarks sweep``: find launch settings of the kernels on a device.
 
-One kernel's settings are varied at a time, the other keeps the table's. Candidates are compiled and
-checked against float64 by worker processes, a batch at a time; what passed is timed alone, in turns
-with the table's settings, forward and backward together. ``settings.json`` is then the table with
-the winners in it, written anew after every candidate: copied over
-``reft_kernels/_triton/measured.json`` it is what users get.
+The settings of one kernel are varied at a time; the other kernel keeps the table's. Worker
+processes compile candidates in batches and check them against float64. Candidates that pass are
+timed alone, in turns with the table's settings, forward and backward together. ``settings.json`` is
+the table with the winners, rewritten after every candidate. Copied over
+``reft_kernels/_triton/measured.json`` it becomes the table that users get.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from benchmarks.gate import OpGate, result_of
 from benchmarks.machine import describe, folder_name
 from benchmarks.peers import Operator
 from benchmarks.peers.ours import edit as operator_of
-from benchmarks.records import RESULTS, Gate, Row, Writer, replace_file
-from benchmarks.run import chosen_device, release, stop
-from benchmarks.suites.op import Stand, calls_of, cold_stands, first_line, tensors
+from benchmarks.result_rows import RESULTS, Gate, Row, Writer, replace_file
+from benchmarks.run import release, requested_device, stop
+from benchmarks.suites import first_line
+from benchmarks.suites.op import Workload, calls_of, cold_workloads, tensors
 from benchmarks.timing import (
     Clock,
     Effort,
@@ -40,24 +41,23 @@ from benchmarks.timing import (
     failed_capture,
     graph_run,
     interleave,
-    paired_ratio,
     quantiles,
 )
 from reft_kernels import explain
 from reft_kernels.devtools import tuning
 from reft_kernels.devtools.testing import Edit
 
-#: A candidate takes the table's place from here on: less is within the noise of a run.
+#: Largest ratio to the table at which a candidate replaces it; the rest is within the noise.
 GAIN = 0.97
 _TABLE = "table"
-#: Processes that judge by default: a GPU's memory is for all of them, see ``footprint.py``.
+#: Default number of processes that check; they share the memory of a GPU (``footprint.py``).
 JOBS = 4
-_EFFORTS = {"ci": Effort(0, 2, 2, warmup=1), "gpu": Effort(0.05, 5, 30)}
+_EFFORTS = {"ci": Effort(0, 1, 1, warmup=0), "gpu": Effort(0.05, 5, 30)}
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One candidate of one kernel in one case."""
+    """A candidate of a kernel in a case."""
 
     case: OpCase
     kernel: str
@@ -66,9 +66,9 @@ class Job:
 
 
 def cases(size: str) -> list[OpCase]:
-    """Prompt ends and every row, by rank and dtype; those that most people run come first.
+    """Prompt ends and every row, by rank and dtype, the most common first.
 
-    Prompt ends lie in sequences of 16: longer ones are the same work in more memory.
+    Prompt ends lie in sequences of 16; longer sequences are the same work in more memory.
     """
     if size == "ci":
         return [OpCase("f7+l7", 1, 16, 64, 4)]
@@ -82,70 +82,77 @@ def cases(size: str) -> list[OpCase]:
 
 
 def sweep_settings(
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: a GPU if any.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda. Default: a GPU if there is one.")
+    ] = None,
     size: Annotated[
-        str, typer.Option(help=f"{', '.join(_EFFORTS)} (one small shape, for trying it).")
+        str,
+        typer.Option(
+            help=f"{', '.join(_EFFORTS)}; ci is a single small shape, to try the command."
+        ),
     ] = "gpu",
-    match: Annotated[str, typer.Option(help="Take only cases whose id contains this.")] = "",
+    match: Annotated[str, typer.Option(help="Run only cases whose id contains this text.")] = "",
     limit: Annotated[
         float,
-        typer.Option(min=0, help="Start no candidate after so many seconds; 0 for no limit."),
+        typer.Option(min=0, help="Start no candidate after this many seconds; 0 for no limit."),
     ] = 0.0,
     jobs: Annotated[
         int, typer.Option(min=1, help="Processes that compile and check, up to 4 GiB each.")
     ] = min(JOBS, os.cpu_count() or 1),
-    most: Annotated[int, typer.Option(min=0, help="Candidates of a kernel; 0 for all.")] = 0,
+    most: Annotated[int, typer.Option(min=0, help="Candidates per kernel; 0 for all.")] = 0,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the results. Default: results/<device>.")
     ] = None,
 ) -> None:
     """Time launch settings of the Triton kernels and write a table of the fastest."""
     try:
-        where = chosen_device(device)
+        target = requested_device(device)
         if size not in _EFFORTS:
             raise ValueError(f"--size takes {', '.join(_EFFORTS)}, got {size!r}")
-        if where.type == "cpu" and size != "ci":
-            raise ValueError("without a GPU only --size ci can be swept, by TRITON_INTERPRET=1")
-        wanted = [case for case in cases(size) if match in str(case)]
-        if not wanted:
+        if target.type == "cpu" and size != "ci":
+            raise ValueError("without a GPU only --size ci can be swept, with TRITON_INTERPRET=1")
+        selected = [case for case in cases(size) if match in str(case)]
+        if not selected:
             raise ValueError(f"no case of the sweep ({size}) contains {match!r}")
-        _check_triton(wanted[0], where)
+        _check_triton(selected[0], target)
     except ValueError as error:
         stop(str(error), 2)
-    folder = output or RESULTS / folder_name(where)
+    folder = output or RESULTS / folder_name(target)
     folder.mkdir(parents=True, exist_ok=True)
     console, writer = Console(), Writer(folder)
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     until = time.perf_counter() + limit if limit else None
     # Spawned, not forked: a CUDA context does not survive a fork.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        plan = Plan(where, pool, jobs, _EFFORTS[size], most, until)
-        for number, case in enumerate(wanted):
+        plan = Plan(target, pool, jobs, _EFFORTS[size], most, until)
+        for number, case in enumerate(selected):
             if plan.over:
-                says = failed_capture() or "time is over"
-                console.print(f"{says}; {len(wanted) - number} of {len(wanted)} cases not run")
+                reason = failed_capture() or "time limit reached"
+                console.print(
+                    f"{reason}; {len(selected) - number} of {len(selected)} cases not run"
+                )
                 break
-            console.print(f"[bold]sweep[/] {case} ({number + 1} of {len(wanted)})")
-            release(where)
+            console.print(f"[bold]sweep[/] {case} ({number + 1} of {len(selected)})")
+            release(target)
             for kernel in tuning.KERNELS:
                 rows: list[Row] = []
                 for row in writer.write(sweep_case(case, kernel, plan)):
                     rows.append(row)
-                    entries = found + winners(case, kernel, rows, where)
-                    replace_file(folder / "settings.json", tuning.updated_table(entries).encode())
-                found += winners(case, kernel, rows, where)
+                    table = tuning.updated_table(entries + winners(case, kernel, rows, target))
+                    replace_file(folder / "settings.json", table.encode())
+                entries += winners(case, kernel, rows, target)
                 console.print(f"  {kernel}: {_summary(rows)}", highlight=False)
-    console.print(f"{len(found)} settings beat the table, written to {folder}")
+    console.print(f"{len(entries)} settings beat the table, written to {folder}")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How to sweep.
+    """Settings of a sweep.
 
     Attributes:
-        pool: of ``jobs`` processes that judge.
-        most: candidates of a kernel; 0 for all.
-        until: when to stop, by ``time.perf_counter``; None for no limit.
+        pool: the executor of ``jobs`` processes that check candidates.
+        most: largest number of candidates per kernel; 0 for all.
+        until: the time to stop, by ``time.perf_counter``; None for no limit.
     """
 
     device: torch.device
@@ -157,19 +164,19 @@ class Plan:
 
     @property
     def over(self) -> bool:
-        """Whether no candidate is to be started any more."""
+        """Whether no further candidate may start."""
         late = self.until is not None and time.perf_counter() > self.until
         return late or failed_capture() is not None
 
 
 def sweep_case(case: OpCase, kernel: str, plan: Plan) -> Iterator[Row]:
-    """One row a candidate: forward and backward together, and the ratio to the table's settings.
+    """Yield a row per candidate: forward and backward together, and the ratio to the table.
 
-    A candidate that does not compile or is wrong has a row without a number. Those that the time
-    does not reach have no row.
+    A candidate that does not compile or computes wrongly has a row without a number. A candidate
+    that the time limit excludes has no row.
     """
     device = plan.device
-    tried = tuning.candidates(kernel, **_shape(case, device))[: plan.most or None]
+    candidates = tuning.candidates(kernel, **_shape(case, device))[: plan.most or None]
     blank = Row(
         suite="sweep", case=str(case), metric=kernel, shape=case.shape, peer="", version=None,
         unit="s", value=None, baseline=_TABLE, machine=describe(device),
@@ -180,13 +187,12 @@ def sweep_case(case: OpCase, kernel: str, plan: Plan) -> Iterator[Row]:
     operator = operator_of("triton", case, edit)
     feeding = _feeding(case, edit, plan.effort) if device.type == "cuda" else 0.0
     table: Run | None = None
-    for settings, gate in _judged_in_batches(case, kernel, tried, plan):
+    for settings, gate in _checked_in_batches(case, kernel, candidates, plan):
         if plan.over:
             return
-        place = settings is tried[0]
         row = dataclasses.replace(
             blank,
-            peer=_TABLE if place else tuning.label(settings),
+            peer=_TABLE if settings is candidates[0] else tuning.label(settings),
             shape={**case.shape, "settings": dataclasses.asdict(settings)},
             gate=gate,
         )
@@ -204,27 +210,27 @@ def sweep_case(case: OpCase, kernel: str, plan: Plan) -> Iterator[Row]:
         table = table or run
         samples = interleave({"candidate": run, _TABLE: table}, plan.effort)
         both = {name: _together(phases, feeding) for name, phases in samples.items()}
-        yield row.timed(quantiles(both["candidate"]), paired_ratio(both["candidate"], both[_TABLE]))
+        yield row.with_rounds(both["candidate"], both[_TABLE])
 
 
-def _judged_in_batches(
-    case: OpCase, kernel: str, tried: Sequence[tuning.KernelConfig], plan: Plan
+def _checked_in_batches(
+    case: OpCase, kernel: str, candidates: Sequence[tuning.KernelConfig], plan: Plan
 ) -> Iterator[tuple[tuning.KernelConfig, Gate]]:
-    """Candidates with their gates; nothing is judged while the caller times one of them."""
-    for begin in range(0, len(tried), plan.jobs):
+    """Yield candidates with their gates; no check runs while the caller times a candidate."""
+    for begin in range(0, len(candidates), plan.jobs):
         if plan.over:
             return
-        batch = tried[begin : begin + plan.jobs]
+        batch = candidates[begin : begin + plan.jobs]
         jobs = [Job(case, kernel, settings, str(plan.device)) for settings in batch]
-        yield from zip(batch, list(plan.pool.map(judge, jobs)), strict=True)
+        yield from zip(batch, list(plan.pool.map(check_candidate, jobs)), strict=True)
 
 
 def _timed(case: OpCase, operator: Operator, edit: Edit, device: torch.device) -> Run:
-    """Forward and backward: on a GPU one graph of both, with their feeding."""
+    """Time forward and backward: on a GPU from a graph of both, including feeding."""
     if device.type != "cuda":
-        return calls_of(Clock(device), Stand(operator, edit.hidden, edit.upstream))
-    stands = cold_stands(case, operator, edit)
-    return graph_run("both", [stand.whole for stand in stands])
+        return calls_of(Clock(device), Workload(operator, edit.hidden, edit.upstream))
+    workloads = cold_workloads(case, operator, edit)
+    return graph_run("both", [workload.whole for workload in workloads])
 
 
 def _with_settings(kernel: str, settings: tuning.KernelConfig, run: Run) -> Mapping[str, float]:
@@ -233,17 +239,19 @@ def _with_settings(kernel: str, settings: tuning.KernelConfig, run: Run) -> Mapp
 
 
 def _feeding(case: OpCase, edit: Edit, effort: Effort) -> float:
-    """Seconds of the same graph with an operator that does nothing: what a stand costs itself."""
+    """Seconds of the same graph with an operator that does nothing: the cost of feeding."""
     nothing = Operator(lambda hidden: hidden, {})
-    run = graph_run("both", [stand.whole for stand in cold_stands(case, nothing, edit)])
+    run = graph_run("both", [workload.whole for workload in cold_workloads(case, nothing, edit)])
     return quantiles(interleave({"nothing": run}, effort)["nothing"]["both"]).median
 
 
 def winners(
     case: OpCase, kernel: str, rows: Sequence[Row], device: torch.device
 ) -> list[dict[str, Any]]:
-    """The table's new entry for this case: its fastest candidate, if that is faster than the
-    table's settings beyond the noise."""
+    """The table's new entry for a case; an empty list if no candidate beats the table.
+
+    The entry is the fastest candidate, if its ratio to the table is at most :data:`GAIN`.
+    """
     timed = [row for row in rows if row.ratio is not None and row.peer != _TABLE]
     best = min(timed, key=lambda row: row.ratio or 1.0, default=None)
     if best is None or best.ratio is None or best.ratio > GAIN:
@@ -256,20 +264,20 @@ def winners(
     ]  # fmt: skip
 
 
-def judge(job: Job) -> Gate:
-    """Compile and run a candidate and compare with float64; in a worker process."""
-    edit, gate = _judged(job.case, job.device)
+def check_candidate(job: Job) -> Gate:
+    """Compile and run a candidate in a worker process, and compare it with float64."""
+    edit, gate = _case_with_gate(job.case, job.device)
     try:
         with tuning.trial(job.kernel, job.settings):
             operator = operator_of("triton", job.case, edit)
-            stand = Stand(operator, edit.hidden, edit.upstream)
-            return gate.check(result_of(*stand.result()), own=True)
-    except Exception as error:  # a compiler's or launcher's own: this candidate is out
+            workload = Workload(operator, edit.hidden, edit.upstream)
+            return gate.check(result_of(*workload.result()), within_budget=True)
+    except Exception as error:  # of the compiler or the launcher
         return Gate(False, f"{type(error).__name__}: {first_line(error)}")
 
 
 @functools.lru_cache(maxsize=1)
-def _judged(case: OpCase, device: str) -> tuple[Any, OpGate]:
+def _case_with_gate(case: OpCase, device: str) -> tuple[Any, OpGate]:
     torch.set_num_threads(1)
     edit = tensors(case, torch.device(device))
     return edit, OpGate(case, edit)
@@ -287,15 +295,15 @@ def _shape(case: OpCase, device: torch.device) -> dict[str, Any]:
 
 
 def _check_triton(case: OpCase, device: torch.device) -> None:
-    """ValueError unless Triton runs on this device."""
+    """Raise ValueError unless Triton runs on the device."""
     edit = tensors(case, device)
     parts = (edit.hidden, edit.plan, edit.encode, edit.bias, edit.decode)
     explain(*parts, **edit.options, backend="triton")
 
 
 def _together(phases: Mapping[str, Sequence[float]], feeding: float) -> list[float]:
-    """Forward plus backward, round by round, without their feeding; seconds."""
-    return [sum(one) - feeding for one in zip(*phases.values(), strict=True)]
+    """Seconds of forward plus backward in each round, without feeding."""
+    return [sum(seconds) - feeding for seconds in zip(*phases.values(), strict=True)]
 
 
 def _summary(rows: Sequence[Row]) -> str:

@@ -1,7 +1,7 @@
-"""Clocks, turns and quantiles: how every number of the benchmarks comes about.
+"""Clocks, interleaved rounds and quantiles: the timing of all benchmarks.
 
-Whatever is compared is timed in turns within one run, so that a machine that slows down does so
-for all; what is reported are medians and the median of the rounds' own ratios.
+Peers are timed in turns within a run, so that a slow phase of the machine affects all of them. The
+reported numbers are medians, and the median of the ratios within each round.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 
 import torch
 
-#: One timed run: phase name -> seconds.
+#: A timed run; returns seconds by phase.
 Run = Callable[[], Mapping[str, float]]
-#: peer -> phase -> seconds of each round.
+#: Maps peer and phase to the seconds of each round.
 Samples = dict[str, dict[str, list[float]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Quantiles:
-    """Of one quantity over the rounds, in its own unit."""
+    """Median, percentiles and number of rounds of a quantity."""
 
     median: float
     p20: float
@@ -35,7 +35,7 @@ def quantiles(samples: Sequence[float]) -> Quantiles:
     """Median, 20th and 80th percentile by linear interpolation.
 
     Raises:
-        ValueError: no samples.
+        ValueError: there are no samples.
     """
     if not samples:
         raise ValueError("quantiles need at least one sample, got none")
@@ -46,13 +46,13 @@ def quantiles(samples: Sequence[float]) -> Quantiles:
 
 
 def paired_ratio(samples: Sequence[float], reference: Sequence[float]) -> Quantiles:
-    """Quantiles of the rounds' ratios: a disturbance that hits both sides of a round cancels."""
+    """Quantiles of the ratios within each round; a disturbance of both sides cancels."""
     return quantiles([a / b for a, b in zip(samples, reference, strict=True)])
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long to measure: rounds until ``seconds`` are over, within the two bounds."""
+    """The length of a measurement: rounds until ``seconds`` are over, within the two bounds."""
 
     seconds: float = 10.0
     min_rounds: int = 5
@@ -61,14 +61,11 @@ class Effort:
 
 
 def interleave(runs: Mapping[str, Run], effort: Effort) -> Samples:
-    """Time every run once a round, in an order that rotates from round to round.
+    """Time every run once per round, in an order that rotates from round to round.
 
     Args:
-        runs: peer -> what to time.
-        effort: how many rounds.
-
-    Returns:
-        peer -> phase -> one entry a round.
+        runs: maps a peer to its timed run.
+        effort: the number of rounds.
     """
     for run in runs.values():
         for _ in range(effort.warmup):
@@ -90,22 +87,22 @@ def interleave(runs: Mapping[str, Run], effort: Effort) -> Samples:
 class Clock:
     """Times a sequence of steps on a device.
 
-    On a GPU by events on its stream, so that the host is waited for only at the end; elsewhere by
-    the host's clock.
+    On a GPU it records events on the stream and synchronises once at the end; elsewhere it reads
+    the clock of the host.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def wait(self) -> None:
-        """Until everything that was launched has run."""
+        """Wait until all launched work has run."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def __call__(self, **steps: Callable[[], object]) -> dict[str, float]:
-        """Seconds of each step, one after the other.
+        """Run the steps in order and return the seconds of each.
 
-        On a GPU also ``host_<step>``: the seconds until the host had launched it.
+        On a GPU, ``host_<step>`` is the time that the host needed to launch the step.
         """
         self.wait()
         if self.device.type != "cuda":
@@ -128,28 +125,28 @@ class Clock:
         return {name: 1e-3 * a.elapsed_time(b) for name, (a, b) in spans} | host
 
 
-#: What the first failed capture of this process said.
+#: The message of the first failed capture of this process.
 _failed_capture: list[str] = []
 
 
 def failed_capture() -> str | None:
-    """Why this process captures nothing more, None while it does.
+    """The reason why this process captures no more graphs; None if no capture has failed.
 
-    A capture that fails leaves PyTorch's allocator with a filter of the graph that is gone, so
-    that a later graph may be given memory that is not its own.
+    After a failed capture PyTorch's allocator keeps a filter of the deleted graph. A later graph
+    could be given memory that belongs to another tensor.
     """
     return f"an earlier capture failed: {_failed_capture[0]}" if _failed_capture else None
 
 
 def graph_run(phase: str, calls: Sequence[Callable[[], object]], replays: int = 5) -> Run:
-    """A run of CUDA-graph replays: seconds of one of ``calls``, which differ only in their memory.
+    """A run of CUDA-graph replays that returns the seconds of one of ``calls``.
 
-    Enough of them to outgrow the L2 cache are captured behind one another, so that each finds it
-    cold and the gaps between launches are the graph's, not Python's.
+    The calls differ only in their memory. All are captured in one graph, enough of them to outgrow
+    the L2 cache. Each call therefore starts with a cold cache, and no time of Python is included.
 
     Raises:
-        RuntimeError: a call failed, or cannot be captured, or an earlier capture of this process
-            failed; see :func:`failed_capture`.
+        RuntimeError: a call failed or cannot be captured, or an earlier capture of this process
+            failed (see :func:`failed_capture`).
     """
     earlier = failed_capture()
     if earlier is not None:
@@ -167,7 +164,7 @@ def graph_run(phase: str, calls: Sequence[Callable[[], object]], replays: int = 
             for call in calls:
                 call()
     except BaseException as error:
-        torch.cuda.set_stream(current)  # that of the capture may still be the current one
+        torch.cuda.set_stream(current)  # the capture stream may still be current
         _failed_capture.append((str(error).strip() or type(error).__name__).splitlines()[0][:300])
         raise
 

@@ -1,1 +1,1 @@
-"""How well methods learn at equal steps: scores, not seconds."""
+"""Scores of finetuning methods after equal numbers of optimizer steps."""

@@ -1,7 +1,7 @@
-"""Who learns: the family of edits, LoRA, full finetuning, the head alone.
+"""Finetuning methods: the family of edits, LoRA, full finetuning, and the head alone.
 
-Each gets the best of a grid of learning rates, half a power of ten apart, around what is usual for
-it.
+Each method is reported at the best learning rate of a grid around its usual values. The rates of a
+grid are half a power of ten apart.
 """
 
 from __future__ import annotations
@@ -13,43 +13,43 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from benchmarks.learning.tasks import Learning
+from benchmarks.learning.tasks import LearningTask
 from reft import ReftConfig, get_reft_model
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method.
+    """A finetuning method.
 
     Attributes:
-        title: for people.
-        setup: task -> its own settings, as they go into the plan of a run.
-        prepare: (base model, those settings) -> what is trained; the base may be changed.
-        rates: learning rates that are tried.
-        equation: of a member of the family.
+        title: the name in tables and plots.
+        setup: maps a task to the settings of the method, which become part of a run's plan.
+        prepare: maps (base model, settings) to the model to train; it may change the base model.
+        rates: the learning rates to try.
+        equation: the edit of a family member, empty for other methods.
     """
 
     title: str
-    setup: Callable[[Learning], dict[str, Any]]
+    setup: Callable[[LearningTask], dict[str, Any]]
     prepare: Callable[[PreTrainedModel, dict[str, Any]], nn.Module]
     rates: tuple[float, ...]
     equation: str = ""
 
 
-#: The last two of these, and the last of LoRA's and of full finetuning's, were added after a first
-#: pass over facts: LobiReFT had the score 0 at all of the others, its loss still falling, and three
-#: other members, LoRA and full finetuning were best at the end of it, on the development part.
+#: The two largest rates of edits, and the largest of LoRA and of full finetuning, were added after
+#: a first pass over the task "facts". There LobiReFT scored 0 at all other rates while its loss
+#: still fell. On the development part, three other members, LoRA and full finetuning were best at
+#: their largest rate.
 _EDIT_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 _LORA_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 _FULL_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 
 
-def _edit(member: str) -> Callable[[Learning], dict[str, Any]]:
-    def setup(task: Learning) -> dict[str, Any]:
+def _edit(member: str) -> Callable[[LearningTask], dict[str, Any]]:
+    def setup(task: LearningTask) -> dict[str, Any]:
         return dataclasses.replace(task.edit, intervention=member).to_dict()
 
     return setup
@@ -59,13 +59,13 @@ def _edited(base: PreTrainedModel, setup: dict[str, Any]) -> nn.Module:
     return get_reft_model(base, ReftConfig.from_dict(setup))
 
 
-def _lora(all_linear: bool) -> Callable[[Learning], dict[str, Any]]:
-    def setup(task: Learning) -> dict[str, Any]:
+def _lora(all_linear: bool) -> Callable[[LearningTask], dict[str, Any]]:
+    def setup(task: LearningTask) -> dict[str, Any]:
         return {
             "r": 8,
             "lora_alpha": 16,
             "target_modules": list(task.linear if all_linear else task.attention),
-            "exclude_modules": list(task.beside) or None,
+            "exclude_modules": list(task.exclude) or None,
             "task_type": task.peft_task,
         }
 
@@ -79,26 +79,24 @@ def _with_lora(base: PreTrainedModel, setup: dict[str, Any]) -> nn.Module:
 
 
 def _full(base: PreTrainedModel, setup: dict[str, Any]) -> nn.Module:
-    for one in base.parameters():
-        one.requires_grad_(True)
+    base.requires_grad_(True)
     return base
 
 
 def _head(base: PreTrainedModel, setup: dict[str, Any]) -> nn.Module:
-    for one in base.parameters():
-        one.requires_grad_(False)
+    base.requires_grad_(False)
     head: Any = base.get_submodule(setup["head"])
-    if any(one is base.get_input_embeddings().weight for one in head.parameters()):
-        # Tied to the embeddings, which are no head: the head gets weights of its own.
+    embeddings = base.get_input_embeddings().weight
+    if any(parameter is embeddings for parameter in head.parameters()):
+        # The embeddings stay frozen, so a head that is tied to them gets a copy of its weight.
         head.weight = nn.Parameter(copy.deepcopy(head.weight.detach()))
-    for one in head.parameters():
-        one.requires_grad_(True)
+    head.requires_grad_(True)
     return base
 
 
-def trained_parameters(model: nn.Module) -> int:
-    """Entries that are trained."""
-    return sum(one.numel() for one in model.parameters() if one.requires_grad)
+def trainable_parameters(model: nn.Module) -> int:
+    """Count the entries of all trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _member(title: str, name: str, equation: str) -> Method:
@@ -124,8 +122,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     }
 )
 
-#: The members of the family, in the order of the paper's Table 17, with its scores: averages over
-#: four sets of arithmetic problems on LLaMA-7B.
+#: The members of the family in the order of the paper's Table 17, with their scores there. A score
+#: is the average over four arithmetic datasets on LLaMA-7B.
 FAMILY: Mapping[str, float] = MappingProxyType(
     {
         "lobireft": 31.3,
@@ -136,8 +134,3 @@ FAMILY: Mapping[str, float] = MappingProxyType(
         "loreft": 42.6,
     }
 )
-
-
-def seeded(seed: int) -> None:
-    """Before anything is drawn."""
-    torch.manual_seed(seed)

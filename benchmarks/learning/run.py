@@ -1,11 +1,10 @@
-"""One run: one method, one rate, one seed; and all of them in the order that chooses rates."""
+"""Training runs: one method at one learning rate with one seed, and the choice of the rate."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,13 +13,20 @@ from typing import Any
 import torch
 from transformers import get_linear_schedule_with_warmup
 
-from benchmarks.learning.methods import METHODS, seeded, trained_parameters
-from benchmarks.learning.tasks import TASKS, Learning, collate
+from benchmarks.learning.methods import METHODS, trainable_parameters
+from benchmarks.learning.results import (
+    FIRST_SEED,
+    FORMAT,
+    Result,
+    best_rate,
+    read_results,
+    results_file,
+    store_result,
+)
+from benchmarks.learning.tasks import TASKS, LearningTask, collate
 from benchmarks.machine import default_device, describe, installed
 
-FORMAT = 1
-
-#: How every method is trained.
+#: The training settings of every method.
 TRAINING = {
     "optimizer": "AdamW",
     "weight_decay": 0.0,
@@ -29,23 +35,20 @@ TRAINING = {
     "warmup": 0.1,
 }
 
-#: The seed with which rates are chosen.
-FIRST_SEED = 0
-
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is; two runs of one plan are the same.
+    """The configuration of a run; two runs with equal plans give equal results.
 
     Attributes:
-        task, method: names.
-        rate: learning rate at its highest.
-        seed: of the first values and of the order of the data.
-        steps, batch_size, points: of the task, unless shortened.
-        records: at most so many of each part are scored; None for all.
-        data: hash of the records.
-        training: how every method is trained.
-        setup: the method's own settings.
+        task, method: their names.
+        rate: the peak learning rate.
+        seed: seeds the initialisation and the order of the data.
+        steps, batch_size, points: those of the task, unless the run is shortened.
+        records: the largest number of records to score per part; None for all.
+        data: the hash of the records.
+        training: the training settings of every method.
+        setup: the settings of the method.
     """
 
     task: str
@@ -60,16 +63,11 @@ class Plan:
     training: dict[str, Any]
     setup: dict[str, Any]
 
-    @property
-    def file(self) -> str:
-        """Name of its result."""
-        return f"{self.task}/{self.method}-{self.rate:g}-seed{self.seed}.json"
 
-
-def plan(
-    task: Learning, method: str, rate: float, seed: int, steps: int | None, records: int | None
+def make_plan(
+    task: LearningTask, method: str, rate: float, seed: int, steps: int | None, records: int | None
 ) -> Plan:
-    """A plan; with ``steps`` a shortened one."""
+    """Build the plan of a run; ``steps`` shortens it."""
     points = task.points if steps is None else (max(1, steps // 2), steps)
     return Plan(
         task=task.name,
@@ -86,46 +84,30 @@ def plan(
     )
 
 
-def stored(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan as JSON has it, without the number of the form in which a configuration was written:
-    that changes nothing of what is computed."""
+def plan_as_json(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan as JSON has it, without the format version of a configuration.
+
+    The format version does not change what a run computes, so plans are compared without it.
+    """
     setup = {name: value for name, value in plan["setup"].items() if name != "format_version"}
-    found: dict[str, Any] = json.loads(json.dumps({**plan, "setup": setup}))
-    return found
+    plain: dict[str, Any] = json.loads(json.dumps({**plan, "setup": setup}))
+    return plain
 
 
-def run_once(wanted: Plan, folder: Path) -> dict[str, Any]:
-    """The result of a plan: read, where it lies in the folder already, else made and written."""
-    path = folder / wanted.file
-    own = stored(asdict(wanted))
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if stored(found["plan"]) == own:
-            return found
-    result = {"format": FORMAT, "plan": own, **_train(wanted)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
+def run_once(plan: Plan, folder: Path) -> Result:
+    """Return the stored result of a plan, or train and store it if there is none."""
+    file = results_file(folder, plan.task)
+    plan_json = plan_as_json(asdict(plan))
+    for stored in read_results(file):
+        if plan_as_json(stored["plan"]) == plan_json:
+            return stored
+    result = {"format": FORMAT, "plan": plan_json, **_train(plan)}
+    store_result(file, result)
     return result
 
 
-def best_rate(results: Mapping[float, Mapping[str, Any]]) -> float:
-    """The rate with the best score on the development part at the end; of equals the one whose
-    mean over all points is best there, which is who learnt sooner; of equals the smallest.
-
-    Neither the held-out part nor the loss of training has a say.
-    """
-
-    def merit(rate: float) -> tuple[float, float, float]:
-        scores = results[rate]["development"]
-        return scores[-1], sum(scores) / len(scores), -rate
-
-    return max(results, key=merit)
-
-
 def run_method(
-    task: Learning,
+    task: LearningTask,
     method: str,
     seeds: Sequence[int],
     folder: Path,
@@ -133,47 +115,35 @@ def run_method(
     rates: Sequence[float] | None = None,
     steps: int | None = None,
     records: int | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Every rate with the first seed, then every further seed with the best of them."""
-    tried: dict[float, dict[str, Any]] = {}
+) -> Iterator[Result]:
+    """Run every learning rate with the first seed, then the best rate with the other seeds."""
+    tried: dict[float, Result] = {}
     for rate in rates or METHODS[method].rates:
-        tried[rate] = run_once(plan(task, method, rate, FIRST_SEED, steps, records), folder)
+        tried[rate] = run_once(make_plan(task, method, rate, FIRST_SEED, steps, records), folder)
         yield tried[rate]
-    chosen = best_rate(tried)
+    best = best_rate(tried)
     for seed in seeds:
         if seed != FIRST_SEED:
-            yield run_once(plan(task, method, chosen, seed, steps, records), folder)
+            yield run_once(make_plan(task, method, best, seed, steps, records), folder)
 
 
-def _train(wanted: Plan) -> dict[str, Any]:
-    task = TASKS[wanted.task]
+def _train(plan: Plan) -> Result:
+    task = TASKS[plan.task]
     training, development, heldout = task.split()
-    development, heldout = development[: wanted.records], heldout[: wanted.records]
-    base, tokenizer = task.load(wanted.seed)
+    development, heldout = development[: plan.records], heldout[: plan.records]
+    base, tokenizer = task.load(plan.seed)
     total = base.num_parameters()
     before = task.score(base, tokenizer, heldout)
-    seeded(wanted.seed)
-    model = METHODS[wanted.method].prepare(base, wanted.setup).train()
-    optimizer = torch.optim.AdamW(
-        [one for one in model.parameters() if one.requires_grad],
-        lr=wanted.rate,
-        weight_decay=wanted.training["weight_decay"],
-    )
-    warmup = int(wanted.training["warmup"] * wanted.steps)
-    schedule = get_linear_schedule_with_warmup(optimizer, warmup, wanted.steps)
+    torch.manual_seed(plan.seed)
+    model = METHODS[plan.method].prepare(base, plan.setup).train()
+    step = _optimizer_step(plan, model)
     scores: dict[str, list[float]] = {"development": [], "heldout": [], "loss": []}
     seconds, losses = 0.0, []
-    for number, batch in enumerate(_batches(wanted, training, tokenizer), start=1):
+    for number, batch in enumerate(_batches(plan, training, tokenizer), start=1):
         began = time.perf_counter()
-        loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), wanted.training["max_grad_norm"])
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
+        losses.append(step(batch))
         seconds += time.perf_counter() - began
-        if number in wanted.points:
+        if number in plan.points:
             model.eval()
             scores["development"].append(task.score(model, tokenizer, development))
             scores["heldout"].append(task.score(model, tokenizer, heldout))
@@ -183,7 +153,7 @@ def _train(wanted: Plan) -> dict[str, Any]:
     return {
         "before": before,
         **scores,
-        "trained": trained_parameters(model),
+        "trained": trainable_parameters(model),
         "base": total,
         "seconds": seconds,
         "counts": [len(training), len(development), len(heldout)],
@@ -192,12 +162,34 @@ def _train(wanted: Plan) -> dict[str, Any]:
     }
 
 
-def _batches(wanted: Plan, training: Sequence[Any], tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """Shuffled anew each epoch, by the seed alone: the same for every method."""
-    generator = torch.Generator().manual_seed(wanted.seed)
+def _optimizer_step(plan: Plan, model: Any) -> Callable[[Mapping[str, Any]], float]:
+    """A function that trains on one batch and returns its loss."""
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=plan.rate,
+        weight_decay=plan.training["weight_decay"],
+    )
+    warmup = int(plan.training["warmup"] * plan.steps)
+    schedule = get_linear_schedule_with_warmup(optimizer, warmup, plan.steps)
+
+    def step(batch: Mapping[str, Any]) -> float:
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), plan.training["max_grad_norm"])
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
+def _batches(plan: Plan, training: Sequence[Any], tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """Batches in an order that depends on the seed alone, reshuffled every epoch."""
+    generator = torch.Generator().manual_seed(plan.seed)
     order: list[int] = []
-    for _ in range(wanted.steps):
-        if len(order) < wanted.batch_size:
+    for _ in range(plan.steps):
+        if len(order) < plan.batch_size:
             order = torch.randperm(len(training), generator=generator).tolist()
-        chosen, order = order[: wanted.batch_size], order[wanted.batch_size :]
-        yield collate(tokenizer, [training[at] for at in chosen])
+        batch, order = order[: plan.batch_size], order[plan.batch_size :]
+        yield collate(tokenizer, [training[index] for index in batch])

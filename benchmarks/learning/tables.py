@@ -1,188 +1,138 @@
-"""What came out, as tables: from the files alone."""
+"""Markdown tables of the learning results."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.learning.methods import FAMILY, METHODS
-from benchmarks.learning.run import FIRST_SEED, FORMAT, best_rate
+from benchmarks.learning.results import MethodResults, method_results, results_file
+from benchmarks.learning.results import standard_deviation as deviation
 from benchmarks.learning.tasks import TASKS
+from benchmarks.report.tables import markdown
 
 
-@dataclass(frozen=True)
-class Learnt:
-    """One method on one task, with the rate that was chosen.
-
-    Attributes:
-        method: its name.
-        rate: the learning rate.
-        runs: results with that rate, by seed.
-        tried: rate -> the result with the first seed.
-    """
-
-    method: str
-    rate: float
-    runs: tuple[dict[str, Any], ...]
-    tried: Mapping[float, dict[str, Any]]
-
-    @property
-    def finals(self) -> list[float]:
-        """Held-out scores at the end, in percent."""
-        return [100 * run["heldout"][-1] for run in self.runs]
-
-    @property
-    def curve(self) -> list[tuple[int, float, float]]:
-        """(step, mean, standard deviation) of the held-out score in percent."""
-        rows = []
-        for at, step in enumerate(self.runs[0]["plan"]["points"]):
-            values = [100 * run["heldout"][at] for run in self.runs]
-            rows.append((step, statistics.fmean(values), _sd(values)))
-        return rows
-
-    @property
-    def trained(self) -> int:
-        """Parameters that were trained."""
-        return int(self.runs[0]["trained"])
+def read_tasks(folder: Path) -> dict[str, list[MethodResults]]:
+    """The results of every task that has some."""
+    return {
+        task: method_results(folder, task) for task in TASKS if results_file(folder, task).exists()
+    }
 
 
-def read(folder: Path, task: str) -> list[Learnt]:
-    """Every method of a task, in the order of :data:`METHODS`.
-
-    Raises:
-        FileNotFoundError: no result of the task.
-        ValueError: a result of another format.
-    """
-    found = []
-    for path in sorted((folder / task).glob("*.json")):
-        found.append(json.loads(path.read_text("utf-8")))
-        if found[-1].get("format") != FORMAT:
-            raise ValueError(f"{path}: format must be {FORMAT}, got {found[-1].get('format')!r}")
-    if not found:
-        raise FileNotFoundError(f"no results in {folder / task}: python -m benchmarks learn")
-    learnt = []
-    for method in METHODS:
-        mine = [one for one in found if one["plan"]["method"] == method]
-        tried = {one["plan"]["rate"]: one for one in mine if one["plan"]["seed"] == FIRST_SEED}
-        if not tried:
-            continue
-        rate = best_rate(tried)
-        runs = [one for one in mine if one["plan"]["rate"] == rate]
-        runs.sort(key=lambda one: one["plan"]["seed"])
-        learnt.append(Learnt(method, rate, tuple(runs), dict(sorted(tried.items()))))
-    return learnt
+def page_sections(tasks: Mapping[str, Sequence[MethodResults]]) -> dict[str, str]:
+    """Map each marker of docs/learning.md to the text of its section."""
+    scores = {
+        f"scores of {task}": f"{conditions(task, methods)}\n\n{score_table(methods)}"
+        for task, methods in tasks.items()
+    }
+    rates = {f"rates of {task}": rate_table(methods) for task, methods in tasks.items()}
+    return {**scores, **rates, "family": family_table(tasks)}
 
 
-def untrained(learnt: Sequence[Learnt]) -> float:
+def untrained_score(methods: Sequence[MethodResults]) -> float:
     """Held-out score of the base models before training, in percent: the mean over the seeds."""
-    return statistics.fmean(100 * run["before"] for run in learnt[0].runs)
+    return statistics.fmean(100 * run["before"] for run in methods[0].runs)
 
 
-def scores(task: str, learnt: Sequence[Learnt]) -> list[str]:
-    """Score and parameters of every method, the best first, and of the base model."""
-    first = learnt[0].runs[0]
+def score_table(methods: Sequence[MethodResults]) -> str:
+    """Trainable parameters and scores of every method, best first, and of the base model."""
+    first = methods[0].runs[0]
     points = first["plan"]["points"]
     head = ["method", "trained", "% of base", "rate"]
     head += [f"step {step}" for step in points] + ["SD"]
-    rows = []
-    for one in sorted(learnt, key=lambda one: -statistics.fmean(one.finals)):
-        means = [f"{mean:.1f}" for _, mean, _ in one.curve]
-        rows.append(
+    lines = []
+    for results in sorted(methods, key=lambda results: -statistics.fmean(results.finals)):
+        means = [f"{mean:.1f}" for _, mean, _ in results.curve]
+        lines.append(
             [
-                METHODS[one.method].title,
-                f"{one.trained:,}",
-                f"{100 * one.trained / first['base']:.2f}",
-                f"{one.rate:g}",
+                METHODS[results.method].title,
+                f"{results.trainable:,}",
+                f"{100 * results.trainable / first['base']:.2f}",
+                f"{results.rate:g}",
                 *means[:-1],
                 f"**{means[-1]}**",
-                f"{_sd(one.finals):.1f}",
+                f"{deviation(results.finals):.1f}",
             ]
         )
-    before = [100 * run["before"] for run in learnt[0].runs]
+    before = [100 * run["before"] for run in methods[0].runs]
     blank = [""] * (len(points) - 1)
-    mean = f"**{untrained(learnt):.1f}**"
-    rows.append(["the base model, untrained", "0", "0.00", "", *blank, mean, f"{_sd(before):.1f}"])
-    return _table(head, rows)
+    mean = f"**{untrained_score(methods):.1f}**"
+    base = ["the base model, untrained", "0", "0.00", "", *blank, mean, f"{deviation(before):.1f}"]
+    return markdown(head, [*lines, base])
 
 
-def rates(learnt: Sequence[Learnt]) -> list[str]:
-    """Each rate with the first seed: development / held-out score; the chosen one is bold."""
-    every = sorted({rate for one in learnt for rate in one.tried})
-    rows = []
-    for one in learnt:
-        row = [METHODS[one.method].title]
-        for rate in every:
-            found = one.tried.get(rate)
+def rate_table(methods: Sequence[MethodResults]) -> str:
+    """Development and held-out score at each learning rate, first seed; the best rate is bold."""
+    rates = sorted({rate for results in methods for rate in results.tried})
+    lines = []
+    for results in methods:
+        line = [METHODS[results.method].title]
+        for rate in rates:
+            result = results.tried.get(rate)
             cell = ""
-            if found is not None:
-                cell = f"{100 * found['development'][-1]:.1f} / {100 * found['heldout'][-1]:.1f}"
-                cell = f"**{cell}**" if rate == one.rate else cell
-            row.append(cell)
-        rows.append(row)
-    return _table(["method", *[f"{rate:g}" for rate in every]], rows)
+            if result is not None:
+                development, heldout = (100 * result[part][-1] for part in _PARTS)
+                cell = f"{development:.1f} / {heldout:.1f}"
+                cell = f"**{cell}**" if rate == results.rate else cell
+            line.append(cell)
+        lines.append(line)
+    return markdown(["method", *[f"{rate:g}" for rate in rates]], lines)
 
 
-def family(tables: dict[str, Sequence[Learnt]]) -> list[str]:
-    """The six members beside the paper's Table 17, with their places in each column."""
-    columns = {
-        task: {one.method: statistics.fmean(one.finals) for one in learnt}
-        for task, learnt in tables.items()
-    }
-    middle = {
-        f"{task}, step {_half(learnt)}": {one.method: _at(one, _half(learnt)) for one in learnt}
-        for task, learnt in tables.items()
-    }
-    every = {**middle, **{f"{task}, end": values for task, values in columns.items()}}
-    head = ["member", "edit", "paper, LLaMA-7B arithmetic", *every]
-    rows = []
+_PARTS = ("development", "heldout")
+
+
+def family_table(tasks: Mapping[str, Sequence[MethodResults]]) -> str:
+    """The six members beside the paper's Table 17, with the place of each in every column."""
+    columns: dict[str, dict[str, float]] = {}
+    for task, methods in tasks.items():
+        step = _middle_step(methods)
+        columns[f"{task}, step {step}"] = {
+            results.method: _mean_at(results, step) for results in methods
+        }
+    for task, methods in tasks.items():
+        columns[f"{task}, end"] = {
+            results.method: statistics.fmean(results.finals) for results in methods
+        }
+    lines = []
     for method, published in FAMILY.items():
-        row = [METHODS[method].title, f"`{METHODS[method].equation}`"]
-        row.append(f"{published:.1f} ({_place(FAMILY, method)})")
-        for values in every.values():
-            mine = {name: values[name] for name in FAMILY if name in values}
-            row.append(f"{mine[method]:.1f} ({_place(mine, method)})" if method in mine else "")
-        rows.append(row)
-    return _table(head, rows)
+        line = [METHODS[method].title, f"`{METHODS[method].equation}`"]
+        line.append(f"{published:.1f} ({_place(FAMILY, method)})")
+        for scores in columns.values():
+            members = {name: scores[name] for name in FAMILY if name in scores}
+            line.append(
+                f"{members[method]:.1f} ({_place(members, method)})" if method in members else ""
+            )
+        lines.append(line)
+    return markdown(["member", "edit", "paper, LLaMA-7B arithmetic", *columns], lines)
 
 
-def about(task: str, learnt: Sequence[Learnt]) -> str:
-    """How the numbers of a task came about, in one sentence."""
-    first = learnt[0].runs[0]
+def conditions(task: str, methods: Sequence[MethodResults]) -> str:
+    """Data, training, machine and commit of a task's results, in one sentence."""
+    first = methods[0].runs[0]
     plan, (training, development, _) = first["plan"], first["counts"]
     machine = first["machine"]
-    shown = [run for one in learnt for run in (*one.runs, *one.tried.values())]
-    commits = sorted({run["machine"]["commit"] for run in shown})
+    runs = [run for results in methods for run in (*results.runs, *results.tried.values())]
+    commits = sorted({run["machine"]["commit"] for run in runs})
     return (
-        f"{TASKS[task].title}: {TASKS[task].metric}; {training} records to learn from, "
-        f"{development} on which the rates were chosen; {plan['steps']} steps of "
-        f"{plan['batch_size']}; mean and sample standard deviation over {len(learnt[0].runs)} "
+        f"{TASKS[task].title}: {TASKS[task].metric}; {training} training records, "
+        f"{development} development records that chose the rates; {plan['steps']} steps of "
+        f"{plan['batch_size']}; mean and sample standard deviation over {len(methods[0].runs)} "
         f"seeds; {first['base']:,} parameters of the base; "
         f"{machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}, "
         f"PEFT {machine['peft']}; commit {', '.join(commits)}."
     )
 
 
-def _half(learnt: Sequence[Learnt]) -> int:
-    points = learnt[0].runs[0]["plan"]["points"]
+def _middle_step(methods: Sequence[MethodResults]) -> int:
+    points = methods[0].runs[0]["plan"]["points"]
     return int(points[len(points) // 2 - 1])
 
 
-def _at(one: Learnt, step: int) -> float:
-    return next(mean for at, mean, _ in one.curve if at == step)
+def _mean_at(results: MethodResults, step: int) -> float:
+    return next(mean for point, mean, _ in results.curve if point == step)
 
 
-def _place(values: Any, method: str) -> int:
-    return 1 + sum(bool(other > values[method]) for other in values.values())
-
-
-def _sd(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+def _place(scores: Mapping[str, float], method: str) -> int:
+    return 1 + sum(score > scores[method] for score in scores.values())

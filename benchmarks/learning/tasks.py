@@ -1,5 +1,4 @@
-"""What is learnt: the two demonstrations of the package, with a part of the training data held back
-on which learning rates are chosen."""
+"""Tasks: the two demonstrations of the package, with a development part to choose rates on."""
 
 from __future__ import annotations
 
@@ -20,24 +19,25 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Learning:
-    """One task.
+class LearningTask:
+    """A task to finetune on.
 
     Attributes:
-        name: of the task.
-        title: for people.
-        metric: what the score is.
-        load: seed -> (a fresh base model, its tokenizer); a new classifier is drawn from the seed.
-        records: "train" or "heldout" -> records.
-        score: (model, tokenizer, records) -> share that is right.
-        edit: where the family edits, with which rank.
-        head: the module that is the head.
-        attention, linear: names of the modules that LoRA adapts: the usual two, and all.
-        beside: patterns of modules that are none of these, whatever their names end in.
-        peft_task: PEFT's name of the task.
-        batch_size, steps, points: of every run; at how many points the score is taken.
-        development: every so-manieth training record is held back. Seven, since the messages go
-            round their six classes in turn.
+        name: the name of the task.
+        title: the description in tables.
+        metric: the name of the score.
+        load: maps a seed to (a fresh base model, its tokenizer); the seed initialises a new
+            classifier.
+        records: maps "train" or "heldout" to records.
+        score: maps (model, tokenizer, records) to the fraction of correct answers.
+        edit: positions, layers and rank of the family's edits.
+        head: the name of the head module.
+        attention, linear: names of the modules that LoRA adapts: queries and values, or all linear.
+        exclude: patterns of modules that LoRA leaves out although their names match.
+        peft_task: the task type of PEFT.
+        batch_size, steps, points: those of every run; scores are taken at the steps ``points``.
+        development: every n-th training record belongs to the development part. n is 7, since the
+            records of "messages" cycle through six classes.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Learning:
     head: str
     attention: tuple[str, ...]
     linear: tuple[str, ...]
-    beside: tuple[str, ...]
+    exclude: tuple[str, ...]
     peft_task: str
     batch_size: int
     steps: int
@@ -58,14 +58,14 @@ class Learning:
     development: int
 
     def split(self) -> tuple[list[Record], list[Record], list[Record]]:
-        """(training, development, held-out records)."""
-        every = self.records("train")
-        held = every[:: self.development]
-        rest = [one for at, one in enumerate(every) if at % self.development]
-        return rest, held, self.records("heldout")
+        """Training, development and held-out records."""
+        records = self.records("train")
+        development = records[:: self.development]
+        training = [record for index, record in enumerate(records) if index % self.development]
+        return training, development, self.records("heldout")
 
     def data_hash(self) -> str:
-        """SHA-256 of all records."""
+        """The SHA-256 of all records."""
         parts = [json.dumps(part, sort_keys=True) for part in self.split()]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -86,9 +86,9 @@ def _messages_score(
     return sum(a == encoder.LABELS[r["label"]] for a, r in pairs) / len(records)
 
 
-TASKS: Mapping[str, Learning] = MappingProxyType(
+TASKS: Mapping[str, LearningTask] = MappingProxyType(
     {
-        "facts": Learning(
+        "facts": LearningTask(
             name="facts",
             title="A language model of 2.2 million parameters learns to answer in another form",
             metric="exact match of greedy answers to 596 held-out questions",
@@ -107,14 +107,14 @@ TASKS: Mapping[str, Learning] = MappingProxyType(
                 "up_proj",
                 "down_proj",
             ),
-            beside=(),
+            exclude=(),
             peft_task="CAUSAL_LM",
             batch_size=32,
             steps=160,
             points=(10, 20, 40, 80, 120, 160),
             development=7,
         ),
-        "messages": Learning(
+        "messages": LearningTask(
             name="messages",
             title="MiniLM, a pretrained sentence encoder, learns to sort messages into six classes",
             metric="accuracy on 72 held-out messages",
@@ -125,7 +125,7 @@ TASKS: Mapping[str, Learning] = MappingProxyType(
             head="classifier",
             attention=("query", "value"),
             linear=("query", "key", "value", "dense"),
-            beside=(".*classifier.*", ".*pooler.*"),
+            exclude=(".*classifier.*", ".*pooler.*"),
             peft_task="SEQ_CLS",
             batch_size=16,
             steps=72,
@@ -137,5 +137,5 @@ TASKS: Mapping[str, Learning] = MappingProxyType(
 
 
 def collate(tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]) -> dict[str, Any]:
-    """One batch, the same for every method."""
+    """Build a batch; it does not depend on the method."""
     return ReftDataCollator(tokenizer)(records)

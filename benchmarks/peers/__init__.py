@@ -1,4 +1,4 @@
-"""Who is measured. A peer says which version it is and, where it cannot take part, why."""
+"""Peers: the libraries and baselines that are measured, with versions and reasons for absence."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from reft_kernels.devtools.testing import Edit
 
 
 class Absent(Exception):
-    """A peer cannot take part; the message says why."""
+    """Raised where a peer cannot take part; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """The edit as one peer computes it.
+    """The edit as a peer computes it.
 
     Attributes:
-        call: hidden (B, S, D), no leaf, to the edited hidden.
-        leaves: what is trained: "encode", "bias", "decode" (".T" if stored transposed), or others.
-        own: judged by the test suite's budget, not by a foreign one.
-        capturable: False where a call waits for the device, which no CUDA graph can hold.
+        call: maps hidden states (B, S, D), not a leaf, to edited hidden states.
+        leaves: trainable tensors by name: "encode", "bias", "decode" (with ".T" if stored
+            transposed), or other names.
+        within_budget: whether the error budget of the test suite applies, instead of the tolerance
+            for other libraries.
+        capturable: False if a call synchronises with the device, which a CUDA graph cannot hold.
     """
 
     call: Callable[[Tensor], Tensor]
     leaves: Mapping[str, Tensor]
-    own: bool = False
+    within_budget: bool = False
     capturable: bool = True
 
 
@@ -39,9 +41,9 @@ class Rotation:
     """Orthonormal R of all layers.
 
     Attributes:
-        call: () to a list of R, (r, D) or (D, r).
-        leaves: their free parameters.
-        buffers: bytes held beside the parameters.
+        call: returns R of each layer, (r, D) or (D, r).
+        leaves: the free parameters.
+        buffers: bytes of buffers beside the parameters.
     """
 
     call: Callable[[], Sequence[Tensor]]
@@ -54,11 +56,12 @@ class Wrapped:
     """A base model with an adapter, ready to train.
 
     Attributes:
-        loss: a batch (``input_ids``, ``attention_mask``, ``labels``) to a loss with a graph.
-        parameters: what is trained.
-        model: what to save.
-        generate: prompt ids, new tokens -> sequences; None where the peer cannot.
-        same_as_reference: whether its loss must be the reference's, with the weights of ours.
+        loss: maps a batch (``input_ids``, ``attention_mask``, ``labels``) to a differentiable loss.
+        parameters: the trainable parameters.
+        model: the wrapped model.
+        generate: maps (prompt ids, number of new tokens) to sequences; None if not supported.
+        save: writes the adapter to a folder; None if not supported.
+        same_as_reference: whether the loss must equal that of the reference with the same weights.
     """
 
     loss: Callable[[Mapping[str, Tensor]], Tensor]
@@ -71,15 +74,15 @@ class Wrapped:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One peer; a builder raises :class:`Absent` where it cannot take part.
+    """A peer and its builders; a builder raises :class:`Absent` where the peer cannot take part.
 
     Attributes:
-        version: its version, None for what is no library.
-        edit: builder of its operator.
-        rotation: builder of its orthonormal map.
-        wrap: builder of a whole model: (base model, case) -> Wrapped.
-        note: what a reader of its numbers must know.
-        load: (base model, folder that ``Wrapped.save`` wrote) -> a wrapped model.
+        version: the version of the library; None if the peer is not a library.
+        edit: builds the operator.
+        rotation: builds the orthonormal map.
+        wrap: maps (base model, case) to a wrapped model.
+        note: a remark for readers of the numbers.
+        load: maps (base model, folder of ``Wrapped.save``) to a wrapped model.
     """
 
     name: str
@@ -92,7 +95,7 @@ class Peer:
 
 
 def peers() -> tuple[Peer, ...]:
-    """All of them, this library first."""
+    """All peers: the frozen baseline, this library, and others."""
     from benchmarks.peers import adapters, frozen, lora, ours, pyreft, reference
 
     return (

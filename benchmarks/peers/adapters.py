@@ -1,9 +1,9 @@
 """adapters 1.2.0: its ReFT module in a forward hook of each block.
 
-The package itself does not import beside transformers 5: two names that its downloads from the hub
-need are gone, and more that its model wrappers need. The names for downloads are put back while it
-is imported, since nothing is downloaded here; instead of its wrapper a hook like its own calls its
-module, with the positions that the others edit.
+The package does not import with transformers 5, which removed two names for downloads from the Hub
+and other names for its model wrappers. Nothing is downloaded here, so the names for downloads are
+restored during the import. A hook like that of the model wrapper calls the ReFT module at the
+positions that the other peers edit.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _module(dim: int, rank: int, first: int, last: int, tied: bool, dtype: str) 
 
 
 def _context(batch: int, length: int, device: torch.device) -> Any:
-    """What its own model would hand over for prompts of this length, from the first column on."""
+    """The context that its model wrapper would pass for prompts of this length, without padding."""
     context = _require()[2](None)
     context.offsets = torch.zeros(batch, dtype=torch.int64, device=device)
     context.seqlens = torch.full((batch,), length, device=device)
@@ -70,12 +70,13 @@ def _context(batch: int, length: int, device: torch.device) -> Any:
 
 
 def edit(case: OpCase, edit: Edit) -> Operator:
-    """Its ReftModule, which makes R orthonormal at both of its accesses."""
+    """Build its ReftModule, which computes the orthonormal R at each of its two accesses."""
     first, last = (case.sequence, 0) if case.positions == "all" else ends(case.positions, 0)
     module = _module(case.dim, case.rank, first, last, case.groups == 1, case.dtype)
     assert edit.encode is not None and edit.bias is not None
     stacks = [
-        one if case.groups > 1 else one[None] for one in (edit.encode, edit.bias, edit.decode)
+        weights if case.groups > 1 else weights[None]
+        for weights in (edit.encode, edit.bias, edit.decode)
     ]
     leaves: dict[str, Tensor] = {}
     for group, (weight, bias, rotation) in enumerate(zip(*stacks, strict=True)):
@@ -85,11 +86,11 @@ def edit(case: OpCase, edit: Edit) -> Operator:
             unit.learned_source.bias.copy_(bias)
             unit.projection.weight = rotation.cpu()
         unit.to(edit.hidden.device)
-        last_name = "" if case.groups == 1 else str(group)
+        suffix = "" if case.groups == 1 else str(group)
         leaves |= {
-            f"encode{last_name}": unit.learned_source.weight,
-            f"bias{last_name}": unit.learned_source.bias,
-            f"free{last_name}": unit.projection.parametrizations.weight.original,
+            f"encode{suffix}": unit.learned_source.weight,
+            f"bias{suffix}": unit.learned_source.bias,
+            f"free{suffix}": unit.projection.parametrizations.weight.original,
         }
 
     def call(hidden: Tensor) -> Tensor:
@@ -97,13 +98,13 @@ def edit(case: OpCase, edit: Edit) -> Operator:
             edited: Tensor = module(hidden)
         return edited
 
-    return Operator(call, leaves, capturable=False)  # a context of new tensors in each call
+    return Operator(call, leaves, capturable=False)  # each call makes a context of new tensors
 
 
 def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
-    """A module on every edited block."""
+    """Put a module on every edited block."""
     if not tied and "+" not in case.positions:
-        raise Absent(f"positions {case.positions!r} have one end: nothing to untie")
+        raise Absent(f"positions {case.positions!r} have one end, so there is nothing to untie")
     torch.manual_seed(0)
     base.requires_grad_(False)
     device = next(base.parameters()).device
@@ -122,15 +123,15 @@ def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
     for layer, module in zip(case.edited_layers, modules, strict=True):
         blocks[layer].register_forward_hook(partial(hook, module))
 
-    def loss(batch: Mapping[str, Tensor]) -> Tensor:
+    def compute_loss(batch: Mapping[str, Tensor]) -> Tensor:
         with _context(batch["input_ids"].shape[0], length, device):
-            found: Tensor = base(**batch).loss
-        return found
+            loss: Tensor = base(**batch).loss
+        return loss
 
-    return Wrapped(loss, list(modules.parameters()), modules)
+    return Wrapped(compute_loss, list(modules.parameters()), modules)
 
 
-_NOTE = "its module in hooks: its model wrapper does not import beside transformers 5"
+_NOTE = "its ReFT module in forward hooks: its model wrapper does not import with transformers 5"
 PEERS = (
     Peer("adapters", installed("adapters"), edit, wrap=partial(wrap, True), note=_NOTE),
     Peer("adapters, untied", installed("adapters"), wrap=partial(wrap, False), note=_NOTE),

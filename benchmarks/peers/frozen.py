@@ -1,19 +1,19 @@
-"""The floor: the frozen model, its backward cut at the first edited block."""
+"""The baseline: the frozen model, with its backward cut at the first edited block."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.cases import ModelCase
 from benchmarks.peers import Peer, Wrapped
+from benchmarks.peers.model_calls import loss_of
 from reft.model.blocks import find_blocks
 
 
 def wrap(base: nn.Module, case: ModelCase) -> Wrapped:
-    """Whoever trains something at the output of the first edited block pays this much."""
+    """Make the output of the first edited block a leaf, where the backward of an edit ends."""
     base.requires_grad_(False)
 
     def leaf(module: nn.Module, args: Any, output: Any) -> Any:
@@ -23,14 +23,10 @@ def wrap(base: nn.Module, case: ModelCase) -> Wrapped:
 
     find_blocks(base).layers[case.edited_layers[0]].register_forward_hook(leaf)
 
-    def loss(batch: Mapping[str, Tensor]) -> Tensor:
-        found: Tensor = base(**batch).loss
-        return found
-
-    return Wrapped(loss, [], base)
+    return Wrapped(loss_of(base), [], base)
 
 
 PEERS = (
     Peer("frozen", wrap=wrap),
-    Peer("frozen again", wrap=wrap, note="the same floor once more: how far the noise reaches"),
+    Peer("frozen again", wrap=wrap, note="the frozen baseline measured a second time: the noise"),
 )

@@ -1,21 +1,20 @@
-"""PEFT's LoRA of rank 8 on the query and value projections: the adapter people compare with."""
+"""LoRA of PEFT, rank 8 on the query and value projections."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.cases import ModelCase
 from benchmarks.machine import installed
 from benchmarks.peers import Absent, Peer, Wrapped
+from benchmarks.peers.model_calls import greedy_generation, loss_of
 
 _TARGETS = {"llama": ["q_proj", "v_proj"], "roberta": ["query", "value"]}
 
 
 def wrap(base: nn.Module, case: ModelCase) -> Wrapped:
-    """``peft.get_peft_model`` on the edited layers."""
+    """Wrap the edited layers with ``peft.get_peft_model``."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -31,30 +30,18 @@ def wrap(base: nn.Module, case: ModelCase) -> Wrapped:
     model = get_peft_model(base, settings)
     model.train()
 
-    def loss(batch: Mapping[str, Tensor]) -> Tensor:
-        found: Tensor = model(**batch).loss
-        return found
-
-    def generate(prompts: Tensor, count: int) -> Tensor:
-        tokens: Tensor = model.generate(
-            input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-        )
-        return tokens
-
-    trained = [one for one in model.parameters() if one.requires_grad]
-    return Wrapped(loss, trained, model, generate, model.save_pretrained)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Wrapped(
+        loss_of(model), trainable, model, greedy_generation(model), model.save_pretrained
+    )
 
 
 def load(base: nn.Module, folder: str) -> object:
-    """``peft.PeftModel.from_pretrained``."""
+    """Load with ``peft.PeftModel.from_pretrained``."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(base, folder)
 
 
-_NOTE = "r 8 on q and v, whatever the case's rank"
+_NOTE = "rank 8 on q and v, whatever the rank of the case"
 PEERS = (Peer("LoRA", installed("peft"), wrap=wrap, load=load, note=_NOTE),)

@@ -1,8 +1,7 @@
-"""This library."""
+"""This library: its operator, its orthonormal map, and its wrapped models."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -10,25 +9,26 @@ from torch import Tensor, nn
 
 from benchmarks.cases import ModelCase, OpCase, RotationCase
 from benchmarks.peers import Absent, Operator, Peer, Rotation, Wrapped
+from benchmarks.peers.model_calls import greedy_generation, loss_of
 from reft import ReftConfig, ReftModel, get_reft_model
 from reft_kernels import lowrank_edit_, orthonormalize, reflector_base
 from reft_kernels.devtools.testing import PARAMETERS, Edit
 
 
 def edit(backend: str, case: OpCase, edit: Edit) -> Operator:
-    """The edit in place, by a named backend or the one that "auto" takes."""
+    """Build the in-place edit with the given backend."""
     if backend == "torch" and edit.hidden.device.type != "cuda":
-        raise Absent("on a CPU this is what 'auto' takes")
+        raise Absent("on a CPU, backend 'auto' is already torch")
     leaves = {name: getattr(edit, name).clone().requires_grad_() for name in PARAMETERS}
 
     def call(hidden: Tensor) -> Tensor:
         return lowrank_edit_(hidden, edit.plan, *leaves.values(), backend=backend, **edit.options)
 
-    return Operator(call, leaves, own=True)
+    return Operator(call, leaves, within_budget=True)
 
 
 def rotation(case: RotationCase, device: torch.device) -> Rotation:
-    """All layers in one call, around a base point of reflectors."""
+    """Compute R of all layers in one call, around a base point of reflectors."""
     shape = (case.layers, case.dim, case.rank)
     start = torch.linalg.qr(torch.randn(shape, device=device)).Q
     base = reflector_base(start.mT)
@@ -39,7 +39,7 @@ def rotation(case: RotationCase, device: torch.device) -> Rotation:
 
 
 def config(case: ModelCase, tied: bool) -> ReftConfig:
-    """The adapter of a case."""
+    """The adapter configuration of a case."""
     return ReftConfig(
         intervention="loreft",
         rank=case.rank,
@@ -50,24 +50,21 @@ def config(case: ModelCase, tied: bool) -> ReftConfig:
 
 
 def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
-    """A whole model, as a user would make it."""
+    """Wrap a whole model with the public interface."""
     if not tied and "+" not in case.positions:
-        raise Absent(f"positions {case.positions!r} have one end: nothing to untie")
+        raise Absent(f"positions {case.positions!r} have one end, so there is nothing to untie")
     model: ReftModel = get_reft_model(base, config(case, tied))
     model.train()
 
-    def loss(batch: Mapping[str, Tensor]) -> Tensor:
-        found: Tensor = model(**batch).loss
-        return found
-
-    def generate(prompts: Tensor, count: int) -> Tensor:
-        tokens: Tensor = model.generate(
-            input_ids=prompts, max_new_tokens=count, min_new_tokens=count, do_sample=False
-        )
-        return tokens
-
-    trained = [one for one in model.parameters() if one.requires_grad]
-    return Wrapped(loss, trained, model, generate, model.save_pretrained, same_as_reference=True)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Wrapped(
+        loss_of(model),
+        trainable,
+        model,
+        greedy_generation(model, mask=False),
+        model.save_pretrained,
+        same_as_reference=True,
+    )
 
 
 PEERS = (

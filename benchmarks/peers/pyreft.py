@@ -1,4 +1,4 @@
-"""pyreft 0.1.0 as PyPI ships it: its interventions, its gather and scatter, its wrapped model."""
+"""pyreft 0.1.0 from PyPI: its interventions, its gather and scatter, and its wrapped model."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ def _loreft(dim: int, rank: int, dtype: torch.dtype) -> Any:
 
 
 def edit(given: bool, case: OpCase, edit: Edit) -> Operator:
-    """What pyvene's hook does in one call: clone, gather, intervene, scatter.
+    """Build the steps of pyvene's hook: clone, gather, intervene, scatter.
 
-    With ``given`` R is a plain parameter, so that only the edit is timed, as on the other sides;
-    without, it comes from torch's parametrisation at every access, as pyreft has it.
+    Args:
+        given: make R a plain parameter, so that only the edit is timed, as for the other peers.
+            Otherwise torch's parametrisation computes R at every access, as in pyreft.
     """
     _library()
     from pyreft.interventions import LowRankRotateLayer
@@ -46,7 +47,8 @@ def edit(given: bool, case: OpCase, edit: Edit) -> Operator:
     settings = LlamaConfig(hidden_size=case.dim)
     assert edit.encode is not None and edit.bias is not None
     stacks = [
-        one if case.groups > 1 else one[None] for one in (edit.encode, edit.bias, edit.decode)
+        weights if case.groups > 1 else weights[None]
+        for weights in (edit.encode, edit.bias, edit.decode)
     ]
     modules: list[Any] = []
     leaves: dict[str, Tensor] = {}
@@ -61,21 +63,22 @@ def edit(given: bool, case: OpCase, edit: Edit) -> Operator:
             else:
                 module.rotate_layer.weight = rotation.T.contiguous().cpu()
         modules.append(module.to(device))
-        last = "" if case.groups == 1 else str(group)  # of two groups, gradients are not compared
+        # Gradients of two groups are not compared: their names are those of no argument.
+        suffix = "" if case.groups == 1 else str(group)
         source, rotate = module.learned_source, module.rotate_layer
-        leaves |= {f"encode{last}": source.weight, f"bias{last}": source.bias}
+        leaves |= {f"encode{suffix}": source.weight, f"bias{suffix}": source.bias}
         if given:
-            leaves[f"decode{last}.T"] = rotate.weight
+            leaves[f"decode{suffix}.T"] = rotate.weight
         else:
-            leaves[f"free{last}"] = rotate.parametrizations.weight.original
+            leaves[f"free{suffix}"] = rotate.parametrizations.weight.original
     offsets = edit.plan.offsets
-    places = [
+    positions = [
         (edit.plan.rows[a:b] % case.sequence).view(case.batch, -1).tolist()
         for a, b in itertools.pairwise(offsets)
     ]
 
     def call(hidden: Tensor) -> Tensor:
-        for module, locations in zip(modules, places, strict=True):
+        for module, locations in zip(modules, positions, strict=True):
             selected = gather_neurons(hidden.clone(), "pos", locations, device=device)
             edited = module(selected, None, None)
             hidden = scatter_neurons(
@@ -84,39 +87,38 @@ def edit(given: bool, case: OpCase, edit: Edit) -> Operator:
             )  # fmt: skip
         return hidden
 
-    return Operator(call, leaves, capturable=False)  # places are copied from a list in each call
+    return Operator(call, leaves, capturable=False)  # each call copies positions from a list
 
 
 def rotation(case: RotationCase, device: torch.device) -> Rotation:
-    """R of each layer, evaluated three times as its forward accesses it."""
+    """Evaluate R of each layer three times, as its forward does."""
     _library()
     if case.dim >= 4096 and case.layers > 4:
-        raise Absent("minutes: it completes each layer's R to D × D, see fewer layers")
+        raise Absent("takes minutes: it completes each R to D × D; see the cases with fewer layers")
     modules = [
         _loreft(case.dim, case.rank, torch.float32).to(device).rotate_layer
         for _ in range(case.layers)
     ]
 
     def call() -> list[Tensor]:
-        found = []
+        rotations = []
         for module in modules:
             _ = module.weight.dtype  # ``x.to(self.weight.dtype)``
-            found += [module.weight, module.weight]
-        return found
+            rotations += [module.weight, module.weight]
+        return rotations
 
-    buffers = [one for module in modules for one in module.buffers()]
     return Rotation(
         call,
-        [one for module in modules for one in module.parameters()],
-        sum(one.numel() * one.element_size() for one in buffers),
+        [parameter for module in modules for parameter in module.parameters()],
+        sum(b.numel() * b.element_size() for module in modules for b in module.buffers()),
     )
 
 
 def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
-    """``pyreft.get_reft_model`` with an intervention on every edited block, two if untied."""
+    """Wrap with ``pyreft.get_reft_model``: an intervention per edited block, two if untied."""
     pyreft = _library()
     if not tied and "+" not in case.positions:
-        raise Absent(f"positions {case.positions!r} have one end: nothing to untie")
+        raise Absent(f"positions {case.positions!r} have one end, so there is nothing to untie")
     if case.model != "llama":
         raise Absent("pyreft's classifier trainer does not run on this transformers")
     torch.manual_seed(0)
@@ -144,40 +146,39 @@ def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
     groups = [front + back] if tied else [front, back]
 
     def locations(batch: int) -> Tensor:
-        """(B, interventions, places), as pyreft's collator hands them over."""
-        each = [places for places in groups for _ in case.edited_layers]
-        return torch.tensor(each).expand(batch, -1, -1)
+        """Positions of shape (B, interventions, positions), as pyreft's collator passes them."""
+        per_intervention = [positions for positions in groups for _ in case.edited_layers]
+        return torch.tensor(per_intervention).expand(batch, -1, -1)
 
-    def loss(batch: Mapping[str, Tensor]) -> Tensor:
-        where = locations(batch["input_ids"].shape[0])
-        found: Tensor = pyreft.ReftTrainer.compute_loss(
-            None, model, {**batch, "intervention_locations": where}
-        )
-        return found
+    def compute_loss(batch: Mapping[str, Tensor]) -> Tensor:
+        inputs = {**batch, "intervention_locations": locations(batch["input_ids"].shape[0])}
+        loss: Tensor = pyreft.ReftTrainer.compute_loss(None, model, inputs)
+        return loss
 
     def generate(prompts: Tensor, count: int) -> Tensor:
-        where = locations(prompts.shape[0]).permute(1, 0, 2).tolist()
-        found: Tensor
-        _, found = model.generate(
+        units = locations(prompts.shape[0]).permute(1, 0, 2).tolist()
+        tokens: Tensor
+        _, tokens = model.generate(
             {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)},
-            unit_locations={"sources->base": (None, where)},
+            unit_locations={"sources->base": (None, units)},
             intervene_on_prompt=True,
             max_new_tokens=count,
             min_new_tokens=count,
             do_sample=False,
         )
-        return found
+        return tokens
 
-    trained = [one for module in model.interventions.values() for one in module.parameters()]
-    return Wrapped(loss, trained, model, generate, model.save)
+    interventions = model.interventions.values()
+    trainable = [parameter for module in interventions for parameter in module.parameters()]
+    return Wrapped(compute_loss, trainable, model, generate, model.save)
 
 
 def load(base: nn.Module, folder: str) -> Any:
-    """``pyreft.ReftModel.load``."""
+    """Load with ``pyreft.ReftModel.load``."""
     return _library().ReftModel.load(folder, base)
 
 
-_NOTE = "evaluates its orthonormal parametrisation three times a forward"
+_NOTE = "evaluates its orthonormal parametrisation three times per forward"
 _VERSION = installed("pyreft")
 
 PEERS = (
@@ -190,6 +191,11 @@ PEERS = (
         load=load,
         note=_NOTE,
     ),
-    Peer("pyreft, R given", _VERSION, partial(edit, True), note="its edit alone, R a parameter"),
+    Peer(
+        "pyreft, R given",
+        _VERSION,
+        partial(edit, True),
+        note="its edit alone; R is a plain parameter",
+    ),
     Peer("pyreft, untied", _VERSION, wrap=partial(wrap, False), note=_NOTE),
 )

@@ -1,4 +1,4 @@
-"""The meaning in plain PyTorch: eager, and under ``torch.compile``."""
+"""The reference implementation in plain PyTorch: eager, and under ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from reft_kernels.reference import lowrank_edit
 
 
 def edit(compiled: bool, case: OpCase, edit: Edit) -> Operator:
-    """The reference, out of place as it is."""
+    """Build the out-of-place reference."""
     function: Callable[..., Tensor] = _static_edit if compiled else lowrank_edit
     if compiled:
         if edit.hidden.device.type == "cpu" and not (
             shutil.which("g++") or shutil.which("clang++")
         ):
             raise Absent("torch.compile needs a C++ compiler on a CPU")
-        # Every shape is a new one: dynamic shapes would slow it down.
+        # Static shapes: compiling again for each case avoids slower code for dynamic shapes.
         torch._dynamo.reset()
         function = torch.compile(function, fullgraph=True, dynamic=False)
     leaves = {name: getattr(edit, name).clone().requires_grad_() for name in PARAMETERS}
@@ -39,8 +39,8 @@ def edit(compiled: bool, case: OpCase, edit: Edit) -> Operator:
             return function(hidden, edit.plan.rows, edit.plan.offsets, *leaves.values())
         return function(hidden, edit.plan, *leaves.values(), **edit.options)
 
-    # Eager, it asks the device how many rows are there: ``rows[rows >= 0]``.
-    return Operator(call, leaves, own=not compiled, capturable=compiled)
+    # The eager reference synchronises with the device in ``rows[rows >= 0]``.
+    return Operator(call, leaves, within_budget=not compiled, capturable=compiled)
 
 
 def _static_edit(
@@ -51,68 +51,72 @@ def _static_edit(
     bias: Tensor,
     decode: Tensor,
 ) -> Tensor:
-    """The reference for rows that are all there: without its search for −1, whose result has a
-    size that only the data tell, it compiles into one graph."""
+    """The reference for plans without padding rows (−1).
+
+    Without the search for −1, whose result has a data-dependent size, it compiles into one graph.
+    """
     flat = out = hidden.reshape(-1, hidden.shape[-1])
-    stacked = [one if one.ndim == 3 else one.unsqueeze(0) for one in (encode, decode)]
+    stacked = [matrix if matrix.ndim == 3 else matrix.unsqueeze(0) for matrix in (encode, decode)]
     biases = bias if bias.ndim == 2 else bias.unsqueeze(0)
     for k, (begin, end) in enumerate(itertools.pairwise(offsets)):
-        own = rows[begin:end]
-        h = flat[own].float()
-        weight, rotation = (one[k].float() for one in stacked)
-        code = h @ weight.T + biases[k] - h @ rotation.T
-        out = out.index_copy(0, own, (h + code @ rotation).to(hidden.dtype))
+        edited = rows[begin:end]
+        h = flat[edited].float()
+        weight, rotation = (matrices[k].float() for matrices in stacked)
+        coeffs = h @ weight.T + biases[k] - h @ rotation.T
+        out = out.index_copy(0, edited, (h + coeffs @ rotation).to(hidden.dtype))
     return out.reshape(hidden.shape)
 
 
 def wrap(tied: bool, base: nn.Module, case: ModelCase) -> Wrapped:
-    """The reference in a forward hook of each block: what the wrapped model's loss must equal."""
+    """Put the reference in a forward hook of each block; the loss of ours must equal its loss."""
     torch.manual_seed(0)
     settings = config(case, tied)
     base.requires_grad_(False)
     device = next(base.parameters()).device
     adapter = AdapterParameters(settings, tuple(case.edited_layers), case.hidden, device=device)
-    now: dict[str, Any] = {}
+    current: dict[str, Any] = {}
 
-    def hook(place: int, module: nn.Module, args: Any, output: Any) -> Any:
+    def hook(index: int, module: nn.Module, args: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
-        weights = now["weights"][place]
-        edited = lowrank_edit(hidden, now["plan"], weights.encode, weights.bias, weights.decode)
+        encode, bias, decode, _, _ = current["weights"][index]
+        edited = lowrank_edit(hidden, current["plan"], encode, bias, decode)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
     blocks = find_blocks(base).layers
-    for place, layer in enumerate(case.edited_layers):
-        blocks[layer].register_forward_hook(partial(hook, place))
+    for index, layer in enumerate(case.edited_layers):
+        blocks[layer].register_forward_hook(partial(hook, index))
 
-    def loss(batch: Mapping[str, Tensor]) -> Tensor:
-        now["weights"] = adapter()
-        now["plan"] = edited_rows(case, batch, settings.num_groups)
-        found: Tensor = base(**batch).loss
-        return found
+    def compute_loss(batch: Mapping[str, Tensor]) -> Tensor:
+        current["weights"] = adapter()
+        current["plan"] = edited_rows(case, batch, settings.num_groups)
+        loss: Tensor = base(**batch).loss
+        return loss
 
-    return Wrapped(loss, list(adapter.parameters()), adapter, same_as_reference=True)
+    return Wrapped(compute_loss, list(adapter.parameters()), adapter, same_as_reference=True)
 
 
 def edited_rows(case: ModelCase, batch: Mapping[str, Tensor], groups: int) -> RowPlan:
-    """The rows of a case's prompts, the end of each prompt in a group of its own if there are two:
-    written out by hand, apart from the library's own rule."""
+    """The edited rows of a case; with two groups, the end of each prompt is the second group.
+
+    The rule is written out here, independently of the library.
+    """
     size, columns = batch["input_ids"].shape
     length = prompt_length(case)
     first, last = ends(case.positions, length)
-    places = torch.tensor([*range(first), *range(length - last, length)])
-    rows = torch.arange(size).unsqueeze(1) * columns + places
+    positions = torch.tensor([*range(first), *range(length - last, length)])
+    rows = torch.arange(size).unsqueeze(1) * columns + positions
     owners = ((torch.arange(first + last) >= first) & (groups == 2)).long().expand(size, -1)
     plan = RowPlan.from_rows(rows.reshape(-1), owners.reshape(-1), groups)
     return plan.to(batch["input_ids"].device)
 
 
 def prompt_length(case: ModelCase) -> int:
-    """The first half of a sequence is the prompt; all of it for a classifier."""
+    """Half of the sequence; all of it for a classifier."""
     return case.sequence if case.model == "roberta" else case.sequence // 2
 
 
 def ends(positions: str, length: int) -> tuple[int, int]:
-    """("f7+l7", …) to (7, 7); "prompt" is everything from the front."""
+    """Numbers of positions at both ends: (7, 7) for "f7+l7", (``length``, 0) for "prompt"."""
     if positions == "prompt":
         return length, 0
     counts = {"f": 0, "l": 0}

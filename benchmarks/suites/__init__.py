@@ -1,4 +1,4 @@
-"""What is measured. A suite is data: its cases by size, and a function from a case to rows."""
+"""Suites: the cases of each size, and a function that measures a case and yields rows."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 
 from benchmarks.machine import describe
 from benchmarks.peers import Peer
-from benchmarks.records import Row
+from benchmarks.result_rows import Row
 from benchmarks.timing import Effort
 
-#: Of every suite: "ci" for tests, "cpu" and "gpu" for results that are kept.
+#: Sizes of every suite: "ci" for tests, "cpu" and "gpu" for committed results.
 SIZES = ("ci", "cpu", "gpu")
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to measure.
+    """Settings of a measurement.
 
     Attributes:
-        peers: who takes part, this library included.
-        effort: rounds of each case.
+        peers: the participants, this library included.
+        effort: the number of rounds per case.
     """
 
     device: torch.device
@@ -33,24 +33,24 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """One suite.
+    """A suite.
 
     Attributes:
-        says: one line of ``python -m benchmarks list``.
-        cases: size -> its cases, which have a readable ``str``.
-        run: the rows of a case, as they come.
-        warm: compiles what a case needs and keeps it on disk; None where nothing is compiled.
+        title: a line of ``python -m benchmarks list``.
+        cases: maps a size to its cases, which have a readable ``str``.
+        run: measures a case and yields its rows.
+        warm: compiles the builds of a case into the cache on disk; None if there are none.
     """
 
     name: str
-    says: str
+    title: str
     cases: Callable[[str], Sequence[Any]]
     run: Callable[[Any, Options], Iterator[Row]]
     warm: Callable[[Any, Options], None] | None = None
 
 
-def row(suite: str, case: Any, metric: str, unit: str, peer: Peer, options: Options) -> Row:
-    """A row without a number yet."""
+def blank_row(suite: str, case: Any, metric: str, unit: str, peer: Peer, options: Options) -> Row:
+    """A row without a number."""
     return Row(
         suite=suite,
         case=str(case),
@@ -66,10 +66,10 @@ def row(suite: str, case: Any, metric: str, unit: str, peer: Peer, options: Opti
 
 
 def suites() -> dict[str, Suite]:
-    """All of them by name, in the order they run."""
+    """All suites by name, in order of execution."""
     from benchmarks.suites import generate, load, memory, models, op, orthonormal, serve
 
-    found = (
+    ordered = (
         op.SUITE,
         orthonormal.SUITE,
         models.LAYER,
@@ -79,4 +79,9 @@ def suites() -> dict[str, Suite]:
         load.SUITE,
         serve.SUITE,
     )
-    return {suite.name: suite for suite in found}
+    return {suite.name: suite for suite in ordered}
+
+
+def first_line(error: BaseException) -> str:
+    """The message of an error in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

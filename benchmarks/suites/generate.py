@@ -1,4 +1,4 @@
-"""Generation: the prompt, and each token after it, which no edit may touch."""
+"""Suite "generate": the prompt, and each token after it, which no edit touches."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from torch import Tensor, nn
 from benchmarks.allocations import operations, traffic
 from benchmarks.cases import LLAMA_1B, ModelCase, llama
 from benchmarks.peers import Absent, Wrapped
-from benchmarks.records import Row
-from benchmarks.suites import Options, Suite, row
-from benchmarks.suites.models import Twins, check, make_batch
-from benchmarks.timing import Clock, Run, interleave, paired_ratio, quantiles
+from benchmarks.peers.model_calls import greedy_generation, loss_of
+from benchmarks.result_rows import Row
+from benchmarks.suites import Options, Suite, blank_row, first_line
+from benchmarks.suites.models import BASELINE, Twins, check, make_batch
+from benchmarks.timing import Clock, Run, interleave
 
 #: Tokens decoded in a timed run.
 TOKENS = 16
-#: The peer's name of the model without any adapter; measured where the floor of training is.
-BASE, FLOOR = "base", "frozen"
+#: The peer name of the model without an adapter; it takes the place of the training baseline.
+BASE = "base"
+_SKIPPED = ("frozen again", "reference", "ours, untied")
 
 
 def cases(size: str) -> list[ModelCase]:
-    """The whole sequence is the prompt."""
+    """Cases whose whole sequence is the prompt."""
     if size == "ci":
         return [llama("Llama 64x2", 64, 2, 2, 16, vocabulary=64, positions="f3+l3", rank=4)]
     if size == "gpu":
@@ -36,97 +38,86 @@ def cases(size: str) -> list[ModelCase]:
 
 
 def run(case: ModelCase, options: Options) -> Iterator[Row]:
-    """Rows "prefill" and "decode" (a token) in seconds, and what decoding a token adds to the
-    base's operators and allocated bytes."""
+    """Yield rows of prefill and decoding.
+
+    "prefill" and "decode" (per token) are seconds. "decode_operations" and "decode_bytes" are the
+    operators and the allocated bytes that decoding a token adds to the base.
+    """
     device = options.device
     clock, twins = Clock(device), Twins(case, device)
     prompts = make_batch(case, device)["input_ids"]
     gate = check(case, twins, make_batch(case, device))
     runs: dict[str, Run] = {}
-    kept: dict[str, Row] = {}
+    blanks: dict[str, Row] = {}
     counts: dict[str, dict[str, int]] = {}
     for peer in options.peers:
-        if peer.wrap is None or peer.name in ("frozen again", "reference", "ours, untied"):
+        if peer.wrap is None or peer.name in _SKIPPED:
             continue
-        blank = row("generate", case, "", "s", peer, options)
+        blank = blank_row("generate", case, "", "s", peer, options)
         try:
-            if peer.name == FLOOR:
+            if peer.name == BASELINE:
                 blank = dataclasses.replace(blank, peer=BASE)
-                wrapped = _bare(twins.one())
+                base = twins.fresh()
+                wrapped = Wrapped(loss_of(base), [], base, greedy_generation(base))
             elif not gate.passed:
                 raise Absent("the gate did not pass")
             else:
-                wrapped = peer.wrap(twins.one(), case)
+                wrapped = peer.wrap(twins.fresh(), case)
             if wrapped.generate is None:
                 continue
             set_eval(wrapped)
             with torch.no_grad():
                 wrapped.generate(prompts, 2)
-                counts[blank.peer] = _decoding(wrapped, prompts, device)
+                counts[blank.peer] = _decoding_counts(wrapped, prompts, device)
         except (Absent, RuntimeError, AttributeError, TypeError) as error:
+            failed = None if gate.passed else gate
             for metric in ("prefill", "decode"):
-                says = str(error).splitlines()[0][:300]
-                failed = None if gate.passed else gate
-                yield dataclasses.replace(blank, metric=metric, gate=failed, absent=says)
+                yield dataclasses.replace(
+                    blank, metric=metric, gate=failed, absent=first_line(error)
+                )
             continue
         runs[blank.peer] = partial(_timed, clock, wrapped, prompts)
-        kept[blank.peer] = dataclasses.replace(
+        blanks[blank.peer] = dataclasses.replace(
             blank, baseline=BASE, gate=gate if wrapped.same_as_reference else None
         )
     samples = interleave(runs, options.effort)
-    for name, blank in kept.items():
+    for name, blank in blanks.items():
         for metric, seconds in samples[name].items():
-            reference = samples.get(BASE, {}).get(metric)
-            yield dataclasses.replace(blank, metric=metric).timed(
-                quantiles(seconds), None if reference is None else paired_ratio(seconds, reference)
-            )
+            base_seconds = samples.get(BASE, {}).get(metric)
+            yield dataclasses.replace(blank, metric=metric).with_rounds(seconds, base_seconds)
         if name == BASE or BASE not in counts:
             continue
         for metric, unit in (("decode_operations", "count"), ("decode_bytes", "bytes")):
-            more = counts[name][metric] - counts[BASE][metric]
-            yield dataclasses.replace(blank, metric=metric, unit=unit, value=more)
-
-
-def _bare(base: nn.Module) -> Wrapped:
-    def generate(prompts: Tensor, count: int) -> Tensor:
-        tokens: Tensor = base.generate(  # type: ignore[operator]
-            input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-        )
-        return tokens
-
-    return Wrapped(lambda batch: base(**batch).loss, [], base, generate)
+            added = counts[name][metric] - counts[BASE][metric]
+            yield dataclasses.replace(blank, metric=metric, unit=unit, value=added)
 
 
 def set_eval(wrapped: Wrapped) -> None:
     """Put a wrapped model into evaluation mode."""
     wrapped.model.eval()
-    inner = getattr(wrapped.model, "model", None)  # pyreft's own eval() stops at its wrapper
+    inner = getattr(wrapped.model, "model", None)  # eval() of pyreft does not reach this model
     if isinstance(inner, nn.Module):
         inner.eval()
 
 
 def _timed(clock: Clock, wrapped: Wrapped, prompts: Tensor) -> Mapping[str, float]:
-    """One token is the prompt's work; the others are decoded."""
+    """Time the first token, which includes the prompt, and the tokens after it."""
     generate = wrapped.generate
     assert generate is not None
     with torch.no_grad():
-        times = clock(one=lambda: generate(prompts, 1), more=lambda: generate(prompts, 1 + TOKENS))
-    return {"prefill": times["one"], "decode": (times["more"] - times["one"]) / TOKENS}
+        times = clock(first=lambda: generate(prompts, 1), all=lambda: generate(prompts, 1 + TOKENS))
+    return {"prefill": times["first"], "decode": (times["all"] - times["first"]) / TOKENS}
 
 
-def _decoding(wrapped: Wrapped, prompts: Tensor, device: torch.device) -> dict[str, int]:
-    """Operators and bytes of one more token, the fourth: caches grow, so each token has its own."""
+def _decoding_counts(wrapped: Wrapped, prompts: Tensor, device: torch.device) -> dict[str, int]:
+    """Operators and bytes of the fifth token; caches grow, so all peers decode the same token."""
     generate = wrapped.generate
     assert generate is not None
-    few, more = (partial(generate, prompts, count) for count in (4, 5))
+    four, five = (partial(generate, prompts, count) for count in (4, 5))
     return {
-        "decode_operations": operations(more) - operations(few),
-        "decode_bytes": traffic(more, device).allocated - traffic(few, device).allocated,
+        "decode_operations": operations(five) - operations(four),
+        "decode_bytes": traffic(five, device).allocated - traffic(four, device).allocated,
     }
 
 
-SUITE = Suite("generate", "prefill, and a decoded token, over the base model's own", cases, run)
+SUITE = Suite("generate", "prefill and decoding, over the base model", cases, run)

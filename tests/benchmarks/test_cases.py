@@ -1,4 +1,4 @@
-"""Bytes and flops by hand, ids that tell cases apart, and the sizes the suites promise."""
+"""Cases: bytes and flops computed by hand, unique ids, and the shapes of each size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_bytes_and_flops_of_the_edit():
     assert OpCase("all", 16, 512, 4096, 8).rows == 8192
 
 
-def test_the_operator_on_a_gpu_begins_with_what_matters():
+def test_gpu_cases_of_the_operator_begin_with_the_most_important():
     cases = suites()["op"].cases("gpu")
     assert 20 <= len(cases) <= 28
     assert [(c.positions, c.rows, c.dim, c.rank, c.dtype) for c in cases[:2]] == [
@@ -34,11 +34,11 @@ def test_the_operator_on_a_gpu_begins_with_what_matters():
     assert {c.dtype for c in cases} == {"bf16", "fp32"} and {c.groups for c in cases} == {1, 2}
 
 
-def test_prompt_ends_in_short_sequences_are_rows_of_their_own():
-    """Seven rows of each end of sixteen: none is edited twice."""
+def test_prompt_ends_of_short_sequences_do_not_overlap():
+    """Each end of sixteen tokens has seven rows."""
     rows = tensors(OpCase("f7+l7", 2, 16, 64, 4), torch.device("cpu")).plan.rows
     ends = [*range(7), *range(9, 16)]
-    assert rows.tolist() == [16 * sequence + place for sequence in (0, 1) for place in ends]
+    assert rows.tolist() == [16 * sequence + position for sequence in (0, 1) for position in ends]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -56,7 +56,8 @@ def test_edited_layers():
 
 
 def test_large_shapes_are_those_of_their_models():
-    count = sum(one.numel() for one in build(LLAMA_8B, torch.device("meta")).parameters())
+    model = build(LLAMA_8B, torch.device("meta"))
+    count = sum(parameter.numel() for parameter in model.parameters())
     assert count == 8_030_261_248
     batch = make_batch(llama("x", 64, 2, 3, 32, vocabulary=64), torch.device("cpu"))
     assert (batch["labels"][:, :16] == -100).all() and (batch["labels"][:, 16:] >= 0).all()

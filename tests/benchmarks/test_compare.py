@@ -1,4 +1,4 @@
-"""Two results side by side: what counts as noise, as a loss, and as not comparable."""
+"""compare: noise, regressions, lost numbers, and results that cannot be compared."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 import typer
-from hand_made import MACHINE, row, write
+from sample_rows import MACHINE, row, write
 from typer.testing import CliRunner
 
 from benchmarks.compare import Change, compare_results, compare_rows, warnings
@@ -16,11 +16,11 @@ app.command()(compare_results)
 
 
 def call(*arguments):
-    return CliRunner().invoke(app, [str(one) for one in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def cells(output):
-    """The lines of all tables, cell by cell."""
+    """The cells of all tables, a list per line."""
     lines = [line for line in output.splitlines() if line.startswith("│")]
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
 
@@ -45,7 +45,7 @@ def test_rows_are_matched_by_key_and_sorted_by_ratio(tmp_path):
         ["c", "ours", "4.00 ms", "4.40 ms", "1.10×", ""],
         ["b", "ours", "2.00 ms", "1.00 ms", "0.500×", "faster"],
     ]
-    assert "3 on both sides: 1 more, 1 less, 1 within the noise" in done.output
+    assert "3 in both results: 1 more, 1 less, 1 within the noise" in done.output
 
 
 def test_a_table_for_each_metric_in_its_own_unit(tmp_path):
@@ -90,7 +90,7 @@ def test_noise_is_where_the_ranges_overlap(low, high, clear):
         (0, -8, -math.inf),
     ],
 )
-def test_counts_may_start_at_nothing(before, after, ratio):
+def test_counts_may_start_at_zero(before, after, ratio):
     change = Change(row(unit="count", value=before), row(unit="count", value=after))
     assert change.ratio == ratio
     assert change.clear is (before != after)
@@ -102,9 +102,9 @@ def test_counts_may_start_at_nothing(before, after, ratio):
     [
         ("ours", 1.2, 0.01, 1),
         ("ours, untied", 1.2, 0.01, 1),
-        ("pyreft", 1.2, 0.01, 0),  # another library's loss is not ours
+        ("pyreft", 1.2, 0.01, 0),  # another library
         ("ours", 1.2, 0.25, 0),  # within the noise
-        ("ours", 1.04, 0.01, 0),  # clear, but less than was allowed
+        ("ours", 1.04, 0.01, 0),  # clear, but below the threshold
         ("ours", 0.5, 0.01, 0),
     ],
 )
@@ -133,20 +133,21 @@ def test_a_threshold_over_nothing_does_not_pass(tmp_path):
     after = write(tmp_path / "after.jsonl", row(case="b"), row(case="p", peer="pyreft"))
     done = call(before, after, "--threshold", 1.05)
     assert done.exit_code == 2
-    assert done.stderr == "error: --threshold: no number of this library is on both sides\n"
+    assert done.stderr == "error: --threshold: no number of this library is in both results\n"
 
 
-def test_rows_on_one_side_are_counted_by_suite(tmp_path):
+def test_rows_of_only_one_result_are_listed_by_suite(tmp_path):
     before = write(tmp_path / "before.jsonl", row(case="a"), row(case="b"), row(suite="load"))
     after = write(tmp_path / "after.jsonl", row(case="a"), row(suite="step"))
     out = call(before, after).output
     assert "2 only before: op 1, load 1" in out
     assert "1 only after: step 1" in out
-    found = compare_rows([row(value=None), row(case="b")], [row(), row(case="b")])
-    assert [len(one) for one in (found.gained, found.lost, found.changes)] == [1, 0, 1]
+    comparison = compare_rows([row(value=None), row(case="b")], [row(), row(case="b")])
+    sizes = (len(comparison.gained), len(comparison.lost), len(comparison.changes))
+    assert sizes == (1, 0, 1)
 
 
-def test_other_machines_and_versions_are_warned_of(tmp_path):
+def test_other_machines_and_versions_give_warnings(tmp_path):
     before = [row(), row(peer="pyreft", version="0.1.0")]
     elsewhere = MACHINE | {"device": "Fast GPU", "torch": "3.0", "commit": "another"}
     after = [row(machine=elsewhere), row(peer="pyreft", version="0.2.0", machine=elsewhere)]
@@ -161,12 +162,12 @@ def test_other_machines_and_versions_are_warned_of(tmp_path):
     assert done.stderr.splitlines()[0] == "warning: device: Slow CPU before, Fast GPU after"
 
 
-def test_what_cannot_be_compared_is_one_line(tmp_path):
+def test_results_that_cannot_be_compared_give_a_single_line(tmp_path):
     for device in ("cpu", "h200"):
         (tmp_path / device).mkdir()
         write(tmp_path / device / "op.jsonl", row())
-    one = tmp_path / "cpu"
-    assert call(one, one).exit_code == 0
+    folder = tmp_path / "cpu"
+    assert call(folder, folder).exit_code == 0
     for other, says in (
         (tmp_path, "two results for op / a / forward / ours: give the folder of one device"),
         (
@@ -174,5 +175,5 @@ def test_what_cannot_be_compared_is_one_line(tmp_path):
             f"no results at {tmp_path / 'none'}: a .jsonl file or a folder with some",
         ),
     ):
-        done = call(one, other)
+        done = call(folder, other)
         assert (done.exit_code, done.stderr) == (2, f"error: {says}\n")

@@ -1,4 +1,4 @@
-"""The gate lets right operators through and stops wrong ones, in either precision."""
+"""The gate passes correct operators and rejects wrong ones, in float32 and bfloat16."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ import torch
 from benchmarks.cases import OpCase
 from benchmarks.gate import OpGate, check_losses, result_of
 from benchmarks.peers import Operator, ours, reference
-from benchmarks.suites.op import Stand, tensors
+from benchmarks.suites.op import Workload, tensors
 from reft_kernels import lowrank_edit
 
 CPU = torch.device("cpu")
 
 
-def judged(case, operator, edit):
-    stand = Stand(operator, edit.hidden, edit.upstream)
-    return OpGate(case, edit).check(result_of(*stand.result()), own=operator.own)
+def checked(case, operator, edit):
+    workload = Workload(operator, edit.hidden, edit.upstream)
+    return OpGate(case, edit).check(
+        result_of(*workload.result()), within_budget=operator.within_budget
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_right_operators_pass(dtype, groups):
+def test_correct_operators_pass(dtype, groups):
     case = OpCase("f7+l7", 2, 32, 64, 4, dtype, groups)
     edit = tensors(case, CPU)
     for operator in (
         ours.edit("auto", case, edit),
         reference.edit(False, case, edit),
-        Operator(_plain(edit), {}, own=False),
+        Operator(_plain(edit), {}, within_budget=False),
     ):
-        assert judged(case, operator, edit).passed
+        assert checked(case, operator, edit).passed
 
 
 def _plain(edit, scale=1.0):
@@ -40,15 +42,16 @@ def _plain(edit, scale=1.0):
     return call
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_a_wrong_output_is_stopped(own):
+@pytest.mark.parametrize("within_budget", [True, False])
+def test_a_wrong_output_is_rejected(within_budget):
     case = OpCase("f7+l7", 2, 32, 64, 4)
     edit = tensors(case, CPU)
-    gate = judged(case, Operator(_plain(edit, scale=1.01), {}, own=own), edit)
+    wrong = Operator(_plain(edit, scale=1.01), {}, within_budget=within_budget)
+    gate = checked(case, wrong, edit)
     assert not gate.passed and "out" in gate.says
 
 
-def test_a_wrong_gradient_is_stopped():
+def test_a_wrong_gradient_is_rejected():
     case = OpCase("f7+l7", 2, 32, 64, 4)
     edit = tensors(case, CPU)
     right = ours.edit("auto", case, edit)
@@ -63,7 +66,7 @@ def test_a_wrong_gradient_is_stopped():
             return 1.001 * grad
 
     wrong = Operator(lambda hidden: right.call(Doubled.apply(hidden)), right.leaves)
-    gate = judged(case, wrong, edit)
+    gate = checked(case, wrong, edit)
     assert not gate.passed and "hidden 1.0e-03" in gate.says
 
 
@@ -73,9 +76,9 @@ def test_transposed_and_foreign_gradients():
         "decode.T": torch.arange(6.0).view(3, 2),
         "free": torch.ones(1),
     }
-    found = result_of(torch.zeros(2), grads).grads
-    assert torch.equal(found["decode"], torch.arange(6.0).view(3, 2).T)
-    assert found["encode"] is None and set(found) == {"hidden", "encode", "bias", "decode"}
+    renamed = result_of(torch.zeros(2), grads).grads
+    assert torch.equal(renamed["decode"], torch.arange(6.0).view(3, 2).T)
+    assert renamed["encode"] is None and set(renamed) == {"hidden", "encode", "bias", "decode"}
 
 
 def test_losses():

@@ -1,4 +1,4 @@
-"""The committed results: what the pages show is what the rows say, and the rows can be believed."""
+"""Committed results: pages show the rows, and every row is valid."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.peers import peers
-from benchmarks.records import RESULTS, read
-from benchmarks.report import BEGIN, END, readme_table, render
+from benchmarks.report import pages
+from benchmarks.report.device_report import render_report
+from benchmarks.report.readme_table import readme_table
+from benchmarks.report.serving_table import serving_section
+from benchmarks.result_rows import RESULTS, read
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = sorted(path for path in RESULTS.iterdir() if any(path.glob("*.jsonl")))
+#: Folders of devices; the folder "learning" has runs instead of rows.
+FOLDERS = sorted(path for path in RESULTS.iterdir() if path.is_dir() and path.name != "learning")
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -27,23 +31,32 @@ def test_every_number_passed_its_gate_and_names_its_commit(folder):
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_the_report_is_made_of_the_rows(folder):
+def test_the_report_is_rendered_from_the_rows(folder):
     page = folder / "report" / "report.md"
     pictures = [
         line[2 : line.index("]")] for line in page.read_text().splitlines() if line.startswith("![")
     ]
-    assert page.read_text() == render(read(folder), pictures)
+    assert page.read_text() == render_report(read(folder), pictures)
     assert {path.name for path in page.parent.glob("*.png")} == set(pictures)
 
 
 def test_the_readme_shows_the_rows_and_a_plot_of_them():
-    text = (ROOT / "README.md").read_text()
-    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    assert text[begin:end].strip() == readme_table(read(RESULTS / "cpu")).strip()
+    text = pages.README.read_text()
+    assert pages.section_of(text, pages.README_SECTION) == readme_table(read(RESULTS / "cpu"))
     assert "](benchmarks/results/cpu/report/step.png)" in text
+
+
+def test_the_serving_page_shows_the_rows_and_a_plot_of_them():
+    text = pages.SERVING.read_text()
+    assert pages.section_of(text, pages.SERVING_SECTION) == serving_section(read(RESULTS / "cpu"))
+
+
+@pytest.mark.parametrize("name", ["serving.png", "learning.png"])
+def test_the_plots_of_docs_are_shown(name):
+    assert any(f"]({name})" in page.read_text() for page in (ROOT / "docs").glob("*.md"))
 
 
 def test_every_peer_has_a_committed_number():
     measured = {row.peer for row in read(RESULTS / "cpu") if row.value is not None}
-    expected = {peer.name for peer in peers()} - {"ours (torch)"}  # a CPU's "auto" is that
+    expected = {peer.name for peer in peers()} - {"ours (torch)"}  # on a CPU, "auto" is torch
     assert expected <= measured

@@ -1,4 +1,4 @@
-"""Ids of trees are git's, and lead back to a commit."""
+"""Content ids equal git's tree ids and lead back to a commit."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def git(root, *arguments):
 
 
 @pytest.fixture(autouse=True)
-def _not_told(monkeypatch):
+def _no_override(monkeypatch):
     monkeypatch.delenv("REFT_COMMIT", raising=False)
 
 
 @pytest.fixture
 def repository(tmp_path):
-    """Two packages in a repository; names that git sorts otherwise than Python does."""
+    """A repository of two packages, with names that git and Python sort differently."""
     root = tmp_path / "checkout"
     for name, text in {
         "reft/__init__.py": "",
@@ -50,7 +50,7 @@ def repository(tmp_path):
     return root
 
 
-def test_ids_are_those_of_git(repository):
+def test_tree_ids_are_those_of_git(repository):
     (repository / "reft" / "__pycache__").mkdir()
     (repository / "reft" / "__pycache__" / "a.cpython-311.pyc").write_bytes(b"x")
     (repository / "reft" / "old.pyc").write_bytes(b"x")
@@ -76,14 +76,14 @@ def test_a_copy_without_git_leads_back_to_its_commit(repository, tmp_path):
     )
 
 
-def test_a_commit_without_the_packages_is_passed_over(tmp_path):
+def test_a_commit_without_the_packages_is_skipped(tmp_path):
     git(tmp_path, "init", "-q")
     git(tmp_path, "commit", "-q", "--allow-empty", "-m", "nothing")
     text = "tree-000000000000-000000000000"
     assert named_commits(text, tmp_path) == text
 
 
-def test_what_is_said_of_a_checkout(repository, monkeypatch):
+def test_the_name_of_a_checkout(repository, monkeypatch):
     head = git(repository, "rev-parse", "--short=12", "HEAD")
     assert commit(repository) == head
     (repository / "reft" / "model0.py").write_text("changed = 1\n")

@@ -1,4 +1,4 @@
-"""The command line: lists, runs, writes, and refuses in one line."""
+"""The commands run and list: rows, failures, compiling ahead, and errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from benchmarks import run
 from benchmarks.__main__ import app
-from benchmarks.records import read
+from benchmarks.result_rows import read
 from benchmarks.suites import suites
 
 
@@ -41,7 +41,7 @@ def test_run_writes_rows(tmp_path):
     assert "written to" in done.output and "× ours" in done.output
 
 
-def test_cases_are_compiled_ahead_in_processes_of_their_own(tmp_path, monkeypatch):
+def test_cases_are_compiled_ahead_in_separate_processes(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(run, "_warm", lambda *arguments: seen.append(arguments))
     done = call(
@@ -52,11 +52,11 @@ def test_cases_are_compiled_ahead_in_processes_of_their_own(tmp_path, monkeypatc
     ((suite, cases, device, names),) = seen
     assert (suite, len(cases), device.type, names) == ("op", 2, "cpu", ["ours"])
     monkeypatch.undo()
-    run._warm(*seen[0])
-    run._warm_one("op", "cpu", names, cases[0])
+    run._warm(suite, cases[:1], device, names)
+    run._warm_case("op", "cpu", names, cases[0])
 
 
-def test_a_process_that_dies_while_warming_stops_nothing():
+def test_a_process_that_dies_while_compiling_stops_nothing():
     run._warm("op", [_Deadly()], torch.device("cpu"), ["ours"])
 
 
@@ -67,7 +67,7 @@ class _Deadly:
         return os._exit, (3,)
 
 
-def test_a_case_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
+def test_a_failing_case_is_reported_and_the_others_run(tmp_path, monkeypatch):
     suite = suites()["op"]
 
     def breaks(case, options):
@@ -95,7 +95,7 @@ def test_a_case_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
         (["run", "op", "--size", "ci", "--match", "zzz"], "no case of op (ci) contains 'zzz'"),
     ],
 )
-def test_bad_calls_are_one_line(tmp_path, arguments, says):
+def test_bad_calls_give_a_single_line(tmp_path, arguments, says):
     extra = ["--output", tmp_path] if arguments[0] == "run" else []
     done = call(*arguments, *extra)
     assert done.exit_code == 2

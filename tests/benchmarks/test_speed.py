@@ -1,7 +1,7 @@
-"""The operator and the orthonormal map in small sizes, timed by pytest-benchmark.
+"""Small sizes of the operator and the orthonormal map, timed by pytest-benchmark.
 
-``pytest tests/benchmarks/test_speed.py --benchmark-only -p no:xdist`` prints the table; among many
-workers each runs once, and its gate is what is tested.
+``pytest tests/benchmarks/test_speed.py --benchmark-only -p no:xdist`` prints the table. With xdist
+each benchmark runs once, and only its gate is tested.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 from benchmarks.gate import OpGate, result_of
 from benchmarks.peers import Absent, peers
 from benchmarks.suites import suites
-from benchmarks.suites.op import Stand, tensors
-from benchmarks.suites.orthonormal import check_rotation
+from benchmarks.suites.op import Workload, tensors
+from benchmarks.suites.orthonormal import check_orthonormal
 
 CPU = torch.device("cpu")
-EDITING = [one for one in peers() if one.edit is not None and "compiled" not in one.name]
-ROTATING = [one for one in peers() if one.rotation is not None]
+EDITING = [peer for peer in peers() if peer.edit is not None and "compiled" not in peer.name]
+ROTATING = [peer for peer in peers() if peer.rotation is not None]
 
 
 def built(builder, *arguments):
@@ -29,31 +29,32 @@ def built(builder, *arguments):
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 @pytest.mark.parametrize("case", suites()["op"].cases("ci"), ids=str)
-@pytest.mark.parametrize("peer", EDITING, ids=lambda one: one.name)
+@pytest.mark.parametrize("peer", EDITING, ids=lambda peer: peer.name)
 def test_edit(benchmark, peer, case, phase):
     benchmark.group = f"op {phase} {case}"
     edit = tensors(case, CPU)
     operator = built(peer.edit, case, edit)
-    stand = Stand(operator, edit.hidden, edit.upstream)
-    gate = OpGate(case, edit).check(result_of(*stand.result()), own=operator.own)
+    workload = Workload(operator, edit.hidden, edit.upstream)
+    result = result_of(*workload.result())
+    gate = OpGate(case, edit).check(result, within_budget=operator.within_budget)
     assert gate.passed, gate.says
 
     def before():
         if phase == "backward":
-            stand.forward()
-            stand.feed()
+            workload.forward()
+            workload.feed()
 
-    benchmark.pedantic(getattr(stand, phase), setup=before, rounds=30, warmup_rounds=3)
+    benchmark.pedantic(getattr(workload, phase), setup=before, rounds=30, warmup_rounds=3)
 
 
 @pytest.mark.parametrize("case", suites()["orthonormal"].cases("ci"), ids=str)
-@pytest.mark.parametrize("peer", ROTATING, ids=lambda one: one.name)
+@pytest.mark.parametrize("peer", ROTATING, ids=lambda peer: peer.name)
 def test_orthonormal(benchmark, peer, case):
     benchmark.group = f"orthonormal {case}"
     rotation = built(peer.rotation, case, CPU)
-    gate = check_rotation(rotation.call())
+    gate = check_orthonormal(rotation.call())
     assert gate.passed, gate.says
-    upstream = [torch.randn_like(one) for one in rotation.call()]
+    upstream = [torch.randn_like(matrix) for matrix in rotation.call()]
     benchmark.pedantic(
         lambda: torch.autograd.grad(rotation.call(), rotation.leaves, upstream),
         rounds=30,

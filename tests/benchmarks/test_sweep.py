@@ -1,4 +1,4 @@
-"""The sweep in the interpreter: candidates are checked, timed beside the table, written down."""
+"""The sweep in the interpreter: candidates are checked, timed beside the table, and written."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hand_made import row
+from sample_rows import row
 from typer.testing import CliRunner
 
 from benchmarks import sweep
 from benchmarks.__main__ import app
 from benchmarks.peers import Operator
-from benchmarks.records import read
-from benchmarks.report import render
-from benchmarks.suites.op import Stand, tensors
+from benchmarks.report.device_report import render_report
+from benchmarks.result_rows import Gate, read
+from benchmarks.suites.op import Workload, tensors
 from benchmarks.timing import Effort
 from reft_kernels.devtools import tuning
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 class Here(Executor):
-    """An executor that is this very thread; remembers how many jobs came at once."""
+    """An executor in this thread; it records the sizes of its batches."""
 
     def __init__(self):
         self.batches = []
@@ -37,8 +37,8 @@ class Here(Executor):
 
 
 def plan(**changes):
-    """How to sweep in this thread."""
-    return replace(sweep.Plan(CPU, Here(), 2, Effort(0, 2, 2, warmup=1)), **changes)
+    """A plan that sweeps in this thread."""
+    return replace(sweep.Plan(CPU, Here(), 2, Effort(0, 1, 1, warmup=0)), **changes)
 
 
 @pytest.fixture(autouse=True)
@@ -54,17 +54,17 @@ def test_a_sweep_by_worker_processes(tmp_path):
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     rows = read(tmp_path)
-    assert [(one.metric, one.peer == "table") for one in rows] == [
-        ("rows", True), ("rows", False), ("params", True), ("params", False),
+    assert [(each.metric, each.peer == "table") for each in rows] == [
+        ("rows", True), ("rows", False), ("columns", True), ("columns", False),
     ]  # fmt: skip
-    for one in rows:
-        assert one.gate.passed and one.value > 0 and one.ratio > 0 and one.baseline == "table"
-        settings = tuning.KernelConfig(**one.shape["settings"])
-        assert one.peer in ("table", tuning.label(settings))
+    for each in rows:
+        assert each.gate.passed and each.value > 0 and each.ratio > 0 and each.baseline == "table"
+        settings = tuning.KernelConfig(**each.shape["settings"])
+        assert each.peer in ("table", tuning.label(settings))
     for entry in json.loads((tmp_path / "settings.json").read_text()):
         assert entry["key"][0] == tuning.device_name(CPU)
         assert entry["ratio"] <= sweep.GAIN and entry["commit"]
-    page = render(rows)
+    page = render_report(rows)
     assert "## Launch settings" in page and rows[1].peer in page
 
 
@@ -80,7 +80,7 @@ def test_settings_that_do_not_compile_have_no_number(monkeypatch, broken):
 
 
 def test_settings_that_are_wrong_have_no_number(monkeypatch):
-    """A rank padded to less than it is leaves a part of the code out."""
+    """A padded rank below the rank leaves out part of the coefficients."""
     plain = tuning.candidates("rows", **sweep._shape(CASE, CPU))[0]
     tried = [plain, replace(plain, rank=2)]
     monkeypatch.setattr(tuning, "candidates", lambda *args, **shape: tried)
@@ -95,7 +95,7 @@ def candidate(ratio, warps):
     return row(suite="sweep", peer=tuning.label(settings), ratio=ratio, shape=shape)
 
 
-def test_the_fastest_wins_if_it_is_faster_beyond_the_noise():
+def test_the_fastest_candidate_wins_if_it_beats_the_noise():
     rows = [candidate(0.9, 1), candidate(0.6, 2), candidate(0.8, 8)]
     (entry,) = sweep.winners(CASE, "rows", rows, CPU)
     assert entry["settings"] == {"warps": 2} and entry["ratio"] == 0.6
@@ -103,7 +103,9 @@ def test_the_fastest_wins_if_it_is_faster_beyond_the_noise():
     assert sweep.winners(CASE, "rows", [candidate(0.98, 2), candidate(1.4, 8)], CPU) == []
 
 
-def test_candidates_are_judged_in_batches_and_the_time_is_looked_at_before_each():
+def test_candidates_are_checked_in_batches_until_the_time_limit(monkeypatch):
+    monkeypatch.setattr(sweep, "check_candidate", lambda job: Gate(True, ""))
+    monkeypatch.setattr(sweep, "_timed", lambda *arguments: lambda: {"both": 1.0})
     pool = Here()
     rows = sweep.sweep_case(CASE, "rows", plan(pool=pool, most=3))
     assert next(rows).peer == "table" and pool.batches == [2]
@@ -113,7 +115,7 @@ def test_candidates_are_judged_in_batches_and_the_time_is_looked_at_before_each(
 
 
 def test_the_table_is_written_after_every_candidate(tmp_path, monkeypatch):
-    """A sweep that is killed leaves the winners that it has found."""
+    """A killed sweep leaves the winners that it has so far."""
     fast, slow = candidate(0.6, 2), candidate(0.7, 4)
 
     def killed(case, kernel, plan):
@@ -126,10 +128,10 @@ def test_the_table_is_written_after_every_candidate(tmp_path, monkeypatch):
         sweep.sweep_settings("cpu", "ci", "", 0.0, 1, 0, tmp_path)
     (entry,) = json.loads((tmp_path / "settings.json").read_text())
     assert entry["ratio"] == 0.6 and entry["settings"] == {"warps": 2}
-    assert [one.peer for one in read(tmp_path)] == [slow.peer, fast.peer]
+    assert [each.peer for each in read(tmp_path)] == [slow.peer, fast.peer]
 
 
-def test_the_two_shapes_that_matter_come_first():
+def test_the_two_most_important_shapes_come_first():
     first, second = sweep.cases("gpu")[:2]
     assert (first.positions, first.rows, first.sequence) == ("f7+l7", 448, 16)
     assert (second.positions, second.rows) == ("all", 8192)
@@ -137,17 +139,17 @@ def test_the_two_shapes_that_matter_come_first():
         assert (case.dim, case.rank, case.dtype) == (4096, 8, "bf16")
 
 
-def test_feeding_is_no_work_of_the_kernels():
+def test_feeding_is_subtracted():
     phases = {"both": [5.0, 7.0]}
     assert sweep._together(phases, 2.0) == [3.0, 5.0]
     assert sweep._together({"forward": [1.0], "backward": [2.0]}, 0.0) == [3.0]
 
 
-def test_a_stand_with_an_operator_that_does_nothing_only_feeds():
+def test_an_operator_that_does_nothing_leaves_only_feeding():
     edit = tensors(CASE, CPU)
-    stand = Stand(Operator(lambda hidden: hidden, {}), edit.hidden, edit.upstream)
-    stand.whole()
-    out, grads = stand.result()
+    workload = Workload(Operator(lambda hidden: hidden, {}), edit.hidden, edit.upstream)
+    workload.whole()
+    out, grads = workload.result()
     assert torch.equal(out, edit.hidden) and torch.equal(grads["hidden"], edit.upstream)
 
 
@@ -160,7 +162,7 @@ def test_a_stand_with_an_operator_that_does_nothing_only_feeds():
         (["--device", "cpu", "--size", "ci", "--match", "r999"], "contains 'r999'"),
     ],
 )
-def test_bad_calls_are_one_line(arguments, says):
+def test_bad_calls_give_a_single_line(arguments, says):
     done = CliRunner().invoke(app, ["sweep", *arguments])
     assert done.exit_code == 2 and says in done.stderr
 
@@ -171,7 +173,7 @@ def test_without_triton_on_the_device_nothing_is_swept(monkeypatch):
     assert done.exit_code == 2 and "TRITON_INTERPRET=1" in done.stderr
 
 
-def test_what_became_of_a_kernel_is_one_line():
+def test_the_summary_of_a_kernel_is_a_single_line():
     assert sweep._summary([]) == "not reached"
     assert sweep._summary([row(ratio=None, absent="too much")]) == "none of 1 ran: too much"
     assert sweep._summary([candidate(0.9, 1), candidate(0.6, 2)]).startswith("2 of 2 ran; best ")

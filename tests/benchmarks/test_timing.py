@@ -1,4 +1,4 @@
-"""Quantiles, turns, clocks."""
+"""Quantiles, interleaved rounds, clocks, and failed captures of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def test_quantiles_are_interpolated():
         quantiles([])
 
 
-def test_ratio_is_that_of_the_rounds_not_of_the_medians():
-    # The second round was slow for both: the ratio does not see it.
+def test_ratio_is_the_median_of_rounds_not_of_medians():
+    # The second round was slow for both sides: the ratio does not change.
     assert paired_ratio([2.0, 20.0, 4.0], [1.0, 10.0, 2.0]).median == 2.0
     assert paired_ratio([1.0, 9.0, 3.0], [1.0, 1.0, 1.0]).median == 3.0
     with pytest.raises(ValueError):
         paired_ratio([1.0], [1.0, 2.0])
 
 
-def test_turns_rotate_and_every_round_times_everybody():
+def test_the_order_rotates_and_every_round_times_every_peer():
     calls = []
 
     def run(name):
@@ -41,13 +41,15 @@ def test_turns_rotate_and_every_round_times_everybody():
     samples = interleave({name: run(name) for name in "abc"}, Effort(0, 4, 9, warmup=1))
     assert calls[:3] == ["a", "b", "c"]  # warm-up
     rounds = [calls[i : i + 3] for i in range(3, len(calls), 3)]
-    assert len(rounds) == 4 and all(sorted(one) == ["a", "b", "c"] for one in rounds)
-    assert len({one[0] for one in rounds}) > 1 and len({one[-1] for one in rounds}) > 1
-    assert {name: len(found["phase"]) for name, found in samples.items()} == dict.fromkeys("abc", 4)
+    assert len(rounds) == 4 and all(sorted(each) == ["a", "b", "c"] for each in rounds)
+    assert len({each[0] for each in rounds}) > 1 and len({each[-1] for each in rounds}) > 1
+    assert {name: len(phases["phase"]) for name, phases in samples.items()} == dict.fromkeys(
+        "abc", 4
+    )
     assert samples["a"]["phase"] == [calls.index("a", 3 * r) + 1.0 for r in range(1, 5)]
 
 
-def test_rounds_go_on_until_the_time_is_over_and_no_further_than_the_bound():
+def test_rounds_end_with_the_time_or_the_maximum():
     def slow():
         time.sleep(0.01)
         return {"x": 1.0}
@@ -56,7 +58,7 @@ def test_rounds_go_on_until_the_time_is_over_and_no_further_than_the_bound():
     assert len(interleave({"a": slow}, Effort(60.0, 1, 4))["a"]["x"]) == 4
 
 
-def test_clock_times_each_step_by_itself():
+def test_clock_times_each_step_separately():
     clock = Clock(torch.device("cpu"))
     times = clock(short=lambda: time.sleep(0.01), long=lambda: time.sleep(0.03))
     assert list(times) == ["short", "long"]
@@ -64,7 +66,7 @@ def test_clock_times_each_step_by_itself():
 
 
 class Captures:
-    """As much of ``torch.cuda`` as capturing needs, without a GPU; its streams are numbers."""
+    """The part of ``torch.cuda`` that capturing needs, without a GPU; streams are numbers."""
 
     Event = CUDAGraph = staticmethod(lambda **given: None)
     synchronize = staticmethod(lambda: None)
@@ -88,11 +90,11 @@ class Captures:
     @contextmanager
     def graph(self, graph):
         self.now, self.captured = 2, self.captured + 1
-        yield  # of a call that fails the stream stays current, as in PyTorch
+        yield  # after a failed call the capture stream stays current, as in PyTorch
         self.now = 0
 
 
-def test_after_a_failed_capture_nothing_more_is_captured(monkeypatch):
+def test_a_failed_capture_disables_capturing(monkeypatch):
     cuda = Captures()
     monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(timing, "_failed_capture", [])
@@ -112,7 +114,7 @@ def test_after_a_failed_capture_nothing_more_is_captured(monkeypatch):
     assert cuda.captured == 2
 
 
-def test_a_call_that_fails_before_it_is_captured_forbids_nothing(monkeypatch):
+def test_a_failure_before_capture_does_not_disable_capturing(monkeypatch):
     monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=Captures()))
     monkeypatch.setattr(timing, "_failed_capture", [])
 

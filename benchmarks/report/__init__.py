@@ -1,0 +1,1 @@
+"""AdapterCache, plots and pages written from result rows."""
