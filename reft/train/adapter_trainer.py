@@ -23,10 +23,10 @@ from reft.adapter.sharding import whole
 from reft.model.ends import learn_ends
 from reft.model.reft_model import ReftModel
 from reft.train import checkpoints, deepspeed, fsdp2, run_settings
-from reft.train.answers import ChecksAnswers
-from reft.train.effect import FirstBatch, require_trained, watched
-from reft.train.lora import read_lora, set_lora
-from reft.train.seeds import draw_from_seed
+from reft.train.answer_checks import ChecksAnswers
+from reft.train.lora_checkpoints import read_lora, set_lora
+from reft.train.seeded_init import draw_from_seed
+from reft.train.training_checks import FirstBatch, require_trained, watched
 
 logger = logging.getLogger(__name__)
 

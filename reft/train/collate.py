@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from reft.train import tokens
+from reft.train import tokenization
 from reft.train.labels import (
     IGNORED,
     KINDS,
@@ -128,7 +128,7 @@ class ReftDataCollator:
         Raises:
             ValueError: there are none.
         """
-        return tokens.prompt_ids(self.tokenizer, prompt)
+        return tokenization.prompt_ids(self.tokenizer, prompt)
 
     def tokenize(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """One record as a feature with ``input_ids``; a feature that has them is returned as it is.
@@ -225,7 +225,7 @@ class ReftDataCollator:
         feature: dict[str, Any] = {"input_ids": ids, "prompt_length": len(ids)}
         if completion is None:
             return feature
-        answer = tokens.completion_ids(self.tokenizer, completion, append_eos=self.append_eos)
+        answer = tokenization.completion_ids(self.tokenizer, completion, append_eos=self.append_eos)
         if not answer:
             raise ValueError(f"the completion of the prompt {prompt[:60]!r} has no tokens")
         if room is not None and len(answer) > room:
@@ -242,7 +242,7 @@ class ReftDataCollator:
 
     def _tokenize_text(self, record: Mapping[str, Any]) -> dict[str, Any]:
         text = record["text"]
-        feature = tokens.encode_text(self.tokenizer, text)
+        feature = tokenization.encode_text(self.tokenizer, text)
         length = len(feature["input_ids"])
         if not length:
             raise ValueError(f"the text has no tokens: {text!r}")
@@ -259,7 +259,7 @@ class ReftDataCollator:
                 f"the text has {length} tokens, one label a token, and max_length is {self.limit}: "
                 f"labels are not cut, raise max_length or cut both. It begins {text[:60]!r}"
             )
-        return tokens.cut_text(self.tokenizer, text, self.limit)
+        return tokenization.cut_text(self.tokenizer, text, self.limit)
 
     # ---------------------------------------------------------------- the batch
 

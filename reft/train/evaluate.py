@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reft.io.atomic_write import write_whole
 from reft.model.ends import listed_ids
-from reft.train import tokens
+from reft.train import tokenization
 from reft.train.collate import ReftDataCollator
 
 #: (generated, expected) -> whether the answer counts.
@@ -122,7 +122,7 @@ def generate_completions(
         console=console,
         **{**generate, "eos_token_id": ends or None},
     )
-    return [tokens.answer_text(tokenizer, one, ends) for one in answers]
+    return [tokenization.answer_text(tokenizer, one, ends) for one in answers]
 
 
 def generate_ids(
@@ -228,7 +228,7 @@ def evaluate(
     predictions = []
     for record, answer in zip(records, answers, strict=True):
         prompt, completion = record["prompt"], record["completion"]
-        expected = tokens.expected_text(tokenizer, completion, ends)
+        expected = tokenization.expected_text(tokenizer, completion, ends)
         predictions.append(Prediction(prompt, completion, answer, scorer(answer, expected)))
     return Evaluation(tuple(predictions))
 
@@ -240,7 +240,7 @@ def _ends(
     if generate.get("eos_token_id") is not None:
         return listed_ids(generate["eos_token_id"])
     configured = generate.get("generation_config") or getattr(model, "generation_config", None)
-    return tokens.end_ids(configured, tokenizer)
+    return tokenization.end_ids(configured, tokenizer)
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from reft.io.atomic_write import write_whole
 from reft.safe_read import parse_json, read_text, shown
-from reft.train.effect import spread_places
-from reft.train.random_state import kept_random_state
+from reft.train.data_samples import kept_random_state
+from reft.train.training_checks import spread_places
 
 if TYPE_CHECKING:
     from reft.train.adapter_trainer import AdapterTrainer

@@ -22,8 +22,8 @@ from reft.model.ends import listed_ids
 from reft.model.reft_model import ReftModel
 from reft.train.adapter_trainer import require_reft_model
 from reft.train.collate import ReftDataCollator
-from reft.train.generating import GeneratingTrainer
 from reft.train.labels import IGNORED
+from reft.train.predict_with_generate import GeneratingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class ReftTrainer(GeneratingTrainer):
     :class:`reft.ReftDataCollator`.
 
     A new adapter gets its first values from ``args.seed``, see
-    :func:`reft.train.seeds.draw_from_seed`.
+    :func:`reft.train.seeded_init.draw_from_seed`.
 
     Checkpoints hold the adapter with its training state, so that a resumed run continues bit for
     bit; ``save_model`` into any other directory writes the adapter as it is published.

@@ -20,10 +20,10 @@ except (ImportError, RuntimeError) as error:  # TRL makes a RuntimeError of what
 
 from reft.model import peft_compat as peft_base
 from reft.model.reft_model import ReftModel
-from reft.train import sft_forms
-from reft.train.answers import check_one_answer, counts_from_prompts
-from reft.train.on_base import KeepsReference, OnBase, check_given, check_reference
-from reft.train.reference import Reference
+from reft.train import sft_datasets
+from reft.train.answer_checks import check_one_answer, counts_from_prompts
+from reft.train.reference_model import Reference
+from reft.train.trl_base import KeepsReference, OnBase, check_given, check_reference
 
 
 def _edits_alone(model: ReftModel) -> bool:
@@ -58,11 +58,11 @@ class ReftSFTTrainer(OnBase, SFTTrainer):
         check_given(type(self).__name__, model, args, kwargs)
         self._counts, self._splits = counts_from_prompts(model), False
         if self._counts:
-            sft_forms.check_arguments(args)
+            sft_datasets.check_arguments(args)
             example: dict[str, Any] = next(iter(train_dataset or ()), {})
             if _edits_alone(model):
-                sft_forms.check_form(example, args, kwargs.get("formatting_func") is not None)
-            self._splits = sft_forms.splits(example, args)
+                sft_datasets.check_form(example, args, kwargs.get("formatting_func") is not None)
+            self._splits = sft_datasets.splits(example, args)
         if self._splits:
             # What TRL calls a completion is the answer.
             args = copy.copy(args)
@@ -79,7 +79,7 @@ class ReftSFTTrainer(OnBase, SFTTrainer):
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         if self._counts:
-            dataset = sft_forms.one_prompt_each(dataset, args[1], self._splits)
+            dataset = sft_datasets.one_prompt_each(dataset, args[1], self._splits)
         return super()._prepare_dataset(dataset, *args, **kwargs)
 
 

@@ -14,8 +14,8 @@ except (ImportError, RuntimeError) as error:  # TRL makes a RuntimeError of what
     raise lacks_trl(error) from error
 
 from reft.model.reft_model import ReftModel
-from reft.train.on_base import KeepsReference, check_given, check_reference
-from reft.train.reference import Reference
+from reft.train.reference_model import Reference
+from reft.train.trl_base import KeepsReference, check_given, check_reference
 
 #: Options of GRPO by which others than this model generate, or whole dialogues are one answer.
 _ELSEWHERE = ("use_vllm", "use_transformers_continuous_batching")

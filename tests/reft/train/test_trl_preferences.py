@@ -188,7 +188,7 @@ class TestReference:
         """By what TRL finds reference values again that it computed before."""
         from trl.trainer.utils import hash_module
 
-        from reft.train.reference import Reference
+        from reft.train.reference_model import Reference
 
         def told(model):
             return hash_module(Reference(model))

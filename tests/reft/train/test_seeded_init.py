@@ -10,7 +10,7 @@ from tiny_models import bert, llama
 from transformers import TrainingArguments
 
 from reft import ReftConfig, ReftModel, ReftTrainer, get_reft_model
-from reft.train.seeds import draw_from_seed
+from reft.train.seeded_init import draw_from_seed
 
 CONFIG = ReftConfig(rank=2, positions="f2+l2")
 

@@ -15,8 +15,8 @@ from reft.model import peft_compat as peft_base
 from reft.model.ends import listed_ids
 from reft.model.reft_model import ReftModel
 from reft.train.adapter_trainer import AdapterTrainer, require_reft_model
-from reft.train.reference import Reference
-from reft.train.seeds import draw_from_seed
+from reft.train.reference_model import Reference
+from reft.train.seeded_init import draw_from_seed
 
 
 class OnBase(AdapterTrainer):

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from reft.train.collate import ReftDataCollator
-from reft.train.tokens import answer_text, end_ids, expected_text, prompt_ids
+from reft.train.tokenization import answer_text, end_ids, expected_text, prompt_ids
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<cls>", "<sep>", "<lang>", "<turn>"]
 WORDS = [*SPECIAL, "a", "b", "c", "d"]

@@ -14,7 +14,7 @@ from reft.model import peft_compat as peft_base
 from reft.model.forward_plan import ForwardPlan
 from reft.model.prompts import IGNORED
 from reft.model.reft_model import ReftModel
-from reft.train.random_state import kept_random_state
+from reft.train.data_samples import kept_random_state
 
 if TYPE_CHECKING:
     from reft.train.adapter_trainer import AdapterTrainer

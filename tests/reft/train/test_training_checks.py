@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from transformers import DataCollatorForLanguageModeling, TrainingArguments
 
 from reft import ReftConfig, ReftModel, ReftTrainer, get_reft_model
-from reft.train.random_state import kept_random_state
+from reft.train.data_samples import kept_random_state
 
 PLAIN = [{"input_ids": [1, 5, 6, 7, 8, 9], "labels": [1, 5, 6, 7, 8, 9]}] * 8
 ANSWERED = {"input_ids": [1, 5, 6, 7, 8, 9], "labels": [-100, -100, -100, -100, 8, 9]}
@@ -343,7 +343,7 @@ def test_a_run_that_looked_further_is_the_run_that_did_not(trainer_of, monkeypat
         torch.manual_seed(0)
         model = wrapped(dropout=0.3)
         if not look:
-            monkeypatch.setattr("reft.train.effect._others_edit", lambda *args: True)
+            monkeypatch.setattr("reft.train.training_checks._others_edit", lambda *args: True)
         trainer_of([*PLAIN[:4], *[ANSWERED] * 4], model=model, kind=InOrder, max_steps=4).train()
         results.append(state(model))
     assert same(*results)
@@ -351,11 +351,13 @@ def test_a_run_that_looked_further_is_the_run_that_did_not(trainer_of, monkeypat
 
 def test_after_the_first_batch_nothing_is_read(trainer_of, monkeypatch):
     """No synchronisation a step."""
-    from reft.train import effect
+    from reft.train import training_checks
 
     looked = []
-    real = effect._edits_trained
-    monkeypatch.setattr(effect, "_edits_trained", lambda plans: looked.append(1) or real(plans))
+    real = training_checks._edits_trained
+    monkeypatch.setattr(
+        training_checks, "_edits_trained", lambda plans: looked.append(1) or real(plans)
+    )
     trainer = trainer_of([ANSWERED] * 8, max_steps=4)
     trainer.train()
     assert looked == [1]

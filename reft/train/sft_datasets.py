@@ -7,7 +7,7 @@ from typing import Any
 
 from trl.data_utils import is_conversational_from_value, maybe_convert_to_chatml
 
-from reft.train.answers import MASKS, check_one_answer, check_targets, one_answer_each
+from reft.train.answer_checks import MASKS, check_one_answer, check_targets, one_answer_each
 
 _PROMPT = 'give columns "prompt" and "completion", or use positions="all", which need no prompt'
 

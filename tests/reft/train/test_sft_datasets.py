@@ -15,7 +15,7 @@ from trl import SFTConfig
 from trl_runs import MARKED, SETTINGS, UNMARKED, chat_tokenizer, edited, losses, wrapped
 
 from reft import ReftDataCollator, ReftSFTTrainer, ReftTrainer
-from reft.train.answers import answers, check_batch, one_answer_each
+from reft.train.answer_checks import answers, check_batch, one_answer_each
 
 
 def user(text):

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from reft import ReftConfig, ReftDataCollator, ReftTrainer, get_reft_model
-from reft.train.generating import prompts_of
+from reft.train.predict_with_generate import prompts_of
 
 
 def t5(size: int, **changes):
