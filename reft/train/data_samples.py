@@ -1,4 +1,4 @@
-"""Looking at data without moving the random numbers that a run draws."""
+"""Samples of a data set, read without changing the random numbers that training draws."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 
 @contextmanager
-def kept_random_state(device: torch.device) -> Iterator[None]:
-    """Inside, random numbers of Python, numpy and torch may be drawn; behind, none was.
+def preserve_random_state(device: torch.device) -> Iterator[None]:
+    """Restore the random states of Python, numpy and torch on exit.
 
     Args:
-        device: whose random numbers are kept, beside those of the CPU.
+        device: the device whose generator is restored besides the one of the CPU.
     """
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  what data draw from
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  data sets use these
     on_device = device.type not in ("cpu", "meta", "mps")
     devices = [device.index or 0] if on_device else []
     kind = device.type if on_device else "cuda"
@@ -27,3 +27,9 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
+
+
+def spread_indices(length: int, most: int) -> list[int]:
+    """Return at most ``most`` indices of a sequence in order, spread over its whole length."""
+    count = min(length, most)
+    return [index * length // count for index in range(count)]

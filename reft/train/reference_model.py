@@ -1,4 +1,4 @@
-"""What a preference loss compares the model with: the model as it was when training began."""
+"""Reference model of a preference loss: the model with the adapter it had when training began."""
 
 from __future__ import annotations
 
@@ -27,58 +27,63 @@ FOLDER = "reference"
 
 
 @dataclass(frozen=True, eq=False)
-class _Frozen:
-    """A copy of an adapter that is not on the model: its bank, and a store of its heads."""
+class _AdapterCopy:
+    """A frozen copy of an adapter that is not on the model.
+
+    Attributes:
+        name: the adapter's name on the model.
+        adapter: its parameters.
+        modules_to_save: the store of its modules_to_save.
+    """
 
     name: str
     adapter: AdapterParameters | MultiDeviceParameters
-    heads: ModulesToSave
+    modules_to_save: ModulesToSave
 
     @classmethod
     def of(
         cls,
         name: str,
         adapter: AdapterParameters | MultiDeviceParameters,
-        heads: Mapping[str, nn.Module],
-    ) -> _Frozen:
+        modules: Mapping[str, nn.Module],
+    ) -> _AdapterCopy:
         store = ModulesToSave()
-        store.add(name, copy.deepcopy(dict(heads)))
+        store.add(name, copy.deepcopy(dict(modules)))
         copied = copy.deepcopy(adapter).requires_grad_(False).eval()
         return cls(name, copied, store.requires_grad_(False).eval())
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """The heads by path, while they are not in the base."""
-        return self.heads.modules_of(nn.Module(), self.name)
+        """The modules_to_save by path, while they are not in the base."""
+        return self.modules_to_save.modules_of(nn.Module(), self.name)
 
 
-class Reference(nn.Module):
-    """A model whose active adapter has the values of the moment when :meth:`take` was called, as a
-    module without parameters of its own.
+class ReferenceModel(nn.Module):
+    """A module without parameters that computes with the adapter as it was when
+    :meth:`copy_adapter` was called.
 
-    There is one base: while the reference runs, the copy stands in the place of the adapter.
+    The base model is shared: the copy replaces the adapter while the reference runs.
 
     Raises:
-        ValueError: no adapter is active, or an engine holds it in parts.
+        ValueError: no adapter is active, or the adapter is sharded.
     """
 
     def __init__(self, model: ReftModel) -> None:
         super().__init__()
-        # In tuples, so that they are no submodules: who moves or prepares the reference leaves the
-        # model alone.
+        # Tuples hide both from nn.Module: moving or preparing the reference leaves the model alone.
         self._model = (model,)
-        self._taken: tuple[_Frozen, ...] = ()
-        self._base_alone = False
+        self._copies: tuple[_AdapterCopy, ...] = ()
+        self._is_base = False
 
     @property
     def config(self) -> Any:
-        """The base's."""
+        """The configuration of the base model."""
         return self._model[0].config
 
     @torch.no_grad()
-    def take(self) -> None:
-        """Copy the active adapter, unless that was done; to be called by all ranks."""
-        if self._taken or self._base_alone:
+    def copy_adapter(self) -> None:
+        """Copy the active adapter, unless there is a reference already; call it on all ranks."""
+        if self._copies or self._is_base:
             return
         (model,) = self._model
         name = model.active_adapter
@@ -86,35 +91,35 @@ class Reference(nn.Module):
             raise ValueError("model must have an active adapter: call set_adapter")
         if is_sharded(model._registry.adapters[name]):
             raise ValueError(
-                "model must not be sharded by an earlier trainer, of which the reference would "
-                "have a part: save the adapter and load it on a base that is whole"
+                "model must not be sharded by an earlier trainer, because the reference would copy "
+                "one shard: save the adapter and load it on an unsharded base"
             )
         model.broadcast_adapters()
-        self._taken = (self._copy(name),)
+        self._copies = (self._copy(name),)
 
-    def _copy(self, name: str) -> _Frozen:
+    def _copy(self, name: str) -> _AdapterCopy:
         (model,) = self._model
         registry, base = model._registry, model.get_base_model()
-        return _Frozen.of(name, registry.adapter(name), registry.heads.modules_of(base, name))
+        return _AdapterCopy.of(name, registry.adapter(name), registry.heads.modules_of(base, name))
 
     @contextmanager
-    def _acting(self) -> Iterator[nn.Module]:
-        """Inside, the base computes what the reference does."""
-        self.take()
+    def _active(self) -> Iterator[nn.Module]:
+        """Yield the base model, which computes the reference inside."""
+        self.copy_adapter()
         (model,) = self._model
         base = model.get_base_model()
-        if self._base_alone:
+        if self._is_base:
             with model.disable_adapter():
                 yield base
             return
-        registry, (frozen,) = model._registry, self._taken
-        name, before = frozen.name, registry.active
+        registry, (reference,) = model._registry, self._copies
+        name, before = reference.name, registry.active
         present = registry.adapters[name], registry.heads
-        _follow(frozen, registry.adapter(name), registry.heads.modules_of(base, name))
+        _match_placement(reference, registry.adapter(name), registry.heads.modules_of(base, name))
         registry.show_heads(base, None)
         registry.adapters[name], registry.heads, registry.active = (
-            frozen.adapter,
-            frozen.heads,
+            reference.adapter,
+            reference.modules_to_save,
             name,
         )
         registry.show_heads(base, name)
@@ -127,25 +132,26 @@ class Reference(nn.Module):
             registry.show_heads(base, before)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's forward. Whatever is put around :attr:`forward` is in the base's already."""
-        with self._acting() as base:
+        """Run the base's forward. Patches of :attr:`forward` are skipped: the base's forward has
+        them already."""
+        with self._active() as base:
             return base(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The same."""
+        """Run the base's forward, see :meth:`__call__`."""
         return self(*args, **kwargs)
 
     def state_dict(self, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """The base's and the copy's, whatever the model has learnt since: by it TRL tells one
-        reference from another."""
-        with self._acting() as base:
+        """Return the state dict of the base and the copied adapter, which does not change while
+        the model is trained. TRL hashes it to recognise a reference."""
+        with self._active() as base:
             state = base.state_dict()
         values = {
             name: value for name, value in state.items() if not name.startswith(f"{SUBMODULE}.")
         }
-        for frozen in self._taken:
-            text = frozen.adapter.config.to_json().encode()
-            copied = frozen.adapter.training_state()
+        for reference in self._copies:
+            text = reference.adapter.config.to_json().encode()
+            copied = reference.adapter.training_state()
             values |= {f"{FOLDER}.{name}": value for name, value in copied.items()}
             values[f"{FOLDER}.config"] = torch.tensor(list(text), dtype=torch.uint8)
         return values
@@ -156,31 +162,33 @@ class Reference(nn.Module):
         """Write the copy into a folder of a checkpoint.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the folder cannot be written.
         """
-        self.take()
-        for frozen in self._taken:
-            heads = {HEADS + key: value for key, value in head_state(frozen.modules).items()}
-            tensors = frozen.adapter.training_state() | heads
-            write_adapter(Path(checkpoint) / FOLDER, frozen.adapter.config, tensors)
+        self.copy_adapter()
+        for reference in self._copies:
+            modules = {HEADS + key: value for key, value in head_state(reference.modules).items()}
+            tensors = reference.adapter.training_state() | modules
+            write_adapter(Path(checkpoint) / FOLDER, reference.adapter.config, tensors)
 
-    def read(self, checkpoint: str | os.PathLike[str], fixed: bool) -> _Frozen | None:
-        """The reference of the run that wrote a checkpoint, to be handed to :meth:`set`; None for
-        the base, as of runs that kept no copy.
+    def read(self, checkpoint: str | os.PathLike[str], precomputed: bool) -> _AdapterCopy | None:
+        """Read the reference of the run that wrote a checkpoint, for :meth:`set`.
 
         Args:
             checkpoint: its folder.
-            fixed: the present reference is in use already and cannot be replaced.
+            precomputed: whether the present reference was used already and cannot be replaced.
+
+        Returns:
+            The reference; None for the base model, the reference of runs that saved no copy.
 
         Raises:
-            OSError, ValueError: a damaged file, another kind of adapter, or another one than the
-                present where that is ``fixed``.
+            OSError, ValueError: a damaged file; another kind of adapter; or, if ``precomputed``, an
+                adapter other than the present reference.
         """
-        self.take()
+        self.copy_adapter()
         folder = Path(checkpoint) / FOLDER
-        stored = self._stored(folder) if folder.is_dir() else None
-        present = self._taken[0] if self._taken else None
-        if fixed and not _same(stored, present):
+        stored = self._read_copy(folder) if folder.is_dir() else None
+        present = self._copies[0] if self._copies else None
+        if precomputed and not _is_same(stored, present):
             raise ValueError(
                 "precompute_ref_log_probs used another reference than that of the run which wrote "
                 f"{os.fspath(checkpoint)}: resume with the adapter on the model that the run began "
@@ -188,55 +196,57 @@ class Reference(nn.Module):
             )
         return stored
 
-    def set(self, stored: _Frozen | None) -> None:
-        """Take what :meth:`read` returned for the reference."""
-        self._taken = () if stored is None else (stored,)
-        self._base_alone = stored is None
+    def set(self, stored: _AdapterCopy | None) -> None:
+        """Use the reference that :meth:`read` returned."""
+        self._copies = () if stored is None else (stored,)
+        self._is_base = stored is None
 
-    def _stored(self, folder: Path) -> _Frozen:
+    def _read_copy(self, folder: Path) -> _AdapterCopy:
         (model,) = self._model
         name = model.active_adapter
         assert name is not None
         config, tensors = read_adapter(folder)
-        # The adapter itself may be in parts by now.
-        present = self._taken[0] if self._taken else self._copy(name)
-        made = _Frozen.of(name, present.adapter, present.modules)
-        if config != made.adapter.config:
+        # The adapter on the model may be sharded by now; the copy is not.
+        present = self._copies[0] if self._copies else self._copy(name)
+        reference = _AdapterCopy.of(name, present.adapter, present.modules)
+        if config != reference.adapter.config:
             raise ValueError(
-                f"{folder} must hold an adapter of the configuration of {name!r}, which is trained "
-                "against it; it has another"
+                f"{folder} must hold an adapter with the configuration of {name!r}, whose "
+                "reference it is; it has another configuration"
             )
-        heads = {
+        modules = {
             key.removeprefix(HEADS): value
             for key, value in tensors.items()
             if key.startswith(HEADS)
         }
         edit = {key: value for key, value in tensors.items() if not key.startswith(HEADS)}
         try:
-            check_heads(made.modules, heads)
-            made.adapter.load(edit, training_state=True)
+            check_heads(reference.modules, modules)
+            reference.adapter.load(edit, training_state=True)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
-        load_heads(made.modules, heads)
-        return made
+        load_heads(reference.modules, modules)
+        return reference
 
 
-def _follow(
-    frozen: _Frozen,
+def _match_placement(
+    reference: _AdapterCopy,
     adapter: AdapterParameters | MultiDeviceParameters,
-    heads: Mapping[str, nn.Module],
+    modules: Mapping[str, nn.Module],
 ) -> None:
-    """Bring a copy to where the adapter went since, and its heads to the base's dtype."""
-    if isinstance(adapter, AdapterParameters) and frozen.adapter.bias.device != adapter.bias.device:
-        frozen.adapter.to(adapter.bias.device)
-    for path, copied in frozen.modules.items():
-        pairs = zip(copied.parameters(), heads[path].parameters(), strict=True)
+    """Move a copy to the adapter's present device, and its modules_to_save to their present device
+    and dtype."""
+    copied_bias = reference.adapter.bias
+    if isinstance(adapter, AdapterParameters) and copied_bias.device != adapter.bias.device:
+        reference.adapter.to(adapter.bias.device)
+    for path, copied in reference.modules.items():
+        pairs = zip(copied.parameters(), modules[path].parameters(), strict=True)
         if any(old.device != new.device or old.dtype != new.dtype for old, new in pairs):
-            present = next(heads[path].parameters())
+            present = next(modules[path].parameters())
             copied.to(present.device, present.dtype)
 
 
-def _same(stored: _Frozen | None, present: _Frozen | None) -> bool:
+def _is_same(stored: _AdapterCopy | None, present: _AdapterCopy | None) -> bool:
     if stored is None or present is None:
         return stored is present
     ours, theirs = stored.adapter.export_state_dict(), present.adapter.export_state_dict()

@@ -1,4 +1,4 @@
-"""First values of an adapter from the seed of the run that trains it."""
+"""Initialisation of an adapter from the seed of the run that trains it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from reft.model.reft_model import ReftModel
 logger = logging.getLogger(__name__)
 
 
-def draw_from_seed(model: ReftModel, seed: int) -> None:
-    """Draw the active adapter's first values anew, from a generator of this seed, on the CPU.
+def initialise_from_seed(model: ReftModel, seed: int) -> None:
+    """Initialise the active adapter again, from a generator with this seed on the CPU.
 
-    Only where they are still those that ``get_reft_model`` or ``add_adapter`` drew from the global
-    random numbers: what was drawn by ``generator=``, loaded, set or trained stays, and so does what
-    this function has drawn. The values are those of
-    ``get_reft_model(…, generator=torch.Generator().manual_seed(seed))``; heads, copies of the
-    base's modules, are not drawn. The global random numbers stay where they are.
+    This changes only an adapter that still has the initialisation which ``get_reft_model`` or
+    ``add_adapter`` drew from the global random numbers. An adapter that was initialised with
+    ``generator=`` or by this function, loaded, assigned or trained is left as it is.
+
+    The values are those of ``get_reft_model(…, generator=torch.Generator().manual_seed(seed))``.
+    modules_to_save are copies of the base's modules and not initialised. The global random state
+    does not change.
     """
     name = model.active_adapter
     if name is None:
@@ -28,4 +30,4 @@ def draw_from_seed(model: ReftModel, seed: int) -> None:
     if not is_fresh(adapter):
         return
     adapter.reset_parameters(torch.Generator().manual_seed(seed))
-    logger.info("the first values of adapter %r are drawn from seed %d", name, seed)
+    logger.info("adapter %r is initialised from seed %d", name, seed)
