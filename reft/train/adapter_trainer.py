@@ -1,4 +1,4 @@
-"""Base class of all trainers: checkpoints hold the adapter without the base model, and a resumed run
+"""Base class of all trainers: checkpoints hold the adapter without the base, and a resumed run
 continues bit for bit."""
 
 from __future__ import annotations
