@@ -233,7 +233,7 @@ class AdapterTrainer(Trainer):
             ValueError: an engine that splits prompts across ranks or replaces edited modules.
         """
         super().create_accelerator_and_postprocess()
-        deepspeed.refuse_parts(self.accelerator)
+        deepspeed.check_parallelism(self.accelerator)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """Create the scheduler as Trainer does, and exclude the base from DeepSpeed's checkpoints:

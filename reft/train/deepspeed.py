@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def refuse_parts(accelerator: Accelerator) -> None:
+def check_parallelism(accelerator: Accelerator) -> None:
     """Refuse engines that split sequences across ranks or replace edited modules.
 
     Raises:

@@ -12,7 +12,7 @@ from reft.train.checkpoints import (
     last_checkpoint,
     remove_checkpoints,
     rotate,
-    written_whole,
+    atomic_checkpoint,
 )
 
 
@@ -54,7 +54,7 @@ def test_a_checkpoint_that_was_being_replaced_comes_back(tmp_path):
 
 def test_one_of_the_same_number_is_replaced(tmp_path):
     checkpoint(tmp_path, 5, '"old"')
-    with written_whole(tmp_path, "checkpoint-5", writes=True, wait=lambda: None) as stage:
+    with atomic_checkpoint(tmp_path, "checkpoint-5", writes=True, wait=lambda: None) as stage:
         checkpoint(stage, 5, '"new"')
         assert (tmp_path / "checkpoint-5" / "trainer_state.json").read_text() == '"old"'
     assert (tmp_path / "checkpoint-5" / "trainer_state.json").read_text() == '"new"'
@@ -64,7 +64,7 @@ def test_one_of_the_same_number_is_replaced(tmp_path):
 def test_an_error_of_the_program_stays_what_it_is(tmp_path):
     with (
         pytest.raises(RuntimeError, match="a defect"),
-        written_whole(tmp_path, "checkpoint-5", writes=True, wait=lambda: None),
+        atomic_checkpoint(tmp_path, "checkpoint-5", writes=True, wait=lambda: None),
     ):
         raise RuntimeError("a defect")
     assert last_checkpoint(tmp_path) is None

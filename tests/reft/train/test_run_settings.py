@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from reft import ReftConfig, ReftModel, get_reft_model
 from reft.train import run_settings
-from reft.train.run_settings import FILE, _data_of
+from reft.train.run_settings import FILE, _describe_data
 
 
 class Stop(TrainerCallback):
@@ -207,7 +207,7 @@ def test_a_run_that_is_over_says_that_it_trains_no_step(make_trainer, caplog):
 def test_data_are_known_by_their_content():
     rows = [{"input_ids": [1, 2, n], "text": f"é{n}"} for n in range(100)]
     shuffled = [dict(reversed(row.items())) for row in rows]
-    assert _data_of(rows) == _data_of(shuffled) == _data_of(Dataset.from_list(rows))
+    assert _describe_data(rows) == _describe_data(shuffled) == _describe_data(Dataset.from_list(rows))
     kinds = [
         [{"input_ids": torch.tensor([1, 2, n])} for n in range(100)],
         [{"input_ids": np.array([1, 2, n])} for n in range(100)],
@@ -219,7 +219,7 @@ def test_data_are_known_by_their_content():
         [{"input_ids": b"a"}] * 100, [{"input_ids": "a"}] * 100, [{"input_ids": None}] * 100,
         [{"input_ids": torch.tensor([1.5], dtype=torch.bfloat16)}] * 100,
     ]  # fmt: skip
-    found = [_data_of(one)["hash"] for one in kinds]
+    found = [_describe_data(one)["hash"] for one in kinds]
     assert found[0] == found[1]
     assert len(set(found[1:])) == len(found) - 1
 
@@ -228,7 +228,7 @@ def test_data_are_the_same_in_every_process_and_version():
     """No addresses, no hashes of strings, which differ between processes."""
 
     row = {"a": [1, 2.5], "b": "x", "c": {"d": None}, "e": 1j, "f": True}
-    assert _data_of([row] * 3) == {"examples": 3, "hash": "87c2fd073d19b3cc26df1f694619f5dc"}
+    assert _describe_data([row] * 3) == {"examples": 3, "hash": "87c2fd073d19b3cc26df1f694619f5dc"}
 
 
 def test_data_that_are_drawn_anew_each_time_are_counted_alone():
@@ -236,9 +236,9 @@ def test_data_that_are_drawn_anew_each_time_are_counted_alone():
         def __getitem__(self, place):
             return {"input_ids": [random.random()]}
 
-    assert _data_of(Drawn([0] * 7)) == {"examples": 7, "hash": None}
-    assert _data_of(iter([])) == {"examples": None, "hash": None}
-    assert _data_of([])["examples"] == 0
+    assert _describe_data(Drawn([0] * 7)) == {"examples": 7, "hash": None}
+    assert _describe_data(iter([])) == {"examples": None, "hash": None}
+    assert _describe_data([])["examples"] == 0
 
 
 def test_settings_lie_in_the_checkpoint_as_text(begun):

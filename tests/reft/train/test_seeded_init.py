@@ -10,7 +10,7 @@ from tiny_models import bert, llama
 from transformers import TrainingArguments
 
 from reft import ReftConfig, ReftModel, ReftTrainer, get_reft_model
-from reft.train.seeded_init import draw_from_seed
+from reft.train.seeded_init import initialise_from_seed
 
 CONFIG = ReftConfig(rank=2, positions="f2+l2")
 
@@ -87,7 +87,7 @@ def test_global_random_numbers_are_not_drawn():
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    draw_from_seed(model, 5)
+    initialise_from_seed(model, 5)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -108,7 +108,7 @@ def test_a_model_made_for_each_run(tmp_path):
 def test_after_a_move_or_a_copy_it_is_still_new(tmp_path):
     for change in (copy.deepcopy, lambda m: m.to("cpu"), lambda m: m.eval()):
         model = change(unseeded())
-        draw_from_seed(model, 5)
+        initialise_from_seed(model, 5)
         assert same(published(model), drawn(5))
 
 
@@ -142,7 +142,7 @@ def loaded_state(model):
 
 
 def drawn_before(model):
-    draw_from_seed(model, 1)
+    initialise_from_seed(model, 1)
     return model
 
 

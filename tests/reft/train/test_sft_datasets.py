@@ -15,7 +15,8 @@ from trl import SFTConfig
 from trl_runs import MARKED, SETTINGS, UNMARKED, chat_tokenizer, edited, losses, wrapped
 
 from reft import ReftDataCollator, ReftSFTTrainer, ReftTrainer
-from reft.train.answer_checks import answers, check_batch, one_answer_each
+from reft.train.answer_checks import check_batch
+from reft.train.sft_datasets import answer_spans, split_conversations
 
 
 def user(text):
@@ -294,13 +295,13 @@ class TestBatches:
 
 
 def test_answers_in_a_row_are_one():
-    assert answers([user("a"), says("b"), says("c"), user("d")]) == [(1, 3)]
-    assert answers([says("a"), says("b"), user("c")]) == []
-    assert answers([says("a"), user("c"), says("d")], 2) == [(2, 3)]
+    assert answer_spans([user("a"), says("b"), says("c"), user("d")]) == [(1, 3)]
+    assert answer_spans([says("a"), says("b"), user("c")]) == []
+    assert answer_spans([says("a"), user("c"), says("d")], 2) == [(2, 3)]
 
 
 def test_other_columns_go_with_each_example():
     messages, _ = CHATS["two turns"]
-    made = one_answer_each({"messages": [messages], "tools": ["x"], "kind": [7]})
+    made = split_conversations({"messages": [messages], "tools": ["x"], "kind": [7]})
     assert made["tools"] == ["x", "x"]
     assert made["kind"] == [7, 7]

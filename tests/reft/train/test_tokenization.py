@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from reft.train.collate import ReftDataCollator
-from reft.train.tokenization import answer_text, end_ids, expected_text, prompt_ids
+from reft.train.tokenization import completion_text, end_ids, expected_text, prompt_ids
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<cls>", "<sep>", "<lang>", "<turn>"]
 WORDS = [*SPECIAL, "a", "b", "c", "d"]
@@ -141,8 +141,8 @@ def test_a_tokenizer_without_an_end_leaves_the_models():
 def test_answers_are_shown_up_to_their_end():
     tokenizer = tokenizer_of(None)
     ends = ids("<eos> <turn>")  # the second is an ordinary word to the tokenizer
-    assert answer_text(tokenizer, ids("a <lang> b <turn> c"), ends) == "a b"
-    assert answer_text(tokenizer, ids("a <turn>"), ids("<eos>")) == "a <turn>"
+    assert completion_text(tokenizer, ids("a <lang> b <turn> c"), ends) == "a b"
+    assert completion_text(tokenizer, ids("a <turn>"), ids("<eos>")) == "a <turn>"
     for completion in ("a b", "a b <eos>", "a b <turn>", "<lang> a b <turn> <eos>"):
         assert expected_text(tokenizer, completion, ends) == "a b"
     assert expected_text(tokenizer, "a  zebra", ends) == "a  zebra"

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from transformers import DataCollatorForLanguageModeling, TrainingArguments
 
 from reft import ReftConfig, ReftModel, ReftTrainer, get_reft_model
-from reft.train.data_samples import kept_random_state
+from reft.train.data_samples import preserve_random_state
 
 PLAIN = [{"input_ids": [1, 5, 6, 7, 8, 9], "labels": [1, 5, 6, 7, 8, 9]}] * 8
 ANSWERED = {"input_ids": [1, 5, 6, 7, 8, 9], "labels": [-100, -100, -100, -100, 8, 9]}
@@ -331,7 +331,7 @@ def test_looking_draws_no_random_number():
     expected = numbers()
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(3)
-    with kept_random_state(torch.device("cpu")):
+    with preserve_random_state(torch.device("cpu")):
         assert numbers() == expected
     assert numbers() == expected
 

@@ -162,8 +162,8 @@ class TestTraining:
         assert drift[-1] > 1e-4
         again = grpo(wrapped(second), "again", **settings)
         again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
-        found = again._reference._taken[0].adapter.state_dict()
-        expected = whole._reference._taken[0].adapter.state_dict()
+        found = again._reference._copies[0].adapter.state_dict()
+        expected = whole._reference._copies[0].adapter.state_dict()
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
     def test_without_a_reference_checkpoints_hold_none(self, word_llama, grpo, tmp_path):

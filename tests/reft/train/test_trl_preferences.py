@@ -188,13 +188,13 @@ class TestReference:
         """By what TRL finds reference values again that it computed before."""
         from trl.trainer.utils import hash_module
 
-        from reft.train.reference_model import Reference
+        from reft.train.reference_model import ReferenceModel
 
         def told(model):
-            return hash_module(Reference(model))
+            return hash_module(ReferenceModel(model))
 
         model = wrapped(word_llama)
-        reference = Reference(model)
+        reference = ReferenceModel(model)
         first = hash_module(reference)
         assert told(model) == first
         with torch.no_grad():
