@@ -1,63 +1,19 @@
-"""Going on from a checkpoint with another run than the one that wrote it: said, or refused."""
+"""Settings of a run in its checkpoints: a resumed run with other settings is refused."""
 
 from __future__ import annotations
 
 import json
 import random
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from trainer_runs import RUN, all_equal, trainable_values
 
-from reft import ReftConfig, ReftModel, get_reft_model
-from reft.train import run_settings
 from reft.train.run_settings import FILE, _describe_data
 
-
-class Stop(TrainerCallback):
-    """Ends a run behind a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
-
-
-SETTINGS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-
-
-def values(model: ReftModel) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def same(left, right) -> bool:
-    return all(torch.equal(left[name], right[name]) for name in left)
-
-
-@pytest.fixture
-def begun(make_trainer, tmp_path):
-    """A function that trains two of four steps, and the path of their checkpoint."""
-
-    def train(**changes):
-        trainer = make_trainer("run", **{**SETTINGS, **changes})
-        trainer.add_callback(Stop(2))
-        trainer.train()
-        trainer.model.unload()
-        return str(tmp_path / "run" / "checkpoint-2")
-
-    return train
-
-
-def forget(checkpoint: str) -> None:
-    """As a checkpoint of an earlier version is."""
-    (run_settings.Path(checkpoint) / FILE).unlink()
-
-
-# ------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------ refused changes
 
 CHANGED = {
     "rate": ({"learning_rate": 0.5}, "learning_rate was 0.02, is 0.5"),
@@ -78,39 +34,59 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_another_run_is_refused_and_nothing_was_restored(begun, make_trainer, name, tmp_path):
-    checkpoint = begun()
+def test_changed_settings_are_refused_before_anything_is_restored(
+    stopped_run, make_trainer, name, tmp_path
+):
+    checkpoint = stopped_run()
     changes, words = CHANGED[name]
-    trainer = make_trainer("run", **{**SETTINGS, **changes})
-    before, files = values(trainer.model), sorted((tmp_path / "run").rglob("*"))
-    with pytest.raises(ValueError, match=f"of another: .*{words}.*allow_changes=True"):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    assert same(before, values(trainer.model))
+    trainer = make_trainer("run", **{**RUN, **changes})
+    before, files = trainable_values(trainer.model), sorted((tmp_path / "run").rglob("*"))
+    with pytest.raises(ValueError, match=f"belongs to another: .*{words}.*allow_changes=True"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert all_equal(before, trainable_values(trainer.model))
     assert trainer.state.global_step == 0
     assert sorted((tmp_path / "run").rglob("*")) == files
 
 
-def test_other_data_are_refused(begun, make_trainer, color_records):
-    checkpoint = begun()
-    other = [*color_records[:-1], {"prompt": "e : one", "completion": "red"}]
+def test_changed_data_are_refused(stopped_run, make_trainer, color_records):
+    checkpoint = str(stopped_run())
+    changed = [*color_records[:-1], {"prompt": "e : one", "completion": "red"}]
     for data, words in (
         (color_records[:6], "the training data had 12 examples, have 6"),
-        (other, "the training data are others, of the same number"),
-        (color_records[::-1], "the training data are others, of the same number"),
+        (changed, "the training data differ, with the same number"),
+        (color_records[::-1], "the training data differ, with the same number"),
     ):
-        trainer = make_trainer("run", data=data, **SETTINGS)
+        trainer = make_trainer("run", data=data, **RUN)
         with pytest.raises(ValueError, match=words):
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.model.unload()
-    trainer = make_trainer("run", data=[dict(one) for one in color_records], **SETTINGS)
-    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"arguments": 3}'])
+def test_damaged_settings_are_refused(stopped_run, make_trainer, text):
+    checkpoint = stopped_run()
+    (checkpoint / FILE).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=FILE):
+        make_trainer("run", **RUN).train(resume_from_checkpoint=str(checkpoint))
+
+
+# ------------------------------------------------------------------ allowed changes
+
+
+def test_equal_settings_and_data_give_no_warning(stopped_run, make_trainer, color_records, caplog):
+    checkpoint = stopped_run()
+    trainer = make_trainer("run", data=[dict(record) for record in color_records], **RUN)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.steps_trained == 2
+    assert not [record for record in caplog.records if record.name.startswith("reft")]
 
 
-def test_what_determines_nothing_may_change(begun, make_trainer, color_records):
-    checkpoint = begun()
+def test_settings_without_influence_on_training_may_change(
+    stopped_run, make_trainer, color_records
+):
+    checkpoint = str(stopped_run())
     trainer = make_trainer(
-        "run", eval_data=color_records, **{**SETTINGS, "save_steps": 1},
+        "run", eval_data=color_records, **{**RUN, "save_steps": 1},
         per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=2,
         per_device_eval_batch_size=2,
     )  # fmt: skip
@@ -118,96 +94,65 @@ def test_what_determines_nothing_may_change(begun, make_trainer, color_records):
     assert trainer.state.global_step == 4
 
 
-def test_a_checkpoint_without_settings_is_gone_on_from(begun, make_trainer):
-    checkpoint = begun()
-    forget(checkpoint)
-    trainer = make_trainer("run", **{**SETTINGS, "learning_rate": 0.5})
-    trainer.train(resume_from_checkpoint=checkpoint)
+def test_a_checkpoint_without_settings_resumes(stopped_run, make_trainer):
+    """Earlier versions wrote no settings."""
+    checkpoint = stopped_run()
+    (checkpoint / FILE).unlink()
+    trainer = make_trainer("run", **{**RUN, "learning_rate": 0.5})
+    trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.steps_trained == 2
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"arguments": 3}'])
-def test_damaged_settings_are_refused(begun, make_trainer, text):
-    checkpoint = begun()
-    (run_settings.Path(checkpoint) / FILE).write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=FILE):
-        make_trainer("run", **SETTINGS).train(resume_from_checkpoint=checkpoint)
-
-
-# ------------------------------------------------------------------ what is allowed
-
-
-def test_a_longer_run_goes_on_and_says_so(begun, make_trainer, caplog):
-    checkpoint = begun()
-    trainer = make_trainer("run", **{**SETTINGS, "max_steps": 6})
+def test_a_longer_run_resumes_with_a_warning(stopped_run, make_trainer, caplog):
+    checkpoint = str(stopped_run())
+    trainer = make_trainer("run", **{**RUN, "max_steps": 6})
     trainer.train(resume_from_checkpoint=checkpoint)
     assert trainer.state.global_step == 6
     assert "max_steps was 4, is 6; the learning rate follows the schedule of the" in caplog.text
 
 
-def test_the_same_run_goes_on_and_says_nothing(begun, make_trainer, caplog):
-    checkpoint = begun()
-    trainer = make_trainer("run", **SETTINGS)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    assert trainer.steps_trained == 2
-    assert not [one for one in caplog.records if one.name.startswith("reft")]
-
-
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
-def test_a_change_that_is_allowed_acts(begun, make_trainer, caplog, optim):
-    """The stored optimizer holds the old rate and decay; transformers' Trainer goes on with it."""
+def test_allowed_changes_reach_the_optimizer(stopped_run, make_trainer, caplog, optim):
+    """The loaded optimizer state holds the old rate and decay, which Trainer would use."""
     start = {"optim": optim, "lr_scheduler_type": "constant", "weight_decay": 0.3}
-    checkpoint = begun(**start)
+    checkpoint = str(stopped_run(**start))
     changes = {"learning_rate": 0.0, "weight_decay": 0.0}
-    trainer = make_trainer("run", **{**SETTINGS, **start, **changes})
+    trainer = make_trainer("run", **{**RUN, **start, **changes})
     trainer.train(resume_from_checkpoint=checkpoint, allow_changes=True)
-    assert "is of another run: learning_rate was 0.02, is 0.0; weight_decay" in caplog.text
+    assert "belongs to another run: learning_rate was 0.02, is 0.0; weight_decay" in caplog.text
     assert trainer.state.global_step == 4
-    ended = values(trainer.model)
+    end = trainable_values(trainer.model)
     trainer.model.restore(checkpoint)
-    assert same(ended, values(trainer.model))
+    assert all_equal(end, trainable_values(trainer.model))
     rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
     assert rates == [0.02, 0.02, 0.0, 0.0]
 
 
-def test_a_changed_rate_goes_on_where_the_schedule_is(begun, make_trainer):
-    checkpoint = begun(lr_scheduler_type="linear")
-    trainer = make_trainer(
-        "run", **{**SETTINGS, "lr_scheduler_type": "linear", "learning_rate": 0.2}
-    )
+def test_a_changed_rate_continues_the_schedule(stopped_run, make_trainer):
+    checkpoint = str(stopped_run(lr_scheduler_type="linear"))
+    changes = {"lr_scheduler_type": "linear", "learning_rate": 0.2}
+    trainer = make_trainer("run", **{**RUN, **changes})
     trainer.train(resume_from_checkpoint=checkpoint, allow_changes=True)
     rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
     assert rates == pytest.approx([0.02, 0.015, 0.1, 0.05])
 
 
-def test_fewer_steps_that_are_allowed_take_none(begun, make_trainer, caplog):
-    checkpoint = begun()
-    trainer = make_trainer("run", **{**SETTINGS, "max_steps": 1})
+def test_fewer_steps_than_the_checkpoint_train_none(stopped_run, make_trainer, caplog):
+    checkpoint = str(stopped_run())
+    trainer = make_trainer("run", **{**RUN, "max_steps": 1})
     trainer.train(resume_from_checkpoint=checkpoint, allow_changes=True)
     assert trainer.steps_trained == 0
     assert "no step was trained" in caplog.text
 
 
-def test_a_run_that_is_over_says_that_it_trains_no_step(make_trainer, caplog):
-    make = lambda: make_trainer("run", **{**SETTINGS, "max_steps": 2})  # noqa: E731
-    first = make()
-    first.train()
-    assert first.steps_trained == 2
-    assert "no step" not in caplog.text
-    first.model.unload()
-    again = make()
-    again.train(resume_from_checkpoint=True)
-    assert again.steps_trained == 0
-    assert "has all 2 steps of this run already; give it more" in caplog.text
+# ------------------------------------------------------------------ the description of the data
 
 
-# ------------------------------------------------------------------ what the data are
-
-
-def test_data_are_known_by_their_content():
+def test_data_are_recognised_by_their_content():
     rows = [{"input_ids": [1, 2, n], "text": f"é{n}"} for n in range(100)]
-    shuffled = [dict(reversed(row.items())) for row in rows]
-    assert _describe_data(rows) == _describe_data(shuffled) == _describe_data(Dataset.from_list(rows))
+    reordered = [dict(reversed(row.items())) for row in rows]
+    described = _describe_data(rows)
+    assert described == _describe_data(reordered) == _describe_data(Dataset.from_list(rows))
     kinds = [
         [{"input_ids": torch.tensor([1, 2, n])} for n in range(100)],
         [{"input_ids": np.array([1, 2, n])} for n in range(100)],
@@ -219,109 +164,29 @@ def test_data_are_known_by_their_content():
         [{"input_ids": b"a"}] * 100, [{"input_ids": "a"}] * 100, [{"input_ids": None}] * 100,
         [{"input_ids": torch.tensor([1.5], dtype=torch.bfloat16)}] * 100,
     ]  # fmt: skip
-    found = [_describe_data(one)["hash"] for one in kinds]
-    assert found[0] == found[1]
-    assert len(set(found[1:])) == len(found) - 1
+    hashes = [_describe_data(data)["hash"] for data in kinds]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes[1:])) == len(hashes) - 1
 
 
-def test_data_are_the_same_in_every_process_and_version():
-    """No addresses, no hashes of strings, which differ between processes."""
-
+def test_the_hash_is_the_same_in_every_process_and_version():
+    """It contains no addresses and no hashes of strings, which differ between processes."""
     row = {"a": [1, 2.5], "b": "x", "c": {"d": None}, "e": 1j, "f": True}
     assert _describe_data([row] * 3) == {"examples": 3, "hash": "87c2fd073d19b3cc26df1f694619f5dc"}
 
 
-def test_data_that_are_drawn_anew_each_time_are_counted_alone():
-    class Drawn(list):
-        def __getitem__(self, place):
+def test_random_data_and_streams_have_no_hash():
+    class Random(list):
+        def __getitem__(self, index):
             return {"input_ids": [random.random()]}
 
-    assert _describe_data(Drawn([0] * 7)) == {"examples": 7, "hash": None}
+    assert _describe_data(Random([0] * 7)) == {"examples": 7, "hash": None}
     assert _describe_data(iter([])) == {"examples": None, "hash": None}
     assert _describe_data([])["examples"] == 0
 
 
-def test_settings_lie_in_the_checkpoint_as_text(begun):
-    stored = json.loads((run_settings.Path(begun()) / FILE).read_text(encoding="utf-8"))
+def test_settings_are_json_in_the_checkpoint(stopped_run):
+    stored = json.loads((stopped_run() / FILE).read_text(encoding="utf-8"))
     assert stored["arguments"]["learning_rate"] == 0.02
     assert stored["examples_per_step"] == 4
     assert stored["data"]["examples"] == 12
-
-
-# ------------------------------------------------------------------ without an optimizer
-
-
-@pytest.mark.parametrize("missing", [["optimizer.pt"], ["scheduler.pt"], ["rng_state.pth"], None])
-def test_what_a_checkpoint_has_not_begins_anew(begun, make_trainer, caplog, missing):
-    checkpoint = begun(save_only_model=missing is None)
-    folder = run_settings.Path(checkpoint)
-    for name in missing or ():
-        (folder / name).unlink()
-    trainer = make_trainer("run", **SETTINGS)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    assert trainer.state.global_step == 4
-    said = [one.getMessage() for one in caplog.records if "begins anew" in one.getMessage()]
-    gone = ["optimizer.pt", "scheduler.pt"] if missing is None else missing
-    assert len(said) == (0 if gone == ["rng_state.pth"] else 1)
-    assert all(f"no {name}" in one for one in said for name in gone)
-
-
-def test_a_new_optimizer_goes_on_from_the_stored_adapter(begun, make_trainer):
-    """One step of plain gradient descent from the checkpoint's adapter."""
-    start = {"optim": "sgd", "lr_scheduler_type": "constant", "save_only_model": True}
-    config = ReftConfig(rank=2, positions="f2+l2")
-    checkpoint = begun(config=config, **start)
-    trainer = make_trainer("run", config=config, **{**SETTINGS, **start, "max_steps": 3})
-    stored = ReftModel.from_pretrained(trainer.model.unload(), checkpoint)
-    weight = stored.state_dict()["base_model.reft.adapters.default.weight"].clone()
-    base = stored.unload()
-    model = get_reft_model(base, config)
-    trainer = make_trainer("run", model=model, **{**SETTINGS, **start, "max_steps": 3})
-    seen = {}
-
-    class Look(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            found = model.state_dict()["base_model.reft.adapters.default.weight"]
-            seen.setdefault(state.global_step, found.clone())
-
-    trainer.add_callback(Look())
-    trainer.train(resume_from_checkpoint=checkpoint)
-    torch.testing.assert_close(seen[2], weight)
-    assert list(seen) == [2]
-
-
-# ------------------------------------------------------------------ what is no checkpoint
-
-
-@pytest.mark.parametrize("intervention", ["loreft", "direft", "noreft"])
-def test_a_published_adapter_is_no_checkpoint(make_trainer, tmp_path, intervention):
-    trainer = make_trainer(config=ReftConfig(rank=2, intervention=intervention), max_steps=1)
-    folder = tmp_path / "published"
-    trainer.model.save_pretrained(folder)
-    before = values(trainer.model)
-    for path in (folder, str(folder)):
-        with pytest.raises(
-            ValueError, match=r"is an adapter and no checkpoint .*from_pretrained\("
-        ):
-            trainer.train(resume_from_checkpoint=path)
-    assert same(before, values(trainer.model))
-    model = ReftModel.from_pretrained(trainer.model.unload(), folder, is_trainable=True)
-    again = make_trainer(model=model, max_steps=1)
-    assert same(before, values(again.model)) or intervention == "loreft"
-    again.train()
-    assert again.steps_trained == 1
-
-
-def test_the_folder_of_a_run_is_no_checkpoint_but_holds_one(begun, make_trainer, tmp_path):
-    checkpoint = begun()
-    trainer = make_trainer("run", **SETTINGS)
-    with pytest.raises(ValueError, match=r"no checkpoint .*The last checkpoint in it is .*point-2"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "run"))
-    trainer.save_adapter(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"is an adapter and no checkpoint .*checkpoint-2"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "run"))
-    with pytest.raises(ValueError, match="must be a folder, there is none at"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "nowhere"))
-    moved = shutil.move(checkpoint, tmp_path / "elsewhere")
-    trainer.train(resume_from_checkpoint=moved)
-    assert trainer.steps_trained == 2
