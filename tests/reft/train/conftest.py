@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from trainer_runs import RUN, StopAt
+from trl_runs import SETTINGS
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +34,50 @@ def stopped_run(make_trainer, tmp_path, _stopped_runs):
         return folder / "checkpoint-2"
 
     return checkpoint
+
+
+@pytest.fixture
+def spaced_records(color_records):
+    """Records with spaces around the completions, because TRL concatenates texts."""
+    return [{**record, "completion": f" {record['completion']} "} for record in color_records]
+
+
+@pytest.fixture
+def dpo(word_tokenizer, spaced_records, tmp_path):
+    from datasets import Dataset
+    from trl import DPOConfig
+
+    from reft import ReftDPOTrainer
+
+    def build(model, folder="run", rows=None, tokenizer=word_tokenizer, **settings):
+        pairs = [
+            {"prompt": record["prompt"], "chosen": record["completion"], "rejected": " no no "}
+            for record in spaced_records
+        ]
+        return ReftDPOTrainer(
+            model,
+            args=DPOConfig(str(tmp_path / folder), **{**SETTINGS, "beta": 0.5, **settings}),
+            train_dataset=Dataset.from_list(rows or pairs),
+            processing_class=tokenizer,
+        )
+
+    return build
+
+
+@pytest.fixture
+def kto(word_tokenizer, spaced_records, tmp_path):
+    from datasets import Dataset
+    from trl import KTOConfig
+
+    from reft import ReftKTOTrainer
+
+    def build(model, folder="run", **settings):
+        rows = [{**record, "label": index % 3 > 0} for index, record in enumerate(spaced_records)]
+        return ReftKTOTrainer(
+            model,
+            args=KTOConfig(str(tmp_path / folder), **{**SETTINGS, "beta": 0.5, **settings}),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=word_tokenizer,
+        )
+
+    return build
