@@ -42,5 +42,7 @@ def test_a_trainer_refuses_it_when_it_is_made(monkeypatch, tmp_path):
 
 
 def test_what_shards_data_and_parameters_is_not():
-    check_parallelism(accelerator({"cp_size": 1, "sp_size": 1, "tp_size": 2, "dp_shard_size": 2}, {}))
+    check_parallelism(
+        accelerator({"cp_size": 1, "sp_size": 1, "tp_size": 2, "dp_shard_size": 2}, {})
+    )
     check_parallelism(accelerator({}, {"zero_optimization": {"stage": 3}, "tensor_parallel": {}}))

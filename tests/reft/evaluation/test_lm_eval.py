@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import runpy
 import sys
@@ -15,6 +16,7 @@ from reft import ReftConfig, ReftModel, get_reft_model
 
 pytest.importorskip("lm_eval")
 
+import lm_eval.tasks
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
@@ -230,6 +232,8 @@ def test_the_command_line_knows_the_model(folders, word_llama, word_tokenizer, m
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # runs pip
+    without_defaults = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", without_defaults)  # indexes 10 000 files
     with pytest.raises(SystemExit) as left:
         runpy.run_module("reft.evaluation", run_name="__main__")
     assert not left.value.code
