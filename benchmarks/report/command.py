@@ -25,7 +25,7 @@ def write_report(
     ] = False,
     serving: Annotated[
         bool,
-        typer.Option("--serving", help="Rewrite table and plot of docs/serving-cost.md, nothing else."),
+        typer.Option("--serving", help="Rewrite table and plot of docs/serving-cost.md only."),
     ] = False,
 ) -> None:
     """Write tables and plots of results, or with --readme the table in README.md."""

@@ -1,1 +1,1 @@
-"""Wrapped models in the evaluation tools of others."""
+"""Wrapped models in evaluation tools: lm-evaluation-harness."""

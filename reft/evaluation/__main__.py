@@ -1,5 +1,4 @@
-"""``python -m reft.evaluation``: lm-evaluation-harness's own command line, which then knows
-``--model reft``."""
+"""Command line of lm-evaluation-harness with ``--model reft``: ``python -m reft.evaluation``."""
 
 import sys
 

@@ -1,12 +1,12 @@
-"""A model of lm-evaluation-harness that tells the wrapper where each prompt ends.
+"""A model for lm-evaluation-harness that passes the end of each prompt to the wrapped model.
 
-The harness scores a continuation by one forward of context and continuation in a row, without an
-attention mask and without labels. Its own class ``hf`` takes a wrapped model as it is, but nothing
-in that row says where the context ends: the whole row, padding included, is taken for the prompt,
-and "l7" edits the end of what is scored. ``reft`` says it.
+The harness scores a continuation by one forward of context and continuation, without an attention
+mask and without labels. Its model ``hf`` also runs wrapped models, but nothing marks the end of the
+context: the whole row with its padding becomes the prompt, and "l7" edits the end of the
+continuation. The model ``reft`` passes ``prompt_lengths``.
 
 Importing this module registers the name; ``python -m reft.evaluation`` is the harness's command
-line with it.
+line with this model.
 """
 
 from __future__ import annotations
@@ -29,25 +29,24 @@ from reft.model.reft_model import ReftModel
 
 logger = logging.getLogger(__name__)
 
-#: ((context, continuation) as text or None, tokens of the context, tokens of the continuation)
+#: ((context, continuation) as text, or None; tokens of the context; tokens of the continuation)
 _Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 @register_model("reft")
 class ReftLM(HFLM):
-    """``HFLM`` for a :class:`reft.ReftModel`, with the same arguments and one more.
+    """``HFLM`` for a :class:`reft.ReftModel`, with the same arguments and ``reft``.
 
-    The prompt is the context of each request. A rolling request has none but the token that the
-    harness puts in front of each window, so that positions at the ends of a prompt edit nothing
-    there.
+    The prompt is the context of each request. The prompt of a rolling request is only the token
+    that the harness puts before each window, so that positions at the ends of a prompt hardly edit.
 
     Args:
-        pretrained: a ReftModel; or a folder or name on the hub of a base model, or such a model.
-        reft: folder or name on the hub of the adapter; None for the one that a ReftModel has.
-        kwargs: of ``HFLM``.
+        pretrained: a ReftModel; or a base model, as a module, a folder or a name on the Hub.
+        reft: the adapter's folder or name on the Hub; None with a ReftModel.
+        kwargs: further arguments of ``HFLM``.
 
     Raises:
-        ValueError: no adapter, or two; a model that is not a causal one.
+        ValueError: no adapter, or two; or a model that is not causal.
     """
 
     def __init__(
@@ -71,13 +70,13 @@ class ReftLM(HFLM):
         self._model = ReftModel.from_pretrained(self.model, self._adapter)
 
     def get_model_info(self) -> dict[str, Any]:
-        """As ``HFLM``'s, with the adapter's configuration."""
+        """Return ``HFLM``'s information with the adapter and its configuration."""
         config = self.model.configs.get(self.model.active_adapter)
-        own = {
+        return {
+            **super().get_model_info(),
             "reft": None if self._adapter is None else os.fspath(self._adapter),
             "reft_config": None if config is None else config.to_dict(),
         }
-        return {**super().get_model_info(), **own}
 
     def _loglikelihood_tokens(
         self,
@@ -86,27 +85,27 @@ class ReftLM(HFLM):
         override_bs: int | None = None,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether greedy decoding gives it) of each request.
+        """Return (log-probability of the continuation, whether it is the greedy one) per request.
 
-        Requests that differ in their last token alone share a forward. Not those that split the
-        same tokens elsewhere, which ``HFLM`` lets share one: they have other prompts.
+        Requests that differ only in their last token share a forward. ``HFLM`` also shares it
+        between requests that split the same tokens elsewhere; their prompts differ.
 
         Raises:
-            ValueError: a request without context or continuation, or with more of the latter than
-                the model takes.
+            ValueError: a request without context or continuation, or with a continuation longer
+                than the model's limit.
         """
         sharing: dict[Any, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
-            sharing[_forward_of(request)].append(index)
-        longest_first = sorted(sharing, key=lambda one: (-len(one[0]) - len(one[1]), one))
-        firsts = [requests[sharing[one][0]] for one in longest_first]
+            sharing[_forward_inputs(request)].append(index)
+        longest_first = sorted(sharing, key=lambda key: (-len(key[0]) - len(key[1]), key))
+        firsts = [requests[sharing[key][0]] for key in longest_first]
         size, schedule = self.batch_size, None
         if size == "auto":
             size = override_bs or 0
             if not override_bs and firsts:
-                self.batch_sizes: dict[int, int] = {}  # those of other requests do not count
+                self.batch_sizes: dict[int, int] = {}  # forget the sizes of earlier requests
                 schedule = self._batch_scheduler
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         bar = tqdm(
             total=len(requests),
             disable=disable_tqdm or self.rank != 0,
@@ -116,19 +115,19 @@ class ReftLM(HFLM):
             for request, logits in zip(batch, self._continuation_logits(batch), strict=True):
                 scores = F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
                 greedy = scores.argmax(dim=-1)
-                for index in sharing[_forward_of(request)]:
+                for index in sharing[_forward_inputs(request)]:
                     text, _, continuation = requests[index]
                     target = torch.tensor(continuation, device=scores.device)
                     total = scores.gather(1, target.unsqueeze(1)).sum()
-                    answers[index] = float(total), bool((greedy == target).all())
+                    results[index] = float(total), bool((greedy == target).all())
                     if text is not None:
-                        self.cache_hook.add_partial("loglikelihood", text, answers[index])
+                        self.cache_hook.add_partial("loglikelihood", text, results[index])
                     bar.update(1)
         bar.close()
-        return answers
+        return results
 
     def _continuation_logits(self, batch: Sequence[_Request]) -> list[Tensor]:
-        """What predicts each continuation, (its tokens, vocabulary)."""
+        """Return the logits that predict each continuation, each (its tokens, vocabulary)."""
         rows, lengths = [], []
         for _, context, continuation in batch:
             if not context or not 0 < len(continuation) <= self.max_length:
@@ -139,9 +138,12 @@ class ReftLM(HFLM):
             tokens = context + continuation
             if len(tokens) > self.max_length + 1:
                 logger.warning(
-                    "context and continuation have %d + %d tokens, the model takes %d; the context "
-                    "is cut from the left", len(context), len(continuation), self.max_length,
-                )  # fmt: skip
+                    "context and continuation have %d + %d tokens and max_length is %d; the "
+                    "context is cut from the left",
+                    len(context),
+                    len(continuation),
+                    self.max_length,
+                )
             rows.append(torch.tensor(tokens[-(self.max_length + 1) : -1], dtype=torch.long))
             lengths.append(len(rows[-1]) - len(continuation) + 1)
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -161,12 +163,13 @@ class ReftLM(HFLM):
                 prompt_lengths=torch.tensor(lengths, device=self.device),
             ).logits
         return [
-            one[length - 1 : end]
-            for one, length, end in zip(logits, lengths, ends.tolist(), strict=True)
+            row[length - 1 : end]
+            for row, length, end in zip(logits, lengths, ends.tolist(), strict=True)
         ]
 
 
-def _forward_of(request: _Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What one forward reads for a request: its last token is only predicted."""
+def _forward_inputs(request: _Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the tokens that a forward reads for a request, all but the last, which is only
+    predicted."""
     _, context, continuation = request
     return tuple(context), tuple(continuation[:-1])

@@ -1,1 +1,1 @@
-"""Training and evaluation: data files, batches, a Trainer, exact match."""
+"""Training and evaluation: data files, data collator, trainers, checkpoints, generation."""

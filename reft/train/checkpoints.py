@@ -1,8 +1,8 @@
-"""Checkpoints that are there whole or not at all, and finding the one to go on from.
+"""Atomic checkpoints, and the search for the checkpoint to resume from.
 
-Trainer writes a checkpoint file by file. Here it does so in a folder that nobody takes for a
-checkpoint; when every rank is done the files are flushed to the disk and the folder gets its name,
-in one step. Whatever moment a kill, a power cut or a full disk picks, ``checkpoint-N`` is whole.
+Trainer writes a checkpoint file by file. Here it writes into a staging folder. When every rank is
+done, the files are flushed to disk and the folder is renamed in one step. A kill, a power cut or a
+full disk at any moment leaves ``checkpoint-N`` complete or absent.
 """
 
 from __future__ import annotations
@@ -27,35 +27,36 @@ from reft.io.atomic_write import flush_folder, write_whole
 from reft.io.tensor_files import load_plain
 from reft.safe_read import parse_json, read_text, require_plain
 
-#: Where a checkpoint is written, beside the others.
+#: The staging folder, in which a checkpoint is written, beside the finished ones.
 UNFINISHED = ".unfinished"
 
-#: Files of Trainer's that are read when training goes on.
+#: Trainer's state files that are read when training is resumed.
 _STATES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 
+#: The prefix of a checkpoint in the staging folder that is being replaced.
 _REPLACED = "replaced-"
 
-#: Bytes that a disk has room for unless it is full.
-_ROOM = 1 << 20
+#: The size of the file, in bytes, that is written to find out whether the disk is full.
+_PROBE_SIZE = 1 << 20
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The newest whole checkpoint in a folder, None if there is none.
+    """Return the newest complete checkpoint in a folder, None if there is none.
 
-    Of other libraries' checkpoints, and of those of earlier versions, one without
-    ``trainer_state.json``, which Trainer writes last, or with half of it, is passed over.
+    A checkpoint without ``trainer_state.json``, which Trainer writes last, or with a truncated one
+    is skipped. Other libraries and earlier versions can leave such checkpoints.
     """
-    _put_back(Path(folder))
-    found = [one for one in _numbered(Path(folder)) if _is_whole(one[1])]
-    return max(found)[1] if found else None
+    _restore_replaced(Path(folder))
+    complete = [item for item in _numbered(Path(folder)) if _is_complete(item[1])]
+    return max(complete)[1] if complete else None
 
 
 def require_checkpoint(folder: str | os.PathLike[str]) -> None:
-    """Refuse a folder that holds no checkpoint of a training run, saying what it is.
+    """Refuse a folder that is not a checkpoint of a training run.
 
     Raises:
-        ValueError: there is no such folder; it is an adapter as it is published, or anything else
-            without Trainer's state.
+        ValueError: the folder does not exist; or it has no state of Trainer's, as a published
+            adapter.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -63,54 +64,54 @@ def require_checkpoint(folder: str | os.PathLike[str]) -> None:
     if (path / TRAINER_STATE_NAME).exists():
         return
     inside = last_checkpoint(path)
-    more = "" if inside is None else f". The last checkpoint in it is {inside}"
+    hint = "" if inside is None else f". The last checkpoint in it is {inside}"
     if (path / CONFIG_FILE).exists() or (path / WEIGHTS_FILE).exists():
         raise ValueError(
             f"resume_from_checkpoint must be a checkpoint of a training run, {path} is an adapter "
             f"and no checkpoint (it has no {TRAINER_STATE_NAME}): to train it further, load it "
             f"with ReftModel.from_pretrained(base_model, {str(path)!r}, is_trainable=True) and "
-            f"call train() without resume_from_checkpoint{more}"
+            f"call train() without resume_from_checkpoint{hint}"
         )
     raise ValueError(
         f"resume_from_checkpoint must be a checkpoint of a training run, {path} is no checkpoint "
-        f"(it has no {TRAINER_STATE_NAME}){more}"
+        f"(it has no {TRAINER_STATE_NAME}){hint}"
     )
 
 
 def check_states(checkpoint: str | os.PathLike[str]) -> None:
-    """Refuse a checkpoint of which Trainer could not read a file, before anything is restored.
+    """Refuse a checkpoint with unusable state files, before anything is restored.
 
-    No pickle is executed: what holds code is refused. ``training_args.bin`` is not read.
+    No pickled code runs: a file with code is refused. ``training_args.bin`` is not read.
 
     Raises:
-        ValueError: a file of optimizer, scheduler, scaler or random numbers that is damaged, holds
-            code or numbers that are not finite, or a damaged ``trainer_state.json``.
+        ValueError: a state file of the optimizer, scheduler, scaler or random numbers is damaged or
+            holds code, NaN or infinity; or ``trainer_state.json`` is damaged.
     """
     folder = Path(checkpoint)
     state = folder / TRAINER_STATE_NAME
     if state.exists():
         text = read_text(state)
         try:
-            whole = isinstance(parse_json(text), dict)
+            is_object = isinstance(parse_json(text), dict)
         except ValueError as error:
             raise ValueError(f"{state}: {error}") from None
-        if not whole:
-            raise ValueError(f"{state} must hold an object in JSON")
+        if not is_object:
+            raise ValueError(f"{state} must hold a JSON object")
     for name in _STATES:
         for file in sorted(folder.glob(name)):
             _check_finite(file, read_state(file))
 
 
 def read_state(file: Path) -> Any:
-    """What a file of ``torch.save`` holds, on the CPU; no code in it is run.
+    """Read a file of ``torch.save`` on the CPU, without running code in it.
 
     Raises:
-        OSError: it is not there or cannot be read.
+        OSError: it does not exist or cannot be read.
         ValueError: it is damaged or holds code.
     """
     require_plain(file)
     try:
-        with safe_globals():  # numpy's, of the state of its random numbers
+        with safe_globals():  # numpy's types, for the state of its random numbers
             return load_plain(file)
     except ValueError as error:
         raise ValueError(f"{file} {error}") from None
@@ -118,26 +119,27 @@ def read_state(file: Path) -> Any:
 
 def _check_finite(file: Path, value: Any, name: str = "") -> None:
     if isinstance(value, dict):
-        for key, one in value.items():
-            _check_finite(file, one, f"{name}.{key}" if name else str(key))
+        for key, element in value.items():
+            _check_finite(file, element, f"{name}.{key}" if name else str(key))
     elif isinstance(value, torch.Tensor) and value.dtype in FLOATS and not value.isfinite().all():
         raise ValueError(
             f"{file} must be finite, {name} holds NaN or infinity: the run had diverged when this "
-            "was saved, go on from an earlier checkpoint"
+            "was saved, resume from an earlier checkpoint"
         )
 
 
-def prepare(run: Path, *, anew: bool) -> None:
-    """Find out before training whether checkpoints can be written.
+def prepare(run: Path, *, is_new_run: bool) -> None:
+    """Check before training that checkpoints can be written.
 
     Args:
         run: the folder of the checkpoints.
-        anew: whether training does not go on from one. Then those that are there are warned of.
+        is_new_run: whether the run does not resume from a checkpoint, in which case existing
+            checkpoints cause a warning.
 
     Raises:
         OSError: they cannot be written.
     """
-    _put_back(run)
+    _restore_replaced(run)
     stage = run / UNFINISHED
     try:
         shutil.rmtree(stage, ignore_errors=True)
@@ -147,18 +149,18 @@ def prepare(run: Path, *, anew: bool) -> None:
         raise OSError(
             error.errno, f"checkpoints cannot be written ({error.strerror})", str(run)
         ) from error
-    found = last_checkpoint(run) if anew else None
-    if found is not None:
+    last = last_checkpoint(run) if is_new_run else None
+    if last is not None:
         warnings.warn(
-            f"{run} holds checkpoints of an earlier run, the last of them {found.name}, and "
-            "training begins anew: resume_from_checkpoint=True goes on from it instead; remove "
-            "them, or a later resumption may take one of theirs for one of this run's",
+            f"{run} holds checkpoints of an earlier run, the last of them {last.name}, and "
+            "training begins anew: resume_from_checkpoint=True continues from it instead; remove "
+            "them, or resuming this run later may use one of them",
             stacklevel=3,
         )
 
 
 def remove_checkpoints(folder: str | os.PathLike[str]) -> None:
-    """Remove every checkpoint in a folder, and what is left of unfinished ones."""
+    """Remove every checkpoint in a folder, finished or not."""
     for _, checkpoint in _numbered(Path(folder)):
         _remove(checkpoint)
     shutil.rmtree(Path(folder) / UNFINISHED, ignore_errors=True)
@@ -168,21 +170,22 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
     """Remove the oldest checkpoints, as Trainer does, each in one step.
 
     Args:
-        run: their folder.
-        limit: how many may stay; None or 0 for all of them.
-        best: one that stays, as the newest does.
+        run: the folder of the checkpoints.
+        limit: the maximum number of checkpoints; None or 0 for no maximum.
+        best: a checkpoint that is never removed, like the newest.
     """
     if not limit or limit < 0:
         return
-    found = sorted(_numbered(run), key=lambda one: (one[1].stat().st_mtime, one[0]))
-    names = [checkpoint.name for _, checkpoint in found]
-    kept = {*names[-1:], *([Path(best).name] if best else [])} & {*names}
-    surplus = max(0, len(names) - max(limit, len(kept)))
-    for name in [one for one in names if one not in kept][:surplus]:
+    by_age = sorted(_numbered(run), key=lambda item: (item[1].stat().st_mtime, item[0]))
+    names = [checkpoint.name for _, checkpoint in by_age]
+    protected = {*names[-1:], *([Path(best).name] if best else [])} & {*names}
+    surplus = max(0, len(names) - max(limit, len(protected)))
+    for name in [name for name in names if name not in protected][:surplus]:
         _remove(run / name)
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """Return (step, path) of the checkpoints in a folder."""
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
     return [
         (int(path.name.removeprefix(prefix)), path)
@@ -192,7 +195,7 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Take the name first: a kill in the middle leaves no half checkpoint under it."""
+    """Remove a checkpoint; rename it first, so that a kill leaves no partial one under its name."""
     stage = checkpoint.parent / UNFINISHED
     stage.mkdir(exist_ok=True)
     os.rename(checkpoint, stage / f"removed-{checkpoint.name}")  # noqa: PTH104
@@ -200,26 +203,26 @@ def _remove(checkpoint: Path) -> None:
 
 
 @contextmanager
-def written_whole(
+def atomic_checkpoint(
     run: Path, name: str, *, writes: bool, wait: Callable[[], None]
 ) -> Iterator[Path]:
-    """Inside, ``<the folder that is given>/<name>`` is written, by all ranks; behind, it is
+    """Yield the staging folder, in which all ranks write the folder ``name``; on exit it becomes
     ``run/name``.
 
     Args:
         run: the folder of the checkpoints.
-        name: of this one; another of that name is replaced.
-        writes: whether this process names the folder; of those that share one, one does.
-        wait: for all of them.
+        name: the checkpoint's name; an existing checkpoint of that name is replaced.
+        writes: whether this process renames the folder, one process per shared file system.
+        wait: a barrier over all ranks.
 
     Raises:
-        OSError: it could not be written. Nothing of it is left, and the checkpoints that there
-            were are as they were.
+        OSError: it could not be written. Nothing of it is left, and earlier checkpoints are
+            unchanged.
     """
     stage = run / UNFINISHED
     try:
         if writes:
-            _put_back(run)
+            _restore_replaced(run)
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True)
         wait()
@@ -230,28 +233,30 @@ def written_whole(
             _rename(stage, run, name)
         wait()
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = error if isinstance(error, OSError) else _fault_of_the_disk(stage)
+        reason = error if isinstance(error, OSError) else _find_disk_error(stage)
         if reason is None:
             raise
         if writes:
             shutil.rmtree(stage, ignore_errors=True)
         raise OSError(
             reason.errno,
-            f"{name} could not be written ({reason.strerror}); the checkpoints that were there are "
-            "whole, and training can be resumed from the last of them",
+            f"{name} could not be written ({reason.strerror}); earlier checkpoints are complete, "
+            "and training can be resumed from the last of them",
             str(run),
         ) from error
 
 
-def _fault_of_the_disk(folder: Path) -> OSError | None:
-    """What torch and safetensors do not say: why a file could not be written; None if it was not
-    the disk, or there is no such folder, as on another machine than the one that writes."""
+def _find_disk_error(folder: Path) -> OSError | None:
+    """Return why a file could not be written, which errors of torch and safetensors do not contain.
+
+    None if the disk was not the cause, or the folder is absent, as on a rank of another machine.
+    """
     if not folder.is_dir():
         return None
     try:
-        write_whole(folder / "probe", bytes(_ROOM))
-    except OSError as fault:
-        return fault
+        write_whole(folder / "probe", bytes(_PROBE_SIZE))
+    except OSError as error:
+        return error
     (folder / "probe").unlink()
     return None
 
@@ -265,8 +270,8 @@ def _rename(stage: Path, run: Path, name: str) -> None:
     shutil.rmtree(stage, ignore_errors=True)
 
 
-def _put_back(run: Path) -> None:
-    """Undo the first of the two renames that replace a checkpoint, if a kill came between."""
+def _restore_replaced(run: Path) -> None:
+    """Undo the first of the two renames that replace a checkpoint, if a kill came between them."""
     for old in (run / UNFINISHED).glob(f"{_REPLACED}*"):
         if not (run / old.name.removeprefix(_REPLACED)).exists():
             with suppress(FileNotFoundError):  # another rank was faster
@@ -274,7 +279,7 @@ def _put_back(run: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Let files and folders reach the disk before the name does."""
+    """Flush all files and folders to disk, so that the rename cannot reach the disk first."""
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
             flush_folder(path)
@@ -283,7 +288,7 @@ def _flush(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:
         parse_json(read_text(checkpoint / TRAINER_STATE_NAME))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What DeepSpeed has to be told of a frozen base with an adapter, and what it is not used for."""
+"""DeepSpeed for a frozen base with an adapter: refused modes, checkpoints without the base."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def refuse_parts(accelerator: Accelerator) -> None:
-    """Refuse engines under which a rank has some of the tokens, or replaces the modules that are
-    edited.
+def check_parallelism(accelerator: Accelerator) -> None:
+    """Refuse engines that split sequences across ranks or replace edited modules.
 
     Raises:
-        ValueError: context or sequence parallelism of accelerate's or DeepSpeed's, DeepSpeed's
+        ValueError: context or sequence parallelism of accelerate or DeepSpeed, or DeepSpeed's
             tensor parallelism.
     """
     sizes: dict[str, Any] = {}
@@ -31,51 +30,58 @@ def refuse_parts(accelerator: Accelerator) -> None:
     for name, size in sizes.items():
         if (size or 1) > 1:
             raise ValueError(
-                f"{name} must be 1, got {size}: positions are counted in whole prompts, and each "
-                "rank would have some of the tokens; shard data or parameters instead (DDP, FSDP2, "
-                "ZeRO), or matrices (transformers' tensor parallelism)"
+                f"{name} must be 1, got {size}: positions are counted in complete prompts, and "
+                "each rank would have a part of the tokens; shard data or parameters instead (DDP, "
+                "FSDP2, ZeRO), or matrices (transformers' tensor parallelism)"
             )
     size = (config.get("tensor_parallel") or {}).get("autotp_size") or 1
     if size > 1:
         raise ValueError(
             f"DeepSpeed's tensor_parallel.autotp_size must be 1, got {size}: it replaces modules "
-            "of the base after the adapter was put on them; load the base with transformers' "
+            "of the base on which the edits are; load the base with transformers' "
             "distributed_config=DistributedConfig(tp_size=…) instead"
         )
 
 
-def precise(value: Tensor) -> Tensor:
-    """All of a parameter, as precise as the optimizer keeps it: where DeepSpeed computes in
-    bfloat16, what it trains is not what modules hold; by every rank."""
+def full_precision(value: Tensor) -> Tensor:
+    """Return the full tensor of a parameter in the optimizer's precision.
+
+    Every rank must call this. In bfloat16 DeepSpeed trains a float32 copy of the parameters.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
-    trained = value.is_leaf and value.requires_grad
-    full = safe_get_full_fp32_param(value) if trained else None
+    is_trainable = value.is_leaf and value.requires_grad
+    full = safe_get_full_fp32_param(value) if is_trainable else None
     return full_tensor(value) if full is None else full.detach().clone()
 
 
 def check_checkpoint(folder: str, under_deepspeed: bool) -> None:
-    """Refuse to resume from states that are kept in another way than this run's.
+    """Refuse to resume with DeepSpeed a run that was without, or vice versa.
+
+    Args:
+        folder: the checkpoint. A missing folder is not an error here.
+        under_deepspeed: whether this run uses DeepSpeed.
 
     Raises:
-        ValueError: DeepSpeed wrote them and this run is without it, or the other way round.
+        ValueError: the checkpoint was written with DeepSpeed and this run is without, or vice
+            versa.
     """
     if not Path(folder).is_dir():
-        return  # said by whoever looks for it
-    written = any(Path(folder).glob("global_step*"))
-    if written != under_deepspeed:
-        with_it, without = "with DeepSpeed, on as many ranks", "without DeepSpeed"
+        return
+    by_deepspeed = any(Path(folder).glob("global_step*"))
+    if by_deepspeed != under_deepspeed:
+        remedy = "with DeepSpeed, on as many ranks" if by_deepspeed else "without DeepSpeed"
         raise ValueError(
-            f"resume_from_checkpoint must be a run's that was started as this one; {folder} was "
-            f"written {'with' if written else 'without'} DeepSpeed: resume it "
-            f"{with_it if written else without}, or begin anew from its adapter, "
+            "resume_from_checkpoint must be a checkpoint of the same engine; "
+            f"{folder} was written {'with' if by_deepspeed else 'without'} DeepSpeed: resume it "
+            f"{remedy}, or begin a new run from its adapter, "
             "ReftModel.from_pretrained(base_model, checkpoint, is_trainable=True)"
         )
 
 
-def leave_out_base(accelerator: Accelerator) -> None:
-    """Let an engine write what is trained into checkpoints, not the frozen base, and miss nothing
-    when it loads one; without an engine nothing happens."""
+def exclude_base(accelerator: Accelerator) -> None:
+    """Exclude frozen parameters from the engine's checkpoints, when writing and when loading; do
+    nothing without an engine."""
     wrapped = getattr(accelerator, "deepspeed_engine_wrapped", None)
     engine = getattr(wrapped, "engine", None)
     if engine is None or "save_checkpoint" in vars(engine):
@@ -83,11 +89,11 @@ def leave_out_base(accelerator: Accelerator) -> None:
     engine.save_checkpoint = functools.partial(
         engine.save_checkpoint, exclude_frozen_parameters=True
     )
-    engine.load_checkpoint = _Lenient(engine.load_checkpoint)
+    engine.load_checkpoint = _NonStrictLoad(engine.load_checkpoint)
 
 
-class _Lenient:
-    """``load_checkpoint`` that is content with the trained parameters, whatever its caller asks."""
+class _NonStrictLoad:
+    """A ``load_checkpoint`` that accepts missing parameters, whatever its caller passes."""
 
     def __init__(self, load: Any) -> None:
         self.load = load

@@ -1,4 +1,4 @@
-"""Training progress on the terminal."""
+"""Progress bar of training on the terminal."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from transformers import TrainerCallback
 
 
 class ProgressCallback(TrainerCallback):
-    """A bar of optimizer steps with the latest losses; plain lines where there is no terminal.
+    """Show a progress bar of optimizer steps with the latest losses, or lines without a terminal.
 
     Args:
-        console: where it is shown.
-        opening: a line to print when training begins, None for none.
+        console: the console to print on.
+        opening: a line to print when training begins, or None.
     """
 
     def __init__(self, console: Console, opening: str | None = None) -> None:
@@ -44,17 +44,17 @@ class ProgressCallback(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        found: dict[str, str] = {
+        losses: dict[str, str] = {
             name: f"{name.replace('_', ' ')} {logs[name]:.4f}"
             for name in ("loss", "eval_loss")
             if logs and name in logs
         }
-        if not found:
+        if not losses:
             return
-        self.losses |= found
+        self.losses |= losses
         self.bar.update(self.task, losses=", ".join(self.losses.values()))
         if not self.console.is_terminal:
-            self.console.print(f"step {state.global_step}: {', '.join(found.values())}")
+            self.console.print(f"step {state.global_step}: {', '.join(losses.values())}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.stop()

@@ -1,6 +1,6 @@
 """Data files: JSON or JSONL, with ``prompt`` and ``completion`` or ``text`` and ``label``.
 
-A file that cannot be used is refused as a whole, before any work, with the line to look at.
+A file is checked completely when it is read; an error names the line or record.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from reft.safe_read import is_text, parse_json, read_text, shown
 
-#: What a record may hold: field -> the types of its value.
+#: Fields of a record -> the types of their values.
 FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
     {
         "prompt": (str,),
@@ -41,37 +41,35 @@ def read_records(
     """Read and check a data file.
 
     Args:
-        path: a ``.jsonl`` file with one object a line, or a ``.json`` file with a list of
-            objects. Which of the two is seen from the content; empty lines are skipped.
-        required: fields that every record has, from :data:`FIELDS`.
-        optional: fields that a record may have beside them.
+        path: a JSONL file with one object per line, or a JSON file with a list of objects. The
+            content decides which, not the file's name. Empty lines are skipped.
+        required: fields that every record must have, from :data:`FIELDS`.
+        optional: fields that a record may have as well.
 
     Returns:
         The records, in the order of the file.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: nothing to read there.
-        ValueError: not JSON (with the line), not an object, a field missing, unknown or of
-            another type (with the record and the field), or no record at all.
+        FileNotFoundError, IsADirectoryError: ``path`` is not a file.
+        ValueError: a line is not JSON; a record is not an object; a field is missing, unknown or of
+            another type; or there is no record.
     """
     source = Path(path)
     if source.is_dir():
-        raise IsADirectoryError(
-            errno.EISDIR, "a data file is wanted, this is a folder", str(source)
-        )
+        raise IsADirectoryError(errno.EISDIR, "path must be a data file, got a folder", str(source))
     if not source.exists():
         raise FileNotFoundError(errno.ENOENT, "no such data file", str(source))
-    # utf-8-sig: editors on Windows put a byte order mark in front, and json refuses it.
+    # utf-8-sig: editors on Windows begin files with a byte order mark, which json refuses.
     records = _parse(source, read_text(source, "utf-8-sig"))
     if not records:
         raise ValueError(f"{source} holds no records; each is an object with {_names(required)}")
-    for place, record in records:
-        _check(f"{source}, {place}", record, required, optional)
+    for location, record in records:
+        _check(f"{source}, {location}", record, required, optional)
     return [record for _, record in records]
 
 
 def _parse(source: Path, text: str) -> list[tuple[str, Any]]:
-    """(where it stands, value) of each record."""
+    """Return (line or record number, value) of each record."""
     if text.lstrip().startswith("["):
         try:
             values = parse_json(text)
@@ -81,7 +79,7 @@ def _parse(source: Path, text: str) -> list[tuple[str, Any]]:
             raise ValueError(f"{source}: {error}") from None
         return [(f"record {number}", value) for number, value in enumerate(values, start=1)]
     records = []
-    # Not splitlines: JSON text may hold U+2028, which is a line break to Python and none to JSON.
+    # Not splitlines: Python splits at U+2028, which JSON strings may contain.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -96,32 +94,37 @@ def _parse(source: Path, text: str) -> list[tuple[str, Any]]:
     return records
 
 
-def _check(place: str, record: Any, required: Sequence[str], optional: Sequence[str]) -> None:
+def _check(location: str, record: Any, required: Sequence[str], optional: Sequence[str]) -> None:
     if not isinstance(record, dict):
         raise ValueError(
-            f"{place}: a record is an object with {_names(required)}, got {type(record).__name__}"
+            f"{location}: a record must be an object with {_names(required)}, got "
+            f"{type(record).__name__}"
         )
     missing = [name for name in required if name not in record]
     if missing:
-        has = ", ".join(map(shown, list(record)[:10])) or "no field"
-        raise ValueError(f"{place}: field {_names(missing)} is missing, the record has {has}")
+        present = ", ".join(map(shown, list(record)[:10])) or "no field"
+        raise ValueError(
+            f"{location}: field {_names(missing)} is missing, the record has {present}"
+        )
     allowed = (*required, *optional)
     unknown = [name for name in record if name not in allowed]
     if unknown:
         raise ValueError(
-            f"{place}: unknown field {_names(unknown[:10])}, allowed are {_names(allowed)}"
+            f"{location}: unknown field {_names(unknown[:10])}, allowed are {_names(allowed)}"
         )
     for name, value in record.items():
         types = FIELDS[name]
         if not isinstance(value, types) or isinstance(value, bool):
-            wanted = " or ".join(one.__name__ for one in types)
+            expected = " or ".join(kind.__name__ for kind in types)
             raise ValueError(
-                f"{place}: field {name!r} must be of type {wanted}, got {shown(value)}"
+                f"{location}: field {name!r} must be of type {expected}, got {shown(value)}"
             )
         if isinstance(value, str) and not is_text(value):
-            raise ValueError(f"{place}: field {name!r} must be text, it holds half a character")
+            raise ValueError(
+                f"{location}: field {name!r} must be text, it holds an unpaired surrogate"
+            )
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{place}: field {name!r} must be finite, got {value!r}")
+            raise ValueError(f"{location}: field {name!r} must be finite, got {value!r}")
 
 
 def _names(names: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
 """TRL's trainers for a wrapped model.
 
-TRL puts a fused language-model head into the ``forward`` of the model that it is given. So it is
-given the transformers model inside the wrapper, on which the edits are, and the labels that it
-hands to that forward tell where prompts end.
+TRL replaces the ``forward`` of the model it trains by one with a fused language-model head. It
+therefore gets the transformers model inside the wrapper, which carries the edits. The labels passed
+to that forward show where prompts end.
 """
 
 from __future__ import annotations
@@ -15,34 +15,33 @@ from reft.absent import lacks_trl
 try:
     from trl import DPOTrainer, KTOTrainer, SFTTrainer
     from trl.data_utils import extract_prompt
-except (ImportError, RuntimeError) as error:  # TRL makes a RuntimeError of what it lacks itself
+except (ImportError, RuntimeError) as error:  # TRL raises RuntimeError for its own missing imports
     raise lacks_trl(error) from error
 
 from reft.model import peft_compat as peft_base
 from reft.model.reft_model import ReftModel
-from reft.train import sft_forms
-from reft.train.answers import check_one_answer, counts_from_prompts
-from reft.train.on_base import KeepsReference, OnBase, check_given, check_reference
-from reft.train.reference import Reference
+from reft.train import sft_datasets
+from reft.train.answer_checks import check_single_answer, edits_depend_on_prompt
+from reft.train.reference_model import ReferenceModel
+from reft.train.trl_base import (
+    TrlReferenceTrainer,
+    TrlTrainer,
+    check_reference,
+    check_trl_arguments,
+)
 
 
-def _edits_alone(model: ReftModel) -> bool:
-    """Whether nothing but edits is trained."""
-    heads = any(model.configs[name].modules_to_save for name in model.active_adapters)
-    return not heads and not peft_base.has_layers(model.get_base_model())
-
-
-class ReftSFTTrainer(OnBase, SFTTrainer):
+class ReftSFTTrainer(TrlTrainer, SFTTrainer):
     """:class:`trl.SFTTrainer` for a :class:`reft.ReftModel`, with the same arguments.
 
-    An example is one prompt and one answer; a prompt ends where the labels begin. With
-    ``assistant_only_loss=True`` each answer of a conversation becomes an example, behind the
-    prompt that generation will have.
+    An example is one prompt and one answer; the prompt ends where the labels begin. With
+    ``assistant_only_loss=True`` each answer of a conversation becomes an example, with the prompt
+    that generation would have.
 
     Raises:
         TypeError: the model is not a ReftModel.
-        ValueError: a ``peft_config``; packing that loses prompts; data in which no token is a
-            prompt, or with several answers in an example.
+        ValueError: a ``peft_config``; packing that loses prompts; data without prompt tokens, or
+            with several answers in an example.
     """
 
     def __init__(
@@ -55,16 +54,17 @@ class ReftSFTTrainer(OnBase, SFTTrainer):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        check_given(type(self).__name__, model, args, kwargs)
-        self._counts, self._splits = counts_from_prompts(model), False
-        if self._counts:
-            sft_forms.check_arguments(args)
+        check_trl_arguments(type(self).__name__, model, args, kwargs)
+        self._needs_prompts, self._splits = edits_depend_on_prompt(model), False
+        if self._needs_prompts:
+            sft_datasets.check_packing(args)
             example: dict[str, Any] = next(iter(train_dataset or ()), {})
-            if _edits_alone(model):
-                sft_forms.check_form(example, args, kwargs.get("formatting_func") is not None)
-            self._splits = sft_forms.splits(example, args)
+            if _trains_edits_only(model):
+                has_formatting_func = kwargs.get("formatting_func") is not None
+                sft_datasets.check_format(example, args, has_formatting_func)
+            self._splits = sft_datasets.splits_conversations(example, args)
         if self._splits:
-            # What TRL calls a completion is the answer.
+            # After the split the completion is the answer.
             args = copy.copy(args)
             args.assistant_only_loss, args.completion_only_loss = False, True
         super().__init__(
@@ -78,18 +78,24 @@ class ReftSFTTrainer(OnBase, SFTTrainer):
         )
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._counts:
-            dataset = sft_forms.one_prompt_each(dataset, args[1], self._splits)
+        if self._needs_prompts:
+            dataset = sft_datasets.with_single_answers(dataset, args[1], self._splits)
         return super()._prepare_dataset(dataset, *args, **kwargs)
 
 
-class _AgainstReference(KeepsReference):
-    """What trainers need that compare the model with itself as it was.
+def _trains_edits_only(model: ReftModel) -> bool:
+    """Return whether neither modules_to_save nor PEFT's layers are trained besides the edits."""
+    has_modules = any(model.configs[name].modules_to_save for name in model.active_adapters)
+    return not has_modules and not peft_base.has_layers(model.get_base_model())
+
+
+class _PreferenceTrainer(TrlReferenceTrainer):
+    """Base of the trainers whose loss compares the model with its adapter at the start.
 
     Raises:
         TypeError: the model is not a ReftModel, or a ``ref_model`` is given.
-        ValueError: no active adapter; PEFT trains layers in the base, which the reference would
-            have too; an option that needs a second model.
+        ValueError: no active adapter; PEFT trains layers in the base, which the reference shares;
+            or an option that needs a second model.
     """
 
     #: Columns that hold answers.
@@ -106,13 +112,13 @@ class _AgainstReference(KeepsReference):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        check_given(type(self).__name__, model, args, kwargs)
+        check_trl_arguments(type(self).__name__, model, args, kwargs)
         if ref_model is not None:
             raise TypeError(
-                "ref_model must be None: the reference is the model as it is now, with its adapter"
+                "ref_model must be None: the reference is the model with its present adapter"
             )
         check_reference(model, args)
-        self._reference = Reference(model)
+        self._reference = ReferenceModel(model)
         super().__init__(
             model,
             ref_model=self._reference,
@@ -125,36 +131,38 @@ class _AgainstReference(KeepsReference):
         )
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        if counts_from_prompts(self._wrapper):
+        if edits_depend_on_prompt(self._wrapper):
             example: dict[str, Any] = next(iter(dataset), {})
             if "prompt" not in example and "chosen" in example:
                 dataset = dataset.map(extract_prompt)
                 example = next(iter(dataset))
             names = [name for name in self._answers if isinstance(example.get(name), list)]
             if names:
-                dataset = dataset.filter(check_one_answer, fn_kwargs={"columns": names})
+                dataset = dataset.filter(check_single_answer, fn_kwargs={"columns": names})
         return super()._prepare_dataset(dataset, *args, **kwargs)  # type: ignore[misc]
 
 
-class ReftDPOTrainer(_AgainstReference, DPOTrainer):
+class ReftDPOTrainer(_PreferenceTrainer, DPOTrainer):
     """:class:`trl.DPOTrainer` for a :class:`reft.ReftModel`, with the same arguments but
-    ``ref_model``: the reference is the model with its adapter as it is now. Checkpoints hold that
-    adapter, so that a resumed run has the reference that it began with.
+    ``ref_model``.
+
+    The reference is the model with its present adapter. Checkpoints hold that adapter, so that a
+    resumed run keeps its reference.
 
     Raises:
         TypeError: the model is not a ReftModel, or a ``ref_model`` is given.
-        ValueError: a ``peft_config``; PEFT trains layers in the base, which the reference would
-            have too; ``sync_ref_model``; a completion of several turns.
+        ValueError: a ``peft_config``; PEFT trains layers in the base, which the reference shares;
+            ``sync_ref_model``; a completion of several turns.
     """
 
     _answers = ("chosen", "rejected")
 
 
-class ReftKTOTrainer(_AgainstReference, KTOTrainer):
-    """:class:`trl.KTOTrainer` for a :class:`reft.ReftModel`, as :class:`ReftDPOTrainer` is.
+class ReftKTOTrainer(_PreferenceTrainer, KTOTrainer):
+    """:class:`trl.KTOTrainer` for a :class:`reft.ReftModel`, see :class:`ReftDPOTrainer`.
 
     Raises:
-        TypeError, ValueError: as :class:`ReftDPOTrainer`.
+        TypeError, ValueError: see :class:`ReftDPOTrainer`.
     """
 
     _answers = ("chosen", "rejected", "completion")

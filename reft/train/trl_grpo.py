@@ -1,5 +1,5 @@
-"""TRL's ``GRPOTrainer`` for a wrapped model, beside the others, since TRL's loads more to be
-imported."""
+"""TRL's ``GRPOTrainer`` for a wrapped model, in its own module because importing it loads much more
+than TRL's other trainers."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from reft.absent import lacks_trl
 
 try:
     from trl import GRPOConfig, GRPOTrainer
-except (ImportError, RuntimeError) as error:  # TRL makes a RuntimeError of what it lacks itself
+except (ImportError, RuntimeError) as error:  # TRL raises RuntimeError for its own missing imports
     raise lacks_trl(error) from error
 
 from reft.model.reft_model import ReftModel
-from reft.train.on_base import KeepsReference, check_given, check_reference
-from reft.train.reference import Reference
+from reft.train.reference_model import ReferenceModel
+from reft.train.trl_base import TrlReferenceTrainer, check_reference, check_trl_arguments
 
-#: Options of GRPO by which others than this model generate, or whole dialogues are one answer.
-_ELSEWHERE = ("use_vllm", "use_transformers_continuous_batching")
+#: Options of GRPO that generate with something else than this model.
+_OTHER_GENERATORS = ("use_vllm", "use_transformers_continuous_batching")
+#: Options of GRPO that make a dialogue of several turns one completion.
 _DIALOGUES = ("tools", "environment_factory", "rollout_func")
 
 
-class ReftGRPOTrainer(KeepsReference, GRPOTrainer):
-    """:class:`trl.GRPOTrainer` for a :class:`reft.ReftModel`, with the same arguments. It generates
-    with :meth:`reft.ReftModel.generate`; with ``beta`` above 0 the reference is the model with its
-    adapter as it is now, and checkpoints hold that adapter.
+class ReftGRPOTrainer(TrlReferenceTrainer, GRPOTrainer):
+    """:class:`trl.GRPOTrainer` for a :class:`reft.ReftModel`, with the same arguments.
+
+    It generates with :meth:`reft.ReftModel.generate`. With ``beta`` above 0 the reference is the
+    model with its present adapter, and checkpoints hold that adapter.
 
     Raises:
         TypeError: the model is not a ReftModel.
-        ValueError: a ``peft_config``; ``sync_ref_model``; PEFT's layers in the base beside a
+        ValueError: a ``peft_config``; ``sync_ref_model``; PEFT's layers in the base together with a
             reference; completions that are generated elsewhere (``use_vllm``,
             ``use_transformers_continuous_batching``) or hold several turns (``tools``,
             ``environment_factory``, ``rollout_func``).
@@ -39,8 +41,8 @@ class ReftGRPOTrainer(KeepsReference, GRPOTrainer):
         self, model: ReftModel, reward_funcs: Any = None, args: Any = None, **kwargs: Any
     ) -> None:
         name = type(self).__name__
-        check_given(name, model, args, kwargs)
-        for option in _ELSEWHERE:
+        check_trl_arguments(name, model, args, kwargs)
+        for option in _OTHER_GENERATORS:
             if getattr(args, option, False):
                 raise ValueError(
                     f"{option} must be False: {name} generates with ReftModel.generate, which "
@@ -49,15 +51,15 @@ class ReftGRPOTrainer(KeepsReference, GRPOTrainer):
         for option in _DIALOGUES:
             if kwargs.get(option):
                 raise ValueError(
-                    f"{option} must be None: a completion of several turns would be generated from "
-                    "several prompts, of which the loss edits the first alone"
+                    f"{option} must be None: a completion of several turns is generated from "
+                    "several prompts, and the loss edits only the first of them"
                 )
         args = GRPOConfig("grpo") if args is None else copy.copy(args)
-        # With a beta TRL would load a second base for the reference.
+        # With a beta above 0 TRL would load a second base model as reference.
         beta, args.beta = args.beta, 0.0
         if beta:
             check_reference(model, args)
-            self._reference = Reference(model)
+            self._reference = ReferenceModel(model)
         super().__init__(model, reward_funcs=reward_funcs, args=args, **kwargs)
         self.beta = args.beta = beta
         if self._reference is not None:
@@ -70,10 +72,10 @@ class ReftGRPOTrainer(KeepsReference, GRPOTrainer):
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         model, base = self._wrapper, self._wrapper.get_base_model()
 
-        def generate(*given: Any, **named: Any) -> Any:
-            del base.generate  # the wrapper calls the base's own
+        def generate(*inputs: Any, **options: Any) -> Any:
+            del base.generate  # the wrapper's generate calls the method of the base
             try:
-                return model.generate(*given, **named)
+                return model.generate(*inputs, **options)
             finally:
                 base.generate = generate  # type: ignore[assignment]
 

@@ -8,7 +8,7 @@ import pytest
 from three_steps import CASES, make_trainer
 from transformers import Trainer
 
-from reft.train.deepspeed import refuse_parts
+from reft.train.deepspeed import check_parallelism
 
 ENGINES = {
     "ParallelismConfig.cp_size": ({"cp_size": 2, "sp_size": 1}, None),
@@ -29,7 +29,7 @@ def accelerator(sizes, config):
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_is_refused(name):
     with pytest.raises(ValueError, match=f"^{name} must be 1, got 2: "):
-        refuse_parts(accelerator(*ENGINES[name]))
+        check_parallelism(accelerator(*ENGINES[name]))
 
 
 def test_a_trainer_refuses_it_when_it_is_made(monkeypatch, tmp_path):
@@ -42,5 +42,7 @@ def test_a_trainer_refuses_it_when_it_is_made(monkeypatch, tmp_path):
 
 
 def test_what_shards_data_and_parameters_is_not():
-    refuse_parts(accelerator({"cp_size": 1, "sp_size": 1, "tp_size": 2, "dp_shard_size": 2}, {}))
-    refuse_parts(accelerator({}, {"zero_optimization": {"stage": 3}, "tensor_parallel": {}}))
+    check_parallelism(
+        accelerator({"cp_size": 1, "sp_size": 1, "tp_size": 2, "dp_shard_size": 2}, {})
+    )
+    check_parallelism(accelerator({}, {"zero_optimization": {"stage": 3}, "tensor_parallel": {}}))

@@ -294,7 +294,7 @@ def test_the_best_of_both_comes_back_at_the_end(make_trainer, word_llama, color_
 
 def test_lora_of_another_shape_is_refused(make_trainer, word_llama, tmp_path):
     from reft.model.lora import save_lora
-    from reft.train.lora import read_lora, set_lora
+    from reft.train.lora_checkpoints import read_lora, set_lora
 
     model = get_reft_model(with_lora("task"), config())
     save_lora(model.base_model, tmp_path)
@@ -311,7 +311,7 @@ def test_lora_of_another_shape_is_refused(make_trainer, word_llama, tmp_path):
 @pytest.mark.parametrize("order", ["task", "transformers"])
 def test_several_adapters_of_peft_are_all_stored(order, gathered, tmp_path):
     from reft.model.lora import save_lora
-    from reft.train.lora import read_lora, set_lora
+    from reft.train.lora_checkpoints import read_lora, set_lora
 
     def two(seed):
         base = with_lora(order, seed=seed)

@@ -11,12 +11,12 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from reft.model.prompts import IGNORED
 from reft.paper.presets import Preset
 from reft.paper.tasks import ClassificationTask, GenerationTask, Record, Task, get_task
 from reft.paper.tasks.encode import encode_example, encode_prompt
 from reft.paper.tasks.read import RecordSet, read_set
 from reft.paper.tasks.split import glue_split, gsm8k_split
-from reft.train.labels import IGNORED
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ CHANGES = {
     "rate": ({"lr": "0.02"}, ["learning_rate was 0.01, is 0.02"]),
     "fewer-steps": ({"steps": "3"}, ["4 steps", "3"]),
     "fewer-records": ({"-d": "few.jsonl"}, ["12", "8"]),
-    "other-records": ({"-d": "other.jsonl"}, ["training data are others"]),
+    "other-records": ({"-d": "other.jsonl"}, ["training data differ"]),
     "two": ({"lr": "0.02", "schedule": "cosine"}, ["learning_rate", "lr_scheduler_type"]),
 }
 

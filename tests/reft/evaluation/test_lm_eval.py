@@ -1,10 +1,11 @@
-"""lm-evaluation-harness scores a wrapped model: with its own class where that can know the prompt,
-with ``reft`` everywhere."""
+"""lm-evaluation-harness with a wrapped model: its class ``hf`` for the positions that it supports,
+``reft`` for all."""
 
 from __future__ import annotations
 
+import functools
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -15,15 +16,14 @@ from reft import ReftConfig, ReftModel, get_reft_model
 
 pytest.importorskip("lm_eval")
 
-from lm_eval import simple_evaluate
+import lm_eval.tasks
 from lm_eval.api.instance import Instance
-from lm_eval.api.registry import get_model
+from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from reft.evaluation.lm_eval import ReftLM
 
-#: Contexts and continuations of many lengths. The first four are one sequence, split elsewhere.
+#: Contexts and continuations of many lengths. The first four are one sequence, split differently.
 PAIRS = [
     ("a : one b : two c :", " three green"),
     ("a : one b : two c : three", " green"),
@@ -35,8 +35,8 @@ PAIRS = [
     ("h : five", " yes"),
     ("", " a : one green"),
 ]
-#: HFLM 0.4.13 lets requests that split the same tokens elsewhere share their logits, and then
-#: takes those of other places.
+#: HFLM 0.4.13 shares logits between requests that split the same tokens differently, and then reads
+#: them at the wrong positions.
 UNSHARED = {"logits_cache": False}
 
 CONFIGS = {
@@ -50,8 +50,8 @@ CONFIGS = {
 
 def instances(kind: str, arguments) -> list[Instance]:
     return [
-        Instance(request_type=kind, doc={}, arguments=one, idx=index)
-        for index, one in enumerate(arguments)
+        Instance(request_type=kind, doc={}, arguments=request, idx=index)
+        for index, request in enumerate(arguments)
     ]
 
 
@@ -61,7 +61,7 @@ def loglikelihood(lm: HFLM, pairs) -> list[tuple[float, bool]]:
 
 def tokens_of(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
     whole = tokenizer.encode(context + continuation)
-    cut = len(tokenizer.encode(context))  # of an empty one: <bos>
+    cut = len(tokenizer.encode(context))  # an empty context is <bos>
     return whole[:cut], whole[cut:]
 
 
@@ -71,17 +71,17 @@ def by_hand(model, context: list[int], continuation: list[int]) -> tuple[float, 
     with torch.no_grad():
         logits = model(input_ids=ids, prompt_lengths=[len(context)]).logits[0]
     start, total, greedy = len(context), 0.0, True
-    for place, token in enumerate(continuation, start):
-        scores = logits[place - 1].double()
+    for index, token in enumerate(continuation, start):
+        scores = logits[index - 1].double()
         total += float(scores[token] - scores.logsumexp(0))
         greedy &= int(scores.argmax()) == token
     return total, greedy
 
 
-def close(found, wanted) -> bool:
+def close(scores, expected) -> bool:
     return all(
         abs(score - want) < 1e-4 and same == want_same
-        for (score, same), (want, want_same) in zip(found, wanted, strict=True)
+        for (score, same), (want, want_same) in zip(scores, expected, strict=True)
     )
 
 
@@ -99,8 +99,8 @@ def test_scores_are_those_of_the_context_as_prompt(word_llama, word_tokenizer, n
     assert not close(wanted, plain)
 
 
-def test_what_plain_hf_takes_for_the_prompt(word_llama, word_tokenizer):
-    """First tokens of prompts at least twice as long it finds; last ones it puts elsewhere."""
+def test_plain_hf_edits_the_end_of_the_continuation(word_llama, word_tokenizer):
+    """It edits the first tokens of prompts at least twice as long, and other last tokens."""
     long = [pair for pair in PAIRS if len(pair[0].split()) >= 4]
     for positions, agree in (("f2", True), ("l2", False), ("f2+l2", False)):
         model = perturb(get_reft_model(word_llama, ReftConfig(rank=4, positions=positions)))
@@ -117,21 +117,21 @@ def test_the_base_is_the_adapter_disabled(word_llama, word_tokenizer):
     before = loglikelihood(HFLM(word_llama, **settings), PAIRS)
     model = perturb(get_reft_model(word_llama, CONFIGS["ends"]))
     with model.disable_adapter():
-        own = loglikelihood(ReftLM(model, **settings), PAIRS)
+        scores = loglikelihood(ReftLM(model, **settings), PAIRS)
         hf = loglikelihood(HFLM(model, **settings), PAIRS)
     assert hf == before
-    assert close(own, before)
+    assert close(scores, before)
 
 
 def test_a_context_too_long_is_cut_from_the_left(word_llama, word_tokenizer, caplog):
     model = perturb(get_reft_model(word_llama, CONFIGS["ends"]))
     lm = ReftLM(model, tokenizer=word_tokenizer, batch_size=2, max_length=8)
-    found = loglikelihood(lm, PAIRS[:2])
-    wanted = []
+    scores = loglikelihood(lm, PAIRS[:2])
+    expected = []
     for pair in PAIRS[:2]:
         context, continuation = tokens_of(word_tokenizer, *pair)
-        wanted.append(by_hand(model, context[len(continuation) - 9 :], continuation))
-    assert close(found, wanted)
+        expected.append(by_hand(model, context[len(continuation) - 9 :], continuation))
+    assert close(scores, expected)
     assert "the context is cut from the left" in caplog.text
 
 
@@ -147,14 +147,14 @@ def test_rolling_has_the_prefix_token_as_prompt(word_llama, word_tokenizer, name
     model = perturb(get_reft_model(word_llama, CONFIGS[name]))
     lm = ReftLM(model, tokenizer=word_tokenizer, batch_size=2, max_length=6)
     texts = ["a : one b : two c : three green", "d : five", "e f g h a b"]
-    found = lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(t,) for t in texts]))
+    scores = lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(t,) for t in texts]))
     bos = word_tokenizer.bos_token_id
-    for text, score in zip(texts, found, strict=True):
+    for text, score in zip(texts, scores, strict=True):
         ids, total = [bos, *lm.tok_encode(text)], 0.0
         first = ids[1:7]
         total += by_hand(model, [bos], first)[0]
         rest = ids[7:]
-        if rest:  # the last window holds all that fits, of which the new tokens are scored
+        if rest:  # the last window is full, and only its new tokens are scored
             window = ids[-7:]
             total += by_hand(model, window[: 7 - len(rest)], rest)[0]
         assert score == pytest.approx(total, abs=1e-4)
@@ -166,19 +166,21 @@ def test_generation_is_the_model_s(word_llama, word_tokenizer, kind):
     lm = kind(model, tokenizer=word_tokenizer, batch_size=3)
     contexts = ["a : one", "b : two c : three", "h", "d e f g : five"]
     settings = {"until": ["green"], "max_gen_toks": 4}
-    found = lm.generate_until(instances("generate_until", [(one, settings) for one in contexts]))
-    for context, text in zip(contexts, found, strict=True):
+    texts = lm.generate_until(
+        instances("generate_until", [(context, settings) for context in contexts])
+    )
+    for context, text in zip(contexts, texts, strict=True):
         ids = word_tokenizer(context, return_tensors="pt")["input_ids"]
         row = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
         assert text == word_tokenizer.decode(row, skip_special_tokens=True).split("green")[0]
 
 
-# ------------------------------------------------------------------------ from folders
+# ------------------------------------------------------------------------ folders, command line
 
 
 @pytest.fixture
 def folders(word_llama, word_tokenizer, tmp_path):
-    """(base, adapter, task): what a command line names."""
+    """A folder with a base model, an adapter and a task, as for the command line."""
     for name in ("base", "task"):
         (tmp_path / name).mkdir()
     word_llama.save_pretrained(tmp_path / "base")
@@ -218,17 +220,25 @@ def accuracy(model, tokenizer, folder) -> float:
     return right / len(lines)
 
 
-def test_a_task_from_arguments(folders, word_llama, word_tokenizer):
-    assert get_model("reft") is ReftLM
-    done = simple_evaluate(
-        model="reft",
-        model_args=f"pretrained={folders / 'base'},reft={folders / 'adapter'},dtype=float32",
-        tasks=["colors"],
-        task_manager=TaskManager(include_path=str(folders / "task"), include_defaults=False),
-        device="cpu",
-        batch_size=2,
-        bootstrap_iters=0,
-    )
+def test_the_command_line_knows_the_model(folders, word_llama, word_tokenizer, monkeypatch):
+    """``python -m reft.evaluation`` in this process, which does not know the model yet."""
+    monkeypatch.delitem(model_registry._objs, "reft")
+    monkeypatch.delitem(sys.modules, "reft.evaluation.lm_eval")
+    command = [
+        "lm_eval", "run", "--model", "reft", "--tasks", "colors", "--model_args",
+        f"pretrained={folders / 'base'},reft={folders / 'adapter'},dtype=float32",
+        "--include_path", str(folders / "task"), "--batch_size", "2", "--device", "cpu",
+        "--output_path", str(folders / "out"),
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # runs pip
+    without_defaults = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", without_defaults)  # indexes 10 000 files
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("reft.evaluation", run_name="__main__")
+    assert not left.value.code
+    (path,) = (folders / "out").rglob("results*.json")
+    done = json.loads(path.read_text())
     model = ReftModel.from_pretrained(word_llama, folders / "adapter")
     score = accuracy(model, word_tokenizer, folders)
     assert done["results"]["colors"]["acc,none"] == pytest.approx(score)
@@ -236,24 +246,11 @@ def test_a_task_from_arguments(folders, word_llama, word_tokenizer):
     assert done["config"]["reft"] == str(folders / "adapter")
 
 
-def test_the_command_line_knows_the_model(folders):
-    command = [
-        sys.executable, "-m", "reft.evaluation", "run", "--model", "reft", "--tasks", "colors",
-        "--model_args", f"pretrained={folders / 'base'},reft={folders / 'adapter'}",
-        "--include_path", str(folders / "task"), "--batch_size", "2", "--device", "cpu",
-        "--output_path", str(folders / "out"),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (path,) = (folders / "out").rglob("results*.json")
-    assert "acc,none" in json.loads(path.read_text())["results"]["colors"]
-
-
 def test_a_model_and_a_folder(folders, word_llama, word_tokenizer):
     with pytest.raises(ValueError, match="reft must name the adapter of a base model"):
         ReftLM(word_llama, tokenizer=word_tokenizer)
     lm = ReftLM(word_llama, reft=folders / "adapter", tokenizer=word_tokenizer)
-    wanted = [by_hand(lm.model, *tokens_of(word_tokenizer, *pair)) for pair in PAIRS]
-    assert close(loglikelihood(lm, PAIRS), wanted)
+    expected = [by_hand(lm.model, *tokens_of(word_tokenizer, *pair)) for pair in PAIRS]
+    assert close(loglikelihood(lm, PAIRS), expected)
     with pytest.raises(ValueError, match="None for a ReftModel"):
         ReftLM(lm.model, reft=folders / "adapter")

@@ -40,7 +40,7 @@ def test_prompts_and_completions(word_tokenizer, ids):
     assert {value.dtype for value in batch.values()} == {torch.int64}
 
 
-def test_prompt_tokens_are_those_of_inference(word_tokenizer, ids):
+def test_prompt_tokens_are_the_same_in_inference(word_tokenizer, ids):
     collator = ReftDataCollator(word_tokenizer)
     alone = collator([{"prompt": "a b"}, {"prompt": "a"}])
     assert lists(alone) == {
@@ -50,23 +50,23 @@ def test_prompt_tokens_are_those_of_inference(word_tokenizer, ids):
     assert collator.prompt_ids("a b") == [BOS, *ids("a b")]
 
 
-def test_an_end_token_that_the_tokenizer_adds_to_a_prompt_is_taken_off(word_tokenizer, ids):
+def test_an_end_token_that_the_tokenizer_adds_to_a_prompt_is_removed(word_tokenizer, ids):
     class Ending:
-        """A tokenizer that ends every text, as some do."""
+        """A tokenizer that ends every text with its end token, as some do."""
 
         def __init__(self):
             self.eos_token_id, self.eos_token, self.pad_token_id = EOS, "<eos>", PAD
             self.model_max_length = 32
 
         def __call__(self, text, add_special_tokens=True):
-            found = word_tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-            return {"input_ids": found + [EOS] * add_special_tokens}
+            ids = word_tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+            return {"input_ids": ids + [EOS] * add_special_tokens}
 
     collator = ReftDataCollator(Ending())
     feature = collator.tokenize({"prompt": "a", "completion": "b"})
     assert feature["input_ids"] == [BOS, *ids("a b"), EOS]
     assert feature["labels"] == [-100, -100, *ids("b"), EOS]
-    # The user's own end token stays.
+    # An end token in the prompt's text stays.
     assert collator.prompt_ids("a <eos>")[:3] == [BOS, *ids("a"), EOS]
 
 
@@ -112,10 +112,10 @@ def test_a_prompt_length_makes_the_labels(word_tokenizer, name):
     features = [{"input_ids": [5, 6, 7], name: 2}, {"input_ids": [8, 9], name: torch.tensor(1)}]
     batch = ReftDataCollator(word_tokenizer)(features)
     assert batch["labels"].tolist() == [[-100, -100, 7], [-100, 9, -100]]
-    # The plural is the model's own argument and goes on to it; the singular is not.
+    # The plural is an argument of the model and stays in the batch; the singular is dropped.
     assert ("prompt_lengths" in batch) == (name == "prompt_lengths")
-    asked = ReftDataCollator(word_tokenizer, prompt_lengths=True)(features)
-    assert asked["prompt_lengths"].tolist() == [2, 1]
+    requested = ReftDataCollator(word_tokenizer, prompt_lengths=True)(features)
+    assert requested["prompt_lengths"].tolist() == [2, 1]
 
 
 def test_prompt_lengths_on_request(word_tokenizer):
@@ -168,7 +168,7 @@ def test_adapter_names_reach_the_model_as_a_list(word_tokenizer):
     assert ReftDataCollator(word_tokenizer)(features)["adapter_names"] == ["one", "__base__"]
 
 
-def test_padding_to_a_multiple_and_on_the_right_whatever_the_tokenizer_says(word_tokenizer):
+def test_padding_to_a_multiple_is_on_the_right_for_every_tokenizer(word_tokenizer):
     assert word_tokenizer.padding_side == "left"
     batch = ReftDataCollator(word_tokenizer, pad_to_multiple_of=8)(
         [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}]
@@ -190,18 +190,18 @@ def test_the_features_are_not_changed(word_tokenizer):
 # ------------------------------------------------------------------ lengths
 
 
-def test_a_prompt_without_room_is_refused_and_never_cut(word_tokenizer):
+def test_a_prompt_without_room_is_refused_and_not_truncated(word_tokenizer):
     collator = ReftDataCollator(word_tokenizer, max_length=3, truncate=True)
     with pytest.raises(ValueError, match=r"prompt has 4 tokens and max_length is 3.*'a b c'"):
         collator.tokenize({"prompt": "a b c", "completion": "d"})
     with pytest.raises(ValueError, match=r"prompt has 3 tokens.*no room for the completion"):
         collator.tokenize({"prompt": "a b", "completion": "d"})
     assert len(collator.tokenize({"prompt": "a b"})["input_ids"]) == 3
-    with pytest.raises(ValueError, match="no room for anything"):
+    with pytest.raises(ValueError, match="is 3: too long"):
         collator.tokenize({"prompt": "a b c"})
 
 
-def test_a_completion_is_cut_only_when_asked(word_tokenizer, ids):
+def test_a_completion_is_truncated_only_on_request(word_tokenizer, ids):
     record = {"prompt": "a", "completion": "b c d"}
     with pytest.raises(ValueError, match=r"2 \+ 4 tokens and max_length is 4.*truncate=True"):
         ReftDataCollator(word_tokenizer, max_length=4)(  # the batch refuses like the record
@@ -213,7 +213,7 @@ def test_a_completion_is_cut_only_when_asked(word_tokenizer, ids):
     assert ReftDataCollator(word_tokenizer, max_length=6).tokenize(record)["input_ids"][-1] == EOS
 
 
-def test_a_text_is_cut_only_when_asked(word_tokenizer, ids):
+def test_a_text_is_truncated_only_on_request(word_tokenizer, ids):
     record = {"text": "a b c d", "label": 1}
     with pytest.raises(ValueError, match=r"text has 5 tokens and max_length is 3"):
         ReftDataCollator(word_tokenizer, max_length=3).tokenize(record)
@@ -230,7 +230,7 @@ def test_the_limit_is_the_tokenizers_unless_given(word_tokenizer):
         ReftDataCollator(word_tokenizer, max_length=0)
 
 
-# ------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------ refused features
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ class TestEditPositions:
             {"prompt": "e", "completion": "no", "edit_positions": []},
         ]
 
-    def test_numbers_from_the_first_token(self, word_tokenizer):
+    def test_positions_count_from_the_first_token(self, word_tokenizer):
         batch = ReftDataCollator(word_tokenizer)(self.features())
         assert batch["edit_positions"].tolist() == [[3, 0], [1, 4], [-1, -1]]
         assert "prompt_lengths" not in batch
@@ -270,7 +270,7 @@ class TestEditPositions:
             (3, "a list of token numbers, got 3"),
         ],
     )
-    def test_what_is_refused(self, word_tokenizer, value, says):
+    def test_invalid_positions_are_refused(self, word_tokenizer, value, says):
         feature = {"prompt": "a b c", "completion": "yes", "edit_positions": value}
         with pytest.raises(ValueError, match=says):
             ReftDataCollator(word_tokenizer)([feature])
@@ -281,7 +281,7 @@ class TestPaddingFree:
         records = [("a b c", "yes"), ("d", "no no"), ("e f", "yes")]
         return [{"prompt": prompt, "completion": answer} for prompt, answer in records]
 
-    def test_it_is_what_transformers_makes(self, word_tokenizer):
+    def test_it_equals_the_collator_of_transformers(self, word_tokenizer):
         collator = ReftDataCollator(word_tokenizer, padding_free=True)
         rows = [
             {name: row[name] for name in ("input_ids", "labels")}
@@ -294,7 +294,7 @@ class TestPaddingFree:
             got = ours[name]
             assert got.tolist() == value.tolist() if hasattr(value, "tolist") else got == value
 
-    def test_what_is_one_a_sequence_stays_so(self, word_tokenizer):
+    def test_fields_of_sequences_stay_one_per_sequence(self, word_tokenizer):
         collator = ReftDataCollator(word_tokenizer, padding_free=True, prompt_lengths=True)
         extra = {"adapter_names": "default", "edit_positions": [0]}
         batch = collator([{**row, **extra} for row in self.features()])

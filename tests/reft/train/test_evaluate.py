@@ -1,4 +1,4 @@
-"""Batched greedy generation against one prompt at a time, and the counting of right answers."""
+"""Batched greedy generation against single prompts, and the score of the completions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def one_by_one(model, tokenizer, prompt: str, new: int) -> str:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_a_padded_batch_answers_like_one_prompt_at_a_time(word_llama, word_tokenizer, batch_size):
+def test_a_padded_batch_equals_single_prompts(word_llama, word_tokenizer, batch_size):
     expected = [one_by_one(word_llama, word_tokenizer, prompt, 6) for prompt in PROMPTS]
     assert len(set(expected)) > 1
     answers = generate_completions(
@@ -50,22 +50,23 @@ def test_a_padded_batch_answers_like_one_prompt_at_a_time(word_llama, word_token
 
 
 @contextmanager
-def speaking(model, tokenizer, *words):
-    """The output layer is made to say these words, whatever it is asked; yields the ids said."""
-    script, said = tokenizer.convert_tokens_to_ids(list(words)), []
+def predicting(model, tokenizer, *words):
+    """Make the output layer predict these words; yield the ids predicted so far."""
+    script, produced = tokenizer.convert_tokens_to_ids(list(words)), []
 
-    def speak(module, arguments, output):
-        said.append(script[len(said)])
+    def predict(module, arguments, output):
+        produced.append(script[len(produced)])
         return torch.nn.functional.one_hot(
-            torch.full(output.shape[:-1], said[-1]), output.shape[-1]
+            torch.full(output.shape[:-1], produced[-1]), output.shape[-1]
         ).float()
 
-    handle = model.lm_head.register_forward_hook(speak)
-    yield said
+    handle = model.lm_head.register_forward_hook(predict)
+    yield produced
     handle.remove()
 
 
-#: What the generation config names, what is given to generate, what is said and shown of it.
+#: End tokens of the generation config, options of generate, the predicted words, how many of them
+#: are generated, and the completion.
 ENDS = {
     "both": ("<eos>", {}, "yes <eos> no no no", 2, "yes"),
     "the-tokenizers-alone": ("red", {}, "yes <eos> no no no", 2, "yes"),
@@ -80,41 +81,41 @@ ENDS = {
 
 
 @pytest.mark.parametrize("case", ENDS)
-def test_a_completion_ends_where_training_and_the_model_say(word_llama, word_tokenizer, case):
-    configured, given, script, steps, shown = ENDS[case]
+def test_a_completion_ends_at_the_ends_of_tokenizer_and_model(word_llama, word_tokenizer, case):
+    configured, options, script, steps, shown = ENDS[case]
 
     def ids(words):
-        found = word_tokenizer.convert_tokens_to_ids(words.split())
-        return found[0] if len(found) == 1 else found or None
+        tokens = word_tokenizer.convert_tokens_to_ids(words.split())
+        return tokens[0] if len(tokens) == 1 else tokens or None
 
     word_llama.generation_config.eos_token_id = ids(configured)
-    given = {name: ids(words) for name, words in given.items()}
-    if "generation_config" in given:
-        given["generation_config"] = GenerationConfig(
-            eos_token_id=given["generation_config"], max_new_tokens=5
+    options = {name: ids(words) for name, words in options.items()}
+    if "generation_config" in options:
+        options["generation_config"] = GenerationConfig(
+            eos_token_id=options["generation_config"], max_new_tokens=5
         )
-    with speaking(word_llama, word_tokenizer, *script.split()) as said:
+    with predicting(word_llama, word_tokenizer, *script.split()) as produced:
         answers = generate_completions(
-            word_llama, word_tokenizer, ["a", "b c"], max_new_tokens=5, **given
+            word_llama, word_tokenizer, ["a", "b c"], max_new_tokens=5, **options
         )
-    assert len(said) == steps
+    assert len(produced) == steps
     assert answers == [shown, shown]
     assert word_llama.generation_config.eos_token_id == ids(configured)
 
 
 @pytest.mark.parametrize("completion", ["yes", "yes <eos>", "yes red", " yes red <eos>"])
-def test_a_completion_that_names_its_end_is_met(word_llama, word_tokenizer, completion):
-    """As a chat template renders it: the end of a turn, and perhaps the tokenizer's after it."""
+def test_an_expected_completion_may_contain_its_end(word_llama, word_tokenizer, completion):
+    """A chat template ends a completion with its end of turn, and perhaps the tokenizer's end."""
     word_llama.generation_config.eos_token_id = word_tokenizer.convert_tokens_to_ids("red")
     records = [{"prompt": "a", "completion": completion}, {"prompt": "a", "completion": "red"}]
-    with speaking(word_llama, word_tokenizer, "yes", "red", "<eos>", "<eos>"):
+    with predicting(word_llama, word_tokenizer, "yes", "red", "<eos>", "<eos>"):
         result = evaluate(word_llama, word_tokenizer, records, max_new_tokens=4)
-    assert [one.correct for one in result.predictions] == [True, False]
-    assert [one.completion for one in result.predictions] == [completion, "red"]
+    assert [prediction.correct for prediction in result.predictions] == [True, False]
+    assert [prediction.completion for prediction in result.predictions] == [completion, "red"]
 
 
 def test_a_trained_end_is_where_generation_stops(make_trainer, word_llama, word_tokenizer):
-    """What the collator teaches, whatever end the model was made with."""
+    """Generation stops at the collator's end token, even if the base has another."""
     tokenizer = copy.deepcopy(word_tokenizer)
     tokenizer.eos_token = "?"
     word_llama.generation_config.eos_token_id = word_tokenizer.eos_token_id
@@ -122,8 +123,8 @@ def test_a_trained_end_is_where_generation_stops(make_trainer, word_llama, word_
     trainer = make_trainer(config=config, max_steps=60)
     trainer.data_collator = ReftDataCollator(tokenizer)
     trainer.train()
-    records = [dict(one) for one in trainer.train_dataset]
-    prompts = [one["prompt"] for one in records]
+    records = [dict(record) for record in trainer.train_dataset]
+    prompts = [record["prompt"] for record in records]
     raw = generate_completions(
         trainer.model,
         tokenizer,
@@ -132,8 +133,8 @@ def test_a_trained_end_is_where_generation_stops(make_trainer, word_llama, word_
         eos_token_id=word_tokenizer.pad_token_id,
     )
     learnt = [
-        one.split()[:1] == record["completion"].split()
-        for one, record in zip(raw, records, strict=True)
+        text.split()[:1] == record["completion"].split()
+        for text, record in zip(raw, records, strict=True)
     ]
     assert sum(learnt) >= 10
     result = evaluate(trainer.model, tokenizer, records, max_new_tokens=6)
@@ -202,8 +203,14 @@ def test_exact_match_and_predictions(word_llama, word_tokenizer, tmp_path):
         console=Console(file=stream, force_terminal=True),
     )
     assert (result.correct, result.score) == (4, 0.8)
-    assert [one.correct for one in result.predictions] == [True, False, True, True, True]
-    assert [one.prediction for one in result.predictions] == answers
+    assert [prediction.correct for prediction in result.predictions] == [
+        True,
+        False,
+        True,
+        True,
+        True,
+    ]
+    assert [prediction.prediction for prediction in result.predictions] == answers
     assert "5/5" in stream.getvalue()
     (tmp_path / "out.jsonl").write_text("replaced")
     result.write(tmp_path / "out.jsonl")

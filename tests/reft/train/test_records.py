@@ -1,4 +1,4 @@
-"""Data files: what is read, and what is said about files that cannot be used."""
+"""Data files: their formats, and errors with the line of an invalid record."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ GOOD = '{"prompt": "p", "completion": "c"}'
         ('{"prompt": "p", "completion": null}', ["line 1", "'completion'", "str", "None"]),
     ],
 )
-def test_a_file_that_cannot_be_used_is_refused_with_the_place(tmp_path, text, says):
+def test_an_invalid_file_is_refused_with_the_line(tmp_path, text, says):
     path = write(tmp_path, text)
     with pytest.raises(ValueError) as caught:
         read_records(path, required=PROMPT_COMPLETION)
-    for said in [str(path), *says]:
-        assert said in str(caught.value)
+    for words in [str(path), *says]:
+        assert words in str(caught.value)
 
 
 def test_a_label_must_be_a_number_or_a_name(tmp_path):
@@ -86,7 +86,7 @@ def test_a_label_must_be_a_number_or_a_name(tmp_path):
         read_records(path, required=TEXT_LABEL)
 
 
-def test_what_is_not_a_text_file_is_refused(tmp_path):
+def test_a_path_that_is_no_text_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such data file.*nowhere\.json"):
         read_records(tmp_path / "nowhere.json")
     with pytest.raises(IsADirectoryError, match="folder"):

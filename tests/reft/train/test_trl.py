@@ -1,7 +1,8 @@
-"""TRL's SFTTrainer: prompts end where they should, and the adapter alone is trained and saved."""
+"""TRL's SFTTrainer with a ReftModel; TRL's own trainers refuse one."""
 
 from __future__ import annotations
 
+import ast
 import copy
 from pathlib import Path
 
@@ -10,27 +11,25 @@ import torch
 
 pytest.importorskip("trl")
 
+import trl
 from datasets import Dataset
 from trl import SFTConfig
 from trl_runs import SETTINGS, losses, parameters, wrapped
 
-from reft import ReftModel, ReftSFTTrainer
+import reft
+from reft import ReftSFTTrainer
+
+TRL_MODULES = {f"reft.train.{name}" for name in ("trl", "trl_grpo", "sft_datasets")}
 
 
 @pytest.fixture
-def records(color_records):
-    """With spaces around the answers: TRL joins texts, and the tokenizer splits them at spaces."""
-    return [{**one, "completion": f" {one['completion']} "} for one in color_records]
-
-
-@pytest.fixture
-def sft(word_tokenizer, records, tmp_path):
+def sft(word_tokenizer, spaced_records, tmp_path):
     def build(model, folder="run", **settings):
         return ReftSFTTrainer(
             model,
             args=SFTConfig(str(tmp_path / folder), **{**SETTINGS, **settings}),
-            train_dataset=Dataset.from_list(records),
-            eval_dataset=Dataset.from_list(records[:4]),
+            train_dataset=Dataset.from_list(spaced_records),
+            eval_dataset=Dataset.from_list(spaced_records[:4]),
             processing_class=word_tokenizer,
         )
 
@@ -43,17 +42,17 @@ class TestSFT:
         model = wrapped(word_llama)
         trainer = sft(model, max_steps=8)
         trainer.train()
-        found = losses(trainer)
-        assert found[-1] < found[0] / 2
-        assert trainer.evaluate()["eval_loss"] < found[0]
+        logged = losses(trainer)
+        assert logged[-1] < logged[0] / 2
+        assert trainer.evaluate()["eval_loss"] < logged[0]
         state = model.unload().state_dict()
         assert all(torch.equal(state[name], value) for name, value in base.items())
 
     @pytest.mark.parametrize("padding_free", [False, True])
     def test_a_step_is_the_gradient_of_the_plain_loss(
-        self, word_llama, word_tokenizer, records, sft, padding_free
+        self, word_llama, word_tokenizer, spaced_records, sft, padding_free
     ):
-        """Against the model's own loss on the same records, with the prompts said by hand."""
+        """Against the loss of the model on the same records, with explicit prompt lengths."""
         model = wrapped(word_llama)
         more = {"padding_free": True, "max_length": None} if padding_free else {}
         trainer = sft(model, max_steps=1, per_device_train_batch_size=12, **more)
@@ -65,7 +64,7 @@ class TestSFT:
         got = {n: p.grad.clone() for n, p in model.reft.adapter("default").named_parameters()}
         model.zero_grad()
         total, count = 0.0, 0
-        for record in records:
+        for record in spaced_records:
             prompt = word_tokenizer(record["prompt"])["input_ids"]
             answer = word_tokenizer(record["completion"], add_special_tokens=False)["input_ids"]
             ids = torch.tensor([[*prompt, *answer, word_tokenizer.eos_token_id]])
@@ -76,8 +75,8 @@ class TestSFT:
             count += len(answer) + 1
         (total / count).backward()
         torch.testing.assert_close(loss, (total / count), rtol=1e-4, atol=1e-5)
-        for name, one in model.reft.adapter("default").named_parameters():
-            torch.testing.assert_close(got[name], one.grad, rtol=1e-3, atol=1e-5)
+        for name, parameter in model.reft.adapter("default").named_parameters():
+            torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
     def test_checkpoints_hold_the_adapter_and_resume_bit_for_bit(self, word_llama, sft, tmp_path):
         base = copy.deepcopy(word_llama)
@@ -90,19 +89,8 @@ class TestSFT:
         assert not files & {"model.safetensors", "config.json", "pytorch_model.bin"}
         again = sft(wrapped(base, dropout=0.1), "again", **settings)
         again.train(resume_from_checkpoint=str(checkpoint))
-        expected, got = (parameters(one._reft_model().reft) for one in (whole, again))
+        expected, got = (parameters(trainer._reft_model().reft) for trainer in (whole, again))
         assert all(torch.equal(got[name], value) for name, value in expected.items())
-
-    def test_what_is_saved_is_an_adapter(self, word_llama, sft, tmp_path, word_tokenizer):
-        base = copy.deepcopy(word_llama)
-        model = wrapped(word_llama)
-        trainer = sft(model)
-        trainer.train()
-        trainer.save_model(str(tmp_path / "out"))
-        loaded = ReftModel.from_pretrained(base, tmp_path / "out")
-        ids = word_tokenizer("a : one", return_tensors="pt")["input_ids"]
-        with torch.no_grad():
-            torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_checkpointing_and_accumulation(self, word_llama, sft, reentrant):
@@ -127,11 +115,69 @@ class TestSFT:
             sft(word_llama)
 
 
-def test_importing_the_package_does_not_import_trl():
-    import subprocess
-    import sys
+class TestTrainersOfTrl:
+    @pytest.mark.parametrize("name", ["SFT", "DPO", "KTO", "GRPO", "RLOO"])
+    def test_trainers_name_the_one_to_use(
+        self, word_llama, word_tokenizer, color_records, tmp_path, name
+    ):
+        word_llama.save_pretrained(tmp_path / "base")
+        word_llama.config._name_or_path = str(tmp_path / "base")
+        model = wrapped(word_llama)
+        rows = [
+            {**record, "chosen": record["completion"], "rejected": "no", "label": True}
+            for record in color_records
+        ]
+        columns = {
+            "SFT": ("prompt", "completion"),
+            "DPO": ("prompt", "chosen", "rejected"),
+            "KTO": ("prompt", "completion", "label"),
+        }.get(name, ("prompt",))
+        more = {"reward_funcs": lambda completions, **kwargs: [0.0] * len(completions)}
+        forward = model.forward
+        with pytest.raises(TypeError, match=r"ReftModel.*: use reft\.ReftSFTTrainer"):
+            getattr(trl, f"{name}Trainer")(
+                model,
+                args=getattr(trl, f"{name}Config")(
+                    str(tmp_path), report_to="none", use_cpu=True, bf16=False
+                ),
+                train_dataset=Dataset.from_list(
+                    [{key: row[key] for key in columns} for row in rows]
+                ),
+                processing_class=word_tokenizer,
+                **(more if name in ("GRPO", "RLOO") else {}),
+            )
+        assert model.forward is forward
 
-    code = "import sys, reft, reft.train.trainer; print('trl' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-    assert Path(__file__).name == "test_trl.py"
+    @pytest.mark.parametrize("tags", [["trl", "online-dpo"], ("gkd", "trl")])
+    def test_trainers_that_add_their_tags(self, word_llama, tags):
+        with pytest.raises(TypeError, match="does not take a ReftModel"):
+            wrapped(word_llama).add_model_tags(tags)
+
+    @pytest.mark.parametrize("tags", ["tag", ["a", "b"], ["trl", "reward-trainer"]])
+    def test_other_tags_are_added_to_the_base(self, word_llama, tags):
+        model = wrapped(word_llama)
+        model.add_model_tags(tags)
+        assert set(word_llama.model_tags) == ({tags} if isinstance(tags, str) else set(tags))
+
+    def test_another_forward_may_be_assigned(self, word_llama):
+        model = wrapped(word_llama)
+        before = parameters(model)
+        model.forward = lambda *args, **kwargs: 7
+        assert model(1) == 7
+        assert parameters(model).keys() == before.keys()
+
+
+def test_only_modules_for_trl_import_trl():
+    """Neither reft nor reft.train.trainer imports TRL."""
+    root, importing = Path(reft.__file__).parent, set()
+    for file in root.rglob("*.py"):
+        if "trl" not in (text := file.read_text(encoding="utf-8")):
+            continue
+        nodes = ast.parse(text).body
+        nodes += [child for node in nodes if isinstance(node, ast.Try) for child in node.body]
+        names = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        imports = (node for node in nodes if isinstance(node, ast.Import))
+        names |= {alias.name for node in imports for alias in node.names}
+        if any(name.split(".")[0] == "trl" or name in TRL_MODULES for name in names):
+            importing.add(".".join(("reft", *file.relative_to(root).with_suffix("").parts)))
+    assert importing == TRL_MODULES

@@ -1,5 +1,4 @@
-"""TRL's GRPOTrainer: what is generated and what is scored have the same edits. And TRL's own
-trainers, given a ReftModel, say which to use."""
+"""TRL's GRPOTrainer: completions are sampled and scored with the same edits."""
 
 from __future__ import annotations
 
@@ -10,7 +9,6 @@ import torch
 
 pytest.importorskip("trl")
 
-import trl
 from datasets import Dataset
 from trl import GRPOConfig
 from trl_runs import SETTINGS, edited, losses, outputs_of_block, parameters, trained, wrapped
@@ -34,7 +32,9 @@ def grpo(word_tokenizer, color_records, tmp_path):
             model,
             reward_funcs=reds,
             args=GRPOConfig(str(tmp_path / folder), **args),
-            train_dataset=Dataset.from_list([{"prompt": one["prompt"]} for one in color_records]),
+            train_dataset=Dataset.from_list(
+                [{"prompt": record["prompt"]} for record in color_records]
+            ),
             processing_class=word_tokenizer,
             **more,
         )
@@ -48,15 +48,13 @@ def prompts(tokenizer, *texts):
 
 class TestGeneration:
     @pytest.mark.parametrize("positions", ["f2+l2", "prompt+g2", "all"])
-    def test_is_scored_with_the_edits_that_it_had(
-        self, word_llama, word_tokenizer, grpo, positions
-    ):
-        """Log-probabilities of sampling, step by step with a cache, against those of the loss."""
+    def test_is_scored_with_the_same_edits(self, word_llama, word_tokenizer, grpo, positions):
+        """Log-probabilities of decoding with a cache against those of the loss."""
         model = trained(word_llama, positions=positions).eval()
         trainer = grpo(model)
         given = prompts(word_tokenizer, "a : one", "b : two ? c")
         width, pad = max(map(len, given)), word_tokenizer.pad_token_id
-        ids = torch.tensor([[*[pad] * (width - len(one)), *one] for one in given])
+        ids = torch.tensor([[*[pad] * (width - len(prompt)), *prompt] for prompt in given])
         mask = (ids != pad).long()
         torch.manual_seed(0)
         out = model.generate(
@@ -81,15 +79,15 @@ class TestGeneration:
         model = wrapped(word_llama, positions="f1+l1")
         trainer = grpo(model)
         given = prompts(word_tokenizer, "a : one", "b : two ? c")
-        found = edited(
+        edits = edited(
             model,
             lambda: trainer._generate_single_turn(given, None, {}, num_generations=1),
         )
-        assert found.nonzero().tolist() == [[0, 2], [0, 5], [1, 0], [1, 5]]
+        assert edits.nonzero().tolist() == [[0, 2], [0, 5], [1, 0], [1, 5]]
         assert "generate" not in word_llama.__dict__
 
     def test_counts_generated_tokens(self, word_llama, word_tokenizer, grpo):
-        """Which the base's own generate refuses to do."""
+        """The generate method of the base refuses these positions."""
         model = trained(word_llama, positions="prompt+g2")
         given = prompts(word_tokenizer, "a : one")
         with outputs_of_block(word_llama) as seen:
@@ -108,8 +106,8 @@ class TestGeneration:
 
 class TestTraining:
     def test_the_loss_and_its_gradient(self, word_llama, word_tokenizer, grpo):
-        """Of one step on what was just sampled (arXiv 2402.03300, eq. 3 with ratios of 1), written
-        out, one sequence at a time."""
+        """The first step after sampling (arXiv 2402.03300, eq. 3 with ratios of 1), computed one
+        sequence at a time."""
         model = trained(word_llama, dropout=0.3)
         trainer = grpo(model, loss_type="grpo", temperature=1.5, disable_dropout=True)
         trainer.current_gradient_accumulation_steps = 1
@@ -137,16 +135,18 @@ class TestTraining:
         expected = torch.stack(terms).mean()
         expected.backward()
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
-        for name, one in model.reft.adapter("default").named_parameters():
-            assert float(one.grad.abs().max()) > 1e-4
-            torch.testing.assert_close(got[name], one.grad, rtol=1e-3, atol=1e-5)
+        for name, parameter in model.reft.adapter("default").named_parameters():
+            assert float(parameter.grad.abs().max()) > 1e-4
+            torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
     def test_the_base_stays(self, word_llama, grpo):
         base = copy.deepcopy(word_llama.state_dict())
         model = trained(word_llama)
         before = parameters(model.reft)
-        grpo(model, max_steps=3, temperature=2.0).train()
-        assert any(not torch.equal(one, before[n]) for n, one in model.reft.named_parameters())
+        grpo(model, max_steps=2, temperature=2.0).train()
+        assert any(
+            not torch.equal(parameter, before[n]) for n, parameter in model.reft.named_parameters()
+        )
         state = model.unload().state_dict()
         assert all(torch.equal(state[name], value) for name, value in base.items())
 
@@ -157,14 +157,14 @@ class TestTraining:
         assert whole.beta == whole.args.beta == 0.1
         assert list(whole.ref_model.parameters()) == []
         whole.train()
-        drift = [one["kl"] for one in whole.state.log_history if "kl" in one]
+        drift = [entry["kl"] for entry in whole.state.log_history if "kl" in entry]
         assert drift[0] == pytest.approx(0, abs=1e-6)
         assert drift[-1] > 1e-4
         again = grpo(wrapped(second), "again", **settings)
         again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
-        found = again._reference._taken[0].adapter.state_dict()
-        expected = whole._reference._taken[0].adapter.state_dict()
-        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        resumed = again._reference._copies[0].adapter.state_dict()
+        expected = whole._reference._copies[0].adapter.state_dict()
+        assert all(torch.equal(resumed[name], value) for name, value in expected.items())
 
     def test_without_a_reference_checkpoints_hold_none(self, word_llama, grpo, tmp_path):
         trainer = grpo(trained(word_llama), max_steps=1, save_strategy="steps", save_steps=1)
@@ -185,7 +185,7 @@ class TestRefused:
             ({"peft_config": object()}, "peft_config must be None"),
         ],
     )
-    def test_what_would_lose_edits(self, word_llama, grpo, settings, message):
+    def test_options_that_would_lose_edits(self, word_llama, grpo, settings, message):
         model = wrapped(word_llama)
         before = word_llama.config.to_dict()
         with pytest.raises(ValueError, match=message):
@@ -195,55 +195,3 @@ class TestRefused:
     def test_another_model(self, word_llama, grpo):
         with pytest.raises(TypeError, match="ReftGRPOTrainer trains a ReftModel"):
             grpo(word_llama)
-
-
-class TestTrlsOwn:
-    @pytest.mark.parametrize("name", ["SFT", "DPO", "KTO", "GRPO", "RLOO"])
-    def test_trainers_say_which_to_use(
-        self, word_llama, word_tokenizer, color_records, tmp_path, name
-    ):
-        word_llama.save_pretrained(tmp_path / "base")
-        word_llama.config._name_or_path = str(tmp_path / "base")
-        model = wrapped(word_llama)
-        rows = [
-            {**one, "chosen": one["completion"], "rejected": "no", "label": True}
-            for one in color_records
-        ]
-        columns = {
-            "SFT": ("prompt", "completion"),
-            "DPO": ("prompt", "chosen", "rejected"),
-            "KTO": ("prompt", "completion", "label"),
-        }.get(name, ("prompt",))
-        more = {"reward_funcs": lambda completions, **kwargs: [0.0] * len(completions)}
-        forward = model.forward
-        with pytest.raises(TypeError, match=r"ReftModel.*: use reft\.ReftSFTTrainer"):
-            getattr(trl, f"{name}Trainer")(
-                model,
-                args=getattr(trl, f"{name}Config")(
-                    str(tmp_path), report_to="none", use_cpu=True, bf16=False
-                ),
-                train_dataset=Dataset.from_list(
-                    [{key: one[key] for key in columns} for one in rows]
-                ),
-                processing_class=word_tokenizer,
-                **(more if name in ("GRPO", "RLOO") else {}),
-            )
-        assert model.forward is forward
-
-    @pytest.mark.parametrize("tags", [["trl", "online-dpo"], ("gkd", "trl")])
-    def test_trainers_that_give_their_names(self, word_llama, tags):
-        with pytest.raises(TypeError, match="does not take a ReftModel"):
-            wrapped(word_llama).add_model_tags(tags)
-
-    @pytest.mark.parametrize("tags", ["mine", ["a", "b"], ["trl", "reward-trainer"]])
-    def test_other_tags_are_the_bases(self, word_llama, tags):
-        model = wrapped(word_llama)
-        model.add_model_tags(tags)
-        assert set(word_llama.model_tags) == ({tags} if isinstance(tags, str) else set(tags))
-
-    def test_a_forward_of_ones_own_is_taken(self, word_llama):
-        model = wrapped(word_llama)
-        before = parameters(model)
-        model.forward = lambda *args, **kwargs: 7
-        assert model(1) == 7
-        assert parameters(model).keys() == before.keys()

@@ -1,5 +1,4 @@
-"""What TRL's trainers have trained is saved by whatever object saves it: the model inside them,
-which is the base, the wrapper, the trainer, a checkpoint."""
+"""Saving what TRL's trainers trained, by the base, the wrapper, the trainer or a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,31 +22,29 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=KINDS)
-def trained_one(request, word_llama, word_tokenizer, color_records, tmp_path):
-    """(a copy of the base before, the wrapper, a trainer that has trained it)"""
-    trainer_class, config_class = KINDS[request.param]
+@pytest.mark.parametrize("name", KINDS)
+def test_every_way_of_saving_loads_to_the_same_bits(
+    word_llama, word_tokenizer, color_records, tmp_path, capsys, name
+):
+    trainer_class, config_class = KINDS[name]
     rows = [
-        {**one, "chosen": one["completion"], "rejected": "no", "label": index % 2 == 0}
-        for index, one in enumerate(color_records)
+        {**record, "chosen": record["completion"], "rejected": "no", "label": index % 2 == 0}
+        for index, record in enumerate(color_records)
     ]
     columns = {"dpo": ["prompt", "chosen", "rejected"], "kto": ["prompt", "completion", "label"]}
-    names = columns.get(request.param, ["prompt", "completion"])
     base = copy.deepcopy(word_llama)
     model = wrapped(word_llama, modules_to_save=["lm_head"])
     settings = {**SETTINGS, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     trainer = trainer_class(
         model,
         args=config_class(str(tmp_path / "run"), **settings),
-        train_dataset=Dataset.from_list(rows).select_columns(names),
+        train_dataset=Dataset.from_list(rows).select_columns(
+            columns.get(name, ["prompt", "completion"])
+        ),
         processing_class=word_tokenizer,
     )
     trainer.train()
-    return base, model.eval(), trainer
-
-
-def test_it_loads_to_the_same_bits(trained_one, word_tokenizer, tmp_path):
-    base, model, trainer = trained_one
+    model.eval()
     trainer.model.save_pretrained(tmp_path / "inner")
     model.save_pretrained(tmp_path / "wrapper")
     trainer.save_model(str(tmp_path / "trainer"))
@@ -62,10 +59,8 @@ def test_it_loads_to_the_same_bits(trained_one, word_tokenizer, tmp_path):
         with torch.no_grad():
             assert torch.equal(loaded(ids).logits, expected), folder
         assert "reference" not in names or folder.startswith("run")
-
-
-def test_parameters_are_counted(trained_one, capsys):
-    _, model, trainer = trained_one
+    # The model inside the trainer counts its parameters as the wrapper does.
+    capsys.readouterr()
     trainer.model.print_trainable_parameters()
     inner = capsys.readouterr().out
     model.print_trainable_parameters()

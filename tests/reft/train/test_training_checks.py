@@ -1,4 +1,4 @@
-"""A run that could change nothing is refused, at its start or first batch, with the reason."""
+"""Runs without effect are refused at their start or first batch, with the reason."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from torch.utils.data import IterableDataset
 from transformers import DataCollatorForLanguageModeling, TrainingArguments
 
 from reft import ReftConfig, ReftModel, ReftTrainer, get_reft_model
-from reft.train.random_state import kept_random_state
 
 PLAIN = [{"input_ids": [1, 5, 6, 7, 8, 9], "labels": [1, 5, 6, 7, 8, 9]}] * 8
 ANSWERED = {"input_ids": [1, 5, 6, 7, 8, 9], "labels": [-100, -100, -100, -100, 8, 9]}
 
 
 def state(model: ReftModel) -> dict[str, torch.Tensor]:
-    return {name: one.detach().clone() for name, one in model.named_parameters()}
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -29,7 +28,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 
 def wrapped(base=None, **changes) -> ReftModel:
-    """A new adapter, whose values no Trainer draws anew."""
+    """A new adapter that the Trainer does not initialise again."""
     config = ReftConfig(**{"rank": 2, "positions": "f2+l2", **changes})
     generator = torch.Generator().manual_seed(0)
     return get_reft_model(llama() if base is None else base, config, generator=generator)
@@ -69,16 +68,16 @@ def deleted(model):
     model.delete_adapter("default")
 
 
-def by_hand(model):
-    for one in model.parameters():
-        one.requires_grad_(False)
+def without_gradients(model):
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (frozen, "adapter 'default' is frozen: load it with is_trainable=True, or call model.set_"),
-        (by_hand, "adapter 'default' is frozen"),
+        (without_gradients, "adapter 'default' is frozen"),
         (deleted, "no adapter is active: model.set_adapter"),
     ],
 )
@@ -92,7 +91,7 @@ def test_nothing_that_requires_a_gradient(trainer_of, change, words, tmp_path):
     assert trainer.state.global_step == 0
 
 
-def test_an_adapter_loaded_to_be_used(trainer_of, tmp_path):
+def test_an_adapter_loaded_for_inference(trainer_of, tmp_path):
     get_reft_model(llama(), ReftConfig(rank=2)).save_pretrained(tmp_path / "adapter")
     loaded = ReftModel.from_pretrained(llama(), tmp_path / "adapter")
     with pytest.raises(ValueError, match="load it with is_trainable=True"):
@@ -103,7 +102,7 @@ def test_an_adapter_loaded_to_be_used(trainer_of, tmp_path):
     assert not same(before, state(again))
 
 
-def test_one_that_is_loaded_beside_takes_nothing_from_the_one_that_is_trained(trainer_of, tmp_path):
+def test_a_frozen_adapter_beside_the_trained_one(trainer_of, tmp_path):
     get_reft_model(llama(), ReftConfig(rank=2)).save_pretrained(tmp_path / "adapter")
     model = wrapped()
     model.load_adapter(tmp_path / "adapter", "other")
@@ -113,23 +112,23 @@ def test_one_that_is_loaded_beside_takes_nothing_from_the_one_that_is_trained(tr
 def test_an_optimizer_of_other_parameters(trainer_of):
     model = wrapped()
     other = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="the optimizer holds no parameter"):
+    with pytest.raises(ValueError, match="the optimizer holds no trainable parameter"):
         trainer_of([ANSWERED] * 8, model=model, optimizers=(other, None)).train()
-    own = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     before = state(model)
-    trainer_of([ANSWERED] * 8, model=model, optimizers=(own, None)).train()
+    trainer_of([ANSWERED] * 8, model=model, optimizers=(optimizer, None)).train()
     assert not same(before, state(model))
 
 
-def test_with_lora_the_edits_may_be_frozen_and_that_is_said(trainer_of, caplog):
+def test_frozen_edits_beside_lora_give_a_warning(trainer_of, caplog):
     base = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     model = wrapped(base)
     model.set_adapter("default", inference_mode=True)
     trainer_of([ANSWERED] * 8, model=model, max_steps=1).train()
-    assert "the edits of adapter 'default' are not trained" in caplog.text
+    assert "the edits of adapter 'default' are frozen" in caplog.text
 
 
-def test_a_model_made_for_each_run_is_looked_at_too(tmp_path):
+def test_a_model_of_model_init_is_checked(tmp_path):
     def make():
         model = wrapped()
         model.set_adapter("default", inference_mode=True)
@@ -149,8 +148,8 @@ DATA = {
     "short prompts": ([SHORT] * 8, {}, r"longest prompt has 1 token\(s\), too short for .*'f2.l2'"),
     "no lengths": (
         [{**ANSWERED, "prompt_lengths": 0}] * 8, {}, "prompt_lengths are all 0; give the number"),
-    "no places": (
-        [{**ANSWERED, "edit_positions": [-1, -1]}] * 8, {}, "edit_positions name none; give each"),
+    "no positions": (
+        [{**ANSWERED, "edit_positions": [-1, -1]}] * 8, {}, "edit_positions are empty; give each"),
     "all masked": (
         [{**ANSWERED, "attention_mask": [0] * 6}] * 8, {}, "the labels count from|no attended"),
     "accumulated": (PLAIN, {"gradient_accumulation_steps": 4}, "labels count from the first"),
@@ -171,13 +170,13 @@ def test_data_without_an_edited_token(trainer_of, name):
     with pytest.raises(ValueError, match=f"nothing would be trained by the .*{words}"):
         trainer.train()
     assert same(before, state(trainer.model))
-    assert all(one.grad is None for one in trainer.model.parameters())
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert trainer.state.global_step == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
 @pytest.mark.parametrize("name", ["accumulated", "checkpointing", "bfloat16", "compiled"])
-def test_the_same_with_prompts_is_trained(trainer_of, name):
+def test_the_same_settings_with_prompts_train(trainer_of, name):
     _, arguments, _ = DATA[name]
     trainer = trainer_of([ANSWERED] * 8, max_steps=1, **arguments)
     before = state(trainer.model)
@@ -187,7 +186,7 @@ def test_the_same_with_prompts_is_trained(trainer_of, name):
 
 
 def test_whole_texts(trainer_of, word_tokenizer, word_llama):
-    """As for pretraining: every token is a label."""
+    """Every token is a label, as in pretraining."""
     texts = [{**word_tokenizer("a : one green")} for _ in range(8)]
     collate = DataCollatorForLanguageModeling(word_tokenizer, mlm=False)
     model = get_reft_model(word_llama, ReftConfig(rank=2, positions="f1+l1"))
@@ -204,7 +203,7 @@ def test_labels_that_count_nothing_are_reported(trainer_of, caplog):
 
 
 @pytest.mark.parametrize("positions", ["all", "f2+l2"])
-def test_positions_that_ask_for_no_prompt(trainer_of, positions):
+def test_positions_that_need_no_prompt(trainer_of, positions):
     trainer = trainer_of(
         PLAIN, model=get_reft_model(llama(), ReftConfig(rank=2, positions=positions)), max_steps=1
     )
@@ -239,8 +238,8 @@ def test_switched_off(trainer_of):
 def test_an_encoder_has_prompts_without_labels_of_tokens(trainer_of):
     ids, mask, _ = padded([5, 3, 6, 4], "right")
     data = [
-        {"input_ids": row.tolist(), "attention_mask": one.tolist(), "labels": 1}
-        for row, one in zip(ids, mask, strict=True)
+        {"input_ids": row.tolist(), "attention_mask": attended.tolist(), "labels": 1}
+        for row, attended in zip(ids, mask, strict=True)
     ]
     model = wrapped(bert(), positions="f1")
     before = state(model)
@@ -252,24 +251,24 @@ def test_an_encoder_has_prompts_without_labels_of_tokens(trainer_of):
         trainer_of(masked, model=model, max_steps=1).train()
 
 
-def test_heads_that_are_trained_beside_go_on_with_a_warning(trainer_of, caplog):
+def test_modules_to_save_are_trained_with_a_warning(trainer_of, caplog):
     model = wrapped(modules_to_save=["lm_head"])
     before = state(model)
     trainer_of(PLAIN, model=model, max_steps=1).train()
-    assert "trains modules beside the edits and no edit: the labels count" in caplog.text
+    assert "trains modules_to_save or PEFT's layers and no edit: the labels count" in caplog.text
     after = state(model)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all("lm_head" in name for name in moved)
 
 
-def test_evaluation_asks_for_nothing(trainer_of):
+def test_evaluation_needs_no_trainable_parameters(trainer_of):
     trainer = trainer_of(PLAIN)
     frozen(trainer.model)
     trainer.eval_dataset = PLAIN
     assert np.isfinite(trainer.evaluate()["eval_loss"])
 
 
-# ------------------------------------------------------------------ a first batch alone without
+# ------------------------------------------------------------------ the search in other batches
 
 
 class InOrder(ReftTrainer):
@@ -280,13 +279,13 @@ class InOrder(ReftTrainer):
 class Drawing(list):
     """Examples that draw random numbers of every kind when they are read."""
 
-    def __getitem__(self, place):
+    def __getitem__(self, index):
         random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
-        return super().__getitem__(place)
+        return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("kind", [list, Drawing, Dataset.from_list])
-def test_other_batches_may_have_what_the_first_has_not(trainer_of, caplog, kind):
+@pytest.mark.parametrize("kind", [Drawing, Dataset.from_list])
+def test_other_batches_may_have_edited_tokens(trainer_of, caplog, kind):
     data = kind([*PLAIN[:4], *[ANSWERED] * 4])
     trainer = trainer_of(data, kind=InOrder)
     before = state(trainer.model)
@@ -296,11 +295,11 @@ def test_other_batches_may_have_what_the_first_has_not(trainer_of, caplog, kind)
     assert not same(before, state(trainer.model))
 
 
-def test_a_few_among_very_many_are_found_or_the_run_is_refused(trainer_of):
+def test_the_training_data_are_sampled(trainer_of):
     data = [PLAIN[0]] * 4000
     data[2000] = ANSWERED
     trainer_of(data, kind=InOrder, max_steps=1).train()
-    data[2000], data[2001] = PLAIN[0], ANSWERED  # one of which nobody can know
+    data[2000], data[2001] = PLAIN[0], ANSWERED  # not in the sample
     with pytest.raises(ValueError, match="nothing would be trained"):
         trainer_of(data, kind=InOrder, max_steps=1).train()
 
@@ -313,7 +312,7 @@ class Stream(IterableDataset):
         return iter(self.rows)
 
 
-def test_a_stream_is_followed_for_a_while(trainer_of, caplog):
+def test_the_first_examples_of_a_stream_are_checked(trainer_of, caplog):
     trainer_of(Stream([*PLAIN[:4], *[ANSWERED] * 4])).train()
     assert "the first batch trains nothing" in caplog.text
     trainer = trainer_of(Stream(PLAIN * 100), max_steps=30, logging_steps=1)
@@ -322,42 +321,30 @@ def test_a_stream_is_followed_for_a_while(trainer_of, caplog):
     assert trainer.state.global_step == 64 // 4 - 1
 
 
-def test_looking_draws_no_random_number():
-    def numbers():
-        return random.random(), float(np.random.rand()), float(torch.rand(1))  # noqa: NPY002
-
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(3)
-    expected = numbers()
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(3)
-    with kept_random_state(torch.device("cpu")):
-        assert numbers() == expected
-    assert numbers() == expected
-
-
-def test_a_run_that_looked_further_is_the_run_that_did_not(trainer_of, monkeypatch):
-    """Bit for bit: dropout and the order of the data draw what they would have drawn."""
+def test_the_search_does_not_change_the_run(trainer_of, monkeypatch):
+    """Bit for bit: dropout and the order of the data draw the same random numbers."""
     results = []
     for look in (True, False):
         torch.manual_seed(0)
         model = wrapped(dropout=0.3)
         if not look:
-            monkeypatch.setattr("reft.train.effect._others_edit", lambda *args: True)
+            monkeypatch.setattr("reft.train.training_checks._others_edit", lambda *args: True)
         trainer_of([*PLAIN[:4], *[ANSWERED] * 4], model=model, kind=InOrder, max_steps=4).train()
         results.append(state(model))
     assert same(*results)
 
 
-def test_after_the_first_batch_nothing_is_read(trainer_of, monkeypatch):
-    """No synchronisation a step."""
-    from reft.train import effect
+def test_only_the_first_batch_is_checked(trainer_of, monkeypatch):
+    """Later steps do not synchronise."""
+    from reft.train import training_checks
 
     looked = []
-    real = effect._edits_trained
-    monkeypatch.setattr(effect, "_edits_trained", lambda plans: looked.append(1) or real(plans))
-    trainer = trainer_of([ANSWERED] * 8, max_steps=4)
+    real = training_checks._edits_trained
+    monkeypatch.setattr(
+        training_checks, "_edits_trained", lambda plans: looked.append(1) or real(plans)
+    )
+    trainer = trainer_of([ANSWERED] * 8, max_steps=2)
     trainer.train()
     assert looked == [1]
-    trainer.train()  # another run, looked at anew
+    trainer.train()  # a new run is checked again
     assert looked == [1, 1]

@@ -1,93 +1,98 @@
-"""Whether a run can change anything: what it trains, and whether its data have an edited token."""
+"""Checks that a run can change the adapter: trainable parameters, and data with edited tokens."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from reft.adapter.host_adapter import HostAdapter
 from reft.model import peft_compat as peft_base
 from reft.model.forward_plan import ForwardPlan
 from reft.model.prompts import IGNORED
 from reft.model.reft_model import ReftModel
-from reft.train.random_state import kept_random_state
-
-if TYPE_CHECKING:
-    from reft.train.adapter_trainer import AdapterTrainer
+from reft.train.data_samples import preserve_random_state, spread_indices
 
 logger = logging.getLogger(__name__)
 
-#: So many examples are looked at before a run is stopped.
-LOOKED_AT = 64
+#: How many examples are searched for an edited token before training is refused.
+MAX_EXAMPLES = 64
 
 
 # ---------------------------------------------------------------- parameters
 
 
-def require_trained(model: ReftModel, optimizer: Any = None) -> None:
-    """Refuse a run that has nothing to train.
+def require_trainable(model: ReftModel, optimizer: Any = None) -> None:
+    """Refuse a run without trainable parameters.
 
     Args:
-        optimizer: one that was made by hand; None for the one that the Trainer makes.
+        model: the wrapped model.
+        optimizer: the user's own optimizer, or None if the Trainer creates it.
 
     Raises:
-        ValueError: no adapter is active; neither it nor a head of its own nor a layer of PEFT's
-            requires a gradient; the optimizer has none of them.
+        ValueError: no adapter is active; neither the active adapter, nor its modules_to_save, nor
+            PEFT's layers require a gradient; or the optimizer holds none of these parameters.
     """
     name = model.active_adapter
     if name is None:
         raise ValueError(
             "nothing would be trained, no adapter is active: model.set_adapter(name) activates "
-            "one, model.add_adapter(name, config) makes one"
+            "an adapter, model.add_adapter(name, config) adds one"
         )
-    edits, beside = _trained(model)
-    if not edits and not beside:
+    edits, other = _trainable_parameters(model)
+    if not edits and not other:
         raise ValueError(
             f"nothing would be trained, adapter {name!r} is frozen: load it with "
             f"is_trainable=True, or call model.set_adapter({name!r})"
         )
     if optimizer is not None:
-        held = {id(one) for group in optimizer.param_groups for one in group["params"]}
-        if held.isdisjoint(map(id, [*edits, *beside])):
+        optimized = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        if optimized.isdisjoint(map(id, [*edits, *other])):
             raise ValueError(
-                "nothing would be trained, the optimizer holds no parameter that requires a "
-                "gradient: make it of those of the ReftModel, or leave it to the Trainer"
+                "nothing would be trained, the optimizer holds no trainable parameter of the "
+                "model: create it from the ReftModel's parameters, or let the Trainer create it"
             )
     if not edits:
         logger.warning(
-            "the edits of adapter %r are not trained, they are frozen; modules beside them are",
+            "the edits of adapter %r are frozen: only modules_to_save and PEFT's layers are "
+            "trained",
             name,
         )
 
 
-def _trained(model: ReftModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """What requires a gradient: of the active adapter's edits; of its heads and PEFT's layers."""
+def _trainable_parameters(model: ReftModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the trainable parameters of the active adapter's edits, and all others: those of its
+    modules_to_save and of PEFT's layers."""
     registry, base, name = model._registry, model.get_base_model(), model.active_adapter
     assert name is not None
-    edits = [one for one in registry.adapter(name).parameters() if one.requires_grad]
+    edits = _requiring_grad(registry.adapter(name))
     modules = list(registry.modules_to_save.modules_of(base, name).values())
-    beside = [one for part in modules for one in part.parameters() if one.requires_grad]
+    other = [parameter for module in modules for parameter in _requiring_grad(module)]
     if peft_base.has_layers(base):
-        own = {id(one) for one in registry.parameters()}
-        beside += [one for one in base.parameters() if one.requires_grad and id(one) not in own]
-    return edits, beside
+        registered = {id(parameter) for parameter in registry.parameters()}
+        other += [tensor for tensor in _requiring_grad(base) if id(tensor) not in registered]
+    return edits, other
+
+
+def _requiring_grad(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 # ---------------------------------------------------------------- the first batch
 
 
 @contextmanager
-def watched(wrapper: ReftModel, model: nn.Module) -> Iterator[list[ForwardPlan]]:
-    """Gather the plans of the forwards inside; what was compiled runs as it was written.
+def recorded_plans(wrapper: ReftModel, model: nn.Module) -> Iterator[list[ForwardPlan]]:
+    """Collect the edit plan of each forward inside; compiled modules run uncompiled.
 
     Args:
-        wrapper: whose adapters are asked about.
-        model: what is called.
+        wrapper: the model that holds the adapters.
+        model: the module that the Trainer calls, the wrapper or a module around or inside it.
     """
     call = wrapper._registry.call
     plans: list[ForwardPlan] = []
@@ -101,123 +106,124 @@ def watched(wrapper: ReftModel, model: nn.Module) -> Iterator[list[ForwardPlan]]
 
 def _uncompiled(model: nn.Module) -> AbstractContextManager[object]:
     compiled = any(
-        one._compiled_call_impl is not None or "_orig_mod" in one._modules
-        for one in model.modules()
+        module._compiled_call_impl is not None or "_orig_mod" in module._modules
+        for module in model.modules()
     )
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
-class FirstBatch:
-    """Looks at the first batch of a run, and no further where it has an edited token.
+class FirstBatchCheck:
+    """Check that the first batch of a run has an edited token, or that a later one may have.
 
     Attributes:
-        seen: whether the run goes on whatever comes.
+        passed: whether the check is over, and training continues.
     """
 
     def __init__(self) -> None:
-        self.seen = False
+        self.passed = False
         self._examples = 0
 
     def check(
-        self, trainer: AdapterTrainer, model: nn.Module, inputs: Any, plans: list[ForwardPlan]
+        self,
+        trainer: Trainer,
+        wrapper: ReftModel,
+        model: nn.Module,
+        inputs: Any,
+        plans: list[ForwardPlan],
     ) -> None:
-        """Go on, or refuse to. All ranks do the same; to be called by each of them.
+        """Let training continue, or refuse it. Every rank must call this; all decide alike.
 
         Args:
-            model: as the Trainer calls it.
+            trainer: the Trainer whose data are searched if this batch has no edited token.
+            wrapper: the wrapped model that is trained.
+            model: the module that the Trainer calls.
             inputs: the batch.
-            plans: of its forwards.
+            plans: the plans of its forwards, see :func:`recorded_plans`.
 
         Raises:
-            ValueError: no example that was looked at has an edited token. Nothing was changed.
+            ValueError: no example that was searched has an edited token. Nothing was changed.
         """
         if _on_any_rank(trainer, _edits_trained(plans)):
-            self.seen = True
+            self.passed = True
             if not _has_targets(inputs):
                 logger.warning(
                     "every label of the first batch is -100, so that it trains nothing: check that "
                     "examples have completions, and that these are not cut off"
                 )
             return
-        wrapper = trainer._reft_model()
-        reason = why_nothing(wrapper, inputs)
-        _, beside = _trained(wrapper)
-        if beside:
-            self.seen = True
+        reason = explain_no_edits(wrapper, inputs)
+        _, other = _trainable_parameters(wrapper)
+        if other:
+            self.passed = True
             logger.warning(
-                "the first batch trains modules beside the edits and no edit: %s",
+                "the first batch trains modules_to_save or PEFT's layers and no edit: %s",
                 reason,
             )
             return
-        if _can_be_picked(trainer.train_dataset):
-            goes_on = _on_any_rank(trainer, _others_edit(trainer, model))
-            self.seen = goes_on
-        else:  # what comes next can only be waited for
+        if _is_indexable(trainer.train_dataset):
+            may_edit = _on_any_rank(trainer, _others_edit(trainer, wrapper, model))
+            self.passed = may_edit
+        else:  # the rest of a stream cannot be sampled
             self._examples += trainer.get_total_train_batch_size(trainer.args)
-            goes_on = self._examples < LOOKED_AT
-        if not goes_on:
+            may_edit = self._examples < MAX_EXAMPLES
+        if not may_edit:
             model.zero_grad()
             raise ValueError(f"nothing would be trained by the training data: {reason}")
         logger.warning("the first batch trains nothing: %s. Other batches do, or may", reason)
 
 
 def _edits_trained(plans: Sequence[ForwardPlan]) -> bool:
-    """Whether a forward with gradients edits a token by parameters that are trained."""
+    """Return whether a forward with gradients edits a token with trainable parameters."""
     return any(
         plan.recorded
         and not isinstance(adapter.source, HostAdapter)
         and any(parameter.requires_grad for parameter in adapter.source.parameters())
-        and any(bool((vector >= 0).any()) for vector in rows)
+        and any(bool((group >= 0).any()) for group in rows)
         for plan in plans
         for adapter, rows in zip(plan.adapters, plan.rows, strict=True)
     )
 
 
 def _has_targets(inputs: Any) -> bool:
-    """Whether a loss counts any label; where a batch has none to look at, it may."""
+    """Return whether the loss counts any label; True for a batch without labels of tokens."""
     labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
     if not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.numel():
         return True
     return bool((labels != IGNORED).any())
 
 
-def _others_edit(trainer: AdapterTrainer, model: nn.Module) -> bool:
-    """Whether a token of other examples, from all over the training data, is edited."""
+def _others_edit(trainer: Trainer, wrapper: ReftModel, model: nn.Module) -> bool:
+    """Return whether a sample of the training data has an edited token."""
     data: Any = trainer.train_dataset
     collate: Any = trainer.data_collator
-    if hasattr(data, "column_names"):  # of the library datasets
+    if hasattr(data, "column_names"):  # a data set of the library datasets
         data = trainer._remove_unused_columns(data, description="training")
     else:
         collate = trainer._get_collator_with_removed_columns(collate, description="training")
-    size, wrapper = max(1, trainer._train_batch_size), trainer._reft_model()
-    places = spread_places(len(data), LOOKED_AT)
-    with kept_random_state(trainer.args.device), torch.no_grad():
-        for begin in range(0, len(places), size):
-            batch = collate([data[place] for place in places[begin : begin + size]])
+    size = max(1, trainer._train_batch_size)
+    indices = spread_indices(len(data), MAX_EXAMPLES)
+    with preserve_random_state(trainer.args.device), torch.no_grad():
+        for begin in range(0, len(indices), size):
+            batch = collate([data[index] for index in indices[begin : begin + size]])
             names = batch.get("adapter_names") if isinstance(batch, Mapping) else None
-            candidate = names is None or wrapper.active_adapter in names
+            is_candidate = names is None or wrapper.active_adapter in names
             autocast = trainer.compute_loss_context_manager()
-            with watched(wrapper, model) as plans, autocast:
+            with recorded_plans(wrapper, model) as plans, autocast:
                 trainer.compute_loss(model, trainer._prepare_inputs(batch))
-            edits = [one for plan in plans for site in plan.edits.values() for one in site]
-            found = candidate and any(bool((one.rows.rows >= 0).any()) for one in edits)
-            if _on_any_rank(trainer, found):  # together, so that all of them call the model alike
+            edits = [edit for plan in plans for site in plan.edits.values() for edit in site]
+            has_edit = is_candidate and any(bool((edit.rows.rows >= 0).any()) for edit in edits)
+            # All ranks stop together, so that each calls the model equally often.
+            if _on_any_rank(trainer, has_edit):
                 return True
     return False
 
 
-def spread_places(length: int, most: int) -> list[int]:
-    """At most so many places of a sequence, from all over it, in order."""
-    count = min(length, most)
-    return [place * length // count for place in range(count)]
-
-
-def _can_be_picked(data: Any) -> bool:
+def _is_indexable(data: Any) -> bool:
     return isinstance(data, Sized) and hasattr(data, "__getitem__")
 
 
-def _on_any_rank(trainer: AdapterTrainer, found: bool) -> bool:
-    flag = torch.tensor([int(found)], device=trainer.accelerator.device)
+def _on_any_rank(trainer: Trainer, condition: bool) -> bool:
+    flag = torch.tensor([int(condition)], device=trainer.accelerator.device)
     gathered: Tensor = trainer.accelerator.gather(flag)
     return bool(gathered.any())
 
@@ -225,8 +231,8 @@ def _on_any_rank(trainer: AdapterTrainer, found: bool) -> bool:
 # ---------------------------------------------------------------- the reason
 
 
-def why_nothing(model: ReftModel, inputs: Any) -> str:
-    """Why no token of a batch is edited, and what to do."""
+def explain_no_edits(model: ReftModel, inputs: Any) -> str:
+    """Return why no token of a batch is edited, and what to do about it."""
     registry, name = model._registry, model.active_adapter
     assert name is not None
     if registry.disabled:
@@ -236,12 +242,12 @@ def why_nothing(model: ReftModel, inputs: Any) -> str:
     if batch.get("adapter_names") is not None:
         return f"check adapter_names, {name!r} is the adapter that is trained"
     if batch.get("edit_positions") is not None:
-        return "edit_positions name none; give each example at least one token"
+        return "edit_positions are empty; give each example at least one token"
     if config.positions == "image":
-        return 'positions "image" edit image tokens, and the examples hold none'
+        return 'positions="image" edits image tokens, and the examples hold none'
     longest = _longest_prompt(batch, registry.causal)
     if registry.causal and registry.blocks.side == "decoder" and longest == 0:
-        longest = 1  # the token that a decoder starts from
+        longest = 1  # the decoder start token
     if longest == 0 and batch.get("prompt_lengths") is not None:
         return "prompt_lengths are all 0; give the number of prompt tokens of each example"
     if longest == 0 and registry.causal:
@@ -260,13 +266,14 @@ def why_nothing(model: ReftModel, inputs: Any) -> str:
             'short_prompts="paper"'
         )
     return (
-        f"positions {config.positions!r} fall on no attended token of a prompt; check that "
+        f"positions {config.positions!r} select no attended token of a prompt; check that "
         "examples have prompts, with labels of -100, and an attention_mask that is not all 0"
     )
 
 
 def _longest_prompt(batch: Mapping[str, Any], causal: bool) -> int | None:
-    """Tokens of the longest prompt of a padded batch; None where the batch does not tell."""
+    """Return the tokens of the longest prompt of a padded batch, None if the batch has neither
+    lengths, labels nor a mask."""
     lengths, labels = batch.get("prompt_lengths"), batch.get("labels")
     if lengths is not None:
         return max(map(int, lengths), default=0)

@@ -1,4 +1,4 @@
-"""One rule for text and tokens: start tokens once, the end where it was taught."""
+"""Tokenisation: one start token, one end token, completions decoded up to their end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from reft.train.collate import ReftDataCollator
-from reft.train.tokens import answer_text, end_ids, expected_text, prompt_ids
+from reft.train.tokenization import completion_text, end_ids, expected_text, prompt_ids
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<cls>", "<sep>", "<lang>", "<turn>"]
 WORDS = [*SPECIAL, "a", "b", "c", "d"]
@@ -19,13 +19,13 @@ def ids(text: str) -> list[int]:
 
 
 def tokenizer_of(single: str | None, unk: str = "<unk>") -> PreTrainedTokenizerFast:
-    """A tokenizer of words that adds what ``single`` says to every text."""
+    """A tokenizer of words that adds special tokens by the template ``single``."""
     words = Tokenizer(models.WordLevel(NUMBER, unk_token=unk))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if single is not None:
-        added = [one for one in single.split() if one != "$A"]
+        added = [token for token in single.split() if token != "$A"]
         words.post_processor = processors.TemplateProcessing(
-            single=single, special_tokens=[(one, NUMBER[one]) for one in added]
+            single=single, special_tokens=[(token, NUMBER[token]) for token in added]
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=words,
@@ -40,7 +40,7 @@ def tokenizer_of(single: str | None, unk: str = "<unk>") -> PreTrainedTokenizerF
     )
 
 
-#: What a tokenizer adds, a prompt, its tokens as words.
+#: Template of special tokens, a prompt, its tokens as words.
 PROMPTS = [
     ("<bos> $A", "a b", "<bos> a b"),
     ("<bos> $A", "<bos> a b", "<bos> a b"),
@@ -61,23 +61,23 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.parametrize(("single", "prompt", "wanted"), PROMPTS)
-def test_a_prompt_has_one_start(single, prompt, wanted):
+@pytest.mark.parametrize(("single", "prompt", "expected"), PROMPTS)
+def test_a_prompt_has_one_start(single, prompt, expected):
     tokenizer = tokenizer_of(single)
-    assert prompt_ids(tokenizer, prompt) == ids(wanted)
+    assert prompt_ids(tokenizer, prompt) == ids(expected)
     feature = ReftDataCollator(tokenizer).tokenize({"prompt": prompt, "completion": "c"})
-    assert feature["input_ids"] == [*ids(wanted), *ids("c <eos>")]
-    assert feature["labels"] == [-100] * len(ids(wanted)) + ids("c <eos>")
+    assert feature["input_ids"] == [*ids(expected), *ids("c <eos>")]
+    assert feature["labels"] == [-100] * len(ids(expected)) + ids("c <eos>")
 
 
-def test_a_start_that_stands_for_unknown_words_too_is_told_by_the_text():
+def test_a_start_token_that_is_also_the_unknown_token():
     tokenizer = tokenizer_of("<bos> $A", unk="<bos>")
     assert prompt_ids(tokenizer, "zebra a") == ids("<bos> <bos> a")
     assert prompt_ids(tokenizer, "<bos> a") == ids("<bos> a")
 
 
 @pytest.mark.parametrize(
-    ("single", "text", "wanted"),
+    ("single", "text", "expected"),
     [
         ("<bos> $A", "<bos> a b", "<bos> a b"),
         ("<cls> $A <sep>", "a b", "<cls> a b <sep>"),
@@ -87,17 +87,17 @@ def test_a_start_that_stands_for_unknown_words_too_is_told_by_the_text():
         (None, "<cls> a b", "<cls> a b"),
     ],
 )
-def test_a_text_has_one_start_and_one_end_in_every_field(single, text, wanted):
+def test_a_text_has_one_start_and_one_end_in_every_field(single, text, expected):
     tokenizer = tokenizer_of(single)
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     feature = ReftDataCollator(tokenizer).tokenize({"text": text, "label": 1})
-    assert feature["input_ids"] == ids(wanted)
-    assert feature["attention_mask"] == [1] * len(ids(wanted))
-    assert len(feature["token_type_ids"]) == len(ids(wanted))
+    assert feature["input_ids"] == ids(expected)
+    assert feature["attention_mask"] == [1] * len(ids(expected))
+    assert len(feature["token_type_ids"]) == len(ids(expected))
 
 
 @pytest.mark.parametrize("text", ["<cls> a b c d", "a b c d"])
-def test_a_text_that_is_cut_keeps_one_start_and_the_end(text):
+def test_a_truncated_text_keeps_one_start_and_the_end(text):
     collator = ReftDataCollator(tokenizer_of("<cls> $A <sep>"), max_length=4, truncate=True)
     feature = collator.tokenize({"text": text, "label": 1})
     assert feature["input_ids"] == ids("<cls> a b <sep>")
@@ -118,7 +118,7 @@ def test_a_rendered_chat_has_the_tokens_of_the_chat():
 
 
 @pytest.mark.parametrize(
-    ("configured", "wanted"),
+    ("configured", "expected"),
     [
         (None, "<eos>"),
         (GenerationConfig(), "<eos>"),
@@ -127,22 +127,22 @@ def test_a_rendered_chat_has_the_tokens_of_the_chat():
         (GenerationConfig(eos_token_id=[NUMBER["<sep>"], NUMBER["<turn>"]]), "<sep> <turn> <eos>"),
     ],
 )
-def test_ends_are_the_models_and_the_tokenizers(configured, wanted):
-    assert end_ids(configured, tokenizer_of(None)) == ids(wanted)
+def test_ends_are_those_of_model_and_tokenizer(configured, expected):
+    assert end_ids(configured, tokenizer_of(None)) == ids(expected)
 
 
-def test_a_tokenizer_without_an_end_leaves_the_models():
+def test_a_tokenizer_without_an_end_token():
     tokenizer = tokenizer_of(None)
     tokenizer.eos_token = None
     assert end_ids(GenerationConfig(eos_token_id=5), tokenizer) == [5]
     assert end_ids(None, tokenizer) == []
 
 
-def test_answers_are_shown_up_to_their_end():
+def test_completions_are_decoded_up_to_their_end():
     tokenizer = tokenizer_of(None)
-    ends = ids("<eos> <turn>")  # the second is an ordinary word to the tokenizer
-    assert answer_text(tokenizer, ids("a <lang> b <turn> c"), ends) == "a b"
-    assert answer_text(tokenizer, ids("a <turn>"), ids("<eos>")) == "a <turn>"
+    ends = ids("<eos> <turn>")  # for the tokenizer <turn> is no special token
+    assert completion_text(tokenizer, ids("a <lang> b <turn> c"), ends) == "a b"
+    assert completion_text(tokenizer, ids("a <turn>"), ids("<eos>")) == "a <turn>"
     for completion in ("a b", "a b <eos>", "a b <turn>", "<lang> a b <turn> <eos>"):
         assert expected_text(tokenizer, completion, ends) == "a b"
     assert expected_text(tokenizer, "a  zebra", ends) == "a  zebra"

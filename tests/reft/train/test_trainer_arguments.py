@@ -1,4 +1,4 @@
-"""What users of Trainer expect of ReftTrainer: its arguments, columns, devices, classifiers."""
+"""ReftTrainer takes Trainer's arguments, columns, devices and models, classifiers among them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from trainer_runs import losses, trainable_values
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -17,21 +18,6 @@ from reft.config import ReftConfig
 from reft.model.reft_model import ReftModel, get_reft_model
 from reft.train.collate import ReftDataCollator
 from reft.train.trainer import ReftTrainer
-
-
-def losses(trainer: ReftTrainer) -> list[float]:
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
-
-
-def trainable(model: ReftModel) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(
-        torch.equal(left[name], right[name]) for name in left
-    )
-
 
 ARGUMENTS = {
     "plain": {},
@@ -52,11 +38,11 @@ ARGUMENTS = {
 @pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*use_reentrant.*:UserWarning")
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_what_trainer_offers_works_with_an_adapter(make_trainer, name):
+def test_arguments_of_trainer_work_with_an_adapter(make_trainer, name):
     trainer = make_trainer(max_steps=2, **ARGUMENTS[name])
-    start = trainable(trainer.model)
+    start = trainable_values(trainer.model)
     trainer.train()
-    after = trainable(trainer.model)
+    after = trainable_values(trainer.model)
     assert not any(torch.equal(start[parameter], after[parameter]) for parameter in start)
     assert all(torch.isfinite(torch.tensor(losses(trainer))))
     if "checkpointing" not in name and name != "reentrant":
@@ -64,17 +50,17 @@ def test_what_trainer_offers_works_with_an_adapter(make_trainer, name):
     trainer.model.unload()
     plain = make_trainer(max_steps=2)
     plain.train()
-    for parameter, value in trainable(plain.model).items():
+    for parameter, value in trainable_values(plain.model).items():
         torch.testing.assert_close(after[parameter], value, rtol=1e-4, atol=1e-6)
 
 
 def test_a_quantised_base_may_be_trained(make_trainer, word_llama):
-    # What Trainer looks at, without the quantisation library.
+    # The attributes that Trainer reads, without the quantisation library.
     word_llama.is_quantized = True
     word_llama.hf_quantizer = SimpleNamespace(is_trainable=True, is_qat_trainable=False)
     with pytest.raises(ValueError, match="purely quantized"):
         Trainer(word_llama, TrainingArguments(report_to="none", use_cpu=True))
-    trainer = make_trainer()
+    trainer = make_trainer(max_steps=1)
     trainer.train()
     assert not getattr(word_llama, "_hf_peft_config_loaded", False)
 
@@ -90,10 +76,9 @@ def test_several_visible_devices_do_not_make_it_data_parallel(make_trainer, capl
     )
     assert again.args.n_gpu == 1
     assert "torchrun" in caplog.text
-    again.train()
 
 
-def test_columns_that_no_one_reads_are_dropped_and_ours_are_kept(make_trainer, color_records):
+def test_unused_columns_are_dropped_and_the_wrappers_are_kept(make_trainer, color_records):
     trainer = make_trainer(data=[{**record, "source": "x", "id": 1} for record in color_records])
     batch = next(iter(trainer.get_train_dataloader()))
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
@@ -105,7 +90,7 @@ def test_columns_that_no_one_reads_are_dropped_and_ours_are_kept(make_trainer, c
 
 
 @pytest.mark.parametrize("accepts", [None, True, False])
-def test_the_trainer_knows_what_it_would_know_of_the_base_alone(make_trainer, word_llama, accepts):
+def test_the_trainer_inspects_the_base_model(make_trainer, word_llama, accepts):
     if accepts is not None:
         word_llama.accepts_loss_kwargs = accepts
     ours = make_trainer()
@@ -165,10 +150,10 @@ def test_a_classifier_trains_its_head_and_both_come_back(make_trainer, classifie
         model=get_reft_model(classifier, config),
         data=LABELLED,
         eval_data=LABELLED,
-        max_steps=60,
+        max_steps=40,
         per_device_train_batch_size=18,
         save_strategy="steps",
-        save_steps=60,
+        save_steps=40,
     )
     trainer.compute_metrics = accuracy
     trainer.train()
@@ -178,12 +163,12 @@ def test_a_classifier_trains_its_head_and_both_come_back(make_trainer, classifie
     expected = trainer.model.eval()(**batch).logits
     trainer.save_model(str(tmp_path / "published"))
 
-    # The same base, as someone else would have it: with the head it was made with.
+    # A fresh base of the same weights has its initial head.
     base = trainer.model.unload()
     for name, value in frozen.items():
         assert torch.equal(dict(base.bert.encoder.named_parameters())[name], value)
     base.classifier.load_state_dict(head)
-    for folder in ("published", "run/checkpoint-60"):
+    for folder in ("published", "run/checkpoint-40"):
         loaded = ReftModel.from_pretrained(base, tmp_path / folder).eval()
         torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-5, atol=1e-6)
         base = loaded.unload()

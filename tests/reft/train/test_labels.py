@@ -1,4 +1,4 @@
-"""Labels that are lists: next tokens, a class of each token, or several of the whole text."""
+"""Labels that are lists: next tokens, a class of each token, or several labels of the text."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def several(**extra):
 
 
 @pytest.mark.parametrize("multiple", [None, 4, 8])
-def test_classes_of_tokens_are_padded_with_ignored_ones(word_tokenizer, multiple):
+def test_classes_of_tokens_are_padded_with_ignored_labels(word_tokenizer, multiple):
     batch = ReftDataCollator(word_tokenizer, pad_to_multiple_of=multiple)(token_classes())
     more = 8 - 4 if multiple == 8 else 0
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8] + [PAD] * more, [9, 8] + [PAD] * (2 + more)]
@@ -55,7 +55,7 @@ def test_classes_of_tokens_are_padded_with_ignored_ones(word_tokenizer, multiple
     "make", [np.array, torch.tensor, tuple, lambda x: [np.int64(i) for i in x]]
 )
 def test_labels_may_be_arrays(word_tokenizer, make):
-    features = [{**one, "labels": make(one["labels"])} for one in token_classes()]
+    features = [{**feature, "labels": make(feature["labels"])} for feature in token_classes()]
     batch = ReftDataCollator(word_tokenizer, prompt_lengths=True)(features)
     assert batch["labels"].tolist() == [[-100, 0, 2, 1], [-100, 1, -100, -100]]
     assert batch["prompt_lengths"].tolist() == [4, 2]
@@ -76,8 +76,8 @@ def test_several_labels_of_each_token(word_tokenizer):
 
 @pytest.mark.parametrize("multiple", [None, 8])
 @pytest.mark.parametrize("texts", [["a", "a b"], ["a b", "a b"], ["a b"]])
-def test_several_labels_of_a_text_are_never_padded(word_tokenizer, multiple, texts):
-    """Not where there are as many of them as tokens either: "a b" has three, with <bos>."""
+def test_several_labels_of_a_text_are_not_padded(word_tokenizer, multiple, texts):
+    """Even if there are as many labels as tokens: "a b" has three tokens with <bos>."""
     features = [{"text": text, "label": [1.0, 0.0, 1.0]} for text in texts]
     collator = ReftDataCollator(word_tokenizer, pad_to_multiple_of=multiple, prompt_lengths=True)
     batch = collator(features)
@@ -93,7 +93,7 @@ def test_labels_of_a_text_by_any_name(word_tokenizer, name):
     assert batch["labels"].tolist() == [[-100, 1, 0], [-100, 2, -100]]
 
 
-def test_a_label_beside_a_completion_is_a_leftover(word_tokenizer):
+def test_a_label_beside_a_completion_is_dropped(word_tokenizer):
     collator = ReftDataCollator(word_tokenizer)
     record = {"prompt": "a", "completion": "b"}
     left = collator([{**record, "label": 1}])
@@ -109,14 +109,15 @@ def test_next_tokens_end_the_prompt_and_classes_do_not(word_tokenizer):
     assert batch["prompt_lengths"].tolist() == [4, 2]
     assert batch["edit_positions"].tolist() == [[0, 3], [0, 1]]
     following = [
-        {**one, "labels": [-100, *one["input_ids"][1:]], "edit_positions": [-1]} for one in features
+        {**feature, "labels": [-100, *feature["input_ids"][1:]], "edit_positions": [-1]}
+        for feature in features
     ]
     batch = ReftDataCollator(word_tokenizer, prompt_lengths=True)(following)
     assert batch["prompt_lengths"].tolist() == [1, 1]
     assert batch["edit_positions"].tolist() == [[0], [0]]
 
 
-def test_classes_that_are_ids_by_chance_are_those_of_their_data(word_tokenizer):
+def test_classes_that_equal_ids_by_chance_are_classes(word_tokenizer):
     features = [
         {"input_ids": [5, 6, 7], "labels": [-100, 0, 2]},
         {"input_ids": [9, 2], "labels": [-100, 2]},  # token 2 is of class 2
@@ -134,28 +135,30 @@ def test_classes_that_are_ids_by_chance_are_those_of_their_data(word_tokenizer):
         (None, [1], [[-100, 2, -100, -100]]),
     ],
 )
-def test_what_labels_are_can_be_said(word_tokenizer, kind, lengths, labels):
+def test_label_kind_overrides_the_inferred_kind(word_tokenizer, kind, lengths, labels):
     collator = ReftDataCollator(
         word_tokenizer, label_kind=kind, prompt_lengths=True, pad_to_multiple_of=4
     )
     batch = collator([{"input_ids": [9, 2], "labels": [-100, 2]}])
     assert batch["prompt_lengths"].tolist() == lengths
     assert batch["labels"].tolist() == labels
-    # The prompt of a record is known, and one label of a text is one, whatever lists are.
+    # label_kind concerns lists only: neither the prompt of a record nor a single label of a text.
     known = collator([{"prompt": "a b", "completion": "c"}]) if kind != "sequence" else None
     assert known is None or known["prompt_lengths"].tolist() == [3]
     assert collator([{"text": "a b", "label": 1}])["labels"].tolist() == [1]
 
 
-def test_floats_one_a_token(word_tokenizer):
+def test_one_float_per_token(word_tokenizer):
     features = [
         {"input_ids": [5, 6, 7], "labels": [0.5, 0.1, 0.2]},
         {"input_ids": [9, 8], "labels": [0.5, 0.25]},
     ]
-    told = ReftDataCollator(word_tokenizer)(features)
-    assert told["labels"][1].tolist() == [0.5, 0.25, -100.0]
-    said = ReftDataCollator(word_tokenizer, label_kind="token", pad_to_multiple_of=4)(features[:1])
-    assert said["labels"].tolist()[0][3] == -100.0
+    inferred = ReftDataCollator(word_tokenizer)(features)
+    assert inferred["labels"][1].tolist() == [0.5, 0.25, -100.0]
+    explicit = ReftDataCollator(word_tokenizer, label_kind="token", pad_to_multiple_of=4)(
+        features[:1]
+    )
+    assert explicit["labels"].tolist()[0][3] == -100.0
 
 
 @pytest.mark.parametrize(
@@ -165,14 +168,14 @@ def test_floats_one_a_token(word_tokenizer):
         (
             {"label_kind": "token"},
             [{"input_ids": [5, 6], "labels": [1]}],
-            "one label a token, got 1 labels for 2 tokens",
+            "one label per token, got 1 labels for 2 tokens",
         ),
         (
             {"max_length": 3, "truncate": True},
             [{"text": "a b c", "label": [-100, 1, 0, 1]}],
-            "4 tokens, one label a token, and max_length is 3: labels are not cut",
+            "4 tokens with one label per token and max_length is 3: labels are not truncated",
         ),
-        ({}, [{"input_ids": [5, 6], "attention_mask": [1]}], "one entry a token, got 1 for 2"),
+        ({}, [{"input_ids": [5, 6], "attention_mask": [1]}], "one entry per token, got 1 for 2"),
         (
             {},
             [{"messages": [{"role": "user", "content": "a"}]}],
@@ -181,12 +184,12 @@ def test_floats_one_a_token(word_tokenizer):
         ({}, [{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}], "'prompt'.*list"),
     ],
 )
-def test_what_is_refused(word_tokenizer, settings, features, says):
+def test_invalid_features_are_refused(word_tokenizer, settings, features, says):
     with pytest.raises(ValueError, match=says):
         ReftDataCollator(word_tokenizer, **settings)(features)
 
 
-# ------------------------------------------------------------------ tokens that nobody attends to
+# ------------------------------------------------------------------ masked tokens
 
 
 def gaps(**extra):
@@ -211,7 +214,7 @@ def test_a_prompt_is_counted_by_its_attended_tokens(word_tokenizer):
     batch = ReftDataCollator(word_tokenizer, prompt_lengths=True)(gaps(edit_positions=[-1, 0]))
     assert batch["prompt_lengths"].tolist() == [3, 1]
     assert batch["edit_positions"].tolist() == [[2, 0], [0, -1]]
-    classes = [{**one, "labels": [0, 1, 1, 0, 1], "edit_positions": [-1]} for one in gaps()]
+    classes = [{**feature, "labels": [0, 1, 1, 0, 1], "edit_positions": [-1]} for feature in gaps()]
     batch = ReftDataCollator(word_tokenizer, prompt_lengths=True)(classes)
     assert batch["prompt_lengths"].tolist() == [4, 3]
     assert batch["edit_positions"].tolist() == [[3], [2]]
@@ -221,14 +224,17 @@ def test_a_prompt_is_counted_by_its_attended_tokens(word_tokenizer):
 
 def test_a_prompt_length_makes_labels_of_attended_tokens(word_tokenizer):
     features = [
-        {**{name: one[name] for name in ("input_ids", "attention_mask")}, "prompt_length": length}
-        for one, length in zip(gaps(), (3, 1), strict=True)
+        {
+            **{name: feature[name] for name in ("input_ids", "attention_mask")},
+            "prompt_length": length,
+        }
+        for feature, length in zip(gaps(), (3, 1), strict=True)
     ]
     labels = ReftDataCollator(word_tokenizer)(features)["labels"]
-    assert labels.tolist() == [one["labels"] for one in gaps()]
+    assert labels.tolist() == [feature["labels"] for feature in gaps()]
 
 
-def test_a_packed_row_holds_what_is_attended(word_tokenizer):
+def test_a_packed_row_holds_the_attended_tokens(word_tokenizer):
     collator = ReftDataCollator(word_tokenizer, padding_free=True, prompt_lengths=True)
     batch = collator(gaps(edit_positions=[-1]))
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 6, 5]]
@@ -243,14 +249,14 @@ def test_a_packed_row_holds_what_is_attended(word_tokenizer):
         collator([{"input_ids": [5], "attention_mask": [1], "labels": [-100]}, nobody])
 
 
-def test_packed_labels_are_flat_where_they_are_the_tokens(word_tokenizer):
+def test_packed_labels_of_tokens_are_flat(word_tokenizer):
     collator = ReftDataCollator(word_tokenizer, padding_free=True)
     assert collator(token_classes())["labels"].tolist() == [[-100, 0, 2, 1, -100, 1]]
-    # As many labels as the longest has tokens: still one row of them a sequence.
+    # The longest sequence has as many tokens as labels, which stay one row per sequence.
     assert collator(several())["labels"].tolist() == [[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]
 
 
-# ------------------------------------------------------------------ and the models
+# ------------------------------------------------------------------ models
 
 
 BERT = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -277,16 +283,14 @@ def token_decoder():
     [(multi_label, several), (token_encoder, token_classes), (token_decoder, token_classes)],
     ids=["several", "tokens-of-encoder", "tokens-of-decoder"],
 )
-@pytest.mark.parametrize("asked", [False, True], ids=["found", "prompt-lengths"])
+@pytest.mark.parametrize("with_lengths", [False, True], ids=["edit-positions", "prompt-lengths"])
 @torch.no_grad()
-def test_a_batch_edits_what_the_model_edits_in_each_text_alone(
-    word_tokenizer, make, features, asked
-):
+def test_a_batch_has_the_edits_of_each_text_alone(word_tokenizer, make, features, with_lengths):
     torch.manual_seed(0)
-    config = ReftConfig(rank=2, positions="given" if not asked else "f1+l1")
+    config = ReftConfig(rank=2, positions="given" if not with_lengths else "f1+l1")
     model = get_reft_model(make().eval(), config).eval()
-    rows = features(edit_positions=[0, -1]) if not asked else features()
-    collator = ReftDataCollator(word_tokenizer, prompt_lengths=asked, pad_to_multiple_of=4)
+    rows = features(edit_positions=[0, -1]) if not with_lengths else features()
+    collator = ReftDataCollator(word_tokenizer, prompt_lengths=with_lengths, pad_to_multiple_of=4)
     batch = collator(rows)
     logits = model(**batch).logits
     assert model(**batch).loss.isfinite()
@@ -295,7 +299,7 @@ def test_a_batch_edits_what_the_model_edits_in_each_text_alone(
     assert not torch.allclose(logits, unedited, atol=1e-4)
     for number, length in enumerate(batch["attention_mask"].sum(1).tolist()):
         ids = batch["input_ids"][number : number + 1, :length]
-        said = {} if asked else {"edit_positions": [[0, length - 1]]}
-        alone = model(ids, **said).logits[0]
+        options = {} if with_lengths else {"edit_positions": [[0, length - 1]]}
+        alone = model(ids, **options).logits[0]
         got = logits[number] if alone.ndim == 1 else logits[number, :length]
         torch.testing.assert_close(got, alone, atol=1e-5, rtol=0)

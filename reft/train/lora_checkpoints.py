@@ -1,4 +1,4 @@
-"""The adapters that PEFT holds beside ours, when a run goes on from a checkpoint."""
+"""Restoring PEFT's adapters of the base model when a run resumes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,43 +16,46 @@ from reft.model.reft_model import ReftModel
 
 
 def read_lora(model: ReftModel, checkpoint: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
-    """name -> what ``save_lora`` wrote, of every adapter that PEFT has put into the base.
+    """Read the tensors of every PEFT adapter of the base model from a checkpoint.
+
+    Returns:
+        The tensors that ``save_lora`` wrote, by adapter and name.
 
     Raises:
         FileNotFoundError: an adapter is not in the checkpoint.
-        ValueError: a file that is damaged, or tensors that are not those of the model's, or not
-            finite.
+        ValueError: a file is damaged, or its tensors differ from the model's in names or shapes, or
+            are not finite.
     """
-    base, found = model.base_model, {}
-    for name in adapters_of(base):
+    base, adapters = model.base_model, {}
+    for name in adapters_of(model):
         file = folder_of(checkpoint, name) / WEIGHTS
         if not file.is_file():
             raise FileNotFoundError(
                 f"the base model has PEFT's adapter {name!r}, the checkpoint has no {file}"
             )
         present, tensors = state_of(base, name, None), read_tensors(file)
-        wanted = {key: value.shape for key, value in present.items()}
+        expected = {key: value.shape for key, value in present.items()}
         stored = {key: value.shape for key, value in tensors.items()}
-        differing = sorted(dict(wanted.items() ^ stored.items()))
+        differing = sorted(dict(expected.items() ^ stored.items()))
         if differing:
             raise ValueError(
-                f"{file} must hold the tensors of PEFT's adapter {name!r} as this model has it; "
-                f"{len(differing)} of them differ, {differing[0]} for one"
+                f"{file} must hold the tensors of PEFT's adapter {name!r} of this model; "
+                f"{len(differing)} of them differ, such as {differing[0]}"
             )
         for key, value in tensors.items():
             check_numbers(f"{file}: {key}", value)
-        found[name] = {key: local_shard(value, present[key]) for key, value in tensors.items()}
-    return found
+        adapters[name] = {key: local_shard(value, present[key]) for key, value in tensors.items()}
+    return adapters
 
 
-def set_lora(model: ReftModel, found: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Set PEFT's adapters to what :func:`read_lora` read."""
-    if not found:
+def set_lora(model: ReftModel, adapters: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Load the result of :func:`read_lora` into PEFT's adapters."""
+    if not adapters:
         return
     from peft import set_peft_model_state_dict
 
     base = model.base_model
-    for name, tensors in found.items():
+    for name, tensors in adapters.items():
         if not peft_base.is_wrapper(base):
             tensors = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
         set_peft_model_state_dict(base, tensors, adapter_name=name)

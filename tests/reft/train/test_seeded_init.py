@@ -1,4 +1,4 @@
-"""A run is known by its seed: first values of a new adapter come from the Trainer's arguments."""
+"""Initialisation of a new adapter from the seed of the Trainer's arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tiny_models import bert, llama
 from transformers import TrainingArguments
 
 from reft import ReftConfig, ReftModel, ReftTrainer, get_reft_model
-from reft.train.seeds import draw_from_seed
+from reft.train.seeded_init import initialise_from_seed
 
 CONFIG = ReftConfig(rank=2, positions="f2+l2")
 
@@ -34,7 +34,7 @@ def drawn(seed: int, config: ReftConfig = CONFIG, base=None) -> dict[str, torch.
 
 
 def unseeded(config: ReftConfig = CONFIG, base=None) -> ReftModel:
-    """A model whose adapter nobody can foresee."""
+    """A model whose adapter is initialised from a random seed."""
     base = base or llama()
     torch.seed()
     return get_reft_model(base, config)
@@ -53,18 +53,19 @@ MEMBERS = [
 ]
 
 
-@pytest.mark.parametrize("config", MEMBERS, ids=lambda one: f"{one.intervention}-{one.init}")
-def test_first_values_are_those_of_the_seed(config, tmp_path):
-    for seed in (7, 42):
-        model = unseeded(config)
-        expected = drawn(seed, config)
-        assert not same(published(model), expected)
-        ReftTrainer(model, arguments(tmp_path, seed=seed))
-        assert same(published(model), expected)
-    assert not same(drawn(7, config), expected)
+@pytest.mark.parametrize(
+    "config", MEMBERS, ids=lambda config: f"{config.intervention}-{config.init}"
+)
+def test_the_seed_determines_the_initialisation(config, tmp_path):
+    model = unseeded(config)
+    expected = drawn(7, config)
+    assert not same(published(model), expected)
+    ReftTrainer(model, arguments(tmp_path, seed=7))
+    assert same(published(model), expected)
+    assert not same(drawn(42, config), expected)
 
 
-def test_two_runs_of_one_seed_end_alike(tmp_path):
+def test_two_runs_of_one_seed_are_equal(tmp_path):
     rows = [
         {"input_ids": [1, 5, 6, 7, 8], "labels": [-100, -100, -100, 7, 8 + n]} for n in range(8)
     ]
@@ -74,8 +75,8 @@ def test_two_runs_of_one_seed_end_alike(tmp_path):
 
     def run(seed):
         model = unseeded(ReftConfig(rank=2, positions="f2+l2", dropout=0.3))
-        told = arguments(tmp_path, seed=seed, per_device_train_batch_size=2, learning_rate=0.1)
-        ReftTrainer(model, told, joined, rows).train()
+        args = arguments(tmp_path, seed=seed, per_device_train_batch_size=2, learning_rate=0.1)
+        ReftTrainer(model, args, joined, rows).train()
         return published(model)
 
     assert same(run(3), run(3))
@@ -87,7 +88,7 @@ def test_global_random_numbers_are_not_drawn():
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    draw_from_seed(model, 5)
+    initialise_from_seed(model, 5)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -105,17 +106,17 @@ def test_a_model_made_for_each_run(tmp_path):
     assert same(published(trainer.model), drawn(9))
 
 
-def test_after_a_move_or_a_copy_it_is_still_new(tmp_path):
+def test_a_moved_or_copied_adapter_is_still_initialised(tmp_path):
     for change in (copy.deepcopy, lambda m: m.to("cpu"), lambda m: m.eval()):
         model = change(unseeded())
-        draw_from_seed(model, 5)
+        initialise_from_seed(model, 5)
         assert same(published(model), drawn(5))
 
 
-# ------------------------------------------------------------------ what stays as it is
+# ------------------------------------------------------------------ adapters that are not changed
 
 
-def given(model):
+def generated(model):
     return get_reft_model(model.unload(), CONFIG, generator=torch.Generator().manual_seed(1))
 
 
@@ -132,7 +133,7 @@ def assigned_the_same(model):
 
 
 def trained(model):
-    model._registry.adapter("default").bias.data += 1  # past every version counter
+    model._registry.adapter("default").bias.data += 1  # bypasses the version counter
     return model
 
 
@@ -142,21 +143,21 @@ def loaded_state(model):
 
 
 def drawn_before(model):
-    draw_from_seed(model, 1)
+    initialise_from_seed(model, 1)
     return model
 
 
 @pytest.mark.parametrize(
-    "change", [given, assigned, assigned_the_same, trained, loaded_state, drawn_before]
+    "change", [generated, assigned, assigned_the_same, trained, loaded_state, drawn_before]
 )
-def test_what_somebody_has_chosen_stays(change, tmp_path):
+def test_values_that_the_user_has_set_stay(change, tmp_path):
     model = change(unseeded())
     before = published(model)
     ReftTrainer(model, arguments(tmp_path, seed=7))
     assert same(published(model), before)
 
 
-def test_what_was_loaded_stays(tmp_path):
+def test_a_loaded_adapter_stays(tmp_path):
     unseeded().save_pretrained(tmp_path / "adapter")
     model = ReftModel.from_pretrained(llama(), tmp_path / "adapter", is_trainable=True)
     before = published(model)
@@ -164,7 +165,7 @@ def test_what_was_loaded_stays(tmp_path):
     assert same(published(model), before)
 
 
-def test_what_was_trained_by_hand_stays(tmp_path):
+def test_an_adapter_trained_in_a_loop_stays(tmp_path):
     model = unseeded()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     ids = torch.tensor([[1, 5, 6, 7]])
@@ -175,7 +176,7 @@ def test_what_was_trained_by_hand_stays(tmp_path):
     assert same(published(model), before)
 
 
-def test_heads_and_the_base_stay(tmp_path):
+def test_modules_to_save_and_the_base_stay(tmp_path):
     model = unseeded(ReftConfig(rank=2, task_type="SEQ_CLS", positions="prompt"), bert())
     before = {n: p.clone() for n, p in model.named_parameters() if ".adapters." not in n}
     ReftTrainer(model, arguments(tmp_path, seed=7))
@@ -184,7 +185,7 @@ def test_heads_and_the_base_stay(tmp_path):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_the_active_adapter_alone_is_drawn(tmp_path):
+def test_only_the_active_adapter_is_initialised(tmp_path):
     model = unseeded()
     model.add_adapter("other", ReftConfig(rank=3))
     before = published(model, "other")

@@ -1,4 +1,4 @@
-"""ReftTrainer.hyperparameter_search: a model for each trial, as transformers' search runs them."""
+"""ReftTrainer.hyperparameter_search: one model per trial, with optuna's interface replaced."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from reft import ReftConfig, ReftDataCollator, ReftModel, ReftTrainer, get_reft_
 
 
 class Trial:
-    """What a search hands over: the next of some values."""
+    """A trial of a search: the values of its number."""
 
     def __init__(self, number: int, values: dict[str, list]) -> None:
-        self.number, self.params = number, {name: all_[number] for name, all_ in values.items()}
+        self.number = number
+        self.params = {name: choices[number] for name, choices in values.items()}
 
     def report(self, *args) -> None:
         pass
@@ -31,22 +32,22 @@ class Trial:
 
 @pytest.fixture
 def search(monkeypatch):
-    """optuna as far as transformers asks for it, which goes through these values in turn."""
+    """A function that runs a search over given values, with the part of optuna that it needs."""
 
-    def start(trainer, values, **how):
+    def start(trainer, values, **options):
         trials = []
 
         def optimize(objective, n_trials, **kwargs):
             for number in range(n_trials):
                 trials.append(SimpleNamespace(number=number, params=None, value=None))
-                one = Trial(number, values)
-                trials[-1].params, trials[-1].value = one.params, objective(one)
+                trial = Trial(number, values)
+                trials[-1].params, trials[-1].value = trial.params, objective(trial)
 
         class Study:
-            best_trial = property(lambda self: min(trials, key=lambda one: one.value))
+            best_trial = property(lambda self: min(trials, key=lambda trial: trial.value))
 
-            def optimize(self, *args, **how):
-                optimize(*args, **how)
+            def optimize(self, *args, **options):
+                optimize(*args, **options)
 
             def _is_multi_objective(self):
                 return False
@@ -67,7 +68,7 @@ def search(monkeypatch):
         monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, Backend)
         best = trainer.hyperparameter_search(
             hp_space=lambda trial: trial.params, backend="optuna", direction="minimize",
-            n_trials=len(next(iter(values.values()))), **how,
+            n_trials=len(next(iter(values.values()))), **options,
         )  # fmt: skip
         return best, trials
 
@@ -85,7 +86,7 @@ def searched(word_llama, word_tokenizer, color_records, tmp_path):
             made.append(get_reft_model(word_llama, config or ReftConfig(rank=2, positions="f2+l2")))
             return made[-1]
 
-        settings = {"max_steps": 2, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+        settings = {"max_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
         arguments = TrainingArguments(
             str(tmp_path), disable_tqdm=True, **{**settings, "learning_rate": 1e-2, **changes}
         )
@@ -98,25 +99,25 @@ def searched(word_llama, word_tokenizer, color_records, tmp_path):
     return build
 
 
-def test_each_trial_trains_a_model_of_its_own(searched, search):
+def test_each_trial_trains_a_new_model(searched, search):
+    """A trial equals the run with its settings."""
     trainer, made = searched(seed=1)
-    rates = [1e-2, 3e-2, 1e-4]
+    rates = [3e-2, 1e-4]
     best, trials = search(trainer, {"learning_rate": rates})
     assert len(made) == 1 + len(rates)  # one for the Trainer itself
-    losses = [one.value for one in trials]
-    assert len(set(losses)) == 3
+    losses = [trial.value for trial in trials]
+    assert losses[0] != losses[1]
     assert best.objective == min(losses)
     assert best.hyperparameters == trials[losses.index(min(losses))].params
-    # A trial is the run that these settings are by themselves.
     made[-1].unload()
     for rate, loss in zip(rates, losses, strict=True):
-        alone, single = searched(learning_rate=rate, seed=1)
+        alone, models = searched(learning_rate=rate, seed=1)
         alone.train()
         assert alone.evaluate()["eval_loss"] == loss
-        single[-1].unload()
+        models[-1].unload()
 
 
-def test_the_seed_of_a_trial_is_that_of_its_adapter(searched, search, monkeypatch):
+def test_the_seed_of_a_trial_initialises_its_adapter(searched, search, monkeypatch):
     trainer, made = searched()
     began = []
     monkeypatch.setattr(
@@ -125,23 +126,23 @@ def test_the_seed_of_a_trial_is_that_of_its_adapter(searched, search, monkeypatc
     )
     search(trainer, {"seed": [5, 6]})
     base = made[-1].unload()
-    for seed, found in zip((5, 6), began, strict=True):
+    for seed, initial in zip((5, 6), began, strict=True):
         generator = torch.Generator().manual_seed(seed)
         model = get_reft_model(base, ReftConfig(rank=2, positions="f2+l2"), generator=generator)
         expected = model._registry.adapter("default").export_state_dict()
-        assert all(torch.equal(one, found[name]) for name, one in expected.items())
+        assert all(torch.equal(value, initial[name]) for name, value in expected.items())
         model.unload()
 
 
 def test_checkpoints_of_trials_hold_their_adapters(searched, search, tmp_path):
-    trainer, made = searched(save_strategy="steps", save_steps=2, eval_strategy="no")
+    trainer, made = searched(save_strategy="steps", save_steps=1, eval_strategy="no")
     search(trainer, {"learning_rate": [1e-2, 3e-2]})
     base = made[-1].unload()
-    found = [
-        ReftModel.from_pretrained(base, tmp_path / f"run-{number}" / "checkpoint-2").unload()
+    unloaded = [
+        ReftModel.from_pretrained(base, tmp_path / f"run-{number}" / "checkpoint-1").unload()
         for number in range(2)
     ]
-    assert found == [base, base]
+    assert unloaded == [base, base]
 
 
 def test_what_is_made_must_be_a_reft_model(searched, search, word_llama):
@@ -153,10 +154,10 @@ def test_what_is_made_must_be_a_reft_model(searched, search, word_llama):
 
 
 def test_trials_without_a_backend(searched):
-    """What other backends do between two of them."""
+    """Other backends clear the accelerator between two trials."""
     trainer, _ = searched()
-    for _ in range(3):
+    for _ in range(2):
         trainer.train()
-        assert trainer.steps_trained == 2
+        assert trainer.steps_trained == 1
         trainer.model_wrapped = trainer.model = None
         trainer.accelerator.clear()

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from reft import ReftConfig, ReftDataCollator, ReftTrainer, get_reft_model
-from reft.train.generating import prompts_of
+from reft.train.predict_with_generate import prompts_of
 
 
 def t5(size: int, **changes):
@@ -45,8 +45,7 @@ BASES = {
     "encoder": (t5, {}, "encoder.block", "f1+l1"),
     "tied": (t5, {"tie_word_embeddings": True}, "encoder.block", "f1+l1"),
     "decoder": (t5, {}, "decoder.block", "prompt"),
-    "bart": (bart, {}, "model.encoder.layers", "f1+l1"),
-    "bart's decoder": (bart, {}, "model.decoder.layers", "prompt"),
+    "bart": (bart, {}, "model.decoder.layers", "prompt"),
 }
 
 
@@ -54,10 +53,10 @@ BASES = {
 def features(word_tokenizer, color_records):
     return [
         {
-            "input_ids": word_tokenizer(one["prompt"])["input_ids"],
-            "labels": [word_tokenizer.convert_tokens_to_ids(one["completion"]), 2],
+            "input_ids": word_tokenizer(record["prompt"])["input_ids"],
+            "labels": [word_tokenizer.convert_tokens_to_ids(record["completion"]), 2],
         }
-        for one in color_records
+        for record in color_records
     ]
 
 
@@ -68,13 +67,13 @@ def seq2seq(word_tokenizer, features, tmp_path):
         base = make(len(word_tokenizer), **settings)
         config = ReftConfig(rank=2, positions=positions, block_path=path)
         model = get_reft_model(base, config, generator=torch.Generator().manual_seed(1))
-        told = {
+        settings = {
             "max_steps": 1, "save_steps": 1, "predict_with_generate": True, "report_to": "none",
             "use_cpu": True, "disable_tqdm": True, "generation_max_length": 6, "learning_rate": 0.1,
             "per_device_eval_batch_size": 3, **changes,
         }  # fmt: skip
         return kind(
-            model, Seq2SeqTrainingArguments(str(tmp_path / "run"), **told),
+            model, Seq2SeqTrainingArguments(str(tmp_path / "run"), **settings),
             DataCollatorForSeq2Seq(word_tokenizer, model=base), features, features[:4],
             processing_class=word_tokenizer, compute_metrics=metrics,
         )  # fmt: skip
@@ -83,17 +82,17 @@ def seq2seq(word_tokenizer, features, tmp_path):
 
 
 def begins_with(row, expected: list[int]) -> bool:
-    """Whether these are the tokens, and padding behind."""
+    """Whether a row holds these tokens and padding after them."""
     return row.tolist()[: len(expected)] == expected and not any(row[len(expected) :])
 
 
-def alone(model, ids, **how) -> list[int]:
-    """What generate says to one prompt."""
-    return model.eval().generate(input_ids=torch.tensor([ids]), **how)[0].tolist()
+def alone(model, ids, **options) -> list[int]:
+    """The tokens that generate returns for a single prompt."""
+    return model.eval().generate(input_ids=torch.tensor([ids]), **options)[0].tolist()
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_metrics_are_given_what_generate_says(seq2seq, features, name):
+def test_metrics_get_the_generated_tokens(seq2seq, features, name):
     seen = []
 
     def metrics(prediction):
@@ -102,13 +101,13 @@ def test_metrics_are_given_what_generate_says(seq2seq, features, name):
 
     trainer = seq2seq(name, metrics=metrics)
     trainer.train()
-    found = trainer.evaluate()
-    assert np.isfinite(found["eval_loss"]) and found["eval_tokens"] >= 4 * 6
+    values = trainer.evaluate()
+    assert np.isfinite(values["eval_loss"]) and values["eval_tokens"] >= 4 * 6
     [tokens] = seen
     for row, feature in zip(tokens, features, strict=False):
         assert begins_with(row, alone(trainer.model, feature["input_ids"], max_length=6))
     with trainer.model.disable_adapter():
-        plain = [alone(trainer.model, one["input_ids"], max_length=6) for one in features[:4]]
+        plain = [alone(trainer.model, row["input_ids"], max_length=6) for row in features[:4]]
     assert [row.tolist()[:6] for row in tokens] != plain
 
 
@@ -122,35 +121,33 @@ def test_the_loss_is_that_of_an_evaluation_without_generation(seq2seq):
 
 def test_predict_and_its_keywords(seq2seq, features):
     trainer = seq2seq()
-    found = trainer.predict(features[:3], max_new_tokens=3, num_beams=2)
-    for row, one in zip(found.predictions, features, strict=False):
-        expected = alone(trainer.model, one["input_ids"], max_new_tokens=3, num_beams=2)
+    output = trainer.predict(features[:3], max_new_tokens=3, num_beams=2)
+    for row, feature in zip(output.predictions, features, strict=False):
+        expected = alone(trainer.model, feature["input_ids"], max_new_tokens=3, num_beams=2)
         assert begins_with(row, expected)
-    assert found.metrics["test_loss"] > 0
+    assert output.metrics["test_loss"] > 0
 
 
 def test_beams_and_length_of_the_arguments(seq2seq, features):
     trainer = seq2seq(generation_num_beams=3, generation_max_length=5)
-    found = trainer.predict(features[:2])
-    expected = [
-        alone(trainer.model, one["input_ids"], max_length=5, num_beams=3) for one in features
-    ]
-    for row, one in zip(found.predictions, expected, strict=False):
-        assert begins_with(row, one)
+    output = trainer.predict(features[:2])
+    for row, feature in zip(output.predictions, features, strict=False):
+        expected = alone(trainer.model, feature["input_ids"], max_length=5, num_beams=3)
+        assert begins_with(row, expected)
 
 
 def test_a_generation_config_of_the_arguments_is_the_one_that_is_used(seq2seq):
-    given = GenerationConfig(
+    config = GenerationConfig(
         max_new_tokens=2, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2
     )
-    trainer = seq2seq(generation_config=given, generation_max_length=None)
+    trainer = seq2seq(generation_config=config, generation_max_length=None)
     base = trainer.model.get_base_model()
     assert base.generation_config.max_new_tokens == 2
     assert "generation_config" not in vars(trainer.model)
     assert not trainer.predict(trainer.eval_dataset).predictions[:, 3:].any()
 
 
-def test_it_is_a_seq2seq_trainer_and_may_stand_beside_one(seq2seq):
+def test_it_is_a_seq2seq_trainer_and_may_be_combined_with_it(seq2seq):
     class Both(ReftTrainer, Seq2SeqTrainer):
         pass
 
@@ -160,13 +157,13 @@ def test_it_is_a_seq2seq_trainer_and_may_stand_beside_one(seq2seq):
         assert np.isfinite(trainer.evaluate()["eval_loss"])
 
 
-def test_resumed_with_best_model(seq2seq):
-    told = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
-    trainer = seq2seq(max_steps=2, metrics=lambda found: {}, **told)
+def test_resuming_with_load_best_model(seq2seq):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    trainer = seq2seq(max_steps=2, metrics=lambda prediction: {}, **settings)
     trainer.train()
-    again = seq2seq(max_steps=3, metrics=lambda found: {}, **told)
-    again.train(resume_from_checkpoint=True)
-    assert again.steps_trained == 1
+    resumed = seq2seq(max_steps=3, metrics=lambda prediction: {}, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.steps_trained == 1
 
 
 # ------------------------------------------------------------------ plain arguments
@@ -177,8 +174,10 @@ def test_plain_arguments_are_trainers_own(make_trainer, color_records):
     assert type(trainer.args) is TrainingArguments
     assert np.isfinite(trainer.evaluate()["eval_loss"])
     assert trainer.predict(color_records[:2]).predictions.dtype.kind == "f"
-    for call in (trainer.evaluate, lambda **how: trainer.predict(color_records, **how)):
-        with pytest.raises(TypeError, match="num_beams are of generation, which needs Seq2Seq"):
+    for call in (trainer.evaluate, lambda **options: trainer.predict(color_records, **options)):
+        with pytest.raises(
+            TypeError, match="num_beams are arguments of generation, which needs Seq2Seq"
+        ):
             call(num_beams=2)
 
 
@@ -186,32 +185,32 @@ def test_plain_arguments_are_trainers_own(make_trainer, color_records):
 
 
 @pytest.mark.parametrize("completions", [True, False])
-def test_a_causal_model_is_given_the_prompts_alone(
+def test_a_causal_model_generates_from_the_prompts(
     word_llama, word_tokenizer, color_records, tmp_path, completions
 ):
     model = get_reft_model(
         word_llama, ReftConfig(rank=2, positions="l1"), generator=torch.Generator().manual_seed(1)
     )
-    records = [dict(one) for one in color_records[:4]]
+    records = [dict(record) for record in color_records[:4]]
     records[0]["prompt"] = "a b c : one"
     if not completions:
-        records = [{"prompt": one["prompt"]} for one in records]
+        records = [{"prompt": record["prompt"]} for record in records]
     arguments = Seq2SeqTrainingArguments(
         str(tmp_path), predict_with_generate=True, generation_max_length=9, report_to="none",
         use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     collator = ReftDataCollator(word_tokenizer)
     trainer = ReftTrainer(model, arguments, collator, processing_class=word_tokenizer)
-    found = trainer.predict(records)
+    output = trainer.predict(records)
     width = 6  # tokens of the longest prompt
-    for row, record in zip(found.predictions, records, strict=True):
+    for row, record in zip(output.predictions, records, strict=True):
         ids = word_tokenizer(record["prompt"])["input_ids"]
         expected = alone(model, ids, max_length=9 - width + len(ids))
         assert row.tolist()[width - len(ids) : 9][: len(expected)] == expected
     if completions:
         expected = trainer.evaluate(records, max_new_tokens=1)["eval_loss"]
-        assert found.metrics["test_loss"] == pytest.approx(expected)
-        assert found.label_ids.shape[0] == 4
+        assert output.metrics["test_loss"] == pytest.approx(expected)
+        assert output.label_ids.shape[0] == 4
 
 
 def test_prompts_of_a_batch():
@@ -223,11 +222,11 @@ def test_prompts_of_a_batch():
     expected = [[1, 2, 3], [0, 0, 6], [1, 2, 3]]
     attended = [[1, 1, 1], [0, 0, 1], [1, 1, 1]]
     batch = {"input_ids": ids, "attention_mask": mask, "adapter_names": ["a"] * 3}
-    for told in ({"labels": labels}, {"prompt_lengths": torch.tensor([3, 1, 3])}):
-        found = prompts_of({**batch, **told, "position_ids": torch.zeros(3, 6)})
-        assert found.keys() == {"input_ids", "attention_mask", "adapter_names"}
-        assert found["attention_mask"].tolist() == attended
-        assert (found["input_ids"] * found["attention_mask"]).tolist() == expected
+    for ends in ({"labels": labels}, {"prompt_lengths": torch.tensor([3, 1, 3])}):
+        prompts = prompts_of({**batch, **ends, "position_ids": torch.zeros(3, 6)})
+        assert prompts.keys() == {"input_ids", "attention_mask", "adapter_names"}
+        assert prompts["attention_mask"].tolist() == attended
+        assert (prompts["input_ids"] * prompts["attention_mask"]).tolist() == expected
     whole = prompts_of({"input_ids": ids})
     assert torch.equal(whole["input_ids"], ids)
     with pytest.raises(ValueError, match="predict_with_generate needs padded batches"):

@@ -1,5 +1,5 @@
-"""Evaluation by generated answers, as transformers' ``Seq2SeqTrainer`` has it, beside evaluation by
-logits."""
+"""Evaluation of generated tokens, transformers' ``predict_with_generate``, for encoder-decoder and
+causal models."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from reft.train.adapter_trainer import AdapterTrainer
 
 
 class GeneratingTrainer(AdapterTrainer, Seq2SeqTrainer):
-    """An :class:`AdapterTrainer` that generates where its arguments are
-    ``Seq2SeqTrainingArguments`` and say so, and is transformers' ``Trainer`` with any others."""
+    """An :class:`AdapterTrainer` that is a ``Seq2SeqTrainer`` with ``Seq2SeqTrainingArguments`` and
+    a ``Trainer`` with any other arguments."""
 
     def _use_generation_config(self) -> None:
-        """Seq2SeqTrainer has put the configuration of the arguments on the wrapper; ``generate``
-        reads the base's."""
-        model, given = self._reft_model(), getattr(self.args, "generation_config", None)
-        if given is not None:
+        """Move the ``generation_config`` of the arguments from the wrapper, where Seq2SeqTrainer
+        puts it, to the base, where ``generate`` reads it."""
+        model, config = self._reft_model(), getattr(self.args, "generation_config", None)
+        if config is not None:
             vars(model).pop("generation_config", None)
             base: Any = model.get_base_model()
-            base.generation_config = self.load_generation_config(given)
+            base.generation_config = self.load_generation_config(config)
 
     def evaluate(
         self,
@@ -34,7 +34,7 @@ class GeneratingTrainer(AdapterTrainer, Seq2SeqTrainer):
         metric_key_prefix: str = "eval",
         **gen_kwargs: Any,
     ) -> dict[str, float]:
-        """As Seq2SeqTrainer's with its arguments, else as Trainer's, without ``gen_kwargs``.
+        """Evaluate as Seq2SeqTrainer with ``Seq2SeqTrainingArguments``, otherwise as Trainer.
 
         Raises:
             TypeError: ``gen_kwargs`` without Seq2SeqTrainingArguments.
@@ -50,7 +50,7 @@ class GeneratingTrainer(AdapterTrainer, Seq2SeqTrainer):
         metric_key_prefix: str = "test",
         **gen_kwargs: Any,
     ) -> Any:
-        """As :meth:`evaluate`."""
+        """Predict as Seq2SeqTrainer or as Trainer, see :meth:`evaluate`."""
         if self._may_generate(gen_kwargs):
             return super().predict(test_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
         return Trainer.predict(self, test_dataset, ignore_keys, metric_key_prefix)
@@ -60,7 +60,7 @@ class GeneratingTrainer(AdapterTrainer, Seq2SeqTrainer):
             return True
         if gen_kwargs:
             raise TypeError(
-                f"{', '.join(gen_kwargs)} are of generation, which needs "
+                f"{', '.join(gen_kwargs)} are arguments of generation, which needs "
                 "Seq2SeqTrainingArguments(predict_with_generate=True)"
             )
         return False
@@ -73,10 +73,10 @@ class GeneratingTrainer(AdapterTrainer, Seq2SeqTrainer):
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
     ) -> tuple[Any, Any, Any]:
-        """As Seq2SeqTrainer's where answers are generated, else as Trainer's.
+        """Evaluate a batch as Seq2SeqTrainer with ``predict_with_generate``, otherwise as Trainer.
 
-        A causal model gets the prompts of the batch alone, padded on the left, where
-        Seq2SeqTrainer would let it go on behind the answers.
+        A causal model generates from the prompts of the batch, padded on the left. Seq2SeqTrainer
+        would pass the answers as well, and the model would generate after them.
 
         Raises:
             ValueError: sequences that are packed into one row.
@@ -98,8 +98,10 @@ class GeneratingTrainer(AdapterTrainer, Seq2SeqTrainer):
 
 
 def prompts_of(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The prompts of a padded batch, (B, S), alone and padded on the left: what is attended and
-    lies before the first label that is not −100, or is counted by ``prompt_lengths``.
+    """Return the prompts of a padded batch (B, S) without the answers, padded on the left.
+
+    A prompt is the first ``prompt_lengths`` attended tokens, or else the attended tokens before the
+    first label that is not −100.
 
     Raises:
         ValueError: a batch of sequences that are packed into one row.
@@ -112,24 +114,24 @@ def prompts_of(batch: Mapping[str, Any]) -> dict[str, Any]:
     mask, labels, lengths = (
         batch.get(name) for name in ("attention_mask", "labels", "prompt_lengths")
     )
-    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    in_prompt = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if lengths is not None:
-        counted = torch.as_tensor(lengths, device=ids.device).unsqueeze(1)
-        kept = kept & (kept.cumsum(1) <= counted)
+        length = torch.as_tensor(lengths, device=ids.device).unsqueeze(1)
+        in_prompt = in_prompt & (in_prompt.cumsum(1) <= length)
     elif labels is not None and labels.shape == ids.shape:
-        kept = kept & ((labels != IGNORED).cumsum(1) == 0)
-    width = int(kept.sum(1).max())
-    order = kept.int().argsort(dim=1, stable=True)[:, ids.shape[1] - width :]
-    # What has an entry a token goes by these columns or, as the labels, not at all.
+        in_prompt = in_prompt & ((labels != IGNORED).cumsum(1) == 0)
+    width = int(in_prompt.sum(1).max())
+    order = in_prompt.int().argsort(dim=1, stable=True)[:, ids.shape[1] - width :]
+    # Fields with one entry per token are gathered below or dropped, as the labels are.
     rest = {
         name: value
         for name, value in batch.items()
         if not (isinstance(value, Tensor) and value.shape[:2] == ids.shape)
         and name not in ("labels", "prompt_lengths")
     }
-    moved = {
+    gathered = {
         name: batch[name].gather(1, order)
         for name in ("input_ids", "token_type_ids")
         if isinstance(batch.get(name), Tensor)
     }
-    return {**rest, **moved, "attention_mask": kept.gather(1, order).long()}
+    return {**rest, **gathered, "attention_mask": in_prompt.gather(1, order).long()}

@@ -1,4 +1,4 @@
-"""Chats: each answer is trained behind the prompt that generation will have, or it is refused."""
+"""Conversations: each answer is an example with the prompt of generation, or it is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from trl import SFTConfig
 from trl_runs import MARKED, SETTINGS, UNMARKED, chat_tokenizer, edited, losses, wrapped
 
 from reft import ReftDataCollator, ReftSFTTrainer, ReftTrainer
-from reft.train.answers import answers, check_batch, one_answer_each
+from reft.train.answer_checks import check_batch
+from reft.train.sft_datasets import answer_spans, split_conversations
 
 
 def user(text):
@@ -26,7 +27,7 @@ def says(text):
     return {"role": "assistant", "content": text}
 
 
-#: name -> messages and, for each answer, how many messages stand before it.
+#: name -> messages and, for each answer, the number of messages before it.
 CHATS = {
     "one turn": ([user("a : one"), says("red")], [1]),
     "two turns": ([user("a"), says("red"), user("b : two"), says("green blue")], [1, 3]),
@@ -56,9 +57,10 @@ def sft(word_tokenizer, tmp_path):
 
 
 class TestEachAnswer:
-    @pytest.mark.parametrize("template", [MARKED, UNMARKED], ids=["marked", "unmarked"])
-    @pytest.mark.parametrize("name", CHATS)
-    def test_is_an_example_behind_its_served_prompt(self, word_llama, sft, template, name):
+    @pytest.mark.parametrize(
+        ("name", "template"), [*((name, MARKED) for name in CHATS), ("two turns", UNMARKED)]
+    )
+    def test_is_an_example_with_the_prompt_of_generation(self, word_llama, sft, name, template):
         messages, begins = CHATS[name]
         trainer = sft(wrapped(word_llama), [{"messages": messages}], template)
         tokenizer = trainer.processing_class
@@ -95,23 +97,23 @@ class TestEachAnswer:
                 )
                 served.append(edited(model, lambda p=prompt: model.generate(**p, max_new_tokens=1)))
         ids, labels = batch["input_ids"].view(-1), batch["labels"].view(-1)
-        found = trained.view(-1)
+        edits = trained.view(-1)
         bos = trainer.processing_class.bos_token_id
         starts = (ids == bos).nonzero().flatten().tolist()
         assert len(starts) == len(served)
         columns = []
         for start in starts:
             end = start + int((labels[start:] != -100).nonzero()[0])
-            columns.append(tuple(found[start:end].tolist()))
-        assert sorted(columns) == sorted(tuple(one[0].tolist()) for one in served)
-        assert int(found.sum()) == sum(int(one.sum()) for one in served)
+            columns.append(tuple(edits[start:end].tolist()))
+        assert sorted(columns) == sorted(tuple(mask[0].tolist()) for mask in served)
+        assert int(edits.sum()) == sum(int(mask.sum()) for mask in served)
 
-    def test_from_other_forms(self, word_llama, sft):
+    def test_from_other_formats(self, word_llama, sft):
         messages, _ = CHATS["two turns"]
         expected = list(
             sft(wrapped(copy.deepcopy(word_llama)), [{"messages": messages}]).train_dataset
         )
-        old = [{"from": one["role"], "value": one["content"]} for one in messages]
+        old = [{"from": message["role"], "value": message["content"]} for message in messages]
         forms = (
             [{"conversations": old}],
             [{"prompt": messages[:1], "completion": messages[1:]}],
@@ -119,10 +121,12 @@ class TestEachAnswer:
         )
         for rows in forms:
             trainer = sft(wrapped(copy.deepcopy(word_llama)), rows)
-            found = [
-                {key: one[key] for key in ("input_ids", "labels")} for one in trainer.train_dataset
+            prepared = [
+                {key: row[key] for key in ("input_ids", "labels")} for row in trainer.train_dataset
             ]
-            assert found == [{key: one[key] for key in ("input_ids", "labels")} for one in expected]
+            assert prepared == [
+                {key: row[key] for key in ("input_ids", "labels")} for row in expected
+            ]
         later = sft(
             wrapped(copy.deepcopy(word_llama)),
             [{"prompt": messages[:3], "completion": messages[3:]}],
@@ -135,13 +139,13 @@ class TestEachAnswer:
         trainer = sft(wrapped(word_llama), rows, max_steps=8, eval_dataset=held)
         assert len(trainer.eval_dataset) == 3
         trainer.train()
-        found = losses(trainer)
-        assert found[-1] < found[0]
+        logged = losses(trainer)
+        assert logged[-1] < logged[0]
         assert trainer.evaluate(held)["eval_loss"] == pytest.approx(
             trainer.evaluate()["eval_loss"], abs=1e-6
         )
 
-    def test_arguments_of_the_user_stay(self, word_llama, word_tokenizer, tmp_path):
+    def test_the_arguments_of_the_user_do_not_change(self, word_llama, word_tokenizer, tmp_path):
         args = SFTConfig(str(tmp_path), **{**SETTINGS, "assistant_only_loss": True})
         ReftSFTTrainer(
             wrapped(word_llama),
@@ -152,7 +156,7 @@ class TestEachAnswer:
         assert args.assistant_only_loss is True
         assert args.completion_only_loss is None
 
-    def test_positions_without_a_prompt_are_left_to_trl(self, word_llama, sft):
+    def test_positions_without_a_prompt_need_no_split(self, word_llama, sft):
         trainer = sft(wrapped(word_llama, positions="all"), [{"messages": CHATS["two turns"][0]}])
         (row,) = trainer.train_dataset
         assert sum(label != -100 for label in row["labels"]) == 5
@@ -160,7 +164,7 @@ class TestEachAnswer:
 
 class TestRefused:
     def test_chats_without_answers(self, word_llama, sft):
-        with pytest.raises(ValueError, match=r'"assistant" behind another message; got .*user'):
+        with pytest.raises(ValueError, match=r'"assistant" after another message; got .*user'):
             sft(wrapped(word_llama), [{"messages": [user("a")]}])
 
     @pytest.mark.parametrize(
@@ -231,11 +235,11 @@ class TestRefused:
                 args=SFTConfig(str(tmp_path), **SETTINGS),
                 train_dataset=Dataset.from_list([{"question": "a"}]),
                 processing_class=word_tokenizer,
-                formatting_func=lambda one: one["question"],
+                formatting_func=lambda row: row["question"],
             )
 
-    @pytest.mark.parametrize("way", ["own collator", "ReftDataCollator", "transformers"])
-    def test_labels_of_several_answers_that_come_any_way(
+    @pytest.mark.parametrize("way", ["TRL collator", "ReftDataCollator", "transformers"])
+    def test_labels_of_several_answers_from_any_collator(
         self, word_llama, word_tokenizer, tmp_path, sft, way
     ):
         model = wrapped(word_llama)
@@ -243,7 +247,7 @@ class TestRefused:
             {"input_ids": [1, 5, 6, 7, 8, 2], "labels": [-100, -100, 6, -100, 8, 2]},
             {"input_ids": [1, 5, 6], "labels": [-100, -100, 6]},
         ]
-        if way == "own collator":
+        if way == "TRL collator":
             skips = {"skip_prepare_dataset": True}
             trainer = sft(model, rows, assistant_only_loss=False, dataset_kwargs=skips)
         else:
@@ -253,7 +257,7 @@ class TestRefused:
         with pytest.raises(ValueError, match="has 2 runs of labels"):
             trainer.train()
 
-    def test_what_says_where_the_prompt_ends_is_enough(self, word_llama, word_tokenizer, tmp_path):
+    def test_prompt_lengths_allow_several_answers(self, word_llama, word_tokenizer, tmp_path):
         rows = [
             {
                 "input_ids": [1, 5, 6, 7, 8, 2],
@@ -266,7 +270,7 @@ class TestRefused:
 
 
 class TestBatches:
-    def test_packed_sequences_are_told_apart(self):
+    def test_packed_sequences_are_separate(self):
         batch = {
             "input_ids": torch.arange(8)[None],
             "labels": torch.tensor([[-100, 1, 2, -100, 4, -100, 6, 7]]),
@@ -277,7 +281,7 @@ class TestBatches:
         with pytest.raises(ValueError, match="sequence 1 of a batch has 2 runs"):
             check_batch({**batch, "cu_seq_lens_q": torch.tensor([0, 3, 8])})
 
-    def test_masked_columns_are_no_end_of_an_answer(self):
+    def test_masked_columns_do_not_end_an_answer(self):
         batch = {
             "input_ids": torch.arange(6)[None],
             "labels": torch.tensor([[-100, 1, -100, 3, 4, -100]]),
@@ -287,20 +291,20 @@ class TestBatches:
         with pytest.raises(ValueError, match="sequence 0 of a batch has 2 runs"):
             check_batch({**batch, "attention_mask": torch.ones(1, 6)})
 
-    def test_labels_of_whole_sequences_are_left_alone(self):
+    def test_labels_of_whole_sequences_are_not_checked(self):
         check_batch({"input_ids": torch.ones(2, 3), "labels": torch.tensor([1, 0])})
         check_batch({"input_ids": torch.ones(2, 3), "labels": torch.ones(2, 4)})
         check_batch([{"prompt": "a"}])
 
 
-def test_answers_in_a_row_are_one():
-    assert answers([user("a"), says("b"), says("c"), user("d")]) == [(1, 3)]
-    assert answers([says("a"), says("b"), user("c")]) == []
-    assert answers([says("a"), user("c"), says("d")], 2) == [(2, 3)]
+def test_consecutive_messages_of_the_assistant_are_one_answer():
+    assert answer_spans([user("a"), says("b"), says("c"), user("d")]) == [(1, 3)]
+    assert answer_spans([says("a"), says("b"), user("c")]) == []
+    assert answer_spans([says("a"), user("c"), says("d")], 2) == [(2, 3)]
 
 
-def test_other_columns_go_with_each_example():
+def test_other_columns_are_repeated():
     messages, _ = CHATS["two turns"]
-    made = one_answer_each({"messages": [messages], "tools": ["x"], "kind": [7]})
+    made = split_conversations({"messages": [messages], "tools": ["x"], "kind": [7]})
     assert made["tools"] == ["x", "x"]
     assert made["kind"] == [7, 7]
