@@ -5,14 +5,28 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from reft.foreign_names import did_you_mean, refusing_foreign_names, unknown_fields
+from reft.field_checks import (
+    BOOLEAN,
+    TEXT,
+    FieldCheck,
+    check_fields,
+    choice,
+    did_you_mean,
+    integer,
+    is_integer,
+    number,
+    optional,
+    quoted,
+)
+from reft.foreign_names import refusing_foreign_names, unknown_fields
 from reft.peft_type import without_entry
+from reft.positions import ALLOWED as POSITIONS_ALLOWED
 from reft.positions import PROMPT_ENDS, SHORT_PROMPTS, UNTIED_BY, Positions, parse_positions
 from reft.safe_read import is_text, parse_json, shown
 from reft.subspaces import Subspaces, check_subspaces
@@ -37,8 +51,6 @@ HEAD_MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 #: What can be edited in every block whose structure is known.
 COMPONENTS = ("block_output", "attention_output", "mlp_output")
 _SUBMODULE = re.compile(r"module:\w+(\.\w+)*", re.ASCII)
-
-_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 @refusing_foreign_names
@@ -104,9 +116,8 @@ class ReftConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        for name, check in _CHECKS.items():
-            object.__setattr__(self, name, check(name, getattr(self, name)))
-        # Once, not in every forward. No field: it is said by ``positions``.
+        check_fields(self, "ReftConfig", _CHECKS)
+        # Parsed here, not in every forward. It is no field, because ``positions`` determines it.
         object.__setattr__(self, "_parsed", parse_positions(self.positions))
         object.__setattr__(self, "subspaces", check_subspaces(self.subspaces, self.rank))
         if self.untied_by == "position" and (self.tied or self.parsed_positions.kind != "ends"):
@@ -220,7 +231,7 @@ class ReftConfig:
             )
         # First the version: the fields of a newer format are not mistakes.
         if "format_version" in values:
-            _check_version("format_version", values["format_version"])
+            _check_version("ReftConfig.format_version", values["format_version"])
         values = without_entry(values)
         message = unknown_fields(values, (field.name for field in fields(cls)), shown)
         if message is not None:
@@ -248,144 +259,77 @@ class ReftConfig:
 # -------------------------------------------------------------------- checks
 
 
-def _bad(name: str, value: object, allowed: str) -> ValueError:
-    return ValueError(f"ReftConfig.{name} must be {allowed}, got {shown(value)}")
-
-
 def _ends_in(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _one_of(*allowed: str) -> Callable[[str, Any], str]:
-    def check(name: str, value: Any) -> str:
-        if not isinstance(value, str) or value not in allowed:
-            listed = " or ".join(f'"{one}"' for one in allowed)
-            hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
-            raise ValueError(f"{_bad(name, value, listed)}{hint}")
-        return allowed[allowed.index(value)]  # an enumeration's member is kept as plain text
-
-    return check
-
-
-def _check_rank(name: str, value: Any) -> int:
-    if not _is_int(value) or value < 1:
-        raise _bad(name, value, "an integer of at least 1")
-    return int(value)
-
-
-def _check_layers(name: str, value: Any) -> str | tuple[int, ...]:
-    allowed = '"all", a list of layer numbers such as [2, 5], or "3;9;18;24"'
+def _read_layers(value: Any) -> str | tuple[int, ...]:
     if value == "all":
         return "all"
-    layers = value
-    if isinstance(value, str):
-        try:
-            layers = [int(part) for part in value.split(";")]
-        except ValueError:
-            raise _bad(name, value, allowed) from None
-    if not isinstance(layers, Sequence) or not layers or not all(_is_int(one) for one in layers):
-        raise _bad(name, value, allowed)
-    if len(set(layers)) != len(layers):
-        raise _bad(name, value, "layer numbers that are all different")
+    layers = [int(number) for number in value.split(";")] if isinstance(value, str) else value
+    if not layers or not all(map(is_integer, layers)) or len(set(layers)) != len(layers):
+        raise ValueError
     return tuple(layers)
 
 
-def _check_component(name: str, value: Any) -> str:
-    if isinstance(value, str) and _SUBMODULE.fullmatch(value):
-        return value
-    try:
-        return _one_of(*COMPONENTS)(name, value)
-    except ValueError as error:
-        raise ValueError(f'{error}; or "module:<path>" of a submodule of the block') from None
+def _is_module_list(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and all(is_text(name) and name for name in value)
+    )
 
 
-def _check_positions(name: str, value: Any) -> str:
-    try:
-        return str(parse_positions(value))
-    except ValueError as error:
-        raise ValueError(f"ReftConfig.{error}") from None
+def _check_dtype(field: str, value: Any) -> Any:
+    name = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+    return choice("float32", "float64", "bfloat16", "float16")(field, name)
 
 
-def _check_tied(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _bad(name, value, "True or False")
-    return value
+def _check_version(field: str, value: Any) -> int:
+    if is_integer(value) and value == FORMAT_VERSION:
+        return FORMAT_VERSION
+    newer = is_integer(value) and value > FORMAT_VERSION
+    hint = "; a newer version of reft wrote it, upgrade reft to read it" if newer else ""
+    raise ValueError(f"{field} must be {FORMAT_VERSION}, got {shown(value)}{hint}")
 
 
-def _check_activation(name: str, value: Any) -> str | None:
-    known = {*ACTIVATIONS, *ALIASES}
-    if value is None or (isinstance(value, str) and value in known):
-        return value
-    hint = did_you_mean(value, known) if isinstance(value, str) else ""
-    allowed = f"None or one of {', '.join(sorted(known))}"
-    raise ValueError(f"{_bad(name, value, allowed)}{hint}")
-
-
-def _check_dropout(name: str, value: Any) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value < 1:
-        raise _bad(name, value, "a number in [0, 1)")
-    return float(value)
-
-
-def _check_dtype(name: str, value: Any) -> str:
-    if isinstance(value, torch.dtype):
-        value = str(value).removeprefix("torch.")
-    return _one_of(*_DTYPES)(name, value)
-
-
-def _check_modules(name: str, value: Any) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    names = isinstance(value, Sequence) and not isinstance(value, str)
-    if not names or not all(is_text(one) and one for one in value):
-        raise _bad(name, value, 'None or a list of module names such as ["classifier"]')
-    return tuple(value)
-
-
-def _check_task(name: str, value: Any) -> str | None:
-    return None if value is None else _one_of(*HEAD_MODULES)(name, value)
-
-
-def _check_text(name: str, value: Any) -> str | None:
-    if value is None or is_text(value):
-        return value
-    raise _bad(name, value, "None or a string")
-
-
-def _check_version(name: str, value: Any) -> int:
-    if not _is_int(value) or not 1 <= value <= FORMAT_VERSION:
-        newer = "; a newer version of reft wrote it, upgrade reft to read it"
-        hint = newer if _is_int(value) and value > FORMAT_VERSION else ""
-        raise ValueError(f"{_bad(name, value, f'a format from 1 to {FORMAT_VERSION}')}{hint}")
-    return FORMAT_VERSION  # what an older form does not say is the default
-
-
-#: field -> its check, which returns the value as it is kept.
 _CHECKS: Mapping[str, Callable[[str, Any], Any]] = MappingProxyType(
     {
-        "intervention": _one_of(*FAMILY),
-        "rank": _check_rank,
-        "layers": _check_layers,
-        "positions": _check_positions,
-        "tied": _check_tied,
-        "activation": _check_activation,
-        "dropout": _check_dropout,
-        "dropout_on": _one_of("delta", "row"),
-        "component": _check_component,
-        "init": _one_of("pyreft", "identity"),
+        "intervention": choice(*FAMILY),
+        "rank": integer(1),
+        "layers": FieldCheck(
+            '"all", a list of different layer numbers such as [2, 5], or "3;9;18;24"',
+            lambda value: isinstance(value, Sequence),
+            _read_layers,
+        ),
+        "positions": FieldCheck(
+            POSITIONS_ALLOWED,
+            lambda value: isinstance(value, str),
+            lambda value: str(parse_positions(value)),
+        ),
+        "tied": BOOLEAN,
+        "activation": optional(choice(*sorted({*ACTIVATIONS, *ALIASES}))),
+        "dropout": replace(number(0, below=1), keep=float),
+        "dropout_on": choice("delta", "row"),
+        "component": FieldCheck(
+            f'{quoted(COMPONENTS)}, or "module:<path>" for a submodule of the block',
+            lambda value: (
+                isinstance(value, str)
+                and (value in COMPONENTS or _SUBMODULE.fullmatch(value) is not None)
+            ),
+            names=COMPONENTS,
+        ),
+        "init": choice("pyreft", "identity"),
         "dtype": _check_dtype,
-        "untied_by": _one_of(*UNTIED_BY),
-        "short_prompts": _one_of(*SHORT_PROMPTS),
-        "prompt_end": _one_of(*PROMPT_ENDS),
-        "modules_to_save": _check_modules,
-        "task_type": _check_task,
-        "block_path": _check_text,
-        "base_model_name_or_path": _check_text,
+        "untied_by": choice(*UNTIED_BY),
+        "short_prompts": choice(*SHORT_PROMPTS),
+        "prompt_end": choice(*PROMPT_ENDS),
+        "modules_to_save": optional(
+            FieldCheck('a list of module names such as ["classifier"]', _is_module_list, tuple)
+        ),
+        "task_type": optional(choice(*HEAD_MODULES)),
+        "block_path": optional(TEXT),
+        "base_model_name_or_path": optional(TEXT),
         "format_version": _check_version,
     }
 )

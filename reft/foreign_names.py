@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from types import MappingProxyType
 from typing import Any, TypeVar
+
+from reft.field_checks import did_you_mean
 
 Config = TypeVar("Config", bound=type[Any])
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -106,13 +107,6 @@ WRAPPING: Mapping[str, str] = MappingProxyType(
         "low_cpu_mem_usage": "leave it out",
     }
 )
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The nearest of the known names as part of a message, "" if none is near."""
-    by_lower = {one.lower(): one for one in known}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
-    return f" (did you mean {by_lower[near[0]]!r}?)" if near else ""
 
 
 def unknown_fields(names: Iterable[object], known: Iterable[str], shown: Any = repr) -> str | None:

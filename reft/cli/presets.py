@@ -142,15 +142,15 @@ def copy(
 
 def _chosen(task: str | None, model: str | None) -> list[Preset]:
     """The presets of a task and of models; an error where there are none."""
+    from reft.field_checks import did_you_mean
     from reft.paper.presets import load, names
-    from reft.paper.presets.checks import nearest
 
     found = [load(name) for name in names()]
     if task is not None:
         known = {part for preset in found for part in (preset.task, preset.task.split("/")[0])}
         if task not in known:
             raise UserError(
-                f"no preset of a task {task!r}{nearest(task, known)}; tasks are "
+                f"no preset of a task {task!r}{did_you_mean(task, known)}; tasks are "
                 f"{', '.join(sorted(known))}"
             )
         found = [one for one in found if task in (one.task, one.task.split("/")[0])]
@@ -160,7 +160,7 @@ def _chosen(task: str | None, model: str | None) -> list[Preset]:
         found = [one for one in found if wanted in f"{one.model}\n{one.hub_id}\n{one.name}".lower()]
         if not found:
             raise UserError(
-                f"no preset of a model {model!r}{nearest(model, models)}; models are "
+                f"no preset of a model {model!r}{did_you_mean(model, models)}; models are "
                 f"{', '.join(models)}"
             )
     return found

@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from reft.paper.presets.checks import nearest
+from reft.field_checks import did_you_mean
 from reft.paper.presets.schema import (
     SECTIONS,
     SETTINGS,
@@ -106,9 +106,11 @@ def _find(key: str, known: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
     found = [one for one, names in known.items() if key in names]
     if found:
         return ("train" if "train" in found else found[0]), key
-    every = [f"{one}.{name}" for one, names in known.items() for name in names]
-    hint = nearest(key, every) if dot else nearest(key, {one.partition(".")[2] for one in every})
-    raise ValueError(f"no setting {key!r}{hint}; settings are {', '.join(every)}")
+    every = [f"{section}.{name}" for section, names in known.items() for name in names]
+    candidates = every if dot else [name for names in known.values() for name in names]
+    raise ValueError(
+        f"no setting {key!r}{did_you_mean(key, candidates)}; settings are {', '.join(every)}"
+    )
 
 
 def _config(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from reft.field_checks import (
+    NAME,
+    TEXT,
+    FieldCheck,
+    choice,
+    distinct,
+    integer,
+    is_number,
+    number,
+    optional,
+)
 from reft.paper.tasks import ClassificationTask, GenerationTask, Task
-from reft.safe_read import is_text, shown
+from reft.safe_read import shown
 
 if TYPE_CHECKING:
     from reft.paper.presets.schema import EvalSettings, TrainSettings
 
 _PATH = re.compile(r"[A-Za-z0-9_-][\w.-]*(/[A-Za-z0-9_-][\w.-]*)*", re.ASCII)
-
-#: field -> (whether a value is allowed, what is allowed in words)
-Rule = tuple[Callable[[Any], bool], str]
 
 #: Names of :func:`reft.paper.tasks.split.glue_split`, whose module needs torch.
 SPLIT_RULES = ("original", "pyreft")
@@ -36,31 +42,6 @@ SCHEDULES = (
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "sgd")
 
 SPLITS = ("train", "validation", "validation_matched", "validation_mismatched", "test", "eval")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'rank'?)" or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
-
-
-def check_known(what: str, values: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Refuse a field that is not one of ``names``."""
-    known = list(names)
-    for name in values:
-        if name not in known:
-            raise ValueError(
-                f"{what} has no field {shown(name)}{nearest(str(name), known)}; its fields are "
-                f"{', '.join(known)}"
-            )
-
-
-def check_fields(values: Any, section: str, rules: Mapping[str, Rule]) -> None:
-    """Refuse a field of ``values`` that its rule does not allow."""
-    for name, (allowed, words) in rules.items():
-        value = getattr(values, name)
-        if not allowed(value):
-            raise ValueError(f"{section}.{name} must be {words}, got {shown(value)}")
 
 
 def check_task(task: Task, train: TrainSettings, evaluation: EvalSettings) -> None:
@@ -95,114 +76,65 @@ def check_task(task: Task, train: TrainSettings, evaluation: EvalSettings) -> No
             raise ValueError(f"{name} must be {options} for the task {where}, got {shown(value)}")
 
 
-# -------------------------------------------------------------------- rules
+# -------------------------------------------------------------------- checks
 
+#: Checkpoints and random generators hold 64-bit integers.
+COUNT = integer(1, bits=63)
 
-def _is_number(value: Any) -> bool:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
-        return False
-
-
-def number(low: float, *, strict: bool = False, below: float = math.inf) -> Rule:
-    """At least ``low``, or above it if ``strict``."""
-
-    def allowed(value: Any) -> bool:
-        return _is_number(value) and (value > low if strict else value >= low) and value < below
-
-    bound = f"above {low:g}" if strict else f"of at least {low:g}"
-    return allowed, f"a number {bound}" + (f" and below {below:g}" if below < math.inf else "")
-
-
-def integer(low: int) -> Rule:
-    """A whole number of at least ``low``."""
-
-    def allowed(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**63
-
-    return allowed, f"a whole number of at least {low}"
-
-
-def choice(*names: str) -> Rule:
-    """One of ``names``."""
-    return (lambda value: isinstance(value, str) and value in names), " or ".join(names)
-
-
-def optional(rule: Rule) -> Rule:
-    """That, or None."""
-    return (lambda value: value is None or rule[0](value)), f"none or {rule[1]}"
-
-
-def several(one: Rule, words: str) -> Rule:
-    """A tuple, not empty, of different values that ``one`` allows."""
-
-    def allowed(value: Any) -> bool:
-        return (
-            isinstance(value, tuple)
-            and bool(value)
-            and all(map(one[0], value))
-            and len(set(value)) == len(value)
-        )
-
-    return allowed, words
-
-
-TEXT: Rule = is_text, "text"
-NAME: Rule = (lambda value: is_text(value) and bool(value)), "a name"
-#: A run's folder is named so.
-PATH: Rule = (
-    lambda value: isinstance(value, str) and _PATH.fullmatch(value) is not None,
-    "words of letters, digits and -_. with / between, such as glue/roberta-base/cola/loreft",
-)
-SCORES: Rule = (
-    lambda value: isinstance(value, Mapping) and all(map(_is_number, value.values())),
+SCORES = FieldCheck(
     "a table of numbers",
+    lambda value: isinstance(value, Mapping) and all(map(is_number, value.values())),
 )
 
-PRESET: Mapping[str, Rule] = MappingProxyType(
-    {**dict.fromkeys(("name", "title", "task", "method", "model", "hub_id"), NAME), "name": PATH}
-)
-
-TRAIN: Mapping[str, Rule] = MappingProxyType(
+PRESET: Mapping[str, FieldCheck] = MappingProxyType(
     {
-        "learning_rate": number(0, strict=True),
-        "epochs": number(0, strict=True),
-        "batch_size": integer(1),
-        "accumulate": integer(1),
+        # A run's folder has this name.
+        "name": FieldCheck(
+            "words of letters, digits and -_. with / between, such as "
+            "glue/roberta-base/cola/loreft",
+            lambda value: isinstance(value, str) and _PATH.fullmatch(value) is not None,
+        ),
+        **dict.fromkeys(("title", "task", "method", "model", "hub_id"), NAME),
+    }
+)
+
+TRAIN: Mapping[str, FieldCheck] = MappingProxyType(
+    {
+        "learning_rate": number(0, exclusive=True),
+        "epochs": number(0, exclusive=True),
+        "batch_size": COUNT,
+        "accumulate": COUNT,
         "warmup": number(0, below=1),
         "weight_decay": number(0),
         "schedule": choice(*SCHEDULES),
         "optimizer": choice(*OPTIMIZERS),
         "max_grad_norm": number(0),
-        "max_length": integer(1),
+        "max_length": COUNT,
         "dtype": choice("auto", "float32", "bfloat16", "float16"),
-        "seeds": several(integer(0), "different whole numbers such as 42,43"),
-        "max_records": optional(integer(1)),
+        "seeds": distinct(integer(0, bits=63), "different integers such as 42,43"),
+        "max_records": optional(COUNT),
         "select_by": optional(NAME),
         "label_dtype": optional(choice("bfloat16")),
     }
 )
 
-EVAL: Mapping[str, Rule] = MappingProxyType(
+EVAL: Mapping[str, FieldCheck] = MappingProxyType(
     {
-        "sets": several(NAME, "different names of sets such as boolq,piqa"),
+        "sets": distinct(NAME, "different names of sets such as boolq,piqa"),
         "split": choice(*SPLITS),
-        "batch_size": integer(1),
+        "batch_size": COUNT,
         "decoding": optional(NAME),
         "scoring": optional(NAME),
         "split_rule": optional(choice(*SPLIT_RULES)),
-        "max_records": optional(integer(1)),
+        "max_records": optional(COUNT),
     }
 )
 
-PUBLISHED: Mapping[str, Rule] = MappingProxyType(
+PUBLISHED: Mapping[str, FieldCheck] = MappingProxyType(
     {
         "table": TEXT,
-        "percent": optional(number(0, strict=True)),
-        "params": optional(integer(1)),
+        "percent": optional(number(0, exclusive=True)),
+        "params": optional(COUNT),
         "scores": SCORES,
         "average": optional(number(0)),
         "sd": SCORES,

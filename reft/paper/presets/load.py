@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reft.field_checks import did_you_mean
 from reft.paper.presets.change import mark_changes
-from reft.paper.presets.checks import nearest
 from reft.paper.presets.schema import Preset
 from reft.safe_read import read_text
 
@@ -42,8 +42,8 @@ def load(name: str | os.PathLike[str]) -> Preset:
     if text.endswith(".toml") or Path(text).is_file():
         return read(Path(text))
     raise ValueError(
-        f"no preset {text!r}{nearest(text, _tables())}; `reft presets list` lists them, a file of "
-        "one ends in .toml"
+        f"no preset {text!r}{did_you_mean(text, _tables())}; `reft presets list` "
+        "lists them, and the name of a preset file ends in .toml"
     )
 
 

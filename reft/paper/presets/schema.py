@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from reft.field_checks import check_fields, refuse_unknown_fields
 from reft.paper.presets import checks
 from reft.paper.tasks import get_task
 from reft.safe_read import shown
@@ -91,7 +92,7 @@ class TrainSettings:
     label_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        checks.check_fields(self, "train", checks.TRAIN)
+        check_fields(self, "train", checks.TRAIN)
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class EvalSettings:
     max_records: int | None = None
 
     def __post_init__(self) -> None:
-        checks.check_fields(self, "eval", checks.EVAL)
+        check_fields(self, "eval", checks.EVAL)
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Published:
     note: str = ""
 
     def __post_init__(self) -> None:
-        checks.check_fields(self, "published", checks.PUBLISHED)
+        check_fields(self, "published", checks.PUBLISHED)
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class Preset:
     provenance: Mapping[str, Provenance]
 
     def __post_init__(self) -> None:
-        checks.check_fields(self, "preset", checks.PRESET)
+        check_fields(self, "preset", checks.PRESET)
         checks.check_task(get_task(self.task), self.train, self.eval)
         for section in SECTIONS:
             held = getattr(self, section)
@@ -237,7 +238,7 @@ class Preset:
         where = f"preset {str(values.get('name', '?'))[:200]}"
         names = [one.name for one in fields(cls)]
         try:
-            checks.check_known("it", values, names)
+            refuse_unknown_fields("it", values, names)
             missing = [name for name in names if name not in values]
             if missing:
                 raise ValueError(f"{', '.join(missing)} must be given")
@@ -265,7 +266,7 @@ def _table(name: str, value: Any) -> dict[str, Any]:
 def _settings(kind: type[_Settings], section: str, values: Any) -> _Settings:
     given = _table(section, values)
     every = fields(kind)  # type: ignore[arg-type]
-    checks.check_known(section, given, [one.name for one in every])
+    refuse_unknown_fields(section, given, [one.name for one in every])
     for one in every:
         if one.name not in given and one.default is MISSING and one.default_factory is MISSING:
             raise ValueError(f"{section}.{one.name} must be given")

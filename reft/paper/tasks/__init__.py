@@ -6,10 +6,10 @@ and scores texts.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from reft.field_checks import did_you_mean
 from reft.paper.tasks.arithmetic import ARITHMETIC_TASK, GSM8K_ORIGINAL_TASK, GSM8K_TASK
 from reft.paper.tasks.commonsense import COMMONSENSE_TASK
 from reft.paper.tasks.demos import COMPOSITION_TASK, EMOJI_TASK, GOODY2_TASK, MEMORISATION_TASK
@@ -52,7 +52,6 @@ def get_task(name: str) -> Task:
         ValueError: no such task, with the nearest ones.
     """
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"tasks are {', '.join(TASKS)}"
-        raise ValueError(f"no task {name!r}; {hint}")
+        hint = did_you_mean(name, TASKS)
+        raise ValueError(f"no task {name!r}{hint}; tasks are {', '.join(TASKS)}")
     return TASKS[name]

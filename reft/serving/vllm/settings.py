@@ -8,6 +8,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from reft.field_checks import (
+    TEXT,
+    FieldCheck,
+    check_fields,
+    choice,
+    integer,
+    number,
+    optional,
+    refuse_unknown_fields,
+)
+
 #: The key in ``additional_config`` and in a request's ``extra_args``.
 KEY = "reft"
 
@@ -42,6 +53,9 @@ class Settings:
     prefix_keys: str = "blocks"
     cache: str | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self, KEY, _CHECKS)
+
     @classmethod
     def of(cls, additional: Any) -> Settings:
         """The settings in an engine's ``additional_config``.
@@ -53,28 +67,10 @@ class Settings:
         example = 'additional_config={"reft": {"folder": "adapters"}}'
         if not isinstance(given, Mapping):
             raise ValueError(f"a model of this architecture needs {example}, got {additional!r}")
-        known = [field.name for field in fields(cls)]
-        for name in given:
-            if name not in known:
-                raise ValueError(f"reft settings are {', '.join(known)}; got {name!r}")
-        if not isinstance(given.get("folder"), str) or not Path(given["folder"]).is_dir():
-            raise ValueError(
-                f"reft.folder must be a directory of adapters' folders, as in {example}; "
-                f"got {given.get('folder')!r}"
-            )
-        for name in ("resident", "hosted", "max_rank"):
-            value = given.get(name, 1)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"reft.{name} must be an integer of at least 1, got {value!r}")
-        bound = given.get("max_scale", 1.0)
-        if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 < bound < 1e3:
-            raise ValueError(f"reft.max_scale must be a number above 0, below 1000; got {bound!r}")
-        if given.get("prefix_keys", "blocks") not in PREFIX_KEYS:
-            allowed = ", ".join(PREFIX_KEYS)
-            raise ValueError(f"reft.prefix_keys must be {allowed}, got {given['prefix_keys']!r}")
-        cache = given.get("cache")
-        if cache is not None and not isinstance(cache, str):
-            raise ValueError(f"reft.cache must be the name of a directory or None, got {cache!r}")
+        names = [field.name for field in fields(cls)]
+        refuse_unknown_fields(KEY, given, names)
+        if "folder" not in given:
+            raise ValueError(f"reft.folder must be given, as in {example}")
         return cls(**given)
 
     @property
@@ -84,3 +80,17 @@ class Settings:
             return Path(self.cache)
         shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return Path(shared) / "reft" / "serving"
+
+
+_CHECKS = {
+    "folder": FieldCheck(
+        "a directory that holds the adapters' folders",
+        lambda value: isinstance(value, str) and Path(value).is_dir(),
+    ),
+    "resident": integer(1),
+    "hosted": integer(1),
+    "max_rank": integer(1),
+    "max_scale": number(0, exclusive=True, below=1000),
+    "prefix_keys": choice(*PREFIX_KEYS),
+    "cache": optional(TEXT),
+}

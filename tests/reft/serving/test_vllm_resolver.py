@@ -43,13 +43,13 @@ class TestSettings:
         [
             ({"folder": "/nothing/here"}, "reft.folder must be a directory"),
             ({"folder": 3}, "reft.folder must be a directory"),
-            ({"slots": 3}, "got 'slots'"),
+            ({"slots": 3}, "no field 'slots'"),
             ({"resident": 0}, "reft.resident must be an integer of at least 1, got 0"),
             ({"hosted": True}, "reft.hosted must be an integer"),
             ({"max_rank": "8"}, "reft.max_rank must be an integer"),
             ({"max_scale": float("inf")}, "reft.max_scale must be a number"),
             ({"max_scale": 0}, "reft.max_scale must be a number"),
-            ({"prefix_keys": "none"}, "reft.prefix_keys must be blocks, salt"),
+            ({"prefix_keys": "none"}, 'reft.prefix_keys must be "blocks" or "salt"'),
             ({"cache": 1}, "reft.cache must be"),
         ],
     )
