@@ -33,8 +33,11 @@ from reft.subspaces import Subspaces, check_subspaces
 from reft_kernels.activations import ACTIVATIONS, ALIASES
 from reft_kernels.spec import FAMILY, EditSpec
 
-#: The stored form that is written; 1 had no ``untied_by`` and ``subspaces``. docs/versions.md.
+#: The adapter format that is written and read, see docs/versions.md. Format 1 was never released.
 FORMAT_VERSION = 2
+
+#: Data types of trained parameters and of stored tensors.
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 #: PEFT's task names, and the head modules that PEFT trains and stores beside an adapter for each.
 HEAD_MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -88,7 +91,7 @@ class ReftConfig:
         block_path: name of the ``ModuleList`` that holds the model's blocks, where the model's
             structure does not tell it; None to find it.
         base_model_name_or_path: where the base model came from; for the reader of the file.
-        format_version: of the stored form; an older one that was read becomes the present one.
+        format_version: of the adapter format, :data:`FORMAT_VERSION`.
 
     Raises:
         ValueError: a bad value, naming the field, the value and what is allowed.
@@ -282,7 +285,7 @@ def _is_module_list(value: Any) -> bool:
 
 def _check_dtype(field: str, value: Any) -> Any:
     name = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-    return choice("float32", "float64", "bfloat16", "float16")(field, name)
+    return choice(*(str(dtype).removeprefix("torch.") for dtype in FLOATS))(field, name)
 
 
 def _check_version(field: str, value: Any) -> int:

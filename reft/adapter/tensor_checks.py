@@ -7,11 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from reft.config import ReftConfig
+from reft.config import FLOATS, ReftConfig
 from reft.safe_read import shown
-
-#: What numbers of an adapter may be stored as.
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 #: (layers, groups, rank, width)
 Shape = tuple[int, int, int, int]

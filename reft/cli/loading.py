@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
 from reft.cli.errors import UserError, one_line
 from reft.cli.ranks import local_device
-from reft.io.hub_status import hub_reachable
+from reft.io.hub_status import hub_reachable, is_hub_name
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-#: A name on the hub: one or two parts, no path.
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def check_model_name(model: str) -> None:
@@ -26,7 +22,7 @@ def check_model_name(model: str) -> None:
             raise UserError(f"{model} is not a model folder: it holds {held}")
     elif folder.exists():
         raise UserError(f"{model} is not a model folder: it is a file")
-    elif not _HUB_NAME.fullmatch(model) or model.startswith("."):
+    elif not is_hub_name(model):
         raise UserError(f"no such model folder: {model}")
 
 

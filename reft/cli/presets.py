@@ -81,7 +81,7 @@ def list_presets(
 def show(name: Name, as_json: AsJson = False) -> None:
     """Show a preset: each setting with where it is from, what was published, how to run it."""
     from reft.paper.presets import load
-    from reft.paper.presets.schema import SETTINGS
+    from reft.paper.presets.preset import SETTINGS
 
     preset = load(name)
     if as_json:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reft.adapter.tensor_checks import FLOATS, bank_shape, check_adapter_tensors, check_numbers
-from reft.config import ReftConfig
+from reft.adapter.tensor_checks import bank_shape, check_adapter_tensors, check_numbers
+from reft.config import FLOATS, ReftConfig
 from reft_kernels import FAMILY
 from reft_kernels.activations import ALIASES
 

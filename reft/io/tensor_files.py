@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from reft.adapter.tensor_checks import FLOATS
+from reft.config import FLOATS
 from reft.safe_read import parse_json, require_plain, shown
 
 #: Bytes: the names of a hundred thousand tensors.

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
 
 from reft.io.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from reft.model.model_card import CARD_FILE, is_hub_name, is_ours, write_card
+from reft.io.hub_status import is_hub_name
+from reft.model.model_card import CARD_FILE, is_ours, write_card
 
 if TYPE_CHECKING:
     from reft.model.reft_model import ReftModel

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 from huggingface_hub import ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from reft.adapter.parameter_counts import count_parameters
 from reft.config import ReftConfig
 from reft.io.atomic_write import write_whole
+from reft.io.hub_status import is_hub_name
 
 if TYPE_CHECKING:
     from reft.model.reft_model import ReftModel
@@ -129,15 +128,6 @@ def _metadata(config: ReftConfig, base: nn.Module) -> ModelCardData:
         tags=["reft", "representation-finetuning", config.intervention],
         **base_model,
     )
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether a name can be one on the hub, and is no file or folder here."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).exists()
 
 
 def _snippet(base: nn.Module, config: ReftConfig, heads: bool, source: str) -> str:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from reft.adapter.sharding import whole
-from reft.adapter.tensor_checks import FLOATS, HEADS, bank_shape, check_layout
-from reft.config import ReftConfig
+from reft.adapter.tensor_checks import HEADS, bank_shape, check_layout
+from reft.config import FLOATS, ReftConfig
 from reft.io.adapter_files import read_adapter, write_adapter
 from reft.model.adapters import attach, build
 from reft.model.arguments import check_base

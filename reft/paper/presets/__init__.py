@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from reft.paper.presets.change import override
 from reft.paper.presets.load import load, names
-from reft.paper.presets.schema import EvalSettings, Preset, Provenance, Published, TrainSettings
+from reft.paper.presets.preset import Preset, Provenance
+from reft.paper.presets.settings import EvalSettings, Published, TrainSettings
 from reft.paper.presets.write import to_toml
 
 __all__ = [

@@ -8,14 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from reft.field_checks import did_you_mean
-from reft.paper.presets.schema import (
-    SECTIONS,
-    SETTINGS,
-    EvalSettings,
-    Preset,
-    Provenance,
-    TrainSettings,
-)
+from reft.paper.presets.preset import SECTIONS, SETTINGS, Preset, Provenance
+from reft.paper.presets.settings import EvalSettings, TrainSettings
 
 #: Fields of ReftConfig that are not settings of a run.
 _NO_SETTINGS = ("base_model_name_or_path", "format_version")

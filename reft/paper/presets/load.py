@@ -12,7 +12,7 @@ from typing import Any
 
 from reft.field_checks import did_you_mean
 from reft.paper.presets.change import mark_changes
-from reft.paper.presets.schema import Preset
+from reft.paper.presets.preset import Preset
 from reft.safe_read import read_text
 
 _FOLDER = Path(__file__).parent

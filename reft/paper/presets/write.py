@@ -8,8 +8,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from reft.paper.presets.checks import PRESET
-from reft.paper.presets.schema import SECTIONS, Preset
+from reft.paper.presets.preset import PRESET_CHECKS, SECTIONS, Preset
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -28,7 +27,7 @@ def to_toml(preset: Preset) -> str:
     :func:`reft.paper.presets.load` of a file with this text gives the preset again.
     """
     values = preset.to_dict()
-    lines = [f"{name} = {_value(values[name])}" for name in PRESET]
+    lines = [f"{name} = {_value(values[name])}" for name in PRESET_CHECKS]
     lines.append(f"copy_of = {_value(preset.name)}")
     for section in SECTIONS:
         lines += ["", f"[{section}]"]

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from reft.paper.presets import Preset
-from reft.paper.tasks import ClassificationTask, GenerationTask, Record, Task, get_task
+from reft.paper.tasks import GenerationTask, Record, Task, get_task
 from reft.paper.tasks.encode import encode_example, encode_prompt
 from reft.paper.tasks.read import RecordSet, read_set
 from reft.paper.tasks.split import glue_split, gsm8k_split
@@ -145,8 +145,3 @@ def _rounded(label: float, dtype: str) -> float:
     import torch
 
     return torch.tensor(label, dtype=getattr(torch, dtype)).item()
-
-
-def is_classification(task: Task) -> bool:
-    """Whether the task is scored by a classifier's head, not by what is generated."""
-    return isinstance(task, ClassificationTask)

@@ -15,7 +15,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from reft.paper import presets
-from reft.paper.presets import Preset, checks
+from reft.paper.presets import Preset, settings
 from reft.paper.presets.load import resolve
 from reft.paper.tasks import GenerationTask, get_task
 from reft.paper.tasks.split import SPLITS
@@ -296,12 +296,15 @@ def test_two_loads_share_nothing():
 
 
 def test_names_of_others_are_theirs():
-    assert set(checks.SCHEDULES) <= {one.value for one in SchedulerType}
-    assert set(checks.OPTIMIZERS) <= {one.value for one in OptimizerNames}
-    assert tuple(SPLITS) == checks.SPLIT_RULES
-    kinds = ((presets.TrainSettings, checks.TRAIN), (presets.EvalSettings, checks.EVAL))
-    for kind, rules in (*kinds, (presets.Published, checks.PUBLISHED)):
-        assert list(rules) == list(kind.__dataclass_fields__)
+    assert set(settings.SCHEDULES) <= {one.value for one in SchedulerType}
+    assert set(settings.OPTIMIZERS) <= {one.value for one in OptimizerNames}
+    assert tuple(SPLITS) == settings.SPLIT_RULES
+    for kind, checks in (
+        (presets.TrainSettings, settings.TRAIN_CHECKS),
+        (presets.EvalSettings, settings.EVAL_CHECKS),
+        (presets.Published, settings.PUBLISHED_CHECKS),
+    ):
+        assert list(checks) == list(kind.__dataclass_fields__)
 
 
 def test_reading_all_presets_needs_no_torch():
