@@ -12,7 +12,7 @@ from reft.adapter.host_adapter import HostAdapter
 from reft.adapter.multi_device import MultiDeviceParameters
 from reft.adapter.parameters import AdapterParameters
 from reft.config import ReftConfig
-from reft.subspaces import active_ranks, one_a_sequence
+from reft.subspaces import active_ranks, subspaces_per_sequence
 
 if TYPE_CHECKING:
     from reft.model.registry import AdapterRegistry
@@ -77,12 +77,12 @@ def choose(
     if names is None and not isinstance(scales, _LISTS) and not isinstance(subspaces, _LISTS):
         # Nothing here depends on the number of sequences: compiled models need no other graph.
         assert active is not None
-        part = None if subspaces is None else one_a_sequence(subspaces, 1)[0]
+        part = None if subspaces is None else subspaces_per_sequence(subspaces, 1)[0]
         kept = active_ranks(sources[active].config.subspaces, part, active)  # type: ignore[arg-type]
         return [BatchAdapter(active, sources[active], None, kept, scales_of(scales, 1)[0])]
     listed = [str(active)] * batch if names is None else names_of(registry, names, batch)
     factors = scales_of(scales, batch)
-    parts = [None] * batch if subspaces is None else one_a_sequence(subspaces, batch)
+    parts = [None] * batch if subspaces is None else subspaces_per_sequence(subspaces, batch)
     found: dict[tuple[str, tuple[int, ...] | None, float], list[int]] = {}
     for index, (name, part, scale) in enumerate(zip(listed, parts, factors, strict=True)):
         known = None if name == BASE else sources[name].config.subspaces

@@ -32,7 +32,7 @@ RECORDS: dict[str, tuple[str | bytes, str]] = {
     "deep": (DEEP, "nested too deep"),
     "deep in a line": (json.dumps(GOOD) + "\n" + '{"prompt":' * 10**5, "line 2: .*too deep"),
     "a number of 5000 digits": ('{"prompt": ' + LONG + "}", "line 1: .*digits"),
-    "a key twice": ('{"prompt": "a", "prompt": "b", "completion": "c"}', "'prompt' stands twice"),
+    "a key twice": ('{"prompt": "a", "prompt": "b", "completion": "c"}', "duplicate key 'prompt'"),
     "half a character": (json.dumps({**GOOD, "prompt": "\ud800"}), "holds half a character"),
     "not UTF-8": (NOT_UTF8, "is not UTF-8 text"),
     "binary": (bytes(range(256)), "is not UTF-8 text"),

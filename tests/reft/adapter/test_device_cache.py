@@ -35,7 +35,7 @@ class TestPlaces:
             config.parsed_positions,
             torch.tensor([2]),
             torch.tensor([length]),
-            window=20,
+            seq_len=20,
             short_prompts=short,
             prompt_end=end,
         )[0].tolist()
@@ -50,7 +50,7 @@ class TestPlaces:
         apart = ReftConfig(positions="f2+l2", tied=False, untied_by="position")
         assert edited_places(apart, 9) == ((0, 0), (1, 1), (7, 2), (8, 3))
         assert edited_places(apart, 3) == ((0, 0), (2, 3))
-        with pytest.raises(ValueError, match="not told by the length"):
+        with pytest.raises(ValueError, match="cannot be computed from the lengths"):
             edited_places(ReftConfig(positions="given"), 9)
 
     def test_those_in_a_block(self):
