@@ -200,5 +200,7 @@ def test_adapters_without_parts(tmp_path):
         model(ids, subspaces="german")
     with pytest.raises(ValueError, match=r"'__base__' has none, got 'german'"):
         make()(ids, adapter_names=["default", "__base__"], subspaces="german")
-    with pytest.raises(ValueError, match=r"subspaces must be None, since pyreft has none"):
+    with pytest.raises(
+        ValueError, match=r"subspaces must be None, because pyreft has no such setting"
+    ):
         save_pyreft(make(), tmp_path / "theirs")

@@ -243,7 +243,7 @@ MISTAKES = {
     "layers-text": (using(layers="first"), ["layers", "'first'"]),
     "intervention": (using(intervention="lorft"), ["'lorft'", "did you mean 'loreft'?"]),
     "activation": (using(activation="relo"), ["'relo'", "did you mean 'relu'?"]),
-    "dropout": (using(dropout="1"), ["dropout", "[0, 1)", "1.0"]),
+    "dropout": (using(dropout="1"), ["dropout", "below 1", "1.0"]),
     "schedule": (using(schedule="straight"), ["--schedule", "linear", "'straight'"]),
     "epochs": (("train", *using()[1:-2], "--epochs", "0"), ["--epochs must be above 0, got 0"]),
     "dtype": (using(dtype="int8"), ["--dtype", "bfloat16", "'int8'"]),

@@ -157,8 +157,8 @@ MISTAKES = {
         ["cola", "nyu-mll/glue", "sentence"],
     ),
     "output-is-a-file": (command(COMMONSENSE, "-o", "llama/config.json"), ["is a file"]),
-    "set-without-preset": ((*PLAIN, "--set", "rank=4"), ["--set goes with --preset"]),
-    "seeds-without-preset": ((*PLAIN, "--seeds", "42"), ["--seeds goes with --preset"]),
+    "set-without-preset": ((*PLAIN, "--set", "rank=4"), ["--set needs --preset"]),
+    "seeds-without-preset": ((*PLAIN, "--seeds", "42"), ["--seeds needs --preset"]),
 }
 
 

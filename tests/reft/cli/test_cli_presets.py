@@ -223,7 +223,7 @@ def test_a_copy_is_written_whole_or_not_at_all(reft, tmp_path, monkeypatch):
         (("show", "broken.toml"), "broken.toml is not TOML"),
         (("show",), "Missing argument 'NAME'"),
         (("lst",), "No such command 'lst'"),
-        (("--json", "show", RUN), "--json goes behind the command"),
+        (("--json", "show", RUN), "--json must follow the command"),
         (("copy", "glue/cola", "x.toml"), "no preset 'glue/cola'"),
         (("copy", RUN, "x.txt"), "the copy must be a file *.toml, got x.txt"),
         (("copy", RUN, "folder.toml"), "cannot write folder.toml: it is a folder"),

@@ -77,7 +77,7 @@ def test_reft_to_pyreft_is_save_pyreft(layers, training_state, reft):
     model.save_pretrained("ours", training_state=training_state)
     code, out, err = reft("convert", "ours", "theirs", "--to", "pyreft")
     assert (code, err) == (0, "")
-    assert "positions (f1+l2), activation (relu) and dropout (0): say them to it again" in out
+    assert "positions (f1+l2), activation (relu) and dropout (0): pass them to pyreft again" in out
     save_pyreft(model, "again")
     assert Path("theirs/config.json").read_text() == Path("again/config.json").read_text()
     written, expected = contents(Path("theirs")), contents(Path("again"))
@@ -146,9 +146,9 @@ MISTAKES = {
     "a-file": (("convert", "file", "out"), "this is a file, not an adapter folder"),
     "nothing-in-it": (("convert", "empty", "out"), "no adapter of reft"),
     "peft": (("convert", "lora", "out"), "an adapter of PEFT changes weights"),
-    "ours-to-ours": (("convert", "ours", "out"), "is a folder of reft already"),
+    "ours-to-ours": (("convert", "ours", "out"), "is already a folder of reft"),
     "theirs-to-theirs": (
-        ("convert", PY / "loreft", "out", "--to", "pyreft"), "is a folder of pyreft already"
+        ("convert", PY / "loreft", "out", "--to", "pyreft"), "is already a folder of pyreft"
     ),
     "unknown-target": (
         ("convert", "ours", "out", "--to", "peft"), "--to must be one of reft, pyreft; got 'peft'"

@@ -125,7 +125,7 @@ REFUSED = {
     "lora": (lambda f: _set(f, architecture="lora"), "the architecture 'reft', got 'lora'"),
     "no-sides": (lambda f: _set(f, prefix_positions=0, suffix_positions=0), "positions must be"),
     "odd-activation": (lambda f: _set(f, non_linearity="bump"), r"activation .*'bump'"),
-    "broken-fields": (lambda f: _set(f, non_linearity=3), "must say prefix_positions"),
+    "broken-fields": (lambda f: _set(f, non_linearity=3), "must have prefix_positions"),
     "two-stacks": (
         lambda f: _rename(f, lambda k: [k, k.replace("model.", "encoder.")]),
         "one adapter of one stack .*'edit' in encoder.layers, 'edit' in model.layers",
