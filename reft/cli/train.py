@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from reft.cli import options, preset_run
 from reft.cli.errors import UserError, check_folder
 from reft.cli.ranks import is_first, refuse_several, shards_the_base
-
-if TYPE_CHECKING:
-    from reft.model.reft_model import ReftModel
-    from reft.train.collate import ReftDataCollator
-    from reft.train.trainer import ReftTrainer
+from reft.cli.train_steps import (
+    check_schedule,
+    checkpoint_to_resume,
+    checkpointing_argument,
+    describe_run,
+    final_eval_loss,
+    resolve_max_length,
+    tokenize_records,
+)
 
 
 def train(
@@ -219,7 +221,7 @@ def train(
     check_model_name(model)
     if allow_changes and not resume:
         raise UserError("--allow-changes goes with --resume")
-    checkpoint = _checkpoint(output, resume=resume, overwrite=overwrite)
+    checkpoint = checkpoint_to_resume(output, resume=resume, overwrite=overwrite)
     check_folder(output)
 
     from rich.console import Console
@@ -234,18 +236,20 @@ def train(
     require_accelerate()
     if steps is None and epochs <= 0:
         raise UserError(f"--epochs must be above 0, got {epochs:g}")
-    _check_schedule(schedule)
+    check_schedule(schedule)
     target = resolve_device(device)
     home = "cpu" if shards_the_base() else str(target)
     base, tokenizer = load_base(model, dtype=dtype, device=home)
     collator = ReftDataCollator(
         tokenizer,
-        max_length=_max_length(max_length, base, model),
+        max_length=resolve_max_length(max_length, base, model),
         truncate=truncate,
         padding_free=padding_free,
     )
-    examples = _tokenize(collator, records, data)
-    eval_examples = None if eval_records is None else _tokenize(collator, eval_records, eval_data)
+    examples = tokenize_records(collator, records, data)
+    eval_examples = (
+        None if eval_records is None else tokenize_records(collator, eval_records, eval_data)
+    )
 
     set_seed(seed)
     wrapped = get_reft_model(base, config)
@@ -260,7 +264,7 @@ def train(
         weight_decay=weight_decay,
         warmup_steps=warmup,
         lr_scheduler_type=schedule,
-        **_checkpointing(TrainingArguments, gradient_checkpointing),
+        **checkpointing_argument(TrainingArguments, gradient_checkpointing),
         eval_strategy="no" if eval_examples is None else "epoch",
         save_strategy="no" if save_steps is None else "steps",
         save_steps=save_steps or 500,
@@ -280,7 +284,7 @@ def train(
         callbacks=[
             ProgressCallback(
                 Console(stderr=True, quiet=not is_first()),
-                _opening(wrapped, len(examples), target),
+                describe_run(wrapped, len(examples), target),
             )
         ],
     )
@@ -290,7 +294,7 @@ def train(
     result = trainer.train(resume_from_checkpoint=checkpoint, allow_changes=allow_changes)
     metrics = {"train loss": result.training_loss} if trainer.steps_trained else {}
     if eval_examples is not None:
-        metrics["eval loss"] = _eval_loss(trainer)
+        metrics["eval loss"] = final_eval_loss(trainer)
     trainer.save_adapter(output)
     if is_first():
         summary = [f"{name} {value:.4f}" for name, value in metrics.items()]
@@ -300,84 +304,3 @@ def train(
                 0, f"no step was trained, {checkpoint} has all {total} steps of this run"
             )
         typer.echo(f"{', '.join(summary)}; adapter written to {output}")
-
-
-def _check_schedule(schedule: str) -> None:
-    from transformers.trainer_utils import SchedulerType
-
-    names = [member.value for member in SchedulerType]
-    if schedule not in names:
-        raise UserError(f"--schedule must be one of {', '.join(names)}; got {schedule!r}")
-
-
-def _max_length(requested: int | None, base: Any, model: str) -> int | None:
-    """Return the maximum tokens of a sequence; None if neither the user nor the model limits it."""
-    from reft.train.evaluate import context_length
-
-    limit = context_length(base)
-    if requested is not None and limit is not None and requested > limit:
-        raise UserError(f"--max-length is {requested}, but {model} has {limit} positions")
-    return requested or limit
-
-
-def _opening(model: ReftModel, records: int, device: Any) -> str:
-    """Describe the run in a line."""
-    trainable, total = model.get_nb_trainable_parameters()
-    return (
-        f"{records} records; training {trainable:,} of {total:,} parameters "
-        f"({100 * trainable / total:.4f} %) on {device}"
-    )
-
-
-def _eval_loss(trainer: ReftTrainer) -> float:
-    """Return the evaluation loss of the last step, evaluating if it is not logged."""
-    logged = [row for row in trainer.state.log_history if "eval_loss" in row][-1:]
-    current = bool(logged) and logged[0]["step"] == trainer.state.global_step
-    loss: float = (logged[0] if current else trainer.evaluate())["eval_loss"]
-    return loss
-
-
-def _checkpointing(arguments: type, wanted: bool) -> dict[str, Any]:
-    """Return the argument of activation checkpointing by its name in the installed transformers."""
-    names = [field.name for field in fields(arguments)]
-    new = "activation_checkpointing"
-    name = new if new in names else "gradient_checkpointing"
-    return {name: True} if wanted else {}
-
-
-def _checkpoint(output: Path, *, resume: bool, overwrite: bool) -> str | None:
-    """Return the checkpoint to resume from, or None.
-
-    Without ``overwrite``, an adapter is not replaced and an unfinished run is not restarted.
-    """
-    from reft.io.adapter_files import WEIGHTS_FILE
-    from reft.train.checkpoints import last_checkpoint
-
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
-    checkpoint = last_checkpoint(output)
-    if resume:
-        if checkpoint is None:
-            raise UserError(f"--resume found no checkpoint in {output}")
-        return str(checkpoint)
-    if (output / WEIGHTS_FILE).exists() and not overwrite:
-        raise UserError(f"{output} holds an adapter already; --overwrite replaces it")
-    if checkpoint is not None and not overwrite:
-        raise UserError(
-            f"{output} holds an unfinished run up to {checkpoint.name}; --resume continues it, "
-            "--overwrite restarts it"
-        )
-    return None
-
-
-def _tokenize(
-    collator: ReftDataCollator, records: Sequence[dict[str, Any]], source: Path | None
-) -> list[dict[str, Any]]:
-    """Tokenize the records before the first step, so that a record that is too long is found."""
-    examples = []
-    for number, record in enumerate(records, start=1):
-        try:
-            examples.append(collator.tokenize(record))
-        except ValueError as error:
-            raise UserError(f"{source}, record {number}: {error}") from None
-    return examples

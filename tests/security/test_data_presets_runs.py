@@ -200,8 +200,8 @@ RESULTS: dict[str, tuple[str | bytes, str]] = {
     "a format that is true": (result(format_version=True), "got True"),
     "no seed": (result(seed=None), "seed is None"),
     "no preset": (result(preset=None), "preset is None"),
-    "scores of text": (result(scores={"a": "b"}), "no numbers"),
-    "a curve of numbers": (result(training={**RESULT["training"], "curve": [1]}), "no numbers"),
+    "scores of text": (result(scores={"a": "b"}), "must be numbers"),
+    "a curve of numbers": (result(training={**RESULT["training"], "curve": [1]}), "be numbers"),
     "no hashes": (result(data={"train": 1}), "no hashes"),
 }
 

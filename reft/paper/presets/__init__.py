@@ -1,4 +1,4 @@
-"""The published runs of arXiv 2404.03592 as data."""
+"""Presets: the published runs of arXiv 2404.03592 as data."""
 
 from __future__ import annotations
 

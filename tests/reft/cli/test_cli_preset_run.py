@@ -105,7 +105,7 @@ def test_it_goes_on_and_does_not_overwrite(reft, folder):
     assert "2 runs" in out
     code, _, err = reft(*command(COMMONSENSE, "--seeds", "42", "--resume", eval__sets="piqa"))
     assert code == 2
-    assert "other settings: eval.sets" in err
+    assert "with other settings: eval.sets" in err
     assert reft(*first, "--overwrite")[0] == 0
 
 

@@ -69,7 +69,7 @@ def test_ties_share_their_rank():
     ("arguments", "match"),
     [
         (("mathews", [1], [1]), r"metric must be one of accuracy, .*'mathews'"),
-        (("accuracy", [1, 2], [1]), r"two vectors of one length.*\(2,\) and \(1,\)"),
+        (("accuracy", [1, 2], [1]), r"two vectors of the same length.*\(2,\) and \(1,\)"),
         (("accuracy", [], []), r"at least 1"),
         (("accuracy", [[1]], [[1]]), r"two vectors"),
     ],

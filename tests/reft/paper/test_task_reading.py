@@ -106,7 +106,7 @@ def test_a_missing_set_says_all_one_needs(tmp_path):
 
 
 BAD = {
-    "not JSON": ("[{", ["boolq.json", "JSON list of records, or one record a line"]),
+    "not JSON": ("[{", ["boolq.json", "JSON list of records, or a record on each line"]),
     "a word": ("hello", ["boolq.json", "JSON list"]),
     "no record": ("[]", ["holds no records"]),
     "no object": ('["a"]', ["record 1", "must be an object", "str"]),
