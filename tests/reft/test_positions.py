@@ -1,4 +1,4 @@
-"""The position grammar, and the places in a padded batch against a plain Python oracle."""
+"""The position grammar, and columns in a padded batch against a plain Python oracle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reft.positions import Positions, padded_positions, parse_positions
 
 
 def oracle(text, start, length, chunk_start, seq_len, short_prompts, prompt_end):
-    """(prefix, suffix) places of each sequence, written from the rules and from nothing else."""
+    """Compute (prefix, suffix) columns of each sequence directly from the rules."""
     places = []
     for first_column, tokens in zip(start, length, strict=True):
         prompt = list(range(first_column, first_column + tokens))
@@ -41,7 +41,7 @@ def oracle(text, start, length, chunk_start, seq_len, short_prompts, prompt_end)
 
 
 def split(result, spec):
-    """(B, P) places as lists of prefix and suffix places without the −1."""
+    """Convert (B, P) columns to lists of prefix and suffix columns without −1."""
     at = spec.first if spec.kind == "ends" else result.shape[1]
     return [
         ([p for p in row[:at] if p != -1], [p for p in row[at:] if p != -1])
@@ -101,7 +101,7 @@ def test_chunks_of_a_prompt_hold_each_place_once(text, chunk, short_prompts, pro
     whole = padded_positions(
         spec, torch.tensor(start), torch.tensor(length), seq_len=total, **options
     )
-    found = [[] for _ in start]
+    columns = [[] for _ in start]
     for chunk_start in range(0, total, chunk):
         seq_len = min(chunk, total - chunk_start)
         check(text, start, length, chunk_start, seq_len, short_prompts, prompt_end)
@@ -113,9 +113,9 @@ def test_chunks_of_a_prompt_hold_each_place_once(text, chunk, short_prompts, pro
             seq_len=seq_len,
             **options,
         )
-        for places, row in zip(found, part.tolist(), strict=True):
+        for places, row in zip(columns, part.tolist(), strict=True):
             places += [p + chunk_start for p in row if p != -1]
-    assert [sorted(places) for places in found] == [
+    assert [sorted(places) for places in columns] == [
         sorted(p for p in row if p != -1) for row in whole.tolist()
     ]
 
@@ -166,15 +166,15 @@ def test_literal_places():
         [2, 3, 4, 5, 6],
         [5, -1, -1, 6, 7],
     ]
-    # As in four of pyreft's datasets, l1 is then the second to last token of the prompt.
-    one = padded_positions(
+    # l1 is then the second to last token of the prompt, as in four of pyreft's datasets.
+    columns = padded_positions(
         parse_positions("l1"),
         torch.tensor([0]),
         torch.tensor([25]),
         seq_len=30,
         prompt_end="second_to_last",
     )
-    assert one.tolist() == [[23]]
+    assert columns.tolist() == [[23]]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -193,7 +193,7 @@ def test_compiles_as_one_graph_and_keeps_its_values(text):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_reads_no_value_on_the_host(text):
-    # A meta tensor has no values: whatever asked for one would raise.
+    # A meta tensor has no values: reading a value would raise.
     spec = parse_positions(text)
     vector = torch.zeros(3, dtype=torch.int32, device="meta")
     chunk_start = torch.zeros((), dtype=torch.int64, device="meta")

@@ -1,4 +1,4 @@
-"""``reft convert``: folders into folders, without the base model, and one line for a mistake."""
+"""``reft convert``: conversion without the base model, and one-line errors for mistakes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PYREFT, ADAPTERS = cases("pyreft", "pyreft-old"), cases("adapters")
 
 @pytest.fixture
 def reft(capfd, tmp_path, monkeypatch):
-    """Runs the command line in an empty folder: (exit code, stdout, stderr)."""
+    """Run the command line in an empty folder and return (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str | Path):
         capfd.readouterr()
         with pytest.raises(SystemExit) as left:
-            main([str(one) for one in arguments])
+            main([str(argument) for argument in arguments])
         return left.value.code, *capfd.readouterr()
 
     return run
@@ -197,7 +197,7 @@ def test_a_mistake_is_one_line(name, reft, tmp_path):
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {str(one): one.read_bytes() for one in folder.rglob("*") if one.is_file()}
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_source_is_never_the_target(reft, tmp_path):

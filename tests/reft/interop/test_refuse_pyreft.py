@@ -1,4 +1,4 @@
-"""Folders of pyreft that cannot be loaded: one clear error, and the model is as it was."""
+"""Folders of pyreft that cannot be loaded: a clear error, and an unchanged model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ CASES = cases("pyreft")
 
 
 def _file(folder: Path, layer: int, side: int = 0) -> Path:
-    [found] = folder.glob(f"intkey_layer_{layer}_*#{side}.bin")
-    return found
+    [file] = folder.glob(f"intkey_layer_{layer}_*#{side}.bin")
+    return file
 
 
 def _bare(folder: Path) -> None:
@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "empty": ("loreft", lambda f: (shutil.rmtree(f), f.mkdir()), r"it has: nothing"),
     "no-intkey": (
         "loreft",
-        lambda f: [one.unlink() for one in f.glob("intkey*")],
+        lambda f: [file.unlink() for file in f.glob("intkey*")],
         r"no intkey_\*\.bin \(it has: config\.json",
     ),
     "missing": ("loreft", shutil.rmtree, "no such pyreft folder"),

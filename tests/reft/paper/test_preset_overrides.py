@@ -1,4 +1,4 @@
-"""Settings of a preset, changed by ``--set`` or in a copy: what is allowed, and that it shows."""
+"""Changes of preset settings by ``--set`` or in a copy: allowed values and provenance."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def commonsense() -> Preset:
         ("decoding=sampled", "eval.decoding", "sampled"),
         ("scoring=llm-adapters", "eval.scoring", "llm-adapters"),
         ("scoring=none", "eval.scoring", None),
-        # what several sections have is of train, unless it is said
+        # a name in several sections means the setting of train
         ("max_records=5", "train.max_records", 5),
         ("eval.max_records=5", "eval.max_records", 5),
         ("batch_size=1", "train.batch_size", 1),
@@ -60,7 +60,7 @@ def test_override(commonsense, change, field, value):
     assert (got, type(got)) == (value, type(value))
     assert changed.changed() == [field]
     assert changed.known_from(field).status == "changed"
-    # nothing else
+    # nothing else changed
     before = commonsense.to_dict()
     after = changed.to_dict()
     after[section] = {**after[section], name: before[section].get(name)}
@@ -165,13 +165,15 @@ def test_a_later_mistake_is_found_too(commonsense):
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of a preset with some lines replaced: (file, preset)."""
+    """Make a copy of a preset with some lines replaced: (file, preset)."""
 
     def make(name: str, /, **lines: str):
         preset = presets.load(name)
         text = presets.to_toml(preset)
         for field, line in lines.items():
-            old = next(one for one in text.splitlines() if one.startswith(f"{field} = "))
+            old = next(
+                written for written in text.splitlines() if written.startswith(f"{field} = ")
+            )
             text = text.replace(f"\n{old}\n", f"\n{line}\n", 1)
         file = tmp_path / "mine.toml"
         file.write_text(text, encoding="utf-8")
@@ -191,7 +193,7 @@ def test_what_is_edited_is_no_longer_the_papers(copy):
     assert (preset.config["rank"], preset.train.epochs, preset.published.average) == (2, 1, 99.0)
     assert sorted(preset.changed()) == ["config.rank", "published.average", "train.epochs"]
     assert preset.known_from("config.rank") == Provenance("changed", "in mine.toml; it was 8")
-    # and stays so in a copy of the copy
+    # a copy of the copy is marked too
     file.write_text(presets.to_toml(preset), encoding="utf-8")
     assert presets.load(file) == preset
 

@@ -1,4 +1,4 @@
-"""Presets: every one loads, says of every number where it is from, and survives JSON and TOML."""
+"""Presets: each loads, has a source for each number, and is preserved by JSON and TOML."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from reft.paper.tasks.split import SPLITS
 
 NAMES = presets.names()
 
-#: What kind of edit the paper's names are.
+#: Name in the paper -> intervention.
 METHODS = {
     "LoReFT": "loreft",
     "LoReFT (half)": "loreft",
@@ -37,7 +37,7 @@ METHODS = {
 
 
 def numbers(value: Any, path: str) -> Iterator[str]:
-    """Paths of the numbers in a value of JSON; true and false are none."""
+    """Yield the paths of numbers in a JSON value; booleans are not numbers."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from numbers(inner, f"{path}.{name}")
@@ -48,7 +48,7 @@ def numbers(value: Any, path: str) -> Iterator[str]:
         yield path
 
 
-# ------------------------------------------------------------------ each of them
+# ------------------------------------------------------------------ every preset
 
 
 def test_all_are_there():
@@ -89,19 +89,19 @@ def test_preset(name):
 def test_no_number_without_a_source(name):
     preset = presets.load(name)
     whole = preset.to_dict()
-    found = [
+    paths = [
         path
         for section in ("config", "train", "eval", "published")
         for path in numbers(whole[section], section)
     ]
-    assert len(found) > 10
-    for path in found:
+    assert len(paths) > 10
+    for path in paths:
         origin = preset.known_from(".".join(path.split(".")[:2]))
         assert origin.status in ("read", "inferred", "assumed")
         assert len(origin.source) > 4
     assert preset.known_from("hub_id").source
     assert preset.changed() == []
-    # and no source of what is not there
+    # no source for a missing setting
     for key in preset.provenance:
         section, dot, field = key.partition(".")
         assert section in whole and (not dot or field in whole[section]), key
@@ -156,7 +156,7 @@ SAME = ("learning_rate", "warmup", "weight_decay", "max_length", "seeds")
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "differs"),
+    ("first_name", "second_name", "differs"),
     [
         ("commonsense/llama-7b/loreft", "arithmetic/llama-7b/loreft", {"epochs"}),
         ("commonsense/llama-7b/loreft", "commonsense/llama-3-8b/loreft", set()),
@@ -174,8 +174,8 @@ SAME = ("learning_rate", "warmup", "weight_decay", "max_length", "seeds")
         ),
     ],
 )
-def test_what_two_presets_differ_in(one, other, differs):
-    first, second = (presets.load(name).to_dict()["train"] for name in (one, other))
+def test_what_two_presets_differ_in(first_name, second_name, differs):
+    first, second = (presets.load(name).to_dict()["train"] for name in (first_name, second_name))
     assert {name for name in first if first[name] != second[name]} == differs
 
 
@@ -264,7 +264,7 @@ def test_a_child_has_what_it_does_not_say():
     whole = resolve("child", TABLES)
     assert (whole["task"], whole["config"]) == ("x", {"rank": 2, "layers": "all"})
     assert "inherits" not in whole
-    # results are the preset's own
+    # results are not inherited
     assert whole["published"] == {"table": "2"}
     assert whole["provenance"] == {
         "config": "read: a",
@@ -286,18 +286,18 @@ def test_a_bad_parent(name):
 
 
 def test_two_loads_share_nothing():
-    one = presets.load(NAMES[0])
-    one.config["rank"] = 3  # type: ignore[index]
-    one.published.scores.clear()  # type: ignore[attr-defined]
-    assert presets.load(NAMES[0]) != one
+    preset = presets.load(NAMES[0])
+    preset.config["rank"] = 3  # type: ignore[index]
+    preset.published.scores.clear()  # type: ignore[attr-defined]
+    assert presets.load(NAMES[0]) != preset
 
 
-# ------------------------------------------------------------------ names of others
+# ------------------------------------------------------------------ names of transformers
 
 
 def test_names_of_others_are_theirs():
-    assert set(settings.SCHEDULES) <= {one.value for one in SchedulerType}
-    assert set(settings.OPTIMIZERS) <= {one.value for one in OptimizerNames}
+    assert set(settings.SCHEDULES) <= {schedule.value for schedule in SchedulerType}
+    assert set(settings.OPTIMIZERS) <= {optimizer.value for optimizer in OptimizerNames}
     assert tuple(SPLITS) == settings.SPLIT_RULES
     for kind, checks in (
         (presets.TrainSettings, settings.TRAIN_CHECKS),
@@ -321,9 +321,9 @@ print([name for name in ("torch", "transformers", "datasets", "rich") if name in
 
 def test_a_loaded_preset_is_nobody_elses():
     """Whoever writes into what it holds changes this one alone."""
-    one = presets.load("commonsense/llama-7b/loreft")
-    one.published.scores.clear()
-    one.config.clear()
+    preset = presets.load("commonsense/llama-7b/loreft")
+    preset.published.scores.clear()
+    preset.config.clear()
     again = presets.load("commonsense/llama-7b/loreft")
     assert again.published.scores["boolq"] == 69.3
     assert again.config["rank"] == 8

@@ -1,4 +1,4 @@
-"""The paper's parameter counts, from its own base models by shape, wrapped as its presets say."""
+"""Parameter counts of the paper, from meta models with the shapes of its base models."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from reft import get_reft_model
 from reft.adapter.parameters import AdapterParameters
 from reft.paper.presets import load, names
 
-#: Every percentage that arXiv 2404.03592v3 prints of a ReFT, as it is printed.
+#: Percentages of trainable parameters as printed in arXiv 2404.03592v3.
 PERCENTAGES = list(
     csv.DictReader((Path(__file__).parent / "published_percentages.csv").open(encoding="utf-8"))
 )
 
-#: Where a number itself is printed: what, preset, number.
+#: Printed numbers of parameters: (place, preset, number).
 COUNTS = [
     ("appendix F, memorisation", "memorisation/llama-7b", 4097),
     ("appendix F, memorisation", "memorisation/llama-13b", 5121),
@@ -28,13 +28,13 @@ COUNTS = [
 
 
 def adapter_parameters(name: str) -> int:
-    """What a preset trains in its base model, without a classifier's head."""
+    """Count the trainable parameters of a preset without a classifier's head."""
     preset = load(name)
     model = get_reft_model(paper_model(preset.model), preset.reft_config())
     try:
         banks = [module for module in model.modules() if isinstance(module, AdapterParameters)]
         assert len(banks) == 1
-        count = sum(one.numel() for one in banks[0].parameters())
+        count = sum(parameter.numel() for parameter in banks[0].parameters())
         trained, _ = model.get_nb_trainable_parameters()
         heads = trained - count
         assert heads > 0 if preset.task.startswith("glue/") else heads == 0

@@ -1,4 +1,4 @@
-"""`reft report`: runs grouped by what they ran, mean and deviation over seeds, the paper beside."""
+"""`reft report`: groups of runs, mean and deviation over seeds, published scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "arithmetic/llama-7b/loreft"
 
 
 def result(seed: int, scores: dict[str, float], *changes: str, model: str | None = None) -> dict:
-    """What a run would leave, by hand."""
+    """Make the result.json of a run by hand."""
     preset = presets.override(presets.load(NAME), list(changes))
     return {
         "format_version": 1,
@@ -40,10 +40,10 @@ def result(seed: int, scores: dict[str, float], *changes: str, model: str | None
 
 
 def place(folder, *results: dict):
-    for number, one in enumerate(results):
-        run = folder / str(number) / f"seed-{one['seed']}"
+    for number, content in enumerate(results):
+        run = folder / str(number) / f"seed-{content['seed']}"
         write_json(run / RUN_FILE, {"format_version": 1})
-        write_json(run / RESULT_FILE, one)
+        write_json(run / RESULT_FILE, content)
     return folder
 
 
@@ -57,7 +57,7 @@ SCORES = [
 @pytest.fixture
 def three(tmp_path):
     return place(
-        tmp_path, *(result(seed, one) for seed, one in zip((42, 43, 44), SCORES, strict=True))
+        tmp_path, *(result(seed, scores) for seed, scores in zip((42, 43, 44), SCORES, strict=True))
     )
 
 
@@ -87,32 +87,32 @@ def test_what_differs_is_said(tmp_path):
     for part in ("here/tiny", "LLaMA-7B", "train.epochs", "config.rank", "7", "float32"):
         assert part in said, part
     text = markdown([group], [], tmp_path)
-    assert all(f"- {one}" in text for one in group.caveats)
+    assert all(f"- {caveat}" in text for caveat in group.caveats)
     assert "reproduced" not in text
 
 
 @pytest.mark.parametrize(
-    ("change", "groups"),
+    ("change", "count"),
     [
-        (lambda one: one, 1),
-        (lambda one: one["preset"]["config"].update(rank=4), 2),
-        (lambda one: one.update(model="here/tiny"), 2),
-        (lambda one: one["data"]["train"].update(sha256="cd"), 2),
-        (lambda one: one["data"]["train"].update(source="there"), 1),
-        (lambda one: one["preset"]["train"].update(seeds=[43]), 1),
+        (lambda stored: stored, 1),
+        (lambda stored: stored["preset"]["config"].update(rank=4), 2),
+        (lambda stored: stored.update(model="here/tiny"), 2),
+        (lambda stored: stored["data"]["train"].update(sha256="cd"), 2),
+        (lambda stored: stored["data"]["train"].update(source="there"), 1),
+        (lambda stored: stored["preset"]["train"].update(seeds=[43]), 1),
     ],
 )
-def test_runs_of_one_kind_are_one_group(tmp_path, change, groups):
+def test_runs_of_one_kind_are_one_group(tmp_path, change, count):
     second = copy.deepcopy(result(43, SCORES[1]))
     change(second)
-    found, _ = collect(place(tmp_path, result(42, SCORES[0]), second))
-    assert len(found) == groups
+    groups, _ = collect(place(tmp_path, result(42, SCORES[0]), second))
+    assert len(groups) == count
 
 
 def test_a_set_that_a_judge_scores(tmp_path):
-    one = result(42, SCORES[0])
-    one["scores"] = {}
-    [group], _ = collect(place(tmp_path, one))
+    stored = result(42, SCORES[0])
+    stored["scores"] = {}
+    [group], _ = collect(place(tmp_path, stored))
     assert group.cells == []
     text = markdown([group], [], tmp_path)
     assert "not scored" in text

@@ -1,4 +1,4 @@
-"""Runs of presets on tiny bases: each trains, answers, scores, and survives being killed."""
+"""Runs of presets on tiny base models: training, answers, scores, resuming."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from reft.paper.tasks import ClassificationTask, get_task
 
 DATA = Path(__file__).parent / "task_data"
 
-#: Three steps: as few as there can be before, between and after two kills.
+#: Three steps, the minimum for two kills with a step before, between and after.
 SHORT = ("train.epochs=3", "train.batch_size=32", "train.accumulate=1", "train.max_records=8")
 QUICK = (*SHORT, "eval.max_records=3", "eval.batch_size=2")
 
@@ -44,7 +44,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
     return {
         "llama": save_llama(folder / "llama", texts, layers=2),
-        # As deep as the deepest layer that a preset names.
+        # Enough blocks for the deepest layer of any preset.
         "deep-llama": save_llama(folder / "deep-llama", texts, layers=25),
         "roberta": save_roberta(folder / "roberta", texts),
     }
@@ -52,7 +52,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def go(bases, tmp_path):
-    """Runs a preset with changes; further arguments go to :func:`run`."""
+    """Run a preset with changes; other arguments are passed to :func:`run`."""
 
     def start(name: str, *changes: str, folder: str = "out", seed: int = 42, dtype=None, **more):
         preset = presets.override(presets.load(name), [*QUICK, *changes])
@@ -79,7 +79,7 @@ def go(bases, tmp_path):
 
 
 class Killed(Exception):
-    """Stands for the end of the process."""
+    """A simulated kill of the process."""
 
 
 def kill_training(monkeypatch, step: int) -> None:
@@ -96,7 +96,7 @@ def kill_training(monkeypatch, step: int) -> None:
 
 
 def kill_answers(monkeypatch, call: int) -> None:
-    """Raise at the so-manieth call that generates, once; batches are written one by one."""
+    """Raise once at the n-th generating call; every batch is written."""
     known, calls = scoring.generate_ids, []
 
     def generate(*args, **kwargs):
@@ -164,16 +164,16 @@ def test_a_killed_run_ends_like_one_that_was_not(name, go, tmp_path, monkeypatch
     assert {key: again[key] for key in same} == {key: whole[key] for key in same}
     assert again["training"]["curve"] == whole["training"]["curve"]
     assert again["training"]["tokens"] == whole["training"]["tokens"]
-    one, other = (
+    first, second = (
         load_file(tmp_path / folder / "seed-42" / ADAPTER_FOLDER / "adapter_model.safetensors")
         for folder in ("whole", "killed")
     )
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_sampled_answers_do_not_depend_on_a_kill(go, tmp_path, monkeypatch):
-    """Beams and sampling as the paper's text has them."""
+    """Beam search and sampling as in the text of the paper."""
     how = ("sets=AQuA,mawps", "eval.decoding=sampled")
     monkeypatch.setattr(scoring, "BATCHES_AT_A_TIME", 1)
     whole = go("arithmetic/llama-7b/loreft", *how, folder="whole")
@@ -200,7 +200,7 @@ def test_a_base_in_bfloat16(name, go):
     assert result["orthonormality_error"] < 1e-5  # the adapter stays in float32
 
 
-#: Where paper, code and README disagree: the settings that choose the other side.
+#: Settings for the alternatives where paper, code and README disagree.
 OTHERWISE = [
     ("commonsense/llama-7b/loreft", ("tied=false", "untied_by=position")),
     ("commonsense/llama-7b/loreft", ("short_prompts=paper",)),
@@ -221,7 +221,7 @@ def test_the_other_side_of_a_disagreement(name, changes, go):
     assert result["training"]["steps"] == 3
     changed = presets.Preset.from_dict(result["preset"]).changed()
     for change in changes:
-        assert any(one.endswith(change.partition("=")[0].split(".")[-1]) for one in changed)
+        assert any(name.endswith(change.partition("=")[0].split(".")[-1]) for name in changed)
 
 
 def test_the_parts_of_a_composition_answer_apart(go, monkeypatch):
@@ -237,14 +237,14 @@ def test_the_parts_of_a_composition_answer_apart(go, monkeypatch):
 
 
 def test_accumulated_batches_are_one_step(go):
-    """The same records in one batch or in four: the same loss, the same steps."""
-    one = go("commonsense/llama-7b/loreft", "sets=boolq", folder="one")
+    """Records in one batch or in four accumulated batches have equal losses and steps."""
+    whole = go("commonsense/llama-7b/loreft", "sets=boolq", folder="one")
     four = go(
         "commonsense/llama-7b/loreft", "sets=boolq", "train.batch_size=2", "train.accumulate=4",
         folder="four",
     )  # fmt: skip
-    assert four["training"]["steps"] == one["training"]["steps"] == 3
-    losses = [[row["loss"] for row in run["training"]["curve"]] for run in (one, four)]
+    assert four["training"]["steps"] == whole["training"]["steps"] == 3
+    losses = [[row["loss"] for row in run["training"]["curve"]] for run in (whole, four)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
@@ -266,7 +266,7 @@ def test_a_folder_belongs_to_one_run(go, tmp_path):
 
 
 def test_the_best_checkpoint_is_kept(go, bases, tmp_path):
-    """Scored again, the adapter that was saved has the metric of the best epoch."""
+    """The saved adapter has the metric of the best epoch when it is scored again."""
     result = go("glue/roberta-base/rte/loreft", "train.epochs=4", "train.learning_rate=0.05")
     rows = result["training"]["selection"]["rows"]
     best = max(rows, key=lambda row: row["accuracy"])
@@ -275,30 +275,30 @@ def test_the_best_checkpoint_is_kept(go, bases, tmp_path):
     )
     assert len(rows) == 4
     preset = presets.override(presets.load("glue/roberta-base/rte/loreft"), QUICK)
-    found = read_data(preset, DATA, 42)
+    data = read_data(preset, DATA, 42)
     base = AutoModelForSequenceClassification.from_pretrained(bases["roberta"], num_labels=2)
     model = ReftModel.from_pretrained(base, tmp_path / "out" / "seed-42" / ADAPTER_FOLDER).eval()
     tokenizer = AutoTokenizer.from_pretrained(bases["roberta"])
     right = 0
-    for record in found.selection:
+    for record in data.selection:
         ids = tokenizer(record["sentence1"], record["sentence2"], return_tensors="pt")
         with torch.no_grad():
             right += model(**ids).logits.argmax().item() == record["label"]
-    assert right / len(found.selection) == pytest.approx(best["accuracy"])
+    assert right / len(data.selection) == pytest.approx(best["accuracy"])
 
 
 def test_glue_is_selected_and_tested_on_different_halves():
     preset = presets.load("glue/roberta-base/rte/loreft")
-    one, other = (read_data(preset, DATA, seed) for seed in (42, 43))
-    [tests] = one.tests
-    selection, rest = [[json.dumps(r) for r in part] for part in (one.selection, tests.records)]
+    first, second = (read_data(preset, DATA, seed) for seed in (42, 43))
+    [tests] = first.tests
+    selection, rest = [[json.dumps(r) for r in part] for part in (first.selection, tests.records)]
     assert not set(selection) & set(rest)
     assert abs(len(selection) - len(rest)) <= 1
-    assert [json.dumps(r) for r in other.selection] != selection
+    assert [json.dumps(r) for r in second.selection] != selection
 
 
 def test_training_records_are_the_first_of_a_shuffle():
-    """As `dataset.shuffle(seed)` and `select(range(n))` of the published code have them."""
+    """The order is that of `dataset.shuffle(seed)` and `select(range(n))` in the published code."""
     path = DATA / "ft-training_set" / "commonsense_170k.json"
     shuffled = Dataset.from_json(str(path)).shuffle(seed=7).select(range(5))
     preset = presets.override(presets.load("commonsense/llama-7b/loreft"), ["train.max_records=5"])
@@ -315,8 +315,8 @@ def test_answers_are_scored_again_without_the_model(go, tmp_path):
     prompts = [get_task("commonsense").prompt(record) for record in tests.records]
     assert all(text.startswith(prompt) for text, prompt in zip(texts, prompts, strict=True))
     right = [
-        f"{prompt}the correct answer is {one['answer']}"
-        for prompt, one in zip(prompts, tests.records, strict=True)
+        f"{prompt}the correct answer is {record['answer']}"
+        for prompt, record in zip(prompts, tests.records, strict=True)
     ]
     rule = get_task("commonsense").scorings["pyreft"]
     assert scoring.score(tests, right, rule) == {"accuracy": 1.0, "correct": 3, "total": 3}

@@ -1,4 +1,4 @@
-"""GLUE's metrics against scikit-learn and SciPy, which the hub's own metric calls."""
+"""GLUE metrics against scikit-learn and SciPy, which the metric on the hub calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VALUES = st.lists(
 @given(CLASSES)
 def test_classes(pairs):
     sklearn = pytest.importorskip("sklearn.metrics")
-    predictions, labels = (np.array(one) for one in zip(*pairs, strict=True))
+    predictions, labels = (np.array(column) for column in zip(*pairs, strict=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wanted = {
@@ -38,7 +38,9 @@ def test_classes(pairs):
 @given(VALUES)
 def test_values(pairs):
     stats = pytest.importorskip("scipy.stats")
-    predictions, labels = (np.array(one, dtype=np.float64) for one in zip(*pairs, strict=True))
+    predictions, labels = (
+        np.array(column, dtype=np.float64) for column in zip(*pairs, strict=True)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wanted = {
@@ -46,16 +48,16 @@ def test_values(pairs):
             "spearman": stats.spearmanr(predictions, labels)[0],
         }
     for name, value in wanted.items():
-        found = metrics.METRICS[name](predictions, labels)
-        # Near a constant, what is left is rounding, theirs and ours.
-        if math.isnan(value) or min(np.ptp(predictions), np.ptp(labels)) < 1e-3:
+        actual = metrics.METRICS[name](predictions, labels)
+        # For nearly constant values, both results are rounding errors.
+        if math.isnan(actual) or min(np.ptp(predictions), np.ptp(labels)) < 1e-3:
             continue
-        assert found == pytest.approx(value, abs=1e-7)
+        assert actual == pytest.approx(value, abs=1e-7)
 
 
 @pytest.mark.parametrize("name", ["pearson", "spearman", "matthews_correlation"])
 def test_a_constant_has_learnt_nothing(name):
-    """And is never the best epoch, as a nan that comes first would be."""
+    """It is never the best epoch; a NaN in the first epoch would be."""
     assert metrics.compute(name, [1, 1, 1], [0, 1, 1]) == {name: 0.0}
 
 

@@ -1,4 +1,4 @@
-"""Records are found in every layout that people have, and what is wrong is said with its place."""
+"""Records are read from every supported layout; errors name the record."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def test_every_set_of_the_fixtures(name):
     task = TASKS[name]
     train = read_set(task, task.train_set, "train", DATA)
     assert train.records
-    for one in task.eval_sets:
+    for name in task.eval_sets:
         split = "train" if name.startswith("gsm8k") else task.eval_split
-        assert read_set(task, one, split, DATA).records
+        assert read_set(task, name, split, DATA).records
 
 
 LAYOUTS = {
@@ -63,11 +63,11 @@ def parquet(path: Path) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, tmp_path):
     LAYOUTS[layout](tmp_path)
-    found = read_set(COMMONSENSE, "boolq", "test", tmp_path)
+    records = read_set(COMMONSENSE, "boolq", "test", tmp_path)
     wanted = read_set(COMMONSENSE, "boolq", "test", DATA)
-    assert found.records == wanted.records
-    assert found.sha256 == wanted.sha256
-    assert "boolq" in found.source
+    assert records.records == wanted.records
+    assert records.sha256 == wanted.sha256
+    assert "boolq" in records.source
 
 
 def test_another_record_is_another_hash(tmp_path):
@@ -85,8 +85,8 @@ def test_training_records_lie_in_a_folder_of_their_own(tmp_path):
 
 def test_labels_of_csv_files_are_numbers(tmp_path):
     write(tmp_path / "stsb/train.csv", "sentence1,sentence2,label\nA,B,2.5\nC,D,5\n")
-    found = read_set(get_task("glue/stsb"), "stsb", "train", tmp_path)
-    assert [one["label"] for one in found.records] == [2.5, 5]
+    records = read_set(get_task("glue/stsb"), "stsb", "train", tmp_path)
+    assert [record["label"] for record in records.records] == [2.5, 5]
     write(tmp_path / "cola/train.csv", "sentence,label\nA,1\n")
     assert read_set(get_task("glue/cola"), "cola", "train", tmp_path).records[0]["label"] == 1
 
@@ -165,22 +165,25 @@ def test_no_hub_is_said_at_once(monkeypatch):
 
 def test_demos_bring_their_data():
     for name, count in (("goody2", 5), ("emoji", 10), ("memorisation", 1)):
-        found = read_set(get_task(name), name, "train", None)
-        assert len(found.records) == count
-    assert len(found.records[0]["completion"]) == 2000
+        records = read_set(get_task(name), name, "train", None)
+        assert len(records.records) == count
+    assert len(records.records[0]["completion"]) == 2000
 
 
 def test_composition_has_two_parts():
     records = read_set(
         get_task("composition"), "hellaswag_de+ultrafeedback_1k", "train", DATA
     ).records
-    german = [one for one in records if one["subspaces"] == "hellaswag"]
-    assert [one["output"] for one in german][:2] == ["legt sie in die Pfanne.", "steht wieder auf."]
+    german = [record for record in records if record["subspaces"] == "hellaswag"]
+    assert [record["output"] for record in german][:2] == [
+        "legt sie in die Pfanne.",
+        "steht wieder auf.",
+    ]
     assert german[3]["output"] == "läuft zur Tür."  # fewer than four: the last
-    assert not any(one["ends"] for one in german)
-    rest = [one for one in records if one["subspaces"] == "instruct"]
+    assert not any(record["ends"] for record in german)
+    rest = [record for record in records if record["subspaces"] == "instruct"]
     assert (len(german), len(rest)) == (4, 6)
-    assert all("ends" not in one for one in rest)
+    assert all("ends" not in record for record in rest)
 
 
 # -------------------------------------------------------------------- splits
@@ -192,7 +195,7 @@ def test_a_validation_set_is_cut_in_two(count, chosen, rule):
     records = [{"row": row} for row in range(count)]
     selection, rest = glue_split(records, 42, rule)
     assert (len(selection), len(rest)) == (chosen, count - chosen)
-    rows = [one["row"] for one in selection + rest]
+    rows = [record["row"] for record in selection + rest]
     assert sorted(rows) == list(range(count))
     if count > 2:
         assert glue_split(records, 43, rule) != (selection, rest)
@@ -200,7 +203,7 @@ def test_a_validation_set_is_cut_in_two(count, chosen, rule):
 
 
 def test_the_cuts_are_those_of_the_published_code():
-    """Both as the code has them: right after `set_seed`, by the same calls."""
+    """Both splits make the same calls as the published code, directly after `set_seed`."""
     from transformers import set_seed
 
     records = [{"row": row} for row in range(50)]

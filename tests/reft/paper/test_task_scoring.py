@@ -1,4 +1,4 @@
-"""Which answers are right: hand-made ones, with the oddities of each rule."""
+"""Scoring rules on hand-made answers, including the peculiarities of each rule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from reft.paper.tasks.answers import last_number
 
 BEGIN = "the correct answer is "
 
-#: set, right answer, what was generated -> right to pyreft, right to LLM-Adapters
+#: (set, right answer, response) -> (right by pyreft's rule, right by LLM-Adapters' rule)
 COMMONSENSE = [
     ("boolq", "true", f"{BEGIN}true", True, True),
     ("boolq", "true", f"{BEGIN}false", False, False),
@@ -30,7 +30,7 @@ COMMONSENSE = [
     ("social_i_qa", "answer3", f"{BEGIN}answer3", True, True),
 ]
 
-#: right answer, what was generated -> right
+#: (right answer, response) -> right
 ARITHMETIC = [
     ("18.0", "The answer is 18.", True),
     ("18.0", "The answer is 18.0005", True),
@@ -52,7 +52,7 @@ ARITHMETIC = [
     ("C", "", False),
 ]
 
-#: right answer, what was generated -> right
+#: (right answer, response) -> right
 GSM8K = [
     ("He has 7.\n#### 7", "The final answer is: 7", True),
     ("It is so.\n#### 150,000", "150000", True),
@@ -68,8 +68,8 @@ def test_commonsense(name, answer, generated, pyreft, adapters):
     task = get_task("commonsense")
     record = {"instruction": f"Is it {answer}? Answer format: true/false", "answer": answer}
     text = task.prompt(record) + generated
-    found = {rule: task.scorings[rule](text, record, name).correct for rule in task.scorings}
-    assert found == {"pyreft": pyreft, "llm-adapters": adapters}
+    verdicts = {rule: task.scorings[rule](text, record, name).correct for rule in task.scorings}
+    assert verdicts == {"pyreft": pyreft, "llm-adapters": adapters}
 
 
 def test_a_trigger_in_the_question_comes_first():
@@ -88,7 +88,7 @@ def test_arithmetic(answer, generated, right, rule):
     task = get_task("arithmetic")
     record = {"instruction": "How many, 99 or A?", "output": "", "answer": answer}
     text = task.prompt(record) + generated
-    # The number and the letter of the question stand before the trigger.
+    # The number and the letter of the question are before the trigger.
     assert task.scorings[rule](text, record, "mawps").correct is right
 
 
@@ -114,8 +114,8 @@ def test_memorisation_counts_characters():
     def credit(generated: str) -> float:
         return task.scorings["characters"](f"GO->{generated}", record, "memorisation").credit
 
-    # The share of what was generated, as in the notebook.
-    assert [credit(one) for one in ("abcdef", "abc", "abxdef", "xbc", "", "abcdefgh")] == [
+    # The share of the response, as in the notebook.
+    assert [credit(text) for text in ("abcdef", "abc", "abxdef", "xbc", "", "abcdefgh")] == [
         1.0,
         1.0,
         2 / 6,
