@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +38,7 @@ from reft.paper.runs.result import (
     write_json,
 )
 from reft.paper.runs.training import Metrics, make_trainer, train
-from reft.paper.tasks import ClassificationTask, Task, metrics
+from reft.paper.tasks import ClassificationTask, Record, Task, metrics
 from reft.train.checkpoints import last_checkpoint, remove_checkpoints
 from reft.train.evaluate import context_length
 from reft.train.trainer import ReftTrainer
@@ -115,36 +115,34 @@ def run(
             another run. The model is not loaded.
     """
     folder = output / f"seed-{seed}"
-    data_of_run = read_data(preset, data, seed)
+    run_data = read_data(preset, data, seed)
     started = (folder / RUN_FILE).exists() and not overwrite
     identity = {
         "format_version": FORMAT_VERSION,
         "preset": preset.to_dict(),
         "model": model_name,
         "seed": seed,
-        "data": data_of_run.sources,
+        "data": run_data.sources,
     }
     RunFolder(folder, resume, overwrite).claim(identity)
     if (folder / RESULT_FILE).exists():
         return read_json(folder / RESULT_FILE)
 
-    print_line = console.print if console is not None else _print_nothing
     set_seed(seed)
     base, tokenizer = make_base()
-    max_length = min(preset.train.max_length, context_length(base) or preset.train.max_length)
     base_parameters = base.num_parameters()
     trained = (folder / TRAINING_FILE).exists()
     if trained:
         model = ReftModel.from_pretrained(base, folder / ADAPTER_FOLDER, is_trainable=True)
     else:
         model = get_reft_model(base, preset.reft_config(base_model_name_or_path=model_name))
+    max_length = min(preset.train.max_length, context_length(base) or preset.train.max_length)
+    loaded = _LoadedRun(preset, model, tokenizer, run_data, folder, seed, max_length, console)
     parameters = _count_parameters(model, base_parameters)
-    print_line(_describe(seed, len(data_of_run.training), parameters, base.device))
+    loaded.print(_describe(seed, len(run_data.training), parameters, base.device))
     if started and not trained and last_checkpoint(folder) is None:
-        print_line("the run has no checkpoint yet: it starts from the beginning")
-    trainer = _make_trainer(
-        preset, model, tokenizer, data_of_run, folder, seed, max_length, console, print_line
-    )
+        loaded.print("the run has no checkpoint yet: it starts from the beginning")
+    trainer = loaded.make_trainer()
     if trained:
         training = read_json(folder / TRAINING_FILE)["training"]
     else:
@@ -153,9 +151,7 @@ def run(
         content = {"format_version": FORMAT_VERSION, "training": training}
         write_json(folder / TRAINING_FILE, content)
     start = time.perf_counter()
-    scores = _evaluate(
-        preset, trainer, model, tokenizer, data_of_run, folder, seed, max_length, console
-    )
+    scores = loaded.evaluate(trainer)
     result = {
         **identity,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -166,11 +162,90 @@ def run(
         "orthonormality_error": model.orthonormality_error(),
         "training": training,
         "evaluation": {"seconds": time.perf_counter() - start, "scores": scores},
-        "scores": _headline(data_of_run.task, scores),
+        "scores": _headline(run_data.task, scores),
     }
     write_json(folder / RESULT_FILE, result)
     remove_checkpoints(folder)
     return result
+
+
+@dataclass(frozen=True)
+class _LoadedRun:
+    """A run after its data and its model were loaded."""
+
+    preset: Preset
+    model: ReftModel
+    tokenizer: PreTrainedTokenizerBase
+    data: RunData
+    folder: Path
+    seed: int
+    max_length: int
+    console: Console | None
+
+    def print(self, line: str) -> None:
+        """Print a line if there is a console."""
+        if self.console is not None:
+            self.console.print(line)
+
+    def encode(self, records: Sequence[Record], label_dtype: str | None = None) -> list[Any]:
+        """Encode records as features."""
+        return encode_training(
+            self.data.task, records, self.tokenizer, self.max_length, label_dtype
+        )
+
+    def make_trainer(self) -> ReftTrainer:
+        """Encode the records and make the trainer."""
+        features = self.encode(self.data.training, self.preset.train.label_dtype)
+        unlabelled = count_without_label(features)
+        if unlabelled:
+            self.print(
+                f"{unlabelled} of them have no label to learn, because their prompts have "
+                f"max_length {self.max_length} tokens or more"
+            )
+        return make_trainer(
+            self.preset,
+            self.model,
+            self.tokenizer,
+            folder=self.folder,
+            seed=self.seed,
+            training=features,
+            selection=self.encode(self.data.selection) or None,
+            metrics=_metrics(self.data.task),
+            console=self.console,
+        )
+
+    def evaluate(self, trainer: ReftTrainer) -> dict[str, dict[str, Any]]:
+        """Score each test set; for a set that needs a judge, return the command instead."""
+        task, answers = self.data.task, self.folder / ANSWERS_FOLDER
+        if isinstance(task, ClassificationTask):
+            [tests] = self.data.tests
+            measure = _metrics(task)
+            assert measure is not None
+            features = self.encode(tests.records)
+            path = answers / f"{tests.name}.json"
+            return {tests.name: scoring.classify(trainer, tests, features, measure, path)}
+        rule = self.preset.eval.scoring
+        scores: dict[str, dict[str, Any]] = {}
+        for tests in self.data.tests:
+            texts = scoring.answer(
+                self.model,
+                self.tokenizer,
+                task,
+                tests,
+                self.preset,
+                answers / f"{tests.name}.texts.jsonl",
+                max_length=self.max_length,
+                seed=self.seed,
+                console=self.console,
+            )
+            path = answers / f"{tests.name}.json"
+            if rule is None:
+                generator = f"{self.preset.name} seed {self.seed}"
+                scoring.write_for_judge(task, tests, texts, generator, path)
+                scores[tests.name] = {"judge": task.judge.format(path=path), "total": len(texts)}
+            else:
+                scores[tests.name] = scoring.score(tests, texts, task.scorings[rule], path)
+        return scores
 
 
 def _describe(seed: int, records: int, parameters: dict[str, Any], device: torch.device) -> str:
@@ -179,44 +254,6 @@ def _describe(seed: int, records: int, parameters: dict[str, Any], device: torch
         f"seed {seed}: {records} records; {parameters['adapter']:,} parameters "
         f"({parameters['percent']:.4f} % of the base model's){head} on {device}"
     )
-
-
-def _make_trainer(
-    preset: Preset,
-    model: ReftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: RunData,
-    folder: Path,
-    seed: int,
-    max_length: int,
-    console: Console | None,
-    print_line: Callable[[str], None],
-) -> ReftTrainer:
-    """Encode the records and make the trainer."""
-    features = encode_training(
-        data.task, data.training, tokenizer, max_length, preset.train.label_dtype
-    )
-    unlabelled = count_without_label(features)
-    if unlabelled:
-        print_line(
-            f"{unlabelled} of them have no label to learn, because their prompts have max_length "
-            f"{max_length} tokens or more"
-        )
-    return make_trainer(
-        preset,
-        model,
-        tokenizer,
-        folder=folder,
-        seed=seed,
-        training=features,
-        selection=encode_training(data.task, data.selection, tokenizer, max_length) or None,
-        metrics=_metrics(data.task),
-        console=console,
-    )
-
-
-def _print_nothing(text: str) -> None:
-    """Replace ``console.print`` without a console."""
 
 
 def _count_parameters(model: ReftModel, base: int) -> dict[str, Any]:
@@ -241,50 +278,6 @@ def _metrics(task: Task) -> Metrics | None:
         return None
     metric = task.metric
     return lambda predictions, labels: metrics.compute(metric, predictions, labels)
-
-
-def _evaluate(
-    preset: Preset,
-    trainer: ReftTrainer,
-    model: ReftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: RunData,
-    folder: Path,
-    seed: int,
-    max_length: int,
-    console: Console | None,
-) -> dict[str, dict[str, Any]]:
-    """Score each test set; for a set that needs a judge, return the command instead."""
-    task, answers = data.task, folder / ANSWERS_FOLDER
-    if isinstance(task, ClassificationTask):
-        [tests] = data.tests
-        measure = _metrics(task)
-        assert measure is not None
-        features = encode_training(task, tests.records, tokenizer, max_length)
-        path = answers / f"{tests.name}.json"
-        return {tests.name: scoring.classify(trainer, tests, features, measure, path)}
-    scores: dict[str, dict[str, Any]] = {}
-    for tests in data.tests:
-        texts = scoring.answer(
-            model,
-            tokenizer,
-            task,
-            tests,
-            preset,
-            answers / f"{tests.name}.texts.jsonl",
-            max_length=max_length,
-            seed=seed,
-            console=console,
-        )
-        path = answers / f"{tests.name}.json"
-        if preset.eval.scoring is None:
-            scoring.write_for_judge(task, tests, texts, f"{preset.name} seed {seed}", path)
-            scores[tests.name] = {"judge": task.judge.format(path=path), "total": len(texts)}
-        else:
-            scores[tests.name] = scoring.score(
-                tests, texts, task.scorings[preset.eval.scoring], path
-            )
-    return scores
 
 
 def _headline(task: Task, scores: dict[str, dict[str, Any]]) -> dict[str, float]:

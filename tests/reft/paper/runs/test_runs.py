@@ -31,7 +31,7 @@ from reft.paper.runs.run import ADAPTER_FOLDER, TRAINING_FILE, run
 from reft.paper.runs.training import Clock
 from reft.paper.tasks import ClassificationTask, get_task
 
-DATA = Path(__file__).parent / "task_data"
+DATA = Path(__file__).parents[1] / "task_data"
 
 #: Three steps, the minimum for two kills with a step before, between and after.
 SHORT = ("train.epochs=3", "train.batch_size=32", "train.accumulate=1", "train.max_records=8")

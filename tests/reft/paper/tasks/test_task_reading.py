@@ -16,7 +16,7 @@ from reft.paper.tasks import TASKS, get_task
 from reft.paper.tasks.read import read_set
 from reft.paper.tasks.split import glue_split, gsm8k_split
 
-DATA = Path(__file__).parent / "task_data"
+DATA = Path(__file__).parents[1] / "task_data"
 COMMONSENSE = get_task("commonsense")
 ROWS = json.loads((DATA / "dataset/boolq/test.json").read_text(encoding="utf-8"))
 
