@@ -110,8 +110,20 @@ def kill_answers(monkeypatch, call: int) -> None:
     monkeypatch.setattr(scoring, "generate_ids", generate)
 
 
-@pytest.mark.parametrize("name", presets.names())
-def test_every_preset_runs_and_survives(name, go, tmp_path, monkeypatch):
+def representatives() -> list[str]:
+    """Return a preset for each task and each intervention. The others differ in settings only."""
+    names, seen = [], set()
+    for name in presets.names():
+        preset = presets.load(name)
+        kinds = {preset.task, preset.config["intervention"]}
+        if not kinds <= seen:
+            names.append(name)
+            seen |= kinds
+    return names
+
+
+@pytest.mark.parametrize("name", representatives())
+def test_a_preset_of_each_kind_runs_and_survives_kills(name, go, tmp_path, monkeypatch):
     kill_training(monkeypatch, step=2)
     with pytest.raises(Killed):
         go(name)
