@@ -85,11 +85,8 @@ def adapter(data: bytes) -> None:
     header, body = _split(data)
     (_HERE / WEIGHTS_FILE).write_bytes(struct.pack("<Q", len(header)) + header + body)
     read, tensors = read_adapter(_HERE)
-    host_adapter = stored(read, tensors, num_layers=BLOCKS, dim=DIM)
-    assert all(
-        part.isfinite().all()
-        for part in (*host_adapter.effective.bias, *host_adapter.effective.decode)
-    )
+    loaded = stored(read, tensors, num_layers=BLOCKS, dim=DIM)
+    assert all(part.isfinite().all() for part in (*loaded.effective.bias, *loaded.effective.decode))
     assert read_reft(_HERE).config == read
 
 

@@ -145,7 +145,7 @@ MISTAKES = {
     "no-folder": (("convert", "nowhere", "out"), "no such folder: nowhere"),
     "a-file": (("convert", "file", "out"), "this is a file, not an adapter folder"),
     "nothing-in-it": (("convert", "empty", "out"), "no adapter of reft"),
-    "peft": (("convert", "lora", "out"), "an adapter of PEFT changes weights"),
+    "peft": (("convert", "lora", "out"), "a PEFT adapter changes weights"),
     "ours-to-ours": (("convert", "ours", "out"), "is already a folder of reft"),
     "theirs-to-theirs": (
         ("convert", PY / "loreft", "out", "--to", "pyreft"), "is already a folder of pyreft"
@@ -161,13 +161,13 @@ MISTAKES = {
         ("convert", "ours", "out", "--to", "pyreft", "--no-head"), "--head cannot be given"
     ),
     "into-another-folder": (
-        ("convert", AD / "loreft", "empty/.."), "must be new, empty or an adapter to replace"
+        ("convert", AD / "loreft", "empty/.."), "must be a new, empty or adapter folder"
     ),
     "into-a-file": (("convert", AD / "loreft", "file"), "file is a file"),
     "pyreft-into-ours": (
         ("convert", AD / "loreft", "ours", "--to", "pyreft", "--overwrite"), "new or empty"
     ),
-    "negative-layers": (("convert", "last", "out", "--to", "pyreft"), r"not be negative .*\[-1\]"),
+    "negative-layers": (("convert", "last", "out", "--to", "pyreft"), r"not be negative.*\[-1\]"),
     "a-component-pyreft-has-not": (
         ("convert", "inner", "out", "--to", "pyreft"), "component must be one that pyreft loads"
     ),
@@ -204,5 +204,5 @@ def test_the_source_is_never_the_target(reft, tmp_path):
     source = shutil.copytree(AD / "loreft", tmp_path / "source")
     before = _files(source)
     code, _, err = reft("convert", source, source, "--overwrite")
-    assert code == 2 and "must be new, empty or an adapter to replace" in err
+    assert code == 2 and "must be a new, empty or adapter folder" in err
     assert _files(source) == before

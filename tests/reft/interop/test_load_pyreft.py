@@ -199,7 +199,7 @@ def test_a_class_of_ones_own_needs_the_callers_word(tmp_path):
     (folder / "config.json").write_text(
         text.replace("pyreft.interventions.NoreftIntervention", "__main__.MyIntervention")
     )
-    with pytest.raises(ValueError, match="names the class 'MyIntervention', which is none"):
+    with pytest.raises(ValueError, match="must name a class of pyreft, got 'MyIntervention'"):
         load_pyreft(folder, base_model(), positions="f3+l3")
     tensors = golden("pyreft")[0]
     model = load_pyreft(folder, base_model(), positions="f3+l3", intervention="noreft")

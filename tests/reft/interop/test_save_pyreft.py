@@ -78,8 +78,9 @@ def test_the_files_are_those_of_pyreft(case, tmp_path):
     assert [path.name for path in ours.parent.iterdir()] == ["here"]
 
 
-@pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("name", "tied"), [*((name, True) for name in CLASSES), ("loreft", False), ("noreft", False)]
+)
 def test_there_and_back(name, tied, tmp_path):
     model = adapted(intervention=name, tied=tied, layers=[0, 2])
     save_pyreft(model, tmp_path / "out")
@@ -183,9 +184,19 @@ def _theirs(model, tied: bool, layers: int) -> torch.Tensor:
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize("component", ["block_output", "mlp_output", "attention_output"])
-@pytest.mark.parametrize("name", [name for name in CLASSES if name not in UNLOADABLE])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("name", "tied", "component"),
+    [
+        ("loreft", True, "block_output"),
+        ("loreft", False, "mlp_output"),
+        ("direft_orthonormal", True, "attention_output"),
+        ("direft_orthonormal", False, "block_output"),
+        ("consreft", True, "mlp_output"),
+        ("consreft", False, "attention_output"),
+        ("lobireft", True, "block_output"),
+        ("lobireft", False, "mlp_output"),
+    ],
+)
 def test_pyreft_loads_the_folder(pyreft, name, tied, component, tmp_path):
     ours = adapted(intervention=name, tied=tied, layers=[0, 2], component=component)
     save_pyreft(ours, tmp_path / "out")
