@@ -194,16 +194,16 @@ class ReftConfig:
             ValueError: a name in ``modules_to_save`` matches no module.
         """
         present = list(module_names)
-        wanted = list(self.modules_to_save or ())
-        for name in wanted:
+        names = list(self.modules_to_save or ())
+        for name in names:
             if not any(_ends_in(path, name) for path in present):
                 leaves = {path.rpartition(".")[2] for path in present} - {""}
                 raise ValueError(
                     "ReftConfig.modules_to_save must name modules of the base model, got "
                     f"{shown(name)}{did_you_mean(name, leaves)}"
                 )
-        wanted += HEAD_MODULES.get(self.task_type or "", ())
-        matches = [path for path in present if any(_ends_in(path, name) for name in wanted)]
+        names += HEAD_MODULES.get(self.task_type or "", ())
+        matches = [path for path in present if any(_ends_in(path, name) for name in names)]
         return tuple(
             path for path in matches if not any(path.startswith(f"{outer}.") for outer in matches)
         )

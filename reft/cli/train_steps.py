@@ -51,12 +51,12 @@ def final_eval_loss(trainer: ReftTrainer) -> float:
     return loss
 
 
-def checkpointing_argument(arguments: type, wanted: bool) -> dict[str, Any]:
+def checkpointing_argument(arguments: type, enabled: bool) -> dict[str, Any]:
     """Return the argument of activation checkpointing by its name in the installed transformers."""
     names = [field.name for field in fields(arguments)]
     new = "activation_checkpointing"
     name = new if new in names else "gradient_checkpointing"
-    return {name: True} if wanted else {}
+    return {name: True} if enabled else {}
 
 
 def checkpoint_to_resume(output: Path, *, resume: bool, overwrite: bool) -> str | None:

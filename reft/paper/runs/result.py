@@ -121,14 +121,14 @@ def _is_loss(value: Any) -> bool:
     return value is None or _is_number(value)
 
 
-def differences(stored: Any, wanted: Any, path: str = "") -> Iterator[str]:
+def differences(stored: Any, expected: Any, path: str = "") -> Iterator[str]:
     """Describe the differences of two JSON values: ``train.epochs: 6 there, 3 here``."""
-    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
-        for name in dict.fromkeys([*stored, *wanted]):
+    if isinstance(stored, Mapping) and isinstance(expected, Mapping):
+        for name in dict.fromkeys([*stored, *expected]):
             inner = f"{path}.{name}" if path else str(name)
-            yield from differences(stored.get(name), wanted.get(name), inner)
-    elif stored != wanted:
-        yield f"{path}: {json.dumps(stored)} there, {json.dumps(wanted)} here"
+            yield from differences(stored.get(name), expected.get(name), inner)
+    elif stored != expected:
+        yield f"{path}: {json.dumps(stored)} there, {json.dumps(expected)} here"
 
 
 def settings_of(identity: Mapping[str, Any]) -> dict[str, Any]:
