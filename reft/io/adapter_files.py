@@ -63,7 +63,7 @@ def write_adapter(
             )
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(
-            errno.ENOTDIR, "an adapter is stored in a folder, but this is a file", str(folder)
+            errno.ENOTDIR, "an adapter is stored in a directory, but this is a file", str(folder)
         )
     text = config.to_json()
     # safetensors refuses tensors that share storage, such as slices of a stacked parameter.
@@ -94,7 +94,7 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[ReftConfig, dict[str, Te
         raise FileNotFoundError(errno.ENOENT, "no such adapter directory", str(folder))
     if not folder.is_dir():
         raise NotADirectoryError(
-            errno.ENOTDIR, "an adapter is a folder, but this is a file", str(folder)
+            errno.ENOTDIR, "an adapter is a directory, but this is a file", str(folder)
         )
     weights = folder / WEIGHTS_FILE
     require_plain(weights)

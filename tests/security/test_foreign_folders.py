@@ -67,7 +67,7 @@ def repeated(tensors: dict) -> dict:
     return {**tensors, "weight": torch.zeros(1).expand(10**6, 10**6)}
 
 
-DAMAGED = "config.json is damaged"
+DAMAGED = "config.json must be one that pyreft wrote"
 PLAIN = "must be a plain tensor that the file holds whole"
 #: Folder -> (file, change, text of the error)
 REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {

@@ -241,7 +241,7 @@ def test_missing_folders_and_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such adapter directory.*nowhere"):
         read_adapter(tmp_path / "nowhere")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(NotADirectoryError, match=r"adapter is a folder.*file"):
+    with pytest.raises(NotADirectoryError, match=r"adapter is a directory.*file"):
         read_adapter(tmp_path / "file")
     with pytest.raises(FileNotFoundError, match=rf"no {WEIGHTS_FILE} \(it has: file\)"):
         read_adapter(tmp_path)
