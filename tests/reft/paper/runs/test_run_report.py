@@ -146,7 +146,7 @@ def test_command(three, capsys):
         (lambda folder: folder, ["no run in", "reft train --preset"]),
         (
             lambda folder: place(folder, {**result(42, SCORES[0]), "format_version": 9}),
-            ["from 1 to 1, got 9; a newer version of reft"],
+            ["must be 1, got 9; a newer version of reft"],
         ),
     ],
 )
