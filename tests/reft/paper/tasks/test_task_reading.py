@@ -26,9 +26,9 @@ def test_every_set_of_the_fixtures(name):
     task = TASKS[name]
     train = read_set(task, task.train_set, "train", DATA)
     assert train.records
-    for name in task.eval_sets:
-        split = "train" if name.startswith("gsm8k") else task.eval_split
-        assert read_set(task, name, split, DATA).records
+    for set_name in task.eval_sets:
+        split = "train" if set_name.startswith("gsm8k") else task.eval_split
+        assert read_set(task, set_name, split, DATA).records
 
 
 LAYOUTS = {
@@ -229,7 +229,7 @@ def test_a_cut_leaves_random_numbers_alone(rule):
 def test_cuts_that_cannot_be_made():
     with pytest.raises(ValueError, match="split_rule must be one of original, pyreft; got 'half'"):
         glue_split([{}, {}], 1, "half")
-    with pytest.raises(ValueError, match="needs 2 records, got 1"):
+    with pytest.raises(ValueError, match="at least 2 records to be split, got 1"):
         glue_split([{}], 1)
 
 
