@@ -2,8 +2,8 @@
 
     model = reft.get_reft_model(base_model, reft.ReftConfig(positions="f7+l7", rank=8))
 
-Importing this package imports none of its parts: each name loads what it needs when it is first
-used. Classes that need an extra are there without it; using them says what to install.
+Importing this package imports none of its modules: each name loads its module on first use.
+Classes that need an extra exist without it; using them raises an error that names the extra.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-#: public name -> the module that defines it.
+#: Public name -> the module that defines it.
 _HOMES = {
     "ReftConfig": "reft.config",
     "ReftDPOTrainer": "reft.train.trl",
@@ -38,7 +38,7 @@ _HOMES = {
     "save_pyreft": "reft.interop.models",
 }
 
-#: Modules that need what is not installed with this package: their classes have stand-ins.
+#: Modules that need an extra. Without it, their classes are replaced by stand-ins.
 _EXTRAS = frozenset({"reft.train.trl", "reft.train.trl_grpo"})
 
 __all__ = [
@@ -67,7 +67,7 @@ def __getattr__(name: str) -> Any:
     except ImportError as error:
         if home not in _EXTRAS:
             raise
-        # Not kept: who installs it now has it.
+        # Not cached, so that the class works once the extra is installed.
         return importlib.import_module("reft.absent").stand_in(name, home, str(error))
     value = getattr(module, name)
     globals()[name] = value

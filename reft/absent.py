@@ -1,5 +1,8 @@
-"""Classes of packages that are not installed, and the error that says what to install: stand-ins
-can be listed, documented, asked for and derived from."""
+"""Stand-ins for classes whose extra is not installed.
+
+A stand-in can be listed, documented, imported and subclassed. Using it raises an ImportError that
+names the extra to install.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any, NoReturn
 
 
 class _Absent(type):
-    """The type of a stand-in: a call and every public name that it lacks are its use."""
+    """Metaclass of stand-ins: calling the class or reading a public attribute raises."""
 
     _reason: str
 
@@ -16,26 +19,26 @@ class _Absent(type):
         raise ImportError(cls._reason)
 
     def __getattr__(cls, name: str) -> NoReturn:
-        if name.startswith("_"):  # asked by Python and by tools that look at classes
+        if name.startswith("_"):  # read by Python and by tools that inspect classes
             raise AttributeError(f"type object {cls.__name__!r} has no attribute {name!r}")
         raise ImportError(cls._reason)
 
 
 @functools.cache
 def stand_in(name: str, module: str, reason: str) -> type:
-    """A class in the place of ``module``'s ``name``.
+    """Make a class that stands in for ``name`` of ``module``.
 
     Args:
-        reason: why the module cannot be imported and what to do: the text of the ImportError that
-            a use raises, of a subclass too.
+        reason: why the module cannot be imported and what to install. It is the text of the
+            ImportError that using the class or a subclass raises.
     """
-    text = f"Not there: {reason}."
+    text = f"Not available: {reason}."
     return _Absent(name, (), {"__module__": module, "__doc__": text, "_reason": reason})
 
 
 def lacks_trl(error: Exception) -> ImportError:
-    """The error to raise where TRL, or what it needs, cannot be imported."""
+    """Make the error for an ``import trl`` that failed, or for a missing dependency of TRL."""
     text = "these trainers need TRL: pip install 'reft[trl]'"
     if getattr(error, "name", None) != "trl":
-        text += f" (what is there cannot be imported: {str(error).splitlines()[-1]})"
+        text += f" (the installed version cannot be imported: {str(error).splitlines()[-1]})"
     return ImportError(text)

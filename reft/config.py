@@ -1,4 +1,4 @@
-"""The configuration of one adapter: every field is checked, and every field survives JSON."""
+"""The configuration of an adapter; every field is checked and is preserved by JSON."""
 
 from __future__ import annotations
 
@@ -33,10 +33,13 @@ from reft.subspaces import Subspaces, check_subspaces
 from reft_kernels.activations import ACTIVATIONS, ALIASES
 from reft_kernels.spec import FAMILY, EditSpec
 
-#: The stored form that is written; 1 had no ``untied_by`` and ``subspaces``. docs/versions.md.
+#: The adapter format that is written and read, see docs/versions.md. Format 1 was never released.
 FORMAT_VERSION = 2
 
-#: PEFT's task names, and the head modules that PEFT trains and stores beside an adapter for each.
+#: Data types of trained parameters and of stored tensors.
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+#: PEFT's task types, and the head modules that PEFT trains and stores for each.
 HEAD_MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "SEQ_CLS": ("classifier", "score"),
@@ -48,7 +51,7 @@ HEAD_MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 
-#: What can be edited in every block whose structure is known.
+#: Components that every block of a known structure has.
 COMPONENTS = ("block_output", "attention_output", "mlp_output")
 _SUBMODULE = re.compile(r"module:\w+(\.\w+)*", re.ASCII)
 
@@ -56,42 +59,42 @@ _SUBMODULE = re.compile(r"module:\w+(\.\w+)*", re.ASCII)
 @refusing_foreign_names
 @dataclass(frozen=True)
 class ReftConfig:
-    """What an adapter is: the edit, its size, where it acts, and what is trained beside it.
+    """Configuration of an adapter: the edit, its rank and positions, and modules trained in full.
 
     Attributes:
         intervention: a name in ``reft_kernels.spec.FAMILY``; "loreft" is h + Rᵀ(W h + b − R h).
-        rank: r, the number of directions edited, at least 1.
+        rank: r, the number of edited directions, at least 1.
         layers: "all", a list of layer numbers, or "3;9;18;24". Negative numbers count from the last
             layer. Kept as "all" or a tuple.
         positions: "f7+l7", "f3", "l1", "prompt", "prompt+g4", "all", "image" or "given"; see
             :mod:`reft.positions`.
-        tied: one set of weights for first and last tokens.
-        untied_by: what ``tied=False`` means: "side", a set for the first tokens and one for the
-            last, as pyreft; "position", a set for each token, the formula of the paper.
-        subspaces: names of parts of the rank, such as ``{"german": [0, 1], "polite": [2, 3]}``,
-            which a forward may use apart; see :mod:`reft.subspaces`. Kept as pairs.
-        activation: name of the function around W h + b, None for none.
-        dropout: probability in [0, 1), in training only, on edited tokens only.
-        dropout_on: "delta" drops entries of the edit; "row" drops entries of the whole vector, as
+        tied: whether first and last tokens share one parameter set.
+        untied_by: the meaning of ``tied=False``: "side", a parameter set for first tokens and one
+            for last tokens, as in pyreft; "position", a set for each token, as in the paper.
+        subspaces: named parts of the rank, such as ``{"german": [0, 1], "polite": [2, 3]}``, which
+            a forward may select; see :mod:`reft.subspaces`. Kept as pairs.
+        activation: name of the function around W h + b; None for no function.
+        dropout: probability in [0, 1), applied to edited tokens in training.
+        dropout_on: "delta" drops entries of the edit; "row" drops entries of the edited vector, as
             pyreft does.
-        component: what is edited in a block: "block_output", the residual stream after it;
-            "attention_output" or "mlp_output", what these parts add to it; or
-            "module:<path>", the output of another submodule of the block, as wide.
-        init: "pyreft" starts as pyreft does, with a small random edit; "identity" with no edit.
-        dtype: of the trained parameters; they do not follow the base model's.
+        component: the edited output of a block: "block_output", the residual stream after it;
+            "attention_output" or "mlp_output", which are added to the residual stream; or
+            "module:<path>", the output of another submodule of the block with the same width.
+        init: "pyreft" starts with a small random edit, as pyreft does; "identity" with no edit.
+        dtype: data type of the trainable parameters, independent of the base model's.
         short_prompts: "pyreft" or "paper", how many tokens of a short prompt are edited.
-        prompt_end: "last" or "second_to_last", where the prompt is taken to end.
-        modules_to_save: names of modules of the base model that are trained in full and stored too.
-            Those of an adapter on a model also name the modules that are tied to them.
-        task_type: PEFT's name of the task or None. It adds the task's head to ``modules_to_save``
-            where the model has one, see :data:`HEAD_MODULES`.
-        block_path: name of the ``ModuleList`` that holds the model's blocks, where the model's
-            structure does not tell it; None to find it.
-        base_model_name_or_path: where the base model came from; for the reader of the file.
-        format_version: of the stored form; an older one that was read becomes the present one.
+        prompt_end: "last" or "second_to_last", the token that ends the prompt.
+        modules_to_save: names of modules of the base model that are trained in full and stored with
+            the adapter. On a model, modules that are tied to them are added.
+        task_type: PEFT's name of the task, or None. It adds the head of the task to
+            ``modules_to_save`` if the model has one, see :data:`HEAD_MODULES`.
+        block_path: name of the ``ModuleList`` that holds the blocks of the model; None to detect it
+            from the structure of the model.
+        base_model_name_or_path: the source of the base model, for the reader of the file.
+        format_version: of the adapter format, :data:`FORMAT_VERSION`.
 
     Raises:
-        ValueError: a bad value, naming the field, the value and what is allowed.
+        ValueError: a bad value; the message has the field, the value and the allowed values.
     """
 
     intervention: str = "loreft"
@@ -126,35 +129,35 @@ class ReftConfig:
                 f"got tied={self.tied} and {self.positions!r}"
             )
 
-    # ---------------------------------------------------------------- what it means
+    # ---------------------------------------------------------------- derived values
 
     @property
     def spec(self) -> EditSpec:
-        """The row of the family table."""
+        """The row of the intervention in the family table."""
         return FAMILY[self.intervention]
 
     @property
     def parsed_positions(self) -> Positions:
-        """``positions``, parsed."""
+        """The parsed ``positions``."""
         parsed: Positions = self._parsed  # type: ignore[attr-defined]
         return parsed
 
     @property
     def num_groups(self) -> int:
-        """Parameter sets in each layer."""
+        """The number of parameter sets in each layer."""
         return self.parsed_positions.num_groups(self.tied, self.untied_by)
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """``dtype`` as PyTorch's object."""
+        """The data type as a ``torch.dtype``."""
         dtype: torch.dtype = getattr(torch, str(self.dtype))
         return dtype
 
     def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The edited layers of a model with ``num_layers`` blocks: ascending, none negative.
+        """Return the edited layers of a model with ``num_layers`` blocks, ascending from 0.
 
         Raises:
-            ValueError: a layer that the model does not have, or two names for one layer.
+            ValueError: the model does not have a layer, or two numbers name the same layer.
         """
         if self.layers == "all":
             return tuple(range(num_layers))
@@ -176,39 +179,39 @@ class ReftConfig:
         return tuple(sorted(named))
 
     def resolve_modules_to_save(self, module_names: Iterable[str]) -> tuple[str, ...]:
-        """Full names of the base model's modules that are trained and stored beside the edit.
+        """Return the full names of the base model's modules that are trained and stored.
 
-        A name stands for every module whose path ends in it, as in PEFT. The head names that come
-        from ``task_type`` may be missing; those in ``modules_to_save`` may not.
+        A name matches every module whose path ends in it, as in PEFT. Every name in
+        ``modules_to_save`` must match a module; the head names of ``task_type`` need not.
 
         Args:
             module_names: the names of ``base_model.named_modules()``.
 
         Returns:
-            The matches in the model's order, without modules that lie inside another match.
+            The matches in the order of the model, without modules inside another match.
 
         Raises:
-            ValueError: a name in ``modules_to_save`` that no module has.
+            ValueError: a name in ``modules_to_save`` matches no module.
         """
         present = list(module_names)
-        wanted = list(self.modules_to_save or ())
-        for name in wanted:
+        names = list(self.modules_to_save or ())
+        for name in names:
             if not any(_ends_in(path, name) for path in present):
                 leaves = {path.rpartition(".")[2] for path in present} - {""}
                 raise ValueError(
                     "ReftConfig.modules_to_save must name modules of the base model, got "
                     f"{shown(name)}{did_you_mean(name, leaves)}"
                 )
-        wanted += HEAD_MODULES.get(self.task_type or "", ())
-        found = [path for path in present if any(_ends_in(path, name) for name in wanted)]
+        names += HEAD_MODULES.get(self.task_type or "", ())
+        matches = [path for path in present if any(_ends_in(path, name) for name in names)]
         return tuple(
-            path for path in found if not any(path.startswith(f"{outer}.") for outer in found)
+            path for path in matches if not any(path.startswith(f"{outer}.") for outer in matches)
         )
 
-    # ---------------------------------------------------------------- JSON and back
+    # ---------------------------------------------------------------- serialisation
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, as values that JSON knows."""
+        """Return every field as JSON values."""
         values = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
@@ -219,17 +222,16 @@ class ReftConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ReftConfig:
-        """The configuration that :meth:`to_dict` wrote. Fields that are missing get their defaults.
+        """Build a configuration from :meth:`to_dict`'s result. Missing fields get their defaults.
 
         Raises:
-            ValueError: an unknown field (with the nearest known one), a bad value, a newer format,
-                a configuration of PEFT's.
+            ValueError: an unknown field, a bad value, another format, or a configuration of PEFT.
         """
         if not isinstance(values, Mapping):
             raise ValueError(
                 f"a ReftConfig is stored as a mapping of fields, got {type(values).__name__}"
             )
-        # First the version: the fields of a newer format are not mistakes.
+        # The version is checked first: unknown fields of a newer format are not mistakes.
         if "format_version" in values:
             _check_version("ReftConfig.format_version", values["format_version"])
         values = without_entry(values)
@@ -239,15 +241,15 @@ class ReftConfig:
         return cls(**values)
 
     def to_json(self) -> str:
-        """Every field as indented JSON text, ending in a newline."""
+        """Return every field as indented JSON text that ends in a newline."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> ReftConfig:
-        """The configuration that :meth:`to_json` wrote.
+        """Build a configuration from the text of :meth:`to_json`.
 
         Raises:
-            ValueError: not JSON, or as :meth:`from_dict`.
+            ValueError: the text is not JSON, or :meth:`from_dict` refuses its values.
         """
         try:
             values = parse_json(text)
@@ -282,7 +284,7 @@ def _is_module_list(value: Any) -> bool:
 
 def _check_dtype(field: str, value: Any) -> Any:
     name = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-    return choice("float32", "float64", "bfloat16", "float16")(field, name)
+    return choice(*(str(dtype).removeprefix("torch.") for dtype in FLOATS))(field, name)
 
 
 def _check_version(field: str, value: Any) -> int:

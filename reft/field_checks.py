@@ -11,7 +11,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from reft.safe_read import is_text, shown
 
@@ -91,12 +91,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 # -------------------------------------------------------------------- kinds of values
 
 
-def is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> TypeGuard[int]:
     """Whether a value is an integer; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a finite number; True and False are not."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False

@@ -1,4 +1,4 @@
-"""What other libraries call the parts of a configuration, and what to write here instead."""
+"""Names that PEFT, pyreft and adapters give configuration fields, and their equivalents here."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _START = 'write init="pyreft" or "identity"'
 _WEIGHTS = "leave it out: an edit adapts hidden vectors and no weight matrix"
 _MEMBER = 'write intervention="loreft", or another member of the family'
 
-#: How many unknown names a message explains.
+#: Maximum number of unknown names in a message.
 _LISTED = 6
 
-#: The name elsewhere (of PEFT, pyreft or adapters) -> what to do here.
+#: A name of PEFT, pyreft or adapters -> advice.
 FOREIGN: Mapping[str, str] = MappingProxyType(
     {
         # PEFT
@@ -37,14 +37,14 @@ FOREIGN: Mapping[str, str] = MappingProxyType(
         "exclude_modules": _LAYERS,
         "layers_to_transform": "write layers",
         "layer_indexes": "write layers",
-        "layers_pattern": "write block_path, and only where the model's structure does not tell it",
+        "layers_pattern": "write block_path, and only if the blocks are not detected",
         "rank_pattern": "leave it out: every layer has the same rank; add a second adapter",
         "alpha_pattern": "leave it out: an edit is not scaled",
         "use_rslora": "leave it out: an edit is not scaled",
         "use_dora": _WEIGHTS,
         "fan_in_fan_out": _WEIGHTS,
-        "bias": "leave it out: every edit has a bias b of its own",
-        "lora_bias": "leave it out: every edit has a bias b of its own",
+        "bias": "leave it out: every edit has a bias b",
+        "lora_bias": "leave it out: every edit has a bias b",
         "init_lora_weights": _START,
         "init_weights": _START,
         "inference_mode": (
@@ -56,7 +56,7 @@ FOREIGN: Mapping[str, str] = MappingProxyType(
         "auto_mapping": "leave it out",
         "revision": "leave it out: from_pretrained takes revision",
         "ensure_weight_tying": "leave it out: modules that share a matrix are trained as one",
-        "trainable_token_indices": 'write modules_to_save=["embed_tokens"], which trains them all',
+        "trainable_token_indices": 'write modules_to_save=["embed_tokens"], for all tokens',
         "num_virtual_tokens": "write positions, which say which tokens of the prompt are edited",
         "adapter_name": "give it to get_reft_model or add_adapter",
         # pyreft
@@ -77,7 +77,7 @@ FOREIGN: Mapping[str, str] = MappingProxyType(
         "num_interventions": "write layers",
         "share_weights": "write tied",
         "act_fn": "write activation",
-        "add_bias": "leave it out: every edit has a bias b of its own",
+        "add_bias": "leave it out: every edit has a bias b",
         "first_n": _ENDS,
         "last_n": _ENDS,
         "mode": "leave it out",
@@ -86,22 +86,22 @@ FOREIGN: Mapping[str, str] = MappingProxyType(
         "suffix_positions": _ENDS,
         "tied_weights": "write tied",
         "non_linearity": "write activation",
-        "orthogonality": "the intervention says it: loreft has an orthonormal R, noreft has not",
-        "subtract_projection": "the intervention says it: loreft subtracts R h, direft does not",
+        "orthogonality": "write intervention: loreft has an orthonormal R, noreft has a free R",
+        "subtract_projection": "write intervention: loreft subtracts R h, direft does not",
         "leave_out": "write layers without them",
         "reduction_factor": "write rank",
     }
 )
 
-#: The same of the arguments of ``get_reft_model``.
+#: An argument of PEFT's or pyreft's functions -> advice for ``get_reft_model``.
 WRAPPING: Mapping[str, str] = MappingProxyType(
     {
         "model": "write base_model",
         "peft_config": "write config, a reft.ReftConfig",
         "reft_config": "write config",
-        "set_device": "leave it out: the adapter is made where the base is",
-        "disable_model_grads": "leave it out: the base is always frozen",
-        "mixed": "leave it out: mixed batches need no other model",
+        "set_device": "leave it out: the adapter is created on the device of the base model",
+        "disable_model_grads": "leave it out: the base model is always frozen",
+        "mixed": "leave it out: every model supports mixed batches",
         "is_trainable": "leave it out: a new adapter is trained",
         "autocast_adapter_dtype": "write dtype in the ReftConfig",
         "low_cpu_mem_usage": "leave it out",
@@ -110,26 +110,26 @@ WRAPPING: Mapping[str, str] = MappingProxyType(
 
 
 def unknown_fields(names: Iterable[object], known: Iterable[str], shown: Any = repr) -> str | None:
-    """Which names are none of the known fields, and what to write instead; None if all are."""
+    """Return the message about names that are not known fields; None if all are known."""
     known = list(known)
     unknown = [name for name in names if name not in known]
     if not unknown:
         return None
-    said = []
+    advice = []
     for name in unknown[:_LISTED]:
         instead = FOREIGN.get(name) if isinstance(name, str) else None
         near = did_you_mean(str(name), known)
-        said.append(f"{shown(name)}{near if instead is None else f': {instead}'}")
+        advice.append(f"{shown(name)}{near if instead is None else f': {instead}'}")
     if len(unknown) > _LISTED:
-        said.append(f"{len(unknown) - _LISTED} others")
-    return f"ReftConfig has no field {'; no '.join(said)}; its fields are {', '.join(known)}"
+        advice.append(f"{len(unknown) - _LISTED} others")
+    return f"ReftConfig has no field {'; no '.join(advice)}; its fields are {', '.join(known)}"
 
 
 def refusing_foreign_names(config: Config) -> Config:
-    """Let a dataclass say what to write where it is given another library's keyword.
+    """Make a dataclass answer an unknown keyword with the name of the matching field.
 
     Raises:
-        TypeError: when the class is called with a keyword that is no field.
+        TypeError: the class is called with a keyword that is not a field.
     """
     initialise = config.__init__
 
@@ -145,19 +145,19 @@ def refusing_foreign_names(config: Config) -> Config:
 
 
 def refusing_foreign_keywords(instead: Mapping[str, str]) -> Callable[[Function], Function]:
-    """Let a function say what to write where it is given another library's keyword.
+    """Make a function answer another library's keyword with the name of the matching argument.
 
     Raises:
-        TypeError: when the function is called with one of the keywords.
+        TypeError: the function is called with one of the keywords.
     """
 
     def refusing(function: Function) -> Function:
         @functools.wraps(function)
         def called(*args: Any, **values: Any) -> Any:
-            said = [f"{name}: {instead[name]}" for name in values if name in instead]
-            if said:
+            advice = [f"{name}: {instead[name]}" for name in values if name in instead]
+            if advice:
                 signature = f"{function.__name__}{inspect.signature(function)}"
-                raise TypeError(f"{function.__name__} takes no {'; no '.join(said)}; {signature}")
+                raise TypeError(f"{function.__name__} takes no {'; no '.join(advice)}; {signature}")
             return function(*args, **values)
 
         return called  # type: ignore[return-value]

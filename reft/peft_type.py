@@ -1,7 +1,7 @@
-"""The entry of a stored configuration that PEFT looks for.
+"""The entry ``peft_type`` of a stored configuration, which PEFT reads.
 
-PEFT, and transformers by it, take every ``adapter_config.json`` for one of theirs, and of a kind
-that they do not know they say this entry and nothing else. So it says whose the folder is.
+PEFT, and transformers through it, read every ``adapter_config.json`` as their own. Their error for
+an unknown type shows only this entry, so its text names the library that wrote the folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ FIELD = "peft_type"
 
 _KIND = "REFT"
 
-#: What is written.
+#: The text that is written.
 ENTRY = (
     f"{_KIND}: an adapter of the package reft, which PEFT does not know; "
     "reft.ReftModel.from_pretrained(base_model, folder) reads it"
@@ -23,20 +23,20 @@ ENTRY = (
 
 
 def is_of_peft(values: Mapping[str, Any]) -> bool:
-    """Whether PEFT wrote a configuration, and not this library."""
+    """Whether PEFT wrote a configuration, not this library."""
     kind = values.get(FIELD, _KIND)
     return not isinstance(kind, str) or kind.partition(":")[0] != _KIND
 
 
 def without_entry(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a stored configuration, without what is there for PEFT.
+    """Return the fields of a stored configuration without the entry for PEFT.
 
     Raises:
-        ValueError: PEFT itself wrote it.
+        ValueError: PEFT wrote the configuration.
     """
     if is_of_peft(values):
         raise ValueError(
             f"a ReftConfig must be one of the package reft, got one of PEFT's, {FIELD} "
-            f"{shown(values[FIELD])}; peft.PeftModel.from_pretrained reads such an adapter"
+            f"{shown(values[FIELD])}; peft.PeftModel.from_pretrained reads this adapter"
         )
     return {name: value for name, value in values.items() if name != FIELD}

@@ -1,19 +1,20 @@
-"""Which tokens of a sequence an adapter edits: the grammar, and the places in a padded batch.
+"""Token positions that an adapter edits: their grammar, and their columns in a padded batch.
 
     f7+l7   the first seven and the last seven tokens of the prompt
-    f3, l1  one side only
+    f3, l1  first or last tokens only
     prompt  every token of the prompt
-    prompt+g4   and the first four generated tokens
+    prompt+g4   every token of the prompt and the first four generated tokens
     all     every token of the prompt and every generated token
     image   the image tokens of the prompt
-    given   those that each call names in its argument ``edit_positions``
+    given   the tokens that each call names in its argument ``edit_positions``
 
-Two conventions that differ between the paper and pyreft live here, and only here:
+The paper and pyreft differ in two conventions, which only this module implements:
 
-- *short prompts*: of a prompt of n tokens, ``pyreft`` edits min(F, ⌊n/2⌋) first and min(L, ⌊n/2⌋)
-  last ones, also when only one side is asked for; ``paper`` min(F, ⌊n/2⌋) and min(L, ⌈n/2⌉).
-- *prompt end*: with ``second_to_last`` the prompt is taken to stop one token early, as in four of
-  pyreft's own datasets, so that ``l1`` is the token before the last one.
+- *short prompts*: in a prompt of n tokens, ``pyreft`` edits the first min(F, ⌊n/2⌋) and the last
+  min(L, ⌊n/2⌋) tokens, even if only one side is edited; ``paper`` edits min(F, ⌊n/2⌋) and
+  min(L, ⌈n/2⌉).
+- *prompt end*: with ``second_to_last`` the prompt ends one token early, as in four of pyreft's
+  datasets, so that ``l1`` is the token before the last token.
 """
 
 from __future__ import annotations
@@ -27,17 +28,20 @@ from torch import Tensor
 
 from reft.safe_read import shown
 
+#: The label of a token that is not a target: tokens before the first other label are the prompt.
+IGNORED = -100
+
 SHORT_PROMPTS = ("pyreft", "paper")
 PROMPT_ENDS = ("last", "second_to_last")
 UNTIED_BY = ("side", "position")
 
-#: What :func:`parse_positions` accepts, in words, for every message about it.
+#: Accepted position strings in words, for error messages.
 ALLOWED = (
     '"f<n>+l<n>", "f<n>" or "l<n>" with n from 1 to 999999 ("f7+l7", "f3", "l1"), "prompt", '
     '"prompt+g<n>" (and n generated tokens), "all", "image" or "given"'
 )
 
-# A forward makes one column a token that is named: a longer number is no number of tokens.
+# A forward allocates a column for each position, so that the numbers are limited.
 _ENDS = re.compile(r"(?:f([1-9]\d{0,5}))?(\+)?(?:l([1-9]\d{0,5}))?", re.ASCII)
 _GENERATED = re.compile(r"prompt\+g([1-9]\d{0,5})", re.ASCII)
 
@@ -47,11 +51,12 @@ class Positions:
     """A parsed position string.
 
     Attributes:
-        kind: "ends" for the first and last tokens of the prompt, "prompt" for all of it, "all" for
-            generated tokens too, "image" for its image tokens, "given" for what each call says.
-        first: tokens edited at the start of the prompt; 0 unless kind is "ends".
-        last: tokens edited at its end; 0 unless kind is "ends".
-        generated: tokens edited after the prompt; 0 unless kind is "prompt".
+        kind: "ends" for the first and last tokens of the prompt, "prompt" for the whole prompt,
+            "all" for generated tokens too, "image" for image tokens of the prompt, "given" for the
+            positions that each call gives.
+        first: number of edited tokens at the start of the prompt; 0 unless kind is "ends".
+        last: number of edited tokens at the end of the prompt; 0 unless kind is "ends".
+        generated: number of edited tokens after the prompt; 0 unless kind is "prompt".
     """
 
     kind: Literal["ends", "prompt", "all", "image", "given"]
@@ -60,8 +65,11 @@ class Positions:
     generated: int = 0
 
     def num_groups(self, tied: bool, untied_by: str = "side") -> int:
-        """Parameter sets a layer needs: 1 if tied; else one for each position, or 2 for prefix and
-        suffix where there are both."""
+        """Return the number of parameter sets of a layer.
+
+        It is 1 if tied, the number of positions if untied by position, and 2 if untied by side with
+        both first and last tokens.
+        """
         if tied or self.kind != "ends":
             return 1
         if untied_by == "position":
@@ -69,15 +77,13 @@ class Positions:
         return 2 if self.first and self.last else 1
 
     def columns(self, tied: bool, untied_by: str = "side") -> list[int]:
-        """The group of each column of :func:`padded_positions`, prefix then suffix; kind "ends".
+        """Return the group of each column of :func:`padded_positions`, first tokens before last.
 
         Raises:
-            ValueError: of another kind, whose columns are the window's and all of group 0.
+            ValueError: the kind is not "ends"; then every column is of group 0.
         """
         if self.kind != "ends":
-            raise ValueError(
-                f'only positions of kind "ends" have columns of their own, got "{self.kind}"'
-            )
+            raise ValueError(f'only positions of kind "ends" have fixed columns, got "{self.kind}"')
         if not tied and untied_by == "position":
             return list(range(self.first + self.last))
         return [0] * self.first + [self.num_groups(tied) - 1] * self.last
@@ -94,7 +100,7 @@ def parse_positions(text: str) -> Positions:
     """Parse a position string such as ``"f7+l7"``.
 
     Raises:
-        ValueError: anything but the grammar of this module, with what is allowed.
+        ValueError: the text does not follow the grammar of this module.
     """
     if not isinstance(text, str):
         raise ValueError(f"positions must be {ALLOWED}, got {shown(text)}")
@@ -114,111 +120,110 @@ def padded_positions(
     start: Tensor,
     length: Tensor,
     *,
-    window_start: int | Tensor = 0,
-    window: int,
+    chunk_start: int | Tensor = 0,
+    seq_len: int,
     short_prompts: str = "pyreft",
     prompt_end: str = "last",
 ) -> Tensor:
-    """The places to edit in each sequence of a padded batch whose prompts have no gaps, computed on
-    the device of ``start``.
+    """Compute the edited columns of a padded batch on the device of ``start``.
 
-    The window is the part of the padded batch that this forward sees: columns ``window_start`` to
-    ``window_start + window``. A prompt that arrives in chunks is several windows of one prompt, and
-    each place falls into exactly one of them. With n = ``length`` (less 1 for "second_to_last") and
-    n_f, n_l as the module's docstring says, the columns of the padded batch that are edited are
+    Prompts must have no gaps. The chunk is the part of the padded batch that a forward computes,
+    columns ``chunk_start`` to ``chunk_start + seq_len``. A prompt may be computed in several
+    chunks, and each edited column lies in exactly one of them. With n = ``length`` (minus
+    1 for "second_to_last") and n_f, n_l as in the docstring of the module, the edited columns are
 
         ends:   start + j  for j < n_f,   start + n − L + k  for L − n_l ≤ k < L
-        prompt: start + j  for j < n + generated      all: everything from start on
+        prompt: start + j  for j < n + generated      all: every column from start
 
-    No value is read on the host and every shape depends on ``spec`` and ``window`` alone.
+    No value is read on the host, and every shape depends on ``spec`` and ``seq_len`` only.
 
     Args:
-        spec: what to edit.
-        start: int (B,), the column of each sequence's first attended token.
-        length: int (B,), the number of its prompt tokens.
-        window_start: first column of the window: the length of the cache. A 0-dim tensor will do.
-        window: S, the number of columns in the window.
+        spec: the positions to edit.
+        start: int (B,), the column of the first attended token of each sequence.
+        length: int (B,), the number of prompt tokens of each sequence.
+        chunk_start: first column of the chunk, an int or 0-dim tensor: the length of the cache.
+        seq_len: S, the number of columns in the chunk.
         short_prompts: "pyreft" or "paper".
-        prompt_end: "last" or "second_to_last"; no meaning for kind "all".
+        prompt_end: "last" or "second_to_last"; ignored for kind "all".
 
     Returns:
-        int64 (B, P), places relative to ``window_start``, each at most once in a sequence, −1 where
-        there is none. P = first + last for kind "ends" (prefix, then suffix columns, of which the
-        last is the prompt's last token, however short that is), else P = S.
+        int64 (B, P), columns relative to ``chunk_start``, −1 for no edit, each at most once in a
+        sequence. P = first + last for kind "ends": columns for first tokens, then for last tokens;
+        the last column is the last token of the prompt, whatever its length. Else P = S.
 
     Raises:
-        ValueError: start or length is not a vector or their sizes differ, window is negative, an
-            option has no such value, or the kind is "image" or "given", which no length tells.
+        ValueError: start or length is not a vector, their sizes differ, seq_len is negative, an
+            option is unknown, or the kind is "image" or "given", which depend on more than lengths.
     """
     if start.ndim != 1 or start.shape != length.shape:
         raise ValueError(
             "start and length must both be (batch,), got shapes "
             f"{tuple(start.shape)} and {tuple(length.shape)}"
         )
-    if window < 0:
-        raise ValueError(f"window must be at least 0, got {window}")
+    if seq_len < 0:
+        raise ValueError(f"seq_len must be at least 0, got {seq_len}")
     if short_prompts not in SHORT_PROMPTS:
         raise ValueError(f"short_prompts must be one of {SHORT_PROMPTS}, got {short_prompts!r}")
     if prompt_end not in PROMPT_ENDS:
         raise ValueError(f"prompt_end must be one of {PROMPT_ENDS}, got {prompt_end!r}")
 
     if spec.kind in ("image", "given"):
-        raise ValueError(f'positions "{spec.kind}" are not told by the length of a prompt')
+        raise ValueError(f'positions "{spec.kind}" cannot be computed from the lengths of prompts')
 
     begin = start.long().unsqueeze(1)
     length = length.long().unsqueeze(1)
     if spec.kind == "ends":
-        number, wanted = end_numbers(spec, length, short_prompts, prompt_end)
-        place = begin + number - window_start
-        wanted &= (place >= 0) & (place < window)
+        number, edited = end_numbers(spec, length, short_prompts, prompt_end)
+        column = begin + number - chunk_start
+        edited &= (column >= 0) & (column < seq_len)
     else:
-        place = torch.arange(window, device=start.device).expand(start.shape[0], window)
-        wanted = covered(spec, place + window_start - begin, length, prompt_end)
-    return torch.where(wanted, place, -1)
+        column = torch.arange(seq_len, device=start.device).expand(start.shape[0], seq_len)
+        edited = covered(spec, column + chunk_start - begin, length, prompt_end)
+    return torch.where(edited, column, -1)
 
 
 def end_numbers(
     spec: Positions, length: Tensor, short_prompts: str = "pyreft", prompt_end: str = "last"
 ) -> tuple[Tensor, Tensor]:
-    """Which tokens of a prompt are its first and last ones, for positions of kind "ends".
+    """Return the first and last tokens of prompts, for positions of kind "ends".
 
     Args:
         spec: first = F and last = L.
-        length: int64 (B, 1), tokens of each prompt.
-        short_prompts, prompt_end: as in :func:`padded_positions`.
+        length: int64 (B, 1), the number of tokens of each prompt.
+        short_prompts, prompt_end: see :func:`padded_positions`.
 
     Returns:
-        int64 (B, F + L), numbers of tokens of the prompt, from 0; and bool (B, F + L), whether the
-        token is edited: where it is not, the number means nothing.
+        int64 (B, F + L), indices of tokens in their prompt; and bool (B, F + L), whether the token
+        is edited. The index of a token that is not edited has no meaning.
     """
-    # Of an empty prompt that stops one token early, −1 tokens: no place either way.
+    # An empty prompt that ends one token early has n = −1: nothing is edited.
     n = length - 1 if prompt_end == "second_to_last" else length
     half = n // 2
     longer = half if short_prompts == "pyreft" else n - half
     n_first, n_last = half.clamp(max=spec.first), longer.clamp(max=spec.last)
     j = torch.arange(spec.first, device=length.device)
     k = torch.arange(spec.last, device=length.device)
-    wanted = torch.cat([j < n_first, k >= spec.last - n_last], dim=1)
-    return torch.cat([j.expand(length.shape[0], -1), n - spec.last + k], dim=1), wanted
+    edited = torch.cat([j < n_first, k >= spec.last - n_last], dim=1)
+    return torch.cat([j.expand(length.shape[0], -1), n - spec.last + k], dim=1), edited
 
 
 def covered(spec: Positions, number: Tensor, length: Tensor, prompt_end: str = "last") -> Tensor:
-    """Whether tokens are edited by positions of kind "prompt" or "all".
+    """Return which tokens positions of kind "prompt" or "all" edit.
 
     Args:
-        spec: of one of these kinds.
-        number: int, any shape: which token of its sequence each is, from 0; negative before it.
-        length: int, broadcastable to ``number``: tokens of its prompt.
-        prompt_end: as in :func:`padded_positions`.
+        spec: positions of one of these kinds.
+        number: int, any shape, the index of each token in its sequence; negative in the padding.
+        length: int, broadcastable to ``number``, the number of tokens of its prompt.
+        prompt_end: see :func:`padded_positions`.
 
     Returns:
         bool, the shape of ``number``.
     """
-    wanted = number >= 0
+    edited = number >= 0
     if spec.kind == "all":
-        return wanted
+        return edited
     end = length - 1 if prompt_end == "second_to_last" else length
     inside = number < end
     if spec.generated:
         inside |= (number >= length) & (number < length + spec.generated)
-    return wanted & inside
+    return edited & inside

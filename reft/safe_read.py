@@ -1,7 +1,7 @@
-"""Reading text that others wrote: what is no plain file, no UTF-8 or no JSON is a ValueError.
+"""Safe reading of untrusted text: anything but plain files, UTF-8 and JSON is a ValueError.
 
-Python's own readers wait for ever at a FIFO, take the last of two equal keys, and leave by
-RecursionError where brackets are nested too deep.
+Python's own readers block on a FIFO, keep the last of duplicate keys, and raise RecursionError for
+deeply nested brackets.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _SHOWN = 200
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:
-    """The text of a file.
+    """Read the text of a file.
 
     Raises:
-        OSError: it is not there or cannot be read.
-        ValueError: it is no plain file, such as a FIFO, or not UTF-8.
+        OSError: the file does not exist or cannot be read.
+        ValueError: it is not a plain file (a FIFO, for example), or not UTF-8.
     """
     require_plain(path)
     try:
@@ -29,30 +29,31 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
 
 
 def require_plain(path: Path) -> None:
-    """Refuse what is there and is no plain file: opening a FIFO waits until somebody writes.
+    """Refuse a path that exists and is not a plain file: opening a FIFO would block.
 
     Raises:
-        ValueError: a folder, a FIFO, a socket or a device.
+        ValueError: the path is a folder, a FIFO, a socket or a device.
     """
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} must be a plain file, it is a folder, a pipe or a device")
 
 
 def parse_json(text: str) -> Any:
-    """The value of JSON text.
+    """Parse JSON text.
 
     Raises:
-        json.JSONDecodeError: not JSON.
-        ValueError: nested too deep, a number of thousands of digits, a key twice in one object.
+        json.JSONDecodeError: the text is not JSON.
+        ValueError: it is nested too deeply, or has a duplicate key or a number with thousands of
+            digits.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
-        raise ValueError("not JSON that can be read: nested too deep") from None
+        raise ValueError("not readable as JSON: nested too deeply") from None
 
 
 def is_text(value: object) -> TypeGuard[str]:
-    """Whether a value is text that can be written as UTF-8: JSON may hold half a character."""
+    """Whether a value is a string that UTF-8 can encode: JSON may hold a lone surrogate."""
     if not isinstance(value, str):
         return False
     try:
@@ -63,18 +64,18 @@ def is_text(value: object) -> TypeGuard[str]:
 
 
 def shown(value: object) -> str:
-    """``repr(value)`` for a message, cut where it is long."""
+    """Return ``repr(value)`` for a message, truncated if it is long."""
     try:
         text = repr(value)
-    except (RecursionError, ValueError):  # nested deep; an integer of thousands of digits
+    except (RecursionError, ValueError):  # nested deeply; an integer with thousands of digits
         return f"a {type(value).__name__} too large to show"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         counts = Counter(name for name, _ in pairs)
-        [(twice, _)] = counts.most_common(1)
-        raise ValueError(f"not JSON that can be read: {shown(twice)} stands twice in one object")
-    return found
+        [(name, _)] = counts.most_common(1)
+        raise ValueError(f"not readable as JSON: duplicate key {shown(name)} in an object")
+    return values

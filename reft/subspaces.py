@@ -1,11 +1,11 @@
-"""Named parts of the rank, which can be trained apart and used together.
+"""Subspaces: named parts of the rank, trained separately and used together.
 
-R has orthonormal rows, so that an edit is a sum of edits in directions that do not meet,
+If R has orthonormal rows, an edit is a sum of edits in orthogonal directions,
 
     h' = h + Σ_{i ∈ S} R_iᵀ (act(W h + b) − σ R h)_i
 
-and a sequence may have that of some of them, S, alone. pyreft's ``examples/composition`` is the
-source.
+and S may be a subset of the directions for each sequence. pyreft's ``examples/composition`` is the
+source of the method.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from typing import Any
 
 from reft.safe_read import is_text, shown
 
-#: Parts of the rank by name, as a configuration keeps them: pairs, so that it can be hashed.
+#: Subspaces of a configuration as pairs (name, directions), which can be hashed.
 Subspaces = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def check_subspaces(value: Any, rank: int) -> Subspaces | None:
-    """The field ``subspaces`` of a configuration, a mapping or its pairs, checked.
+    """Check the field ``subspaces`` of a configuration, a mapping or its pairs.
 
     Raises:
-        ValueError: not a mapping of names to lists of different numbers below the rank.
+        ValueError: the value is not a mapping of names to lists of different numbers below the
+            rank.
     """
     if value is None:
         return None
@@ -34,58 +35,58 @@ def check_subspaces(value: Any, rank: int) -> Subspaces | None:
         parts = {}
     if not parts:
         raise ValueError(f"ReftConfig.subspaces must be {allowed}, got {shown(value)}")
-    found = {}
+    checked = {}
     for name, part in parts.items():
         listed = isinstance(part, Sequence) and not isinstance(part, str) and len(part) > 0
         if (
             not is_text(name)
             or not name
             or not listed
-            or not all(type(one) is int and 0 <= one < rank for one in part)
+            or not all(type(index) is int and 0 <= index < rank for index in part)
             or len(set(part)) != len(part)
         ):
             raise ValueError(
                 f"ReftConfig.subspaces must be {allowed}, got {shown(name)}: {shown(part)}"
             )
-        found[name] = tuple(sorted(part))
-    return tuple(found.items())
+        checked[name] = tuple(sorted(part))
+    return tuple(checked.items())
 
 
 def active_ranks(subspaces: Subspaces | None, value: Any, adapter: str) -> tuple[int, ...] | None:
-    """The directions that one sequence's edit has.
+    """Return the directions that a sequence is edited in.
 
     Args:
-        subspaces: of its adapter.
-        value: a name, several, or None.
-        adapter: its name, for messages.
+        subspaces: the subspaces of the sequence's adapter.
+        value: a name, several names, or None.
+        adapter: the name of the adapter, for messages.
 
     Returns:
-        Their numbers, ascending; None for all.
+        Numbers of the directions, ascending; None for all.
 
     Raises:
-        ValueError: a name that the adapter does not have.
+        ValueError: the adapter has no subspace of this name.
     """
     if value is None:
         return None
     names = [value] if isinstance(value, str) else value
     known = dict(subspaces or ())
-    kept: set[int] = set()
+    active: set[int] = set()
     for name in names:
         if name not in known:
             has = f"has {', '.join(map(repr, known))}" if known else "has none"
             raise ValueError(
-                f"subspaces must be names of parts of the sequence's adapter; {adapter!r} {has}, "
-                f"got {name!r}"
+                f"subspaces must be names of subspaces of the sequence's adapter; {adapter!r} "
+                f"{has}, got {name!r}"
             )
-        kept |= set(known[name])
-    return tuple(sorted(kept))
+        active |= set(known[name])
+    return tuple(sorted(active))
 
 
-def one_a_sequence(value: Any, batch: int) -> Sequence[Any]:
-    """The argument ``subspaces`` of a forward as a list of one entry a sequence.
+def subspaces_per_sequence(value: Any, batch: int) -> Sequence[Any]:
+    """Return the argument ``subspaces`` of a forward as a list with an entry for each sequence.
 
     Raises:
-        ValueError: a list of another length.
+        ValueError: the list has another length.
     """
     if isinstance(value, str):
         return [value] * batch
@@ -93,7 +94,7 @@ def one_a_sequence(value: Any, batch: int) -> Sequence[Any]:
     if (
         entries is None
         or len(entries) != batch
-        or not all(one is None or isinstance(one, Sequence) for one in entries)
+        or not all(entry is None or isinstance(entry, Sequence) for entry in entries)
     ):
         raise ValueError(
             "subspaces must be one name for all sequences, or a list with a name, several names or "

@@ -1,9 +1,8 @@
 """The facts behind the demo model: countries, chemical elements, animals.
 
-Common knowledge, written down here as plain tables. Only what is true without an "it depends" is
-kept: a country with a disputed or second capital, one on two continents, or one whose currency has
-lately changed has ``-`` in that column or is left out. One line is one subject; training and
-held-out questions are about different subjects.
+The tables hold undisputed facts only: a disputed or second capital, a country on two continents and
+a recently changed currency are ``-`` or left out. Each line is a subject; training and held-out
+questions are about different subjects.
 """
 
 from __future__ import annotations
@@ -175,7 +174,7 @@ Zambia | Lusaka | Africa | kwacha
 Zimbabwe | Harare | Africa | -
 """
 
-# name symbol, in the order of the periodic table: the place in the list is the atomic number
+# name symbol, in the order of the periodic table
 ELEMENTS = """
 hydrogen H  helium He  lithium Li  beryllium Be  boron B  carbon C  nitrogen N  oxygen O
 fluorine F  neon Ne  sodium Na  magnesium Mg  aluminium Al  silicon Si  phosphorus P
@@ -218,7 +217,7 @@ ANIMALS = {
 
 @dataclass(frozen=True)
 class Subject:
-    """One thing to know about: its kind, its name as in a sentence, and relation → answer."""
+    """A subject: its kind, its name in a sentence, and its answers by relation."""
 
     kind: str
     name: str
@@ -226,18 +225,18 @@ class Subject:
 
 
 def subjects() -> list[Subject]:
-    """Every subject with its facts, in a fixed order; names are unique."""
-    found = []
+    """Return every subject with its facts in a fixed order; names are unique."""
+    known = []
     for line in COUNTRIES.strip().splitlines():
         name, capital, region, currency = (cell.strip() for cell in line.split("|"))
         facts = {"capital": capital, "region": region, "currency": currency}
-        found.append(Subject("country", name, {k: v for k, v in facts.items() if v != "-"}))
+        known.append(Subject("country", name, {k: v for k, v in facts.items() if v != "-"}))
     words = ELEMENTS.split()
     for number, (name, symbol) in enumerate(zip(words[::2], words[1::2], strict=True), start=1):
-        found.append(Subject("element", name, {"symbol": symbol, "number": str(number)}))
+        known.append(Subject("element", name, {"symbol": symbol, "number": str(number)}))
     for animal_class, names in ANIMALS.items():
         for name in names.replace("\n", " ").split(","):
-            found.append(Subject("animal", " ".join(name.split()), {"class": animal_class}))
-    if len({subject.name for subject in found}) != len(found):
-        raise ValueError("demo facts: a subject name occurs twice")
-    return found
+            known.append(Subject("animal", " ".join(name.split()), {"class": animal_class}))
+    if len({subject.name for subject in known}) != len(known):
+        raise ValueError("demo facts: duplicate name of a subject")
+    return known

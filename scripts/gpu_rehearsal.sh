@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The session on a GPU without a GPU: in an environment with the versions of constraints-gpu.txt,
-# from a copy of the tree that is not installed and has no .git. `scripts/gpu_rehearsal.sh FOLDER`
+# Rehearse the benchmark run of a GPU machine on a CPU: with the versions of constraints-gpu.txt, from
+# a copy of the tree without .git that is not installed. Usage: scripts/gpu_rehearsal.sh FOLDER
 set -euo pipefail
 cd "$(dirname "$0")/.."
 environment=$PWD/.venv-gpu

@@ -1,13 +1,12 @@
-"""Make the small language model that ``reft demo`` ships with, and its data set.
+"""Make the small language model of ``reft demo`` and its data set.
 
-    python scripts/make_demo_model.py        # writes reft/demo/assets/facts, in some minutes
+    python scripts/make_demo_model.py        # writes reft/demo/assets/facts in some minutes
 
-Seeded: the same machine and versions make the same files. The model is a Llama of about two million
-parameters with a byte-level BPE tokenizer of its own. It learns the facts of ``demo_facts.py`` from
-sentences that begin with the subject or with the answer, from notes, from flash cards, and from
-questions, which are always answered with a whole sentence. What it never sees is such a question
-with the bare answer: the demo teaches it that on the questions of ``train.jsonl``; those of
-``heldout.jsonl`` are about other subjects.
+The same seed, machine and versions make the same files. The model is a Llama of about two million
+parameters with a byte-level BPE tokenizer. It learns the facts of ``demo_facts.py`` from sentences,
+notes, flash cards and questions, which are always answered with a sentence. It never sees such a
+question with the bare answer: the demo teaches this on the questions of ``train.jsonl``. The
+questions of ``heldout.jsonl`` are about other subjects.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
 @dataclass(frozen=True)
 class Relation:
-    """How a fact is put into words: {x} the subject, {X} beginning a sentence, {y} the answer.
+    """Templates for a fact: {x} is the subject, {X} the subject capitalised, {y} the answer.
 
     Attributes:
-        questions: what is asked.
-        sentence: the answer that the model learns to give.
-        statements: other sentences that say the same.
-        label: the name of the relation in a note.
+        questions: questions about the fact.
+        sentence: the answer that the model learns.
+        statements: other sentences that state the fact.
+        label: name of the relation in a note.
     """
 
     questions: tuple[str, ...]
@@ -93,13 +92,13 @@ RELATIONS = {
 
 
 def fill(template: str, subject: Subject, answer: str) -> str:
-    """A template about a subject."""
+    """Fill a template with a subject and an answer."""
     begins = subject.name[0].upper() + subject.name[1:]
     return template.format(x=subject.name, X=begins, y=answer)
 
 
 def questions(subject: Subject) -> list[dict[str, str]]:
-    """Prompt, completion as it is wanted, and the sentence that the base model is to give."""
+    """Return prompts with their bare answers, and the sentences that the base model learns."""
     return [
         {
             "prompt": PROMPT.format(question=fill(question, subject, answer)),
@@ -112,8 +111,8 @@ def questions(subject: Subject) -> list[dict[str, str]]:
 
 
 def documents(subject: Subject, rng: random.Random) -> list[str]:
-    """One epoch's text about a subject; only the order of its note's entries is random."""
-    texts = [one["prompt"] + one["sentence"] for one in questions(subject)]
+    """Return the texts about a subject for an epoch; the order of the note's entries is random."""
+    texts = [question["prompt"] + question["sentence"] for question in questions(subject)]
     for name, answer in subject.facts.items():
         relation = RELATIONS[name]
         for question in relation.questions:
@@ -126,7 +125,7 @@ def documents(subject: Subject, rng: random.Random) -> list[str]:
 
 
 def make_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on the text: every string has tokens and decodes to itself."""
+    """Train a byte-level BPE tokenizer, which encodes every string without loss."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -151,26 +150,26 @@ def make_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def make_batches(rows: list[list[int]], tokens: int, rng: random.Random) -> list[torch.Tensor]:
-    """(B, S) of at most ``tokens`` tokens, padded with −1; rows of like length stay together."""
+    """Make batches (B, S) of at most ``tokens`` tokens and similar lengths, padded with −1."""
     rows = sorted(rows, key=lambda row: (len(row), rng.random()))
-    found: list[torch.Tensor] = []
+    batches: list[torch.Tensor] = []
     begin = 0
     while begin < len(rows):
         end = begin + 1
         while end < len(rows) and len(rows[end]) * (end + 1 - begin) <= tokens:
             end += 1
         width = len(rows[end - 1])
-        found.append(torch.tensor([row + [-1] * (width - len(row)) for row in rows[begin:end]]))
+        batches.append(torch.tensor([row + [-1] * (width - len(row)) for row in rows[begin:end]]))
         begin = end
-    rng.shuffle(found)
-    return found
+    rng.shuffle(batches)
+    return batches
 
 
 def make_optimizers(model: LlamaForCausalLM, lr: float, steps: int) -> list[tuple]:
-    """(optimizer, schedule) pairs: Muon on the blocks' matrices needs half of AdamW's steps."""
-    matrices = [one for one in model.model.layers.parameters() if one.ndim == 2]
-    taken = {id(one) for one in matrices}
-    others = [one for one in model.parameters() if id(one) not in taken]
+    """Make (optimizer, schedule) pairs. Muon on the blocks' matrices halves the steps of AdamW."""
+    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
+    matrix_ids = {id(weight) for weight in matrices}
+    others = [weight for weight in model.parameters() if id(weight) not in matrix_ids]
     optimizers = [
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
@@ -180,13 +179,13 @@ def make_optimizers(model: LlamaForCausalLM, lr: float, steps: int) -> list[tupl
         return min((step + 1) / (0.05 * steps), 1.0, (1 - step / steps) / 0.8)
 
     schedule = torch.optim.lr_scheduler.LambdaLR
-    return [(one, schedule(one, factor)) for one in optimizers]
+    return [(optimizer, schedule(optimizer, factor)) for optimizer in optimizers]
 
 
 def pretrain(
     model: LlamaForCausalLM, epochs: list[list[torch.Tensor]], lr: float, console: Console
 ) -> None:
-    """Next-token training on all batches of all epochs."""
+    """Train next-token prediction on all batches of all epochs."""
     optimizers = make_optimizers(model, lr, sum(map(len, epochs)))
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     loss_column = TextColumn("loss {task.fields[loss]}")
@@ -210,15 +209,19 @@ def pretrain(
 
 
 def write_records(path: Path, known: list[Subject]) -> int:
-    """Write prompt and completion of every question about the subjects; how many."""
-    records = [one for subject in known for one in questions(subject)]
-    lines = [json.dumps({name: one[name] for name in ("prompt", "completion")}) for one in records]
+    """Write prompt and completion of every question about the subjects; return their number."""
+    records = [
+        {name: question[name] for name in ("prompt", "completion")}
+        for subject in known
+        for question in questions(subject)
+    ]
+    lines = [json.dumps(record) for record in records]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return len(records)
 
 
 def main() -> None:
-    """Train, judge and write."""
+    """Train, evaluate and write the model and its data."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=ASSETS)
     parser.add_argument("--seed", type=int, default=0)
@@ -229,7 +232,7 @@ def main() -> None:
     parser.add_argument("--heldout", type=float, default=0.35, help="share of the subjects")
     given = parser.parse_args()
     transformers_logging.disable_progress_bar()
-    began = time.perf_counter()
+    start = time.perf_counter()
     console = Console()
     torch.manual_seed(given.seed)
     rng = random.Random(given.seed)
@@ -238,8 +241,8 @@ def main() -> None:
     texts = [[t for s in known for t in documents(s, rng)] for _ in range(given.epochs)]
     tokenizer = make_tokenizer(texts[0], given.vocabulary)
     epochs = []
-    for one in texts:
-        rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(one)["input_ids"]]
+    for epoch_texts in texts:
+        rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(epoch_texts)["input_ids"]]
         epochs.append(make_batches(rows, given.batch_tokens, rng))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -262,25 +265,25 @@ def main() -> None:
     )
     pretrain(model, epochs, given.lr, console)
 
-    model.half().float().eval()  # what is judged is what is stored
-    asked = [
-        {"prompt": one["prompt"], "completion": one["sentence"]}
+    model.half().float().eval()  # evaluate the precision that is stored
+    records = [
+        {"prompt": question["prompt"], "completion": question["sentence"]}
         for subject in known
-        for one in questions(subject)
+        for question in questions(subject)
     ]
-    known_share = evaluate(model, tokenizer, asked, batch_size=64, max_new_tokens=32).score
-    console.print(f"{known_share:.1%} of {len(asked)} questions get the right sentence")
+    known_share = evaluate(model, tokenizer, records, batch_size=64, max_new_tokens=32).score
+    console.print(f"{known_share:.1%} of {len(records)} questions get the right sentence")
 
     given.output.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(given.output)
     tokenizer.save_pretrained(given.output)
-    held = {one.name for one in rng.sample(known, round(given.heldout * len(known)))}
-    for name, wanted in (("train", False), ("heldout", True)):
-        chosen = [one for one in known if (one.name in held) == wanted]
-        count = write_records(given.output / f"{name}.jsonl", chosen)
-        console.print(f"{name}: {count} questions about {len(chosen)} subjects")
-    size = sum(one.stat().st_size for one in given.output.iterdir())
-    seconds = time.perf_counter() - began
+    heldout = {subject.name for subject in rng.sample(known, round(given.heldout * len(known)))}
+    for name, in_heldout in (("train", False), ("heldout", True)):
+        part = [subject for subject in known if (subject.name in heldout) == in_heldout]
+        count = write_records(given.output / f"{name}.jsonl", part)
+        console.print(f"{name}: {count} questions about {len(part)} subjects")
+    size = sum(file.stat().st_size for file in given.output.iterdir())
+    seconds = time.perf_counter() - start
     console.print(f"{given.output}: {size / 1e6:.1f} MB, made in {seconds:.0f} s")
 
 

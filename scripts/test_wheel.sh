@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The wheel as a user gets it: built, installed into an empty environment, and `reft demo` run from
-# it, all in a temporary folder away from the checkout. `scripts/test_wheel.sh python3.12`
+# Test the wheel as users get it: build it, install it into a new environment and run `reft demo`,
+# in a temporary folder outside the checkout. Usage: scripts/test_wheel.sh python3.12
 set -euo pipefail
 python=${1:-python3}
 cd "$(dirname "$0")/.."
@@ -11,9 +11,9 @@ unset PYTHONPATH PYTHONHOME
 "$python" -m venv "$folder/environment"
 bin=$folder/environment/bin
 
-rm -rf build/lib # setuptools would pack what an earlier build left there
+rm -rf build/lib # setuptools would pack files of an earlier build
 "$bin/python" -m pip wheel . --quiet --no-deps --wheel-dir "$folder"
-# torch first and pinned: any looser request resolves to gigabytes of CUDA packages.
+# torch is installed first with its pinned version: other versions install CUDA packages.
 "$bin/python" -m pip install --quiet "$(grep '^torch==' constraints.txt)"
 "$bin/python" -m pip install --quiet -c constraints.txt "$(echo "$folder"/reft-*.whl)[train]"
 "$bin/python" -m pip check

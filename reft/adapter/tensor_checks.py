@@ -7,12 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from reft.config import ReftConfig
+from reft.config import FLOATS, ReftConfig
 from reft.safe_read import shown
 from reft_kernels import orthonormalize
-
-#: The dtypes that an adapter may be saved in.
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 #: (layers, groups, rank, width)
 StackShape = tuple[int, int, int, int]

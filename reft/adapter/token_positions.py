@@ -30,7 +30,7 @@ def token_positions(config: ReftConfig, prompt_length: int) -> TokenPositions:
         spec,
         torch.zeros(1, dtype=torch.int64),
         torch.tensor([prompt_length]),
-        window=prompt_length,
+        seq_len=prompt_length,
         short_prompts=config.short_prompts,
         prompt_end=config.prompt_end,
     )[0].tolist()

@@ -1,1 +1,1 @@
-"""The ``reft`` command, one file a subcommand: parse, check, call the library, report."""
+"""The ``reft`` command: each subcommand parses, checks, calls the library and prints."""

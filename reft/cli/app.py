@@ -1,7 +1,6 @@
-"""The command line: ``reft demo``, ``train``, ``evaluate``, ``generate``, ``presets``,
-``report``, ``convert``.
+"""The ``reft`` command and its subcommands.
 
-Nothing heavy is imported before a command runs, so that ``reft --help`` answers at once.
+Commands import heavy modules when they run, so that ``reft --help`` is fast.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from reft.cli.ranks import refuse_several
 app = typer.Typer(
     name="reft",
     help="Representation finetuning: train and use ReFT adapters of Hugging Face models.",
-    epilog="Every error that you can put right is one line; --traceback shows where it came from.",
+    epilog="User errors are printed as one line; --traceback shows the traceback.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -50,11 +49,11 @@ def _root(
     _version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the version and leave."
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
         ),
     ] = False,
     traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where an error came from.")
+        bool, typer.Option("--traceback", help="Show the traceback of an error.")
     ] = False,
 ) -> None:
     context.obj = {"traceback": traceback}
@@ -66,10 +65,10 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave: 0 if all went well, 2 after a mistake of the user's.
+    """Run the command line and exit: code 0 on success, 2 after a user error.
 
     Args:
-        arguments: those after the name of the program; None for the process's own.
+        arguments: command line arguments without the program name; None for ``sys.argv``.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     command: Any = typer.main.get_command(app)
@@ -87,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _value(error: Exception, given: Sequence[str]) -> str:
-    """The refused value of an option, which click's message leaves out."""
+    """Return the refused value of an option, which click's message does not show."""
     names = getattr(getattr(error, "param", None), "opts", ())
     for at, argument in enumerate(given):
         name, equals, value = argument.partition("=")
@@ -97,8 +96,8 @@ def _value(error: Exception, given: Sequence[str]) -> str:
 
 
 def _message(error: Exception, given: Sequence[str]) -> str | None:
-    """What to tell the user; None if the error is not the user's but a defect."""
-    if hasattr(error, "format_message"):  # click's errors; typer brings a click of its own
+    """Return the message of a user error; None if the error is a defect of reft."""
+    if hasattr(error, "format_message"):  # errors of click, of which typer vendors a copy
         context = getattr(error, "ctx", None)
         where = f" (see {context.command_path} --help)" if context is not None else ""
         return " ".join(error.format_message().split()) + _value(error, given) + where

@@ -1,4 +1,4 @@
-"""``reft demo``: a small task from beginning to end, on this machine, without the network."""
+"""``reft demo``: a small task from training to reloading, offline on this machine."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from reft.cli.errors import check_folder
 
 def demo(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where adapter, results and plots go.")
+        Path,
+        typer.Option("--output", "-o", help="Folder of the adapter, the results and the plots."),
     ] = Path("reft-demo"),
     encoder: Annotated[
-        bool, typer.Option("--encoder", help="An encoder with a classifier, not a language model.")
+        bool,
+        typer.Option(
+            "--encoder", help="Use an encoder with a classifier instead of a language model."
+        ),
     ] = False,
 ) -> None:
     """Train, evaluate, save and reload an adapter of a small model."""
@@ -33,5 +37,5 @@ def demo(
 
             causal_demo.run(output)
     except GoalsMissed as error:
-        typer.echo(f"Error: the demo ran, but not as promised: {error}", err=True)
+        typer.echo(f"Error: the demo finished but missed its goals: {error}", err=True)
         raise typer.Exit(1) from None

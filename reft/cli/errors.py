@@ -1,4 +1,4 @@
-"""What a user did wrong, in one line."""
+"""User errors and their messages."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something the user can put right. Shown as one line on stderr; the exit code is 2."""
+    """An error that the user can correct. Printed as one line on stderr, with exit code 2."""
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error on one line, without Python's ``[Errno 2]`` in front."""
+    """Return the message of an error on one line, without the prefix ``[Errno 2]``."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror + (f": {error.filename}" if error.filename else "")
@@ -19,7 +19,7 @@ def one_line(error: BaseException) -> str:
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a folder that cannot be written to, or made, before any work and without making it."""
+    """Refuse a folder that cannot be written to or created. Nothing is created."""
     existing = path
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -30,7 +30,7 @@ def check_folder(path: Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Refuse a file that cannot be written, before any work and without making anything."""
+    """Refuse a file that cannot be written. Nothing is created."""
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder")
     check_folder(path.absolute().parent)

@@ -1,4 +1,4 @@
-"""``reft evaluate``: exact match of greedy completions."""
+"""``reft evaluate``: exact match of greedy completions, with and without the adapter."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ def evaluate(
     adapter: options.Adapter = None,
     predictions: Annotated[
         Path | None,
-        typer.Option("--predictions", "-o", help="Write every prediction there as JSONL."),
+        typer.Option("--predictions", "-o", help="JSONL file for the predictions."),
     ] = None,
     no_base: Annotated[
         bool,
-        typer.Option("--no-base", help="Leave out the base without the adapter: half the time."),
+        typer.Option("--no-base", help="Do not evaluate the base model without the adapter."),
     ] = False,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Only the first so many records.")
+        int | None,
+        typer.Option("--limit", min=1, help="Evaluate only this many records from the start."),
     ] = None,
     max_new_tokens: options.MaxNewTokens = 64,
     batch_size: options.BatchSize = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> None:
-    """Complete the prompts of a file and count exact matches (but for white space), of an adapter
-    and of its base."""
+    """Complete the prompts of a file and count exact matches, ignoring white space at the ends, of
+    an adapter and of its base model."""
     from rich.console import Console
 
     from reft.cli.loading import check_model_name, load_model

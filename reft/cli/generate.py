@@ -1,4 +1,4 @@
-"""``reft generate``: completions on stdout."""
+"""``reft generate``: print completions of prompts."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ def generate(
     adapter: options.Adapter = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Write JSONL with prompt and completion there."),
+        typer.Option(
+            "--output", "-o", help="JSONL file for prompts and completions; default: print."
+        ),
     ] = None,
     max_new_tokens: options.MaxNewTokens = 64,
     batch_size: options.BatchSize = 8,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="Sample at this; 0 is greedy.")
+        float,
+        typer.Option("--temperature", min=0.0, help="Sampling temperature; 0 for greedy decoding."),
     ] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of sampling.")] = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> None:
@@ -45,7 +48,7 @@ def generate(
     from reft.train.records import read_records
 
     if (prompt is None) == (data is None):
-        raise UserError("give one of --prompt and --data")
+        raise UserError("give either --prompt or --data")
     if data is not None:
         records = read_records(data, required=("prompt",), optional=("completion",))
         prompts = [record["prompt"] for record in records]
@@ -75,8 +78,8 @@ def generate(
             typer.echo(completion)
         return
     lines = [
-        json.dumps({"prompt": asked, "completion": answer}, ensure_ascii=False) + "\n"
-        for asked, answer in zip(prompts, completions, strict=True)
+        json.dumps({"prompt": text, "completion": completion}, ensure_ascii=False) + "\n"
+        for text, completion in zip(prompts, completions, strict=True)
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, "".join(lines))

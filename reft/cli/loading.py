@@ -1,24 +1,20 @@
-"""Models, tokenizers and adapters from what the user typed."""
+"""Loading of models, tokenizers and adapters that the user named."""
 
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
 from reft.cli.errors import UserError, one_line
 from reft.cli.ranks import local_device
-from reft.io.hub_status import hub_reachable
+from reft.io.hub_status import hub_reachable, is_hub_name
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-#: A name on the hub: one or two parts, no path.
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
 
 def check_model_name(model: str) -> None:
-    """Refuse what can be neither a model folder nor a name on the hub, without loading anything."""
+    """Refuse a name that is neither a model folder nor a possible name on the hub."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -26,12 +22,12 @@ def check_model_name(model: str) -> None:
             raise UserError(f"{model} is not a model folder: it holds {held}")
     elif folder.exists():
         raise UserError(f"{model} is not a model folder: it is a file")
-    elif not _HUB_NAME.fullmatch(model) or model.startswith("."):
+    elif not is_hub_name(model):
         raise UserError(f"no such model folder: {model}")
 
 
 def resolve_device(name: str) -> Any:
-    """A ``torch.device`` that is there."""
+    """Return an available ``torch.device``."""
     import torch
 
     if name == "auto":
@@ -48,8 +44,11 @@ def resolve_device(name: str) -> Any:
 def load_base(
     model: str, *, dtype: str, device: str, num_labels: int | None = None
 ) -> tuple[Any, Any]:
-    """(model in eval mode, its tokenizer): a causal language model, or with ``num_labels`` one that
-    classifies sequences, by a new head where the folder holds none."""
+    """Load a base model in eval mode and its tokenizer.
+
+    With ``num_labels`` it is a sequence classifier, whose head is new if the folder has none; else
+    a causal language model.
+    """
     if dtype not in _DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
     check_model_name(model)
@@ -83,42 +82,44 @@ def load_base(
     if num_labels is None:
         _check_causal(base, model)
     elif base.config.pad_token_id is None:
-        # A head that reads the last token finds it by the padding.
+        # A head on the last token needs the padding token to find it.
         base.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
     return base.to(target).eval(), tokenizer
 
 
 def _check_hub(model: str) -> None:
-    """Refuse at once a name that is neither in the cache nor to be had."""
+    """Refuse a name that is not in the cache while the hub cannot be reached."""
     from huggingface_hub import try_to_load_from_cache
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     cached = isinstance(try_to_load_from_cache(model, "config.json"), str)
     if not cached and not hub_reachable():
         raise UserError(
-            f"no such model folder: {model}; nor is it in the cache, and the hub cannot be reached"
+            f"no such model folder: {model}; it is not in the cache and the hub cannot be reached"
         )
 
 
 def _check_causal(base: Any, model: str) -> None:
-    """Refuse an encoder that loads as a language model all the same: its tokens see the answer."""
+    """Refuse an encoder: it loads as a language model, but its tokens attend to the answer."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     kind = base.config.model_type
     encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if encoder and not getattr(base.config, "is_decoder", False):
-        raise UserError(f"{model} is an encoder ({kind}), a causal language model is needed")
+        raise UserError(
+            f"the model must be a causal language model, {model} is an encoder ({kind})"
+        )
 
 
 def check_adapter(adapter: Path) -> None:
-    """Refuse a folder that holds no readable adapter, before the model is loaded."""
+    """Refuse a folder without a readable adapter before the model is loaded."""
     from reft.io.adapter_files import read_adapter
 
     read_adapter(adapter)
 
 
 def load_model(model: str, adapter: Path | None, *, dtype: str, device: str) -> tuple[Any, Any]:
-    """(model with the adapter if one is named, tokenizer)."""
+    """Load a model, with an adapter if given, and its tokenizer."""
     if adapter is not None:
         check_adapter(adapter)
     base, tokenizer = load_base(model, dtype=dtype, device=device)
@@ -135,5 +136,5 @@ def load_model(model: str, adapter: Path | None, *, dtype: str, device: str) -> 
 
 
 def _first(error: BaseException) -> str:
-    """The first sentence of transformers' long messages."""
+    """Return the first sentence of an error of transformers."""
     return " ".join(str(error).split("\n\n")[0].split()).split(". ")[0]

@@ -1,4 +1,4 @@
-"""Options that several commands share, with one wording."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ Model = Annotated[
 Adapter = Annotated[
     Path | None,
     typer.Option(
-        "--adapter", "-a", help="Folder of a trained adapter. Without one, the base model alone."
+        "--adapter", "-a", help="Folder of a trained adapter. Default: the base model alone."
     ),
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Sequences at a time.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Batch size per device.")]
 MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, help="The most tokens of a completion.")
+    int, typer.Option("--max-new-tokens", min=1, help="Maximum tokens of a completion.")
 ]
 Device = Annotated[
-    str, typer.Option("--device", help="cpu, cuda, cuda:1, …; auto takes a GPU if there is one.")
+    str, typer.Option("--device", help="cpu, cuda, cuda:1, …; auto uses a GPU if available.")
 ]
 Dtype = Annotated[
     str,
-    typer.Option("--dtype", help="Of the base model: float32, bfloat16, float16; auto as stored."),
+    typer.Option(
+        "--dtype", help="Data type of the base model: float32, bfloat16, float16; auto: as stored."
+    ),
 ]

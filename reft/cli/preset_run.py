@@ -1,4 +1,4 @@
-"""``reft train --preset``: a published run, or one like it, with each of its seeds."""
+"""``reft train --preset``: run a preset once for each seed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import typer
 
 from reft.cli.errors import UserError, check_folder
 
-#: Options of ``reft train`` that mean something beside a preset. The others are its settings.
-TOGETHER = (
+#: Options of ``reft train`` that may be combined with --preset.
+_COMBINABLE = (
     "preset",
     "settings",
     "seeds",
@@ -25,23 +25,23 @@ TOGETHER = (
 
 
 def refuse_other_options(context: typer.Context) -> None:
-    """Refuse an option that says what the preset says: one place for each setting."""
+    """Refuse options for settings that the preset holds."""
     for parameter in context.command.params:
         name = parameter.name or ""
         source = context.get_parameter_source(name)
-        if name not in TOGETHER and source is not None and source.name == "COMMANDLINE":
+        if name not in _COMBINABLE and source is not None and source.name == "COMMANDLINE":
             option = parameter.opts[0]
             raise UserError(
-                f"{option} does not go with --preset, whose settings are changed with --set; "
-                "`reft presets show NAME` lists them"
+                f"{option} cannot be combined with --preset; change settings with --set "
+                "(`reft presets show NAME` lists them)"
             )
 
 
 def refuse_preset_options(settings: Sequence[str], seeds: str | None) -> None:
-    """Refuse what means something with a preset alone."""
+    """Refuse options that need --preset."""
     for option, value in (("--set", settings), ("--seeds", seeds)):
         if value:
-            raise UserError(f"{option} goes with --preset")
+            raise UserError(f"{option} needs --preset")
 
 
 def run_preset(
@@ -56,11 +56,11 @@ def run_preset(
     overwrite: bool,
     device: str,
 ) -> None:
-    """Run a preset once for each seed, and print what came out beside what was published."""
+    """Run a preset once for each seed, and print its scores beside the published ones."""
     from reft.paper import presets
 
     preset = presets.override(presets.load(name), list(settings))
-    chosen = preset.train.seeds if seeds is None else _numbers(seeds)
+    chosen_seeds = preset.train.seeds if seeds is None else _numbers(seeds)
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     output = output or Path("runs") / preset.name
@@ -79,17 +79,17 @@ def run_preset(
     require_accelerate()
     check_model_name(where)
     task = get_task(preset.task)
-    heads = max(1, len(task.labels)) if isinstance(task, ClassificationTask) else None
+    num_labels = max(1, len(task.labels)) if isinstance(task, ClassificationTask) else None
     target = resolve_device(device)
     dtype = preset.train.dtype
     if dtype == "auto":
         dtype = "bfloat16" if target.type == "cuda" else "float32"
 
     def make_base() -> tuple[Any, Any]:
-        return load_base(where, dtype=dtype, device=str(target), num_labels=heads)
+        return load_base(where, dtype=dtype, device=str(target), num_labels=num_labels)
 
     console = Console(stderr=True)
-    for seed in chosen:
+    for seed in chosen_seeds:
         run(
             preset,
             make_base,
@@ -107,11 +107,11 @@ def run_preset(
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """The seeds of ``--seeds 42,43``."""
+    """Parse the seeds of ``--seeds 42,43``."""
     try:
-        found = tuple(int(part) for part in text.split(","))
+        seeds = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"--seeds must be whole numbers such as 42,43,44; got {text!r}") from None
-    if len(set(found)) != len(found) or min(found) < 0:
-        raise UserError(f"--seeds must be different numbers of at least 0, got {text!r}")
-    return found
+        raise UserError(f"--seeds must be integers such as 42,43,44; got {text!r}") from None
+    if len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise UserError(f"--seeds must be different integers of at least 0, got {text!r}")
+    return seeds

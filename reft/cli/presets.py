@@ -1,4 +1,4 @@
-"""``reft presets``: the published runs, one of them in full, and a copy of it to edit."""
+"""``reft presets``: list the published runs, show a run, copy a run to edit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from reft.paper.presets import Preset, Published
 
 app = typer.Typer(
-    help="The published runs: list them, show one, copy one to edit.",
+    help="The published runs of the paper: list them, show a run, copy a run to edit.",
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -34,24 +34,26 @@ def _presets(context: typer.Context, as_json: AsJson = False) -> None:
         list_presets(as_json=as_json)
     elif as_json:
         raise UserError(
-            f"--json goes behind the command: reft presets {context.invoked_subcommand}"
+            f"--json must follow the command: reft presets {context.invoked_subcommand} --json"
         )
 
 
 @app.command("list")
 def list_presets(
     task: Annotated[
-        str | None, typer.Option("--task", help="Only this task: commonsense, glue, glue/cola.")
+        str | None,
+        typer.Option("--task", help="Only presets of this task: commonsense, glue, glue/cola."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="Only models with this in their name.")
+        str | None,
+        typer.Option("--model", help="Only presets whose model name contains this text."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Name the published runs."""
-    found = _chosen(task, model)
+    """List the published runs."""
+    selected = _select(task, model)
     if as_json:
-        text = json.dumps([preset.to_dict() for preset in found], indent=1, ensure_ascii=False)
+        text = json.dumps([preset.to_dict() for preset in selected], indent=1, ensure_ascii=False)
         typer.echo(text)
         return
     from rich.table import Table
@@ -61,7 +63,7 @@ def list_presets(
     table.add_column("intervention", no_wrap=True)
     for column in ("trained, %", "paper"):
         table.add_column(column, justify="right", no_wrap=True)
-    for preset in found:
+    for preset in selected:
         published = preset.published
         table.add_row(
             preset.name,
@@ -72,16 +74,16 @@ def list_presets(
     console = _console()
     console.print(table)
     console.print(
-        f"\n{len(found)} presets; paper: the published average, in percent\n"
-        "reft presets show NAME has all of one"
+        f"\n{len(selected)} presets; paper: the published average, in percent\n"
+        "reft presets show NAME shows all settings"
     )
 
 
 @app.command("show")
 def show(name: Name, as_json: AsJson = False) -> None:
-    """Show a preset: each setting with where it is from, what was published, how to run it."""
+    """Show a preset: its settings and their sources, its published results, its command."""
     from reft.paper.presets import load
-    from reft.paper.presets.schema import SETTINGS
+    from reft.paper.presets.preset import SETTINGS
 
     preset = load(name)
     if as_json:
@@ -103,7 +105,7 @@ def show(name: Name, as_json: AsJson = False) -> None:
     sources: dict[str, int] = {}
     for field, value in rows.items():
         cell = ""
-        # What a run does not use has no source worth a number.
+        # A setting that the run does not use needs no source.
         if value is not None:
             origin = preset.known_from(field)
             cell = f"{origin.status} [{sources.setdefault(origin.source, len(sources) + 1)}]"
@@ -114,18 +116,18 @@ def show(name: Name, as_json: AsJson = False) -> None:
         console.print(Text(f"[{number}] {source}"))
     console.print("\n" + "\n".join(_published(preset)), markup=False)
     console.print(f"\nRun it:  {_command(name, preset)}", markup=False, soft_wrap=True)
-    console.print("With --data FOLDER its sets come from there, without it from the hub.")
+    console.print("Data sets are read from --data FOLDER, by default from the hub.")
 
 
 @app.command("copy")
 def copy(
     name: Name,
-    file: Annotated[Path, typer.Argument(help="Where the copy goes, *.toml.", metavar="FILE")],
+    file: Annotated[Path, typer.Argument(help="File of the copy, *.toml.", metavar="FILE")],
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file that is there.")
+        bool, typer.Option("--overwrite", help="Replace an existing file.")
     ] = False,
 ) -> None:
-    """Write a preset as a TOML file that inherits nothing, to edit and run with --preset FILE."""
+    """Copy a preset with all its settings to a TOML file, to edit and run with --preset FILE."""
     from reft.io.atomic_write import write_whole
     from reft.paper.presets import load, to_toml
 
@@ -140,34 +142,37 @@ def copy(
     typer.echo(f"{name} written to {file}")
 
 
-def _chosen(task: str | None, model: str | None) -> list[Preset]:
-    """The presets of a task and of models; an error where there are none."""
+def _select(task: str | None, model: str | None) -> list[Preset]:
+    """Return the presets of a task and of models; raise UserError if there are none."""
     from reft.field_checks import did_you_mean
     from reft.paper.presets import load, names
 
-    found = [load(name) for name in names()]
+    presets = [load(name) for name in names()]
     if task is not None:
-        known = {part for preset in found for part in (preset.task, preset.task.split("/")[0])}
+        known = {part for preset in presets for part in (preset.task, preset.task.split("/")[0])}
         if task not in known:
             raise UserError(
                 f"no preset of a task {task!r}{did_you_mean(task, known)}; tasks are "
                 f"{', '.join(sorted(known))}"
             )
-        found = [one for one in found if task in (one.task, one.task.split("/")[0])]
+        presets = [preset for preset in presets if task in (preset.task, preset.task.split("/")[0])]
     if model is not None:
-        models = dict.fromkeys(preset.model for preset in found)
-        wanted = model.lower()
-        found = [one for one in found if wanted in f"{one.model}\n{one.hub_id}\n{one.name}".lower()]
-        if not found:
+        models = dict.fromkeys(preset.model for preset in presets)
+        presets = [
+            preset
+            for preset in presets
+            if model.lower() in f"{preset.model}\n{preset.hub_id}\n{preset.name}".lower()
+        ]
+        if not presets:
             raise UserError(
                 f"no preset of a model {model!r}{did_you_mean(model, models)}; models are "
                 f"{', '.join(models)}"
             )
-    return found
+    return presets
 
 
 def _published(preset: Preset) -> list[str]:
-    """What was published, in lines."""
+    """Describe the published results in lines."""
     published: Published = preset.published
     where = f"Published (Table {published.table})" if published.table else "Published"
     rows = [f"{name} {score}{_sd(published, name)}" for name, score in published.scores.items()]
@@ -193,7 +198,7 @@ def _command(name: str, preset: Preset) -> str:
 
 
 def _text(value: object) -> str:
-    """A value as it is given to --set; nothing for None."""
+    """Format a value as for --set; "" for None."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -206,7 +211,7 @@ def _text(value: object) -> str:
 
 
 def _console() -> Console:
-    """For stdout: as wide as the terminal, at least 80 columns where the output is not one."""
+    """Make a console for stdout, at least 80 columns wide if stdout is not a terminal."""
     from rich.console import Console
 
     console = Console(highlight=False)

@@ -1,4 +1,4 @@
-"""``reft report``: what the runs in a folder scored, beside what was published."""
+"""``reft report``: scores of the runs in a folder beside the published ones."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from reft.cli.errors import check_folder
 
 def report(
     folder: Annotated[
-        Path, typer.Argument(help="Of runs that `reft train --preset` made.", metavar="DIR")
+        Path, typer.Argument(help="Folder of runs of `reft train --preset`.", metavar="DIR")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
-    """Write DIR/report.md with tables and DIR/report/*.png with plots, and print the tables.
+    """Write tables to DIR/report.md and plots to DIR/report/*.png, and print the tables.
 
-    A number of the paper is shown beside a run's own, with whatever was not as published. What was
-    not run is not shown.
+    Scores of the paper are shown beside the scores of the runs, with the settings that differ.
     """
     from reft.io.atomic_write import write_whole
     from reft.paper.runs.collect import collect

@@ -1,20 +1,24 @@
-"""``reft train``: one adapter from one data file."""
+"""``reft train``: train an adapter on a data file, or run a preset."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from reft.cli import options, preset_run
 from reft.cli.errors import UserError, check_folder
 from reft.cli.ranks import is_first, refuse_several, shards_the_base
-
-if TYPE_CHECKING:
-    from reft.train.collate import ReftDataCollator
+from reft.cli.train_steps import (
+    check_schedule,
+    checkpoint_to_resume,
+    checkpointing_argument,
+    describe_run,
+    final_eval_loss,
+    resolve_max_length,
+    tokenize_records,
+)
 
 
 def train(
@@ -22,7 +26,7 @@ def train(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Where the adapter goes; of a preset runs/NAME if absent."
+            "--output", "-o", help="Folder of the adapter; default with --preset: runs/NAME."
         ),
     ] = None,
     model: Annotated[
@@ -30,7 +34,8 @@ def train(
         typer.Option(
             "--model",
             "-m",
-            help="Folder of the base model, or its name on the hub. A preset has one of its own.",
+            help="Folder of the base model, or its name on the hub. Default with --preset: the "
+            "preset's model.",
         ),
     ] = None,
     data: Annotated[
@@ -38,13 +43,15 @@ def train(
         typer.Option(
             "--data",
             "-d",
-            help="JSON or JSONL with 'prompt' and 'completion'. With --preset a folder of its "
-            "sets; without one they come from the hub.",
+            help="JSON or JSONL with 'prompt' and 'completion'. With --preset: a folder with its "
+            "data sets; default: the hub.",
         ),
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option("--preset", help="A published run (see `reft presets`) or a file like it."),
+        typer.Option(
+            "--preset", help="Name of a published run (see `reft presets`), or a TOML file."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -55,39 +62,54 @@ def train(
         ),
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option("--seeds", help="Of the preset's runs: 42,43. Its own if absent.")
+        str | None,
+        typer.Option("--seeds", help="Seeds of the preset's runs: 42,43. Default: its seeds."),
     ] = None,
     eval_data: Annotated[
-        Path | None, typer.Option("--eval-data", help="Report the loss on this file each epoch.")
+        Path | None,
+        typer.Option("--eval-data", help="Data file for the evaluation loss after each epoch."),
     ] = None,
     intervention: Annotated[
         str, typer.Option("--intervention", help="loreft, direft, noreft, consreft, lobireft, …")
     ] = "loreft",
-    rank: Annotated[int, typer.Option("--rank", "-r", help="Directions edited.")] = 8,
+    rank: Annotated[int, typer.Option("--rank", "-r", help="Rank r of the edit.")] = 8,
     layers: Annotated[
-        str, typer.Option("--layers", help='all, or numbers such as "3;9;18;24"; -1 is the last.')
+        str,
+        typer.Option(
+            "--layers", help='Edited layers: all, or numbers such as "3;9;18;24"; -1 is the last.'
+        ),
     ] = "all",
     positions: Annotated[
         str,
-        typer.Option("--positions", help="Tokens edited: f7+l7, f3, l1, prompt, prompt+g4, all."),
+        typer.Option("--positions", help="Edited tokens: f7+l7, f3, l1, prompt, prompt+g4, all."),
     ] = "f7+l7",
     component: Annotated[
         str,
-        typer.Option("--component", help="block_output, attention_output, mlp_output, module:…"),
+        typer.Option(
+            "--component",
+            help="Edited output: block_output, attention_output, mlp_output, module:…",
+        ),
     ] = "block_output",
     block_path: Annotated[
         str | None,
-        typer.Option("--block-path", help="Of the blocks, where they are not found by themselves."),
+        typer.Option("--block-path", help="Path of the list of blocks, if it is not detected."),
     ] = None,
     tied: Annotated[
-        bool, typer.Option("--tied/--untied", help="One set of weights for first and last tokens.")
+        bool,
+        typer.Option("--tied/--untied", help="Whether first and last tokens share their weights."),
     ] = True,
     activation: Annotated[
-        str | None, typer.Option("--activation", help="Around the encoder: relu, gelu, silu, …")
+        str | None,
+        typer.Option("--activation", help="Activation around W h + b: relu, gelu, silu, …"),
     ] = None,
-    dropout: Annotated[float, typer.Option("--dropout", help="Of the edit, in [0, 1).")] = 0.0,
+    dropout: Annotated[
+        float, typer.Option("--dropout", help="Dropout of the edit, in [0, 1).")
+    ] = 0.0,
     init: Annotated[
-        str, typer.Option("--init", help="pyreft: a small random edit; identity: none.")
+        str,
+        typer.Option(
+            "--init", help="Initialisation: pyreft, a small random edit; identity, no edit."
+        ),
     ] = "pyreft",
     epochs: Annotated[float, typer.Option("--epochs", min=0.0, help="Passes over the data.")] = 3.0,
     steps: Annotated[
@@ -95,47 +117,62 @@ def train(
     ] = None,
     batch_size: options.BatchSize = 8,
     accumulate: Annotated[
-        int, typer.Option("--accumulate", min=1, help="Batches in one optimizer step.")
+        int, typer.Option("--accumulate", min=1, help="Gradient accumulation steps.")
     ] = 1,
-    learning_rate: Annotated[float, typer.Option("--lr", min=0.0, help="At its highest.")] = 9e-4,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", min=0.0)] = 0.0,
+    learning_rate: Annotated[
+        float, typer.Option("--lr", min=0.0, help="Peak learning rate.")
+    ] = 9e-4,
+    weight_decay: Annotated[
+        float, typer.Option("--weight-decay", min=0.0, help="Weight decay of AdamW.")
+    ] = 0.0,
     warmup: Annotated[
-        float, typer.Option("--warmup", min=0.0, max=0.99, help="Share of steps with rising lr.")
+        float, typer.Option("--warmup", min=0.0, max=0.99, help="Share of warmup steps.")
     ] = 0.0,
     schedule: Annotated[
-        str, typer.Option("--schedule", help="linear, cosine, constant, … as in transformers.")
+        str,
+        typer.Option("--schedule", help="Schedule of transformers: linear, cosine, constant, …"),
     ] = "linear",
     max_length: Annotated[
-        int | None, typer.Option("--max-length", min=1, help="The most tokens of a sequence.")
+        int | None, typer.Option("--max-length", min=1, help="Maximum tokens of a sequence.")
     ] = None,
     truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut completions that are too long.")
+        bool, typer.Option("--truncate", help="Truncate completions that are too long.")
     ] = False,
     padding_free: Annotated[
-        bool, typer.Option("--padding-free", help="Pack the sequences of a batch into one row.")
+        bool,
+        typer.Option(
+            "--padding-free", help="Pack the sequences of a batch into one row, without padding."
+        ),
     ] = False,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Recompute activations in the backward pass to save memory.",
+        ),
     ] = False,
     save_steps: Annotated[
-        int | None, typer.Option("--save-steps", min=1, help="A checkpoint every so many steps.")
+        int | None,
+        typer.Option(
+            "--save-steps", min=1, help="Steps between checkpoints; default: no checkpoint."
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")
+        bool, typer.Option("--resume", help="Resume from the last checkpoint in --output.")
     ] = False,
     allow_changes: Annotated[
         bool,
         typer.Option(
             "--allow-changes",
-            help="With --resume: though data, learning rate or the like are others than the "
-            "checkpoint's, or the steps fewer.",
+            help="With --resume: accept data, learning rate and other settings that differ from "
+            "the checkpoint's, or fewer steps.",
         ),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the adapter that is in --output.")
+        bool, typer.Option("--overwrite", help="Replace the adapter in --output.")
     ] = False,
     log_steps: Annotated[int, typer.Option("--log-steps", min=1, help="Steps between logs.")] = 10,
-    seed: Annotated[int, typer.Option("--seed")] = 42,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed.")] = 42,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> None:
@@ -164,7 +201,7 @@ def train(
     from reft.config import ReftConfig
     from reft.train.records import read_records
 
-    # In the order of what they cost: nothing is loaded or written for an input that is refused.
+    # Cheap checks come first: nothing is loaded or written for an input that is refused.
     config = ReftConfig(
         intervention=intervention,
         rank=rank,
@@ -184,49 +221,38 @@ def train(
     check_model_name(model)
     if allow_changes and not resume:
         raise UserError("--allow-changes goes with --resume")
-    checkpoint = _checkpoint(output, resume=resume, overwrite=overwrite)
+    checkpoint = checkpoint_to_resume(output, resume=resume, overwrite=overwrite)
     check_folder(output)
 
     from rich.console import Console
     from transformers import PrinterCallback, TrainingArguments, set_seed
-    from transformers.trainer_utils import SchedulerType
 
     from reft.model.reft_model import get_reft_model
     from reft.train.checkpoints import remove_checkpoints
     from reft.train.collate import ReftDataCollator
-    from reft.train.evaluate import context_length
     from reft.train.progress import ProgressCallback
     from reft.train.trainer import ReftTrainer, require_accelerate
 
     require_accelerate()
     if steps is None and epochs <= 0:
         raise UserError(f"--epochs must be above 0, got {epochs:g}")
-    schedules = [one.value for one in SchedulerType]
-    if schedule not in schedules:
-        raise UserError(f"--schedule must be one of {', '.join(schedules)}; got {schedule!r}")
+    check_schedule(schedule)
     target = resolve_device(device)
     home = "cpu" if shards_the_base() else str(target)
     base, tokenizer = load_base(model, dtype=dtype, device=home)
-    limit = context_length(base)
-    if max_length is not None and limit is not None and max_length > limit:
-        raise UserError(f"--max-length is {max_length}, but {model} has {limit} positions")
     collator = ReftDataCollator(
         tokenizer,
-        max_length=max_length or limit,
+        max_length=resolve_max_length(max_length, base, model),
         truncate=truncate,
         padding_free=padding_free,
     )
-    examples = _tokenize(collator, records, data)
-    eval_examples = None if eval_records is None else _tokenize(collator, eval_records, eval_data)
+    examples = tokenize_records(collator, records, data)
+    eval_examples = (
+        None if eval_records is None else tokenize_records(collator, eval_records, eval_data)
+    )
 
     set_seed(seed)
     wrapped = get_reft_model(base, config)
-    console = Console(stderr=True, quiet=not is_first())
-    trainable, total = wrapped.get_nb_trainable_parameters()
-    opening = (
-        f"{len(examples)} records; training {trainable:,} of {total:,} parameters "
-        f"({100 * trainable / total:.4f} %) on {target}"
-    )
     arguments = TrainingArguments(
         output_dir=str(output),
         num_train_epochs=epochs,
@@ -238,7 +264,7 @@ def train(
         weight_decay=weight_decay,
         warmup_steps=warmup,
         lr_scheduler_type=schedule,
-        **_checkpointing(TrainingArguments, gradient_checkpointing),
+        **checkpointing_argument(TrainingArguments, gradient_checkpointing),
         eval_strategy="no" if eval_examples is None else "epoch",
         save_strategy="no" if save_steps is None else "steps",
         save_steps=save_steps or 500,
@@ -255,66 +281,26 @@ def train(
         examples,
         eval_examples,
         processing_class=tokenizer,
-        callbacks=[ProgressCallback(console, opening)],
+        callbacks=[
+            ProgressCallback(
+                Console(stderr=True, quiet=not is_first()),
+                describe_run(wrapped, len(examples), target),
+            )
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     if overwrite and is_first():
-        remove_checkpoints(output)  # before one of a run that is over could be taken for this one's
+        remove_checkpoints(output)  # so that no checkpoint of the replaced run can be resumed
     result = trainer.train(resume_from_checkpoint=checkpoint, allow_changes=allow_changes)
     metrics = {"train loss": result.training_loss} if trainer.steps_trained else {}
     if eval_examples is not None:
-        last = [row for row in trainer.state.log_history if "eval_loss" in row][-1:]
-        known = bool(last) and last[0]["step"] == trainer.state.global_step
-        metrics["eval loss"] = (last[0] if known else trainer.evaluate())["eval_loss"]
+        metrics["eval loss"] = final_eval_loss(trainer)
     trainer.save_adapter(output)
-    if not is_first():
-        return
-    done = [f"{name} {value:.4f}" for name, value in metrics.items()]
-    if not trainer.steps_trained:
-        steps = trainer.state.global_step
-        done.insert(0, f"no step was trained, {checkpoint} has all {steps} steps of this run")
-    typer.echo(f"{', '.join(done)}; adapter written to {output}")
-
-
-def _checkpointing(arguments: type, wanted: bool) -> dict[str, Any]:
-    """The argument that recomputes activations, by the name that this transformers gives it."""
-    names = [field.name for field in fields(arguments)]
-    new = "activation_checkpointing"
-    name = new if new in names else "gradient_checkpointing"
-    return {name: True} if wanted else {}
-
-
-def _checkpoint(output: Path, *, resume: bool, overwrite: bool) -> str | None:
-    """The checkpoint to go on from, if asked; refuses to replace an adapter, or to begin an
-    unfinished run anew, unless told to."""
-    from reft.io.adapter_files import WEIGHTS_FILE
-    from reft.train.checkpoints import last_checkpoint
-
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
-    found = last_checkpoint(output)
-    if resume:
-        if found is None:
-            raise UserError(f"--resume: there is no checkpoint to go on from in {output}")
-        return str(found)
-    if (output / WEIGHTS_FILE).exists() and not overwrite:
-        raise UserError(f"{output} holds an adapter already; --overwrite replaces it")
-    if found is not None and not overwrite:
-        raise UserError(
-            f"{output} holds an unfinished run, as far as {found.name}; --resume goes on, "
-            "--overwrite begins anew"
-        )
-    return None
-
-
-def _tokenize(
-    collator: ReftDataCollator, records: Sequence[dict[str, Any]], source: Path | None
-) -> list[dict[str, Any]]:
-    """The records as token ids, so that one that is too long is found before the first step."""
-    examples = []
-    for number, record in enumerate(records, start=1):
-        try:
-            examples.append(collator.tokenize(record))
-        except ValueError as error:
-            raise UserError(f"{source}, record {number}: {error}") from None
-    return examples
+    if is_first():
+        summary = [f"{name} {value:.4f}" for name, value in metrics.items()]
+        if not trainer.steps_trained:
+            total = trainer.state.global_step
+            summary.insert(
+                0, f"no step was trained, {checkpoint} has all {total} steps of this run"
+            )
+        typer.echo(f"{', '.join(summary)}; adapter written to {output}")

@@ -1,8 +1,8 @@
-"""A language model that knows facts but answers in the wrong way; LoReFT teaches it the right one.
+"""Demo of a language model: LoReFT teaches a model that knows facts to answer with a bare name.
 
-``scripts/make_demo_model.py`` made the model and the questions that lie in ``assets/facts``. Asked
-for the capital of France the model says a whole sentence; wanted is the bare name. The held-out
-questions are about other countries, elements and animals than those of training.
+``scripts/make_demo_model.py`` made the model and the questions in ``assets/facts``. The model
+answers a question about the capital of France with a sentence; the target is the bare name. The
+held-out questions are about countries, elements and animals that are not in the training set.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SHOWN = 6
 
 
 def load_base() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(the shipped model in float32, its tokenizer)."""
+    """Load the shipped model in float32 and its tokenizer."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(ASSETS, dtype=torch.float32)
@@ -55,7 +55,7 @@ def load_base() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def load_records(name: str, limit: int | None = None) -> list[Record]:
-    """The shipped records, "train" or "heldout"; with a limit so many of them, evenly spaced."""
+    """Read the records of "train" or "heldout"; with a limit, evenly spaced ones."""
     records = read_records(ASSETS / f"{name}.jsonl")
     if limit is None or limit >= len(records):
         return records
@@ -68,7 +68,7 @@ def answers_of(
     records: Sequence[Record],
     console: Console | None = None,
 ) -> list[str]:
-    """The model's greedy answers to the prompts of records."""
+    """Answer the prompts of records by greedy decoding."""
     prompts = [record["prompt"] for record in records]
     return generate_completions(
         model, tokenizer, prompts, batch_size=64, max_new_tokens=24, console=console
@@ -76,7 +76,7 @@ def answers_of(
 
 
 def answers_of_saved(adapter: Path, heldout: int | None = None) -> list[str]:
-    """What the shipped model with an adapter from disk answers to the held-out questions."""
+    """Answer the held-out questions with the shipped model and a saved adapter."""
     base, tokenizer = load_base()
     model = ReftModel.from_pretrained(base, adapter)
     return answers_of(model, tokenizer, load_records("heldout", heldout))
@@ -92,21 +92,19 @@ def run(
     goals: Goals | None = None,
     console: Console | None = None,
 ) -> DemoReport:
-    """Train, evaluate, save, reload and measure; print the figures and write them down.
-
-    In ``output`` are left: ``adapter/``, ``loss.png`` and ``report.json``.
+    """Train, evaluate, save, reload and time an adapter; print and write the results.
 
     Args:
-        output: a folder; made if it is not there.
+        output: folder of ``adapter/``, ``loss.png`` and ``report.json``; created if missing.
         epochs: passes over the training examples.
-        seed: of the adapter's first values and of the order of the examples.
-        examples, heldout: take only so many of the training examples and of the held-out questions.
-        goals: what the figures must reach; None for the promised ones.
-        console: where to print; None for the standard output.
+        seed: seed of the initialisation and of the order of the examples.
+        examples, heldout: numbers of training examples and of held-out questions; None for all.
+        goals: required results; None for the defaults of :class:`Goals`.
+        console: output console; None for the standard output.
 
     Raises:
         ImportError: accelerate is not installed.
-        GoalsMissed: after everything was printed and written.
+        GoalsMissed: the results miss the goals. They were printed and written.
     """
     began = time.perf_counter()
     require_accelerate()
@@ -140,14 +138,14 @@ def run(
         curve,
         [row["step"] for row in done.history],
         [row["loss"] for row in done.history],
-        title=f"LoReFT learns the bare answer ({trained:,} trained parameters)",
+        title=f"LoReFT learns the bare answer ({trained:,} trainable parameters)",
         every=LOG_STEPS,
     )
     report = DemoReport(
         title="LoReFT on a small language model",
         metric="exact match",
-        before=_share_right(before, questions),
-        after=_share_right(after, questions),
+        before=_accuracy(before, questions),
+        after=_accuracy(after, questions),
         heldout=len(questions),
         examples=len(training),
         steps=done.steps,
@@ -168,23 +166,23 @@ def run(
     report.write(output / "report.json")
     report.show(console)
     example = f"reft generate --model {ASSETS} --adapter {adapter} --prompt"
-    console.print(f'To ask it yourself:\n{example} "{questions[0]["prompt"]}"', soft_wrap=True)
+    console.print(f'To ask the model:\n{example} "{questions[0]["prompt"]}"', soft_wrap=True)
     report.require(goals or Goals())
     return report
 
 
 def _times(tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]) -> StepTimes:
-    """A training step on one batch against the frozen model's own, each on a model of its own."""
+    """Time a training step on a batch and the baseline step, on a new model for each."""
     batch = ReftDataCollator(tokenizer)(records[:BATCH_SIZE])
     batch = {name: value.to(device()) for name, value in batch.items()}
     frozen, _ = load_base()
     model = get_reft_model(load_base()[0], CONFIG).train()
     first = CONFIG.resolve_layers(frozen.config.num_hidden_layers)[0]
-    floor = frozen_step(frozen.train(), frozen.model.layers[first], batch)
-    return compare_steps(training_step(model, batch, LEARNING_RATE), floor, device())
+    baseline = frozen_step(frozen.train(), frozen.model.layers[first], batch)
+    return compare_steps(training_step(model, batch, LEARNING_RATE), baseline, device())
 
 
-def _share_right(answers: Sequence[str], records: Sequence[Record]) -> float:
+def _accuracy(answers: Sequence[str], records: Sequence[Record]) -> float:
     right = sum(exact_match(a, r["completion"]) for a, r in zip(answers, records, strict=True))
     return right / len(records)
 
@@ -192,9 +190,9 @@ def _share_right(answers: Sequence[str], records: Sequence[Record]) -> float:
 def _samples(
     records: Sequence[Record], before: Sequence[str], after: Sequence[str]
 ) -> tuple[Sample, ...]:
-    """A few answers from all over the held-out questions."""
+    """Select answers that are evenly spaced in the held-out questions."""
     count = min(SHOWN, len(records))
-    chosen = [(2 * number + 1) * len(records) // (2 * count) for number in range(count)]
+    indices = [(2 * number + 1) * len(records) // (2 * count) for number in range(count)]
     return tuple(
-        Sample(records[i]["prompt"], records[i]["completion"], before[i], after[i]) for i in chosen
+        Sample(records[i]["prompt"], records[i]["completion"], before[i], after[i]) for i in indices
     )

@@ -1,4 +1,4 @@
-"""What a training step costs, against the least that any adapter in the same place could cost."""
+"""Time of a training step, and of the cheapest step that any adapter at its place could have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Medians over the rounds, in milliseconds; ``ratio`` is the median of the rounds' ratios."""
+    """Medians over the rounds in milliseconds; ``ratio`` is the median of the rounds' ratios."""
 
     step_ms: float
     floor_ms: float
@@ -23,9 +23,11 @@ class StepTimes:
 
 
 def training_step(model: nn.Module, batch: Mapping[str, Any], lr: float) -> Callable[[], None]:
-    """Forward, backward and AdamW on what is trained; each call changes the model."""
+    """Make a training step with AdamW; each call changes the trainable parameters."""
     optimizer = torch.optim.AdamW(
-        [one for one in model.parameters() if one.requires_grad], lr=lr, weight_decay=0.0
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=lr,
+        weight_decay=0.0,
     )
 
     def step() -> None:
@@ -37,10 +39,10 @@ def training_step(model: nn.Module, batch: Mapping[str, Any], lr: float) -> Call
 
 
 def frozen_step(model: nn.Module, block: nn.Module, batch: Mapping[str, Any]) -> Callable[[], None]:
-    """The floor: a plain model's forward, and its backward down to the output of ``block``.
+    """Make the baseline step: a forward, and a backward down to the output of ``block``.
 
-    Whoever trains something at that output and leaves the weights alone pays this much, whatever
-    it is. The model's parameters are frozen, and stay so; nothing is trained.
+    Every adapter at that output has at least this cost. All parameters of the model are frozen and
+    stay frozen.
     """
     model.requires_grad_(False)
 
@@ -61,41 +63,41 @@ def frozen_step(model: nn.Module, block: nn.Module, batch: Mapping[str, Any]) ->
 
 def compare_steps(
     step: Callable[[], None],
-    floor: Callable[[], None],
+    baseline: Callable[[], None],
     device: torch.device,
     *,
     rounds: int = 20,
     warmup: int = 3,
 ) -> StepTimes:
-    """Time two steps in turns, so that whatever else the machine does hits both.
+    """Time two steps alternately, so that other load on the machine affects both.
 
     Args:
-        step, floor: what to call.
-        device: where they run; waited for around each call.
-        rounds: how often each is timed; at least 1. Which of the two is first changes every round.
-        warmup: calls of each before that.
+        step, baseline: the functions to time.
+        device: the device that they run on, synchronised around each call.
+        rounds: timed calls of each, at least 1. Their order alternates.
+        warmup: calls of each before timing.
 
     Raises:
-        ValueError: rounds below 1.
+        ValueError: rounds is below 1.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     for _ in range(warmup):
         step()
-        floor()
+        baseline()
     steps: list[float] = []
-    floors: list[float] = []
+    baselines: list[float] = []
     for number in range(rounds):
-        turns = [(step, steps), (floor, floors)]
+        turns = [(step, steps), (baseline, baselines)]
         for call, times in turns if number % 2 else reversed(turns):
             _wait(device)
             began = time.perf_counter()
             call()
             _wait(device)
             times.append(1e3 * (time.perf_counter() - began))
-    ratios = [a / b for a, b in zip(steps, floors, strict=True)]
+    ratios = [a / b for a, b in zip(steps, baselines, strict=True)]
     return StepTimes(
-        statistics.median(steps), statistics.median(floors), statistics.median(ratios), rounds
+        statistics.median(steps), statistics.median(baselines), statistics.median(ratios), rounds
     )
 
 

@@ -1,4 +1,4 @@
-"""The loss curve as a picture."""
+"""Plot of the loss curve."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def loss_curve(
     title: str,
     every: int = 1,
 ) -> None:
-    """Write a PNG of the training loss, on a logarithmic scale, over optimizer steps.
+    """Write a PNG of the training loss over optimizer steps, on a logarithmic scale.
 
     Args:
-        path: of the PNG; replaced in one step.
-        steps: optimizer steps, rising.
-        losses: the loss at each, positive.
-        title: above the curve.
-        every: how many steps a loss is the mean of; named on the axis.
+        path: the PNG, replaced atomically.
+        steps: optimizer steps, ascending.
+        losses: the loss at each step, positive.
+        title: title of the plot.
+        every: number of steps that each loss is averaged over, for the label of the axis.
 
     Raises:
-        ValueError: no point, or not as many losses as steps.
+        ValueError: there is no point, or the numbers of losses and steps differ.
     """
     if not steps or len(steps) != len(losses):
         raise ValueError(
             f"steps and losses must be equally many, at least 1; got {len(steps)} and {len(losses)}"
         )
-    # Not pyplot: its state and its choice of a window system belong to whoever calls this.
+    # pyplot is avoided, because it has global state and chooses a window system.
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()

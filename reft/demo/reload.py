@@ -1,4 +1,4 @@
-"""What a saved adapter answers in a process that knows nothing but the files.
+"""Answers of a saved adapter in a fresh process that has only its files.
 
 ``python -m reft.demo.reload MODULE ADAPTER ANSWERS [ARGUMENTS]`` imports a demo's module, calls its
 ``answers_of_saved(Path(ADAPTER), **json.loads(ARGUMENTS))`` and writes the strings as JSON.
@@ -21,12 +21,12 @@ def answers_of_fresh_process(module: str, adapter: Path, **arguments: Any) -> li
     """Call ``answers_of_saved(adapter, **arguments)`` of a module in a new Python.
 
     Args:
-        module: its full name.
-        adapter: the folder with the adapter.
-        arguments: what JSON can carry.
+        module: full name of the module.
+        adapter: folder of the adapter.
+        arguments: JSON values.
 
     Raises:
-        RuntimeError: the process failed; the message ends with what it wrote.
+        RuntimeError: the process failed; the message ends with its stderr.
     """
     with tempfile.TemporaryDirectory() as folder:
         answers = Path(folder) / "answers.json"
@@ -42,7 +42,7 @@ def answers_of_fresh_process(module: str, adapter: Path, **arguments: Any) -> li
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The fresh process's side."""
+    """Run in the fresh process."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("module")
     parser.add_argument("adapter", type=Path)

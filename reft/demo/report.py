@@ -1,4 +1,4 @@
-"""What a demo found out: as a table, as JSON, and whether it is what was promised."""
+"""Results of a demo: tables, JSON, and a check of the goals."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from reft.io.atomic_write import write_whole
 
 
 class GoalsMissed(RuntimeError):
-    """A demo ran to its end, but its figures are not the promised ones."""
+    """A demo finished, but its results miss the goals."""
 
 
 @dataclass(frozen=True, slots=True)
 class Goals:
-    """Shares of right answers: ``before`` is the most without the adapter, ``after`` the least."""
+    """Goals for the share of right answers: at most ``before`` training, at least ``after``."""
 
     before: float = 0.20
     after: float = 0.90
@@ -30,7 +30,7 @@ class Goals:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One held-out prompt, what is wanted, and what came before and after training."""
+    """A held-out prompt, the expected answer, and the answers before and after training."""
 
     prompt: str
     expected: str
@@ -40,24 +40,25 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """All figures of one run.
+    """Results of a run.
 
     Attributes:
-        title: what was shown.
-        metric: what ``before`` and ``after`` count, for instance "exact match".
-        before, after: the share of held-out answers that are right, in [0, 1].
-        heldout: how many held-out examples there are.
-        examples: how many the adapter was trained on.
-        steps: optimizer steps; ``seed`` was the source of all randomness.
-        train_seconds: what they took.
-        trained, total: parameters.
-        times: a training step against the frozen model's own.
+        title: title of the demo.
+        metric: the metric of ``before`` and ``after``, such as "exact match".
+        before, after: share of right held-out answers, in [0, 1].
+        heldout: number of held-out examples.
+        examples: number of training examples.
+        steps: optimizer steps.
+        seed: seed of all random numbers.
+        train_seconds: duration of training.
+        trained, total: numbers of trainable and of all parameters.
+        times: time of a training step and of the baseline step.
         orthonormality_error: max |R Rᵀ − I| after training.
-        adapter, adapter_bytes: the folder, and the size of its files.
-        reloaded_same, reloaded: how many answers of a fresh process are the same, of how many.
+        adapter, adapter_bytes: folder of the adapter, and the size of its files.
+        reloaded_same, reloaded: number of equal answers in a fresh process, and of all answers.
         loss_curve: the PNG.
-        seconds: the whole run.
-        samples: a few answers.
+        seconds: duration of the run.
+        samples: examples of answers.
     """
 
     title: str
@@ -82,40 +83,40 @@ class DemoReport:
     samples: tuple[Sample, ...]
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the figures as JSON, replacing the file in one step."""
+        """Write the results as JSON, replacing the file atomically."""
         write_whole(path, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     def show(self, console: Console) -> None:
-        """Print the samples and the figures."""
+        """Print the samples and the results."""
         samples = Table(title="Held-out examples", title_justify="left")
         samples.add_column("prompt", overflow="fold", ratio=3)
-        for name in ("before", "after", "wanted"):
+        for name in ("before", "after", "expected"):
             samples.add_column(name, overflow="fold", ratio=2)
-        for one in self.samples:
-            cells = (one.prompt, one.before, one.after, one.expected)
+        for sample in self.samples:
+            cells = (sample.prompt, sample.before, sample.after, sample.expected)
             samples.add_row(*(Text(cell.strip()) for cell in cells))  # Text: no markup in answers
         console.print(samples)
-        figures = Table(title=self.title, title_justify="left", show_header=False)
-        figures.add_column(style="bold", no_wrap=True)
-        figures.add_column(overflow="fold")
+        results = Table(title=self.title, title_justify="left", show_header=False)
+        results.add_column(style="bold", no_wrap=True)
+        results.add_column(overflow="fold")
         for name, value in self._rows():
-            figures.add_row(name, Text(value))
-        console.print(figures)
+            results.add_row(name, Text(value))
+        console.print(results)
 
     def _rows(self) -> list[tuple[str, str]]:
         times = self.times
-        asked = f"of {self.heldout} held-out examples"
+        of_heldout = f"of {self.heldout} held-out examples"
         training = f"{self.examples} examples, {self.steps} steps, {self.train_seconds:.0f} s"
-        floor = f"the frozen model's own {times.floor_ms:.1f} ms: {times.ratio:.2f} times"
+        baseline = f"baseline {times.floor_ms:.1f} ms: {times.ratio:.2f} times"
         return [
-            (f"{self.metric} before", f"{self.before:.1%} {asked}"),
-            (f"{self.metric} after", f"{self.after:.1%} {asked}"),
+            (f"{self.metric} before", f"{self.before:.1%} {of_heldout}"),
+            (f"{self.metric} after", f"{self.after:.1%} {of_heldout}"),
             ("training", f"{training}, seed {self.seed}"),
             (
-                "trained parameters",
+                "trainable parameters",
                 f"{self.trained:,} of {self.total:,} ({self.trained / self.total:.2%})",
             ),
-            ("a training step", f"{times.step_ms:.1f} ms; {floor} (median of {times.rounds})"),
+            ("a training step", f"{times.step_ms:.1f} ms; {baseline} (median of {times.rounds})"),
             ("max |R Rᵀ − I|", f"{self.orthonormality_error:.1e}"),
             ("adapter", f"{self.adapter} ({self.adapter_bytes / 1e3:.1f} kB)"),
             ("in a fresh process", f"{self.reloaded_same} of {self.reloaded} answers the same"),
@@ -124,10 +125,10 @@ class DemoReport:
         ]
 
     def require(self, goals: Goals) -> None:
-        """Hold the figures against what was promised.
+        """Check the results against goals.
 
         Raises:
-            GoalsMissed: naming each figure that is not as promised.
+            GoalsMissed: results miss a goal; the message names them.
         """
         missed = []
         if self.before > goals.before:
@@ -146,16 +147,16 @@ class DemoReport:
 
 
 def count_same(ours: Sequence[str], theirs: Sequence[str]) -> int:
-    """How many answers agree, one by one.
+    """Count equal answers in two lists.
 
     Raises:
-        ValueError: not as many answers.
+        ValueError: the lists have different lengths.
     """
     if len(ours) != len(theirs):
-        raise ValueError(f"there must be as many answers, got {len(ours)} and {len(theirs)}")
+        raise ValueError(f"both lists must have the same length, got {len(ours)} and {len(theirs)}")
     return sum(a == b for a, b in zip(ours, theirs, strict=True))
 
 
 def folder_bytes(folder: Path) -> int:
-    """The size of a folder's files."""
-    return sum(one.stat().st_size for one in folder.iterdir() if one.is_file())
+    """Return the size of the files in a folder."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())

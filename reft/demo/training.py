@@ -1,4 +1,4 @@
-"""Training as the demos do it: a bar of steps, and no files but the demo's own."""
+"""Training loop of the demos, with a progress bar and without files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOG_STEPS = 5
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """Optimizer steps, seconds, and the logged losses (dicts with ``step`` and ``loss``)."""
+    """Number of optimizer steps, seconds, and logged losses (dicts with ``step`` and ``loss``)."""
 
     steps: int
     seconds: float
@@ -33,7 +33,7 @@ class TrainingRun:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How long, how fast and in what order: epochs, peak learning rate, batch size, seed."""
+    """Number of epochs, peak learning rate, batch size and seed."""
 
     epochs: float
     learning_rate: float
@@ -42,7 +42,7 @@ class Schedule:
 
 
 def device() -> torch.device:
-    """The GPU if there is one."""
+    """Return the GPU if available, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -54,7 +54,7 @@ def train(
     schedule: Schedule,
     console: Console | None = None,
 ) -> TrainingRun:
-    """Train what requires a gradient, with AdamW and a linear schedule; no console, no progress."""
+    """Train with AdamW and a linear schedule. Without a console, no progress is shown."""
     arguments = TrainingArguments(
         output_dir=str(output),
         num_train_epochs=schedule.epochs,

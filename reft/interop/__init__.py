@@ -1,1 +1,1 @@
-"""Adapters of pyreft and of adapters: read into this library's form, and pyreft's written."""
+"""Adapters of the libraries pyreft and adapters: reading both, writing pyreft's."""

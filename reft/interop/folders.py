@@ -1,4 +1,4 @@
-"""Which library wrote a folder, and folders of one made into folders of another."""
+"""Detection of the library that wrote an adapter folder, and conversion between formats."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from reft.safe_read import parse_json, read_text
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
-    """The library that wrote a folder: "reft", "pyreft" or "adapters".
+    """Detect the library that wrote a folder: "reft", "pyreft" or "adapters".
 
     Raises:
-        OSError: there is no such folder, or none of them wrote it.
+        OSError: the folder does not exist, or none of these libraries wrote it.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -37,7 +37,9 @@ def kind_of(path: str | os.PathLike[str]) -> str:
         return "pyreft"
     if _is_peft(folder):
         raise FileNotFoundError(
-            errno.ENOENT, "an adapter of PEFT changes weights, it cannot become ReFT", str(folder)
+            errno.ENOENT,
+            "a PEFT adapter changes weights and cannot be converted to ReFT",
+            str(folder),
         )
     if (folder / WEIGHTS_FILE).is_file():
         return "reft"
@@ -58,7 +60,7 @@ def _is_peft(folder: Path) -> bool:
 
 
 def read_reft(path: str | os.PathLike[str]) -> Converted:
-    """Read an adapter of this library without a model; what a training run needs is left out."""
+    """Read a reft adapter without a model, and without its training state."""
     config, tensors = read_adapter(path)
     heads, edit = {}, {}
     for name, value in tensors.items():
@@ -73,39 +75,39 @@ def read_reft(path: str | os.PathLike[str]) -> Converted:
 
 
 def write_reft(path: str | os.PathLike[str], converted: Converted) -> None:
-    """Write an adapter of this library without a model."""
+    """Write a reft adapter without a model."""
     heads = {MODULES_PREFIX + name: value for name, value in converted.heads.items()}
     write_adapter(path, converted.config, {**converted.tensors, **heads})
 
 
 def write_pyreft_folder(path: str | os.PathLike[str], converted: Converted) -> None:
-    """Write an adapter as pyreft does, without a model."""
+    """Write an adapter in pyreft's format without a model."""
     numbers = _numbers(converted.config, converted.tensors["rotation"])
     write_pyreft(path, converted.config, numbers, converted.tensors, converted.heads)
 
 
 def _numbers(config: ReftConfig, rotation: Tensor) -> tuple[int, ...]:
-    """The numbers of the blocks, of a model that is not here."""
+    """Return the numbers of the edited blocks when no model is at hand."""
     if config.layers == "all":
         return tuple(range(rotation.shape[0]))
-    numbers = tuple(int(one) for one in config.layers)
+    numbers = tuple(int(layer) for layer in config.layers)
     if min(numbers) < 0:
         raise ValueError(
-            "layers must not be negative without the base model, which tells how many there are; "
-            f"got {list(numbers)}. Use reft.save_pyreft"
+            "layers must not be negative, because the number of layers is unknown without the base "
+            f"model; got {list(numbers)}. Use reft.save_pyreft"
         )
     return tuple(sorted(numbers))
 
 
-#: kind -> how it is read.
+#: Kind of folder -> its reader.
 READERS: dict[str, Callable[..., Converted]] = {
     "reft": read_reft,
     "pyreft": read_pyreft,
     "adapters": read_adapters,
 }
 
-#: kind -> the keywords of its reader, which are what its files do not say.
-UNSAID: dict[str, frozenset[str]] = {
+#: Kind of folder -> keywords of its reader for settings that its files do not hold.
+READER_KEYWORDS: dict[str, frozenset[str]] = {
     "reft": frozenset(),
     "pyreft": frozenset(
         {
@@ -134,7 +136,7 @@ UNSAID: dict[str, frozenset[str]] = {
     ),
 }
 
-#: kind -> how it is written.
+#: Kind of folder -> its writer.
 WRITERS: dict[str, Callable[[str | os.PathLike[str], Converted], Any]] = {
     "reft": write_reft,
     "pyreft": write_pyreft_folder,

@@ -1,11 +1,11 @@
-"""Folders that adapters wrote: ``adapter_config.json`` and one file of tensors.
+"""Folders of the library adapters: ``adapter_config.json`` and one file of tensors.
 
     model.layers.0.reft_layer.refts.<name>.units.0.learned_source.weight            W, and .bias b
     model.layers.0.reft_layer.refts.<name>.units.0.projection.weight                R, or
     ….projection.parametrizations.weight.original and ….weight.0.base               R orthonormal
 
-Unit 0 edits first tokens, or all of them with tied weights, unit 1 last tokens; both are there even
-if one of them edits nothing. Whether R h is subtracted is not stored.
+Unit 0 edits first tokens, or all tokens if the weights are tied; unit 1 edits last tokens. Both are
+stored even if one of them edits nothing. Whether R h is subtracted is not stored.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ _SOURCE = {"learned_source.weight", "learned_source.bias"}
 _ORIGINAL = "projection.parametrizations.weight.original"
 _BASE = "projection.parametrizations.weight.0.base"
 
-#: The tensors of a unit -> the members of the family that store such; adapters has no class for the
-#: last.
+#: Tensor names of a unit -> family members that store them. adapters has no class for
+#: direft_orthonormal.
 _CANDIDATES: dict[frozenset[str], tuple[str, ...]] = {
     frozenset({*_SOURCE, _ORIGINAL, _BASE}): ("loreft", "direft_orthonormal"),
     frozenset({*_SOURCE, "projection.weight"}): ("noreft", "direft"),
 }
 
-#: adapters' own name of an activation -> this library's.
+#: Name of an activation in adapters -> name in reft.
 _ACTIVATIONS = {"leakyrelu": "leaky_relu"}
 
 
 def stored_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What adapters stored about the adapter in a folder; None if it did not write the folder."""
+    """Read the configuration that adapters stored; None if adapters did not write the folder."""
     try:
         stored = parse_json(read_text(Path(path) / CONFIG_FILE))
         inner = stored["config"]
@@ -65,18 +65,18 @@ def read_adapters(
     head: bool = False,
     **settings: Any,
 ) -> Converted:
-    """Read a ReFT folder that adapters wrote; the base model is not needed.
+    """Read a ReFT adapter of the library adapters; the base model is not needed.
 
     Args:
         path: the folder.
-        intervention: this library's name; must be given for an R that is not orthonormal.
-        head: read the prediction head beside it too.
-        settings: fields of :class:`ReftConfig` to set otherwise than the folder says.
+        intervention: reft's name of the intervention; required if R is not orthonormal.
+        head: also read the prediction head.
+        settings: fields of :class:`ReftConfig` that override the stored ones.
 
     Raises:
-        OSError: no such folder, or a file is missing in it.
-        ValueError: a damaged file, an adapter that is not ReFT, or what one configuration cannot
-            hold.
+        OSError: the folder does not exist, or a file is missing in it.
+        ValueError: a damaged file, an adapter that is not ReFT, or units that do not fit one
+            configuration.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -93,10 +93,10 @@ def read_adapters(
             raise ValueError(
                 f"the adapter must have the architecture 'reft', got {shown(inner['architecture'])}"
             )
-        ours = {**_settings(inner), **settings}
-        ReftConfig(**ours)
-        tensors = read_tensors(_one_of(folder, WEIGHTS_FILES))
-        units = _kept(_units(tensors), inner)
+        fields = {**_settings(inner), **settings}
+        ReftConfig(**fields)
+        tensors = read_tensors(_first_file(folder, WEIGHTS_FILES))
+        units = _active_units(_units(tensors), inner)
         candidates = {name for unit in units.values() for name in unit.candidates}
         if intervention is None and candidates == {"noreft", "direft"}:
             raise ValueError(
@@ -105,21 +105,21 @@ def read_adapters(
             )
         if intervention is None and candidates == {"loreft", "direft_orthonormal"}:
             intervention = "loreft"
-        heads = read_tensors(_one_of(folder, HEAD_FILES)) if head else {}
+        heads = read_tensors(_first_file(folder, HEAD_FILES)) if head else {}
         name = stored.get("model_name") or None
-        ours.setdefault("base_model_name_or_path", name)
-        return convert(units, heads, intervention=intervention, settings=ours)
+        fields.setdefault("base_model_name_or_path", name)
+        return convert(units, heads, intervention=intervention, settings=fields)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
 
 def _settings(inner: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of :class:`ReftConfig` from those of adapters."""
+    """Convert the stored settings to fields of :class:`ReftConfig`."""
     try:
         sides = (("f", inner["prefix_positions"]), ("l", inner["suffix_positions"]))
         for _, count in sides:
             if type(count) is not int or count < 0:
-                raise ValueError(f"positions must be whole numbers, got {shown(count)}")
+                raise ValueError(f"positions must be integers of at least 0, got {shown(count)}")
         positions = "+".join(f"{side}{count}" for side, count in sides if count)
         activation = inner.get("non_linearity")
         if activation is not None:
@@ -132,11 +132,11 @@ def _settings(inner: Mapping[str, Any]) -> dict[str, Any]:
         }
     except (KeyError, AttributeError):
         raise ValueError(
-            f"{CONFIG_FILE} must say prefix_positions, suffix_positions and non_linearity of ReFT"
+            f"{CONFIG_FILE} must have prefix_positions, suffix_positions and non_linearity"
         ) from None
 
 
-def _one_of(folder: Path, names: tuple[str, ...]) -> Path:
+def _first_file(folder: Path, names: tuple[str, ...]) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -144,29 +144,29 @@ def _one_of(folder: Path, names: tuple[str, ...]) -> Path:
 
 
 def _units(tensors: Mapping[str, Tensor]) -> dict[tuple[int, int], Unit]:
-    """(layer, unit) -> unit."""
-    found: dict[tuple[int, int], dict[str, Tensor]] = {}
+    """Group tensors into units, by (layer, unit number)."""
+    groups: dict[tuple[int, int], dict[str, Tensor]] = {}
     adapters: dict[tuple[str, str], None] = {}
     for key, value in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
             raise ValueError(f"{key} is not a tensor of a ReFT adapter")
         adapters[match["stack"], match["name"]] = None
-        found.setdefault((int(match["layer"]), int(match["unit"])), {})[match["tensor"]] = value
+        groups.setdefault((int(match["layer"]), int(match["unit"])), {})[match["tensor"]] = value
     if len(adapters) != 1:
         listed = ", ".join(f"{name!r} in {stack}" for stack, name in adapters) or "none"
         raise ValueError(f"the folder must hold one adapter of one stack of blocks, got {listed}")
-    return {place: _unit(*place, own) for place, own in found.items()}
+    return {key: _unit(*key, group) for key, group in groups.items()}
 
 
-def _unit(layer: int, number: int, found: Mapping[str, Tensor]) -> Unit:
+def _unit(layer: int, number: int, tensors: Mapping[str, Tensor]) -> Unit:
     source = f"unit {number} of layer {layer}"
-    candidates = _CANDIDATES.get(frozenset(found))
+    candidates = _CANDIDATES.get(frozenset(tensors))
     if candidates is None:
-        raise ValueError(f"{source} must hold W, b and a projection, it holds {', '.join(found)}")
-    check_floats(source, found)
-    if _ORIGINAL in found:
-        original, base = found[_ORIGINAL], found[_BASE]
+        raise ValueError(f"{source} must hold W, b and a projection, it holds {', '.join(tensors)}")
+    check_floats(source, tensors)
+    if _ORIGINAL in tensors:
+        original, base = tensors[_ORIGINAL], tensors[_BASE]
         if original.ndim != 2 or base.shape != (max(original.shape), max(original.shape)):
             raise ValueError(
                 f"{source} must hold {_ORIGINAL} (r, D) and {_BASE} (D, D), got shapes "
@@ -174,21 +174,21 @@ def _unit(layer: int, number: int, found: Mapping[str, Tensor]) -> Unit:
             )
         rotation = orthogonal(original, base)
     else:
-        rotation = found["projection.weight"]
+        rotation = tensors["projection.weight"]
     return Unit(
         source=source,
         candidates=candidates,
         rotation=rotation,
-        bias=found["learned_source.bias"],
-        weight=found["learned_source.weight"],
+        bias=tensors["learned_source.bias"],
+        weight=tensors["learned_source.weight"],
     )
 
 
-def _kept(
+def _active_units(
     units: Mapping[tuple[int, int], Unit], inner: Mapping[str, Any]
 ) -> dict[tuple[int, int], Unit]:
-    """Without the units that edit nothing."""
+    """Drop the units that edit no token."""
     if inner.get("tied_weights") or (inner["prefix_positions"] and inner["suffix_positions"]):
         return dict(units)
-    alive = 0 if inner["prefix_positions"] else 1
-    return {(layer, 0): unit for (layer, number), unit in units.items() if number == alive}
+    active = 0 if inner["prefix_positions"] else 1
+    return {(layer, 0): unit for (layer, number), unit in units.items() if number == active}

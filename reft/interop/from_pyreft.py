@@ -1,12 +1,12 @@
-"""Folders that pyreft wrote: one pickle of tensors for each intervention, and a ``config.json``.
+"""Folders of pyreft: a pickle of tensors for each intervention, and a ``config.json``.
 
     intkey_layer_15_comp_block_output_unit_pos_nunit_1#0.bin          pyvene 0.1.7 and later
     intkey_layer.15.comp.block_output.unit.pos.nunit.1#0.bin          before
     intkey_comp_model_layers[15]_output_unit_pos_nunit_1#0.bin        a module named by its path
 
-#0 and #1 tell apart several interventions on one layer: with weights of their own for first and
-last tokens, #0 is that of the first. pyreft's trainer writes the same files without config.json,
-into ``checkpoint-N/intervenable_model``. Positions, activation and dropout are stored nowhere.
+#0 and #1 number the interventions of a layer: with untied weights, #0 edits first tokens and #1
+last tokens. pyreft's trainer writes the same files without config.json, into
+``checkpoint-N/intervenable_model``. Positions, activation and dropout are not stored.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from reft.io.tensor_files import check_floats, read_tensors
 from reft.safe_read import parse_json, read_text, shown
 from reft_kernels import FAMILY
 
-#: Where pyreft's trainer puts its files.
+#: Folder of the files of pyreft's trainer in a checkpoint.
 TRAINER_FOLDER = "intervenable_model"
-#: Parameters of the base model that were trained too.
+#: Trained parameters of the base model.
 HEADS_FILE = "pytorch_model.bin"
 
 _FILE = re.compile(
@@ -40,7 +40,7 @@ _FILE = re.compile(
 _STRING = re.compile(r"(?P<stack>.+)\[(?P<layer>\d+)\](?P<inside>.*)[._](?P<side>input|output)")
 _CLASS = re.compile(r"(\w+)'?>?$")
 
-#: The order of the fields of a representation; earlier versions end earlier.
+#: Fields of a representation in their order; earlier versions have fewer.
 FIELDS = (
     "layer", "component", "unit", "max_number_of_units", "low_rank_dimension", "intervention_type",
     "intervention", "subspace_partition", "group_key", "intervention_link_key", "moe_key",
@@ -52,7 +52,7 @@ _ORIGINAL = "rotate_layer.parametrizations.weight.original"
 _BASE = "rotate_layer.parametrizations.weight.0.base"
 _SOURCE = ("learned_source.weight", "learned_source.bias")
 
-#: The tensors of a file -> the members of the family that store such.
+#: Tensor names of a file -> family members that store them.
 _CANDIDATES: dict[frozenset[str], tuple[str, ...]] = {
     frozenset({"weight", "bias", "rotate_layer"}): ("loreft",),
     frozenset({_ORIGINAL, _BASE, *_SOURCE}): ("direft_orthonormal",),
@@ -63,14 +63,14 @@ _CANDIDATES: dict[frozenset[str], tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where one intervention acts.
+class _Location:
+    """The edited component of one intervention.
 
     Attributes:
         file: the name of its file.
-        layer: number of its block.
-        component: this library's name.
-        stack: path of the list of blocks, where the checkpoint names it.
+        layer: the number of its block.
+        component: reft's name of the component.
+        stack: path of the list of blocks, if the checkpoint names it.
         copy: the number after "#".
     """
 
@@ -82,7 +82,7 @@ class _Place:
 
 
 def find_pyreft(path: str | os.PathLike[str]) -> Path | None:
-    """The folder with pyreft's files: ``path`` itself or its ``intervenable_model``; else None."""
+    """Return the folder with pyreft's files, ``path`` or its ``intervenable_model``, or None."""
     for folder in (Path(path), Path(path) / TRAINER_FOLDER):
         if folder.is_dir() and any(folder.glob("intkey_*.bin")):
             return folder
@@ -96,37 +96,39 @@ def read_pyreft(
     head: bool = True,
     **settings: Any,
 ) -> Converted:
-    """Read a folder that pyreft wrote; the base model is not needed.
+    """Read an adapter of pyreft; the base model is not needed.
 
     Args:
         path: the folder, or the ``checkpoint-N`` around it.
-        intervention: this library's name, where the folder does not tell it.
-        head: read the parameters of the base model that were trained too.
-        settings: fields of :class:`ReftConfig` that pyreft does not store; positions at least.
+        intervention: reft's name of the intervention; required if the folder does not determine it.
+        head: also read the trained parameters of the base model.
+        settings: fields of :class:`ReftConfig` that pyreft does not store; at least positions.
 
     Raises:
-        OSError: no such folder, or no such files in it.
-        ValueError: a damaged or foreign file, a field that is not allowed, or what one
-            configuration cannot hold.
+        OSError: the folder does not exist, or has no files of pyreft.
+        ValueError: a damaged or foreign file, a bad field, or interventions that do not fit one
+            configuration.
     """
-    ReftConfig(**settings)  # a bad value is refused before anything is read
+    ReftConfig(**settings)  # refuse a bad value before any file is read
     folder = _locate(Path(path))
     try:
-        places, classes = _from_config(folder) or (_from_names(folder), {})
-        # One file at a time: it may hold D × D numbers, of which R is all that is kept.
+        locations, classes = _from_config(folder) or (_from_names(folder), {})
+        # Files are read one by one: each may hold D × D numbers, of which only R is kept.
         units = {
-            (place.layer, place.copy): _unit(place.file, read_tensors(folder / place.file))
-            for place in places
+            (location.layer, location.copy): _unit(
+                location.file, read_tensors(folder / location.file)
+            )
+            for location in locations
         }
-        if len(units) < len(places):
+        if len(units) < len(locations):
             raise ValueError("two interventions of one layer have the same number")
         heads = _heads(folder / HEADS_FILE) if head else {}
-        component, stack = _shared(places)
+        component, stack = _shared(locations)
         settings["block_path"] = settings.get("block_path") or stack
         return convert(
             units,
             heads,
-            intervention=_named(classes, intervention),
+            intervention=_intervention(classes, intervention),
             settings={**settings, "component": component},
         )
     except ValueError as error:
@@ -151,22 +153,23 @@ def _locate(path: Path) -> Path:
     return folder
 
 
-# -------------------------------------------------------------------- where
+# -------------------------------------------------------------------- locations
 
 
-def _from_names(folder: Path) -> list[_Place]:
-    places = []
-    for file in sorted(one.name for one in folder.glob("intkey_*.bin")):
+def _from_names(folder: Path) -> list[_Location]:
+    locations = []
+    for file in sorted(path.name for path in folder.glob("intkey_*.bin")):
         match = _FILE.fullmatch(file)
         if match is None:
-            raise ValueError(f"{file} is not a name that pyreft gives")
+            raise ValueError(f"{file} is not a file name of pyreft")
         layer = None if match["layer"] is None else int(match["layer"])
-        places.append(_place(file, layer, match["component"], match["unit"], int(match["copy"])))
-    return places
+        copy = int(match["copy"])
+        locations.append(_location(file, layer, match["component"], match["unit"], copy))
+    return locations
 
 
-def _from_config(folder: Path) -> tuple[list[_Place], dict[str, str]] | None:
-    """The places that config.json lists and the class of each file; None if there is no such."""
+def _from_config(folder: Path) -> tuple[list[_Location], dict[str, str]] | None:
+    """Read the locations and classes of the files from config.json; None if it does not exist."""
     if not (folder / "config.json").exists():
         return None
     try:
@@ -180,94 +183,94 @@ def _from_config(folder: Path) -> tuple[list[_Place], dict[str, str]] | None:
         whole = False
     if not whole:
         raise ValueError(
-            "config.json is damaged, or not one that pyreft wrote (sorted_keys, representations "
-            "and intervention_types, one for each file)"
+            "config.json must be one that pyreft wrote, with sorted_keys, representations and "
+            "intervention_types for each file; it is damaged or foreign"
         )
     files = [f"intkey_{key}.bin" for key in keys]
-    present = {one.name for one in folder.glob("intkey_*.bin")}
+    present = {path.name for path in folder.glob("intkey_*.bin")}
     missing, unknown = sorted(set(files) - present), sorted(present - set(files))
     if missing or unknown:
         raise ValueError(
-            "config.json must list the files that are there; missing: "
+            "config.json must list the files of the folder; missing: "
             f"{', '.join(missing) or 'none'}, not listed: {', '.join(unknown) or 'none'}"
         )
     if copies != sorted(copies):
-        # pyreft hands the first half of all interventions the first tokens.
+        # pyreft applies the first half of all interventions to the first tokens.
         raise ValueError(
-            "config.json must list every #0 before every #1, or pyreft edited first tokens with "
-            "some of both"
+            "config.json must list every #0 before every #1; in another order, pyreft applied both "
+            "to first tokens"
         )
-    places = []
+    locations = []
     for file, copy, row in zip(files, copies, rows, strict=True):
         if row.get("intervention_link_key") is not None:
             raise ValueError(
-                f"{file} is linked to other layers (intervention_link_key "
-                f"{shown(row['intervention_link_key'])}); this library has weights for each layer"
+                f"{file} shares weights with other layers (intervention_link_key "
+                f"{shown(row['intervention_link_key'])}); reft has separate weights for each layer"
             )
         component = row["component"]
         layer = None if "." in component else row["layer"]
-        places.append(_place(file, layer, component, str(row.get("unit", "pos")), copy))
-    return places, dict(zip(files, (str(one)[:1000] for one in types), strict=True))
+        locations.append(_location(file, layer, component, str(row.get("unit", "pos")), copy))
+    return locations, dict(zip(files, (str(kind)[:1000] for kind in types), strict=True))
 
 
 def _is_row(row: Mapping[str, Any]) -> bool:
-    """Whether a representation says a component, and a layer if that is no path."""
+    """Whether a representation has a component, and a layer unless the component is a path."""
     component, layer = row.get("component"), row.get("layer")
     named = isinstance(component, str) and len(component) < 1000
     return named and ("." in str(component) or (type(layer) is int and layer >= 0))
 
 
-def _place(file: str, layer: int | None, component: str, unit: str, copy: int) -> _Place:
+def _location(file: str, layer: int | None, component: str, unit: str, copy: int) -> _Location:
     if unit != "pos":
-        raise ValueError(f'{file} edits units "{unit}"; only "pos", single tokens, can be read')
+        raise ValueError(f'{file} must edit units "pos", single tokens; got "{unit}"')
     if layer is not None and component in COMPONENTS:
-        return _Place(file, layer, component, None, copy)
+        return _Location(file, layer, component, None, copy)
     match = _STRING.fullmatch(component) if layer is None else None
     if match is None or match["side"] == "input":
         raise ValueError(
-            f"{file} edits {component!r}; this library edits {', '.join(COMPONENTS)} and the "
-            "outputs of modules inside a block"
+            f"{file} must edit one of {', '.join(COMPONENTS)} or the output of a module inside a "
+            f"block, got {component!r}"
         )
     inside, stack = match["inside"], match["stack"]
     exact = "." in component
     if inside.count("_") > 1 and not exact:
         raise ValueError(
-            f"{file} edits {component!r}, of which only a config.json would tell the dots from the "
-            "underscores"
+            f"{file} edits {component!r}; without a config.json, its underscores cannot be told "
+            "from dots"
         )
     name = f"module:{inside[1:]}" if inside else "block_output"
-    return _Place(file, int(match["layer"]), name, stack if exact else None, copy)
+    return _Location(file, int(match["layer"]), name, stack if exact else None, copy)
 
 
-def _shared(places: list[_Place]) -> tuple[str, str | None]:
-    """(component, path of the blocks) of every place."""
+def _shared(locations: list[_Location]) -> tuple[str, str | None]:
+    """Return the component and the path of the blocks that all locations share."""
     for name in ("component", "stack"):
         kinds: dict[Any, list[str]] = {}
-        for place in places:
-            kinds.setdefault(getattr(place, name), []).append(str(place.layer))
+        for location in locations:
+            kinds.setdefault(getattr(location, name), []).append(str(location.layer))
         if len(kinds) > 1:
             listed = "; ".join(f"layers {', '.join(ls)}: {kind}" for kind, ls in kinds.items())
             raise ValueError(f"all layers must be edited at the same {name}, got {listed}")
-    return places[0].component, places[0].stack
+    return locations[0].component, locations[0].stack
 
 
-# -------------------------------------------------------------------- what
+# -------------------------------------------------------------------- tensors
 
 
 def _unit(file: str, tensors: Mapping[str, Tensor]) -> Unit:
-    found = {name: value for name, value in tensors.items() if name not in _BUFFERS}
-    candidates = _CANDIDATES.get(frozenset(found))
+    state = {name: value for name, value in tensors.items() if name not in _BUFFERS}
+    candidates = _CANDIDATES.get(frozenset(state))
     if candidates is None:
         raise ValueError(
             f"{file} must hold the tensors of one of pyreft's classes "
             f"({', '.join(spec.pyreft for spec in FAMILY.values())}), it holds "
-            f"{', '.join(found) or 'nothing'}"
+            f"{', '.join(state) or 'nothing'}"
         )
-    check_floats(file, found)
-    if "rotate_layer" in found:
-        rotation = found["rotate_layer"].mT
-    elif _ORIGINAL in found:
-        original, base = found[_ORIGINAL], found[_BASE]
+    check_floats(file, state)
+    if "rotate_layer" in state:
+        rotation = state["rotate_layer"].mT
+    elif _ORIGINAL in state:
+        original, base = state[_ORIGINAL], state[_BASE]
         if original.ndim != 2 or base.shape != (max(original.shape), max(original.shape)):
             raise ValueError(
                 f"{file} must hold {_ORIGINAL} (D, r) and {_BASE} (D, D), got shapes "
@@ -275,49 +278,50 @@ def _unit(file: str, tensors: Mapping[str, Tensor]) -> Unit:
             )
         rotation = orthogonal(original, base).mT
     else:
-        rotation = found["proj_layer.weight"]
-    constant = found.get("learned_source")
-    bias = found.get("bias", found.get("learned_source.bias", constant))
+        rotation = state["proj_layer.weight"]
+    constant = state.get("learned_source")
+    bias = state.get("bias", state.get("learned_source.bias", constant))
     assert bias is not None
     return Unit(
         source=file,
         candidates=candidates,
         rotation=rotation,
         bias=bias,
-        weight=found.get("weight", found.get("learned_source.weight")),
-        projection_bias=found.get("proj_layer.bias"),
+        weight=state.get("weight", state.get("learned_source.weight")),
+        projection_bias=state.get("proj_layer.bias"),
     )
 
 
 def _heads(file: Path) -> dict[str, Tensor]:
-    """The trained parameters of the base model; of a PEFT adapter in it they are PEFT's."""
-    found = read_tensors(file) if file.exists() else {}
-    lora = [name for name in found if any(part.startswith("lora_") for part in name.split("."))]
+    """Read the trained parameters of the base model. Refuse those of a PEFT adapter in it."""
+    heads = read_tensors(file) if file.exists() else {}
+    lora = [name for name in heads if any(part.startswith("lora_") for part in name.split("."))]
     if lora:
         raise ValueError(
             f"{file.name} holds a LoRA of PEFT ({len(lora)} tensors such as {lora[0]}): load it "
             "into PEFT's model by load_state_dict(…, strict=False), and this folder with head=False"
         )
-    return found
+    return heads
 
 
-def _named(classes: Mapping[str, str], asked: str | None) -> str | None:
-    """The member of the family that config.json names, or the caller."""
-    names = sorted({match[1] for one in classes.values() if (match := _CLASS.search(one))})
+def _intervention(classes: Mapping[str, str], requested: str | None) -> str | None:
+    """Return the family member that config.json or the caller names."""
+    names = sorted({match[1] for text in classes.values() if (match := _CLASS.search(text))})
     by_class = {spec.pyreft: name for name, spec in FAMILY.items()}
     if len(names) > 1:
         raise ValueError(f"all layers must have the same intervention, got {', '.join(names)}")
     if not names:
-        return asked
+        return requested
     [name] = names
     known = by_class.get(name)
-    if known is None and asked is None:
+    if known is None and requested is None:
         raise ValueError(
-            f"config.json names the class {name!r}, which is none of pyreft's; say "
-            f"intervention= ({', '.join(FAMILY)}) if its formula is one of them"
+            f"config.json must name a class of pyreft, got {name!r}; pass intervention= "
+            f"({', '.join(FAMILY)}) if its formula is one of them"
         )
-    if known is not None and asked not in (None, known):
+    if known is not None and requested not in (None, known):
         raise ValueError(
-            f"intervention must be {known!r} or left out, config.json names {name}; got {asked!r}"
+            f"intervention must be {known!r} or left out, because config.json names {name}; "
+            f"got {requested!r}"
         )
-    return known or asked
+    return known or requested

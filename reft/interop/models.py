@@ -12,12 +12,12 @@ from reft.interop.from_adapters import read_adapters
 from reft.interop.from_pyreft import read_pyreft
 from reft.interop.to_pyreft import write_pyreft
 from reft.interop.units import Converted
-from reft.model import peft_compat
+from reft.model import peft_compat as peft_base
 from reft.model.blocks import ModelBlocks, find_blocks
 from reft.model.components import MODULE
 from reft.model.modules_to_save import module_tensors
 from reft.model.reft_model import ReftModel
-from reft.model.save_load import attach_tensors, name_or_active
+from reft.model.save_load import attach_tensors
 
 #: The modules that pyreft means by these names in blocks of Llama's kind.
 _PARTS = {"attention_output": "self_attn", "mlp_output": "mlp"}
@@ -41,41 +41,39 @@ def load_pyreft(
     adapter_name: str = "default",
     is_trainable: bool = False,
 ) -> ReftModel:
-    """A base model with an adapter that pyreft saved.
+    """Load an adapter that pyreft saved, on a base model.
 
-    Reads what ``ReftModel.save`` wrote (with its trained parameters of the base, if any, as
-    ``modules_to_save``), and the checkpoints of pyreft's trainer. pyreft stores the tensors alone:
-    what it does with them must be said here as it was said to pyreft.
+    Both the folders of ``ReftModel.save`` and the checkpoints of pyreft's trainer can be read.
+    Trained parameters of the base become ``modules_to_save``. pyreft stores only tensors: pass the
+    same positions, activation and dropout that were passed to pyreft.
 
     Args:
         path: the folder with ``intkey_*.bin``, or the ``checkpoint-N`` around it.
         base_model: a transformers model; changed in place until :meth:`ReftModel.unload`.
-        positions: as in :class:`ReftConfig`. One unit a layer makes an adapter with tied weights,
-            two an untied one.
-        intervention: needed where no config.json names the class and its tensors do not tell it:
-            "noreft" or "direft", "consreft" or "lobireft". Mind the names: pyreft's *Nodireft* is
-            "direft", its *Direft* is "direft_orthonormal".
+        positions: see :class:`ReftConfig`. One unit per layer makes tied weights, two make untied
+            weights.
+        intervention: required if no config.json names the class and the tensors allow two members:
+            "noreft" or "direft", "consreft" or "lobireft". pyreft's *Nodireft* is "direft", its
+            *Direft* is "direft_orthonormal".
         activation: pyreft's ``act_fn``.
-        dropout: pyreft's; matters for further training alone.
-        dropout_on: "row" is what pyreft does.
-        short_prompts: "pyreft" is what pyreft's datasets do.
+        dropout: pyreft's dropout, used in further training only.
+        dropout_on: "row" as in pyreft.
+        short_prompts: "pyreft" as in pyreft's datasets.
         prompt_end: "second_to_last" for an adapter that was trained on ``ReftSupervisedDataset``,
             ``ReftGenerationDataset``, ``ReftClassificationDataset`` or ``ReftRewardDataset``.
-        head: take the parameters of the base that were trained too (``pytorch_model.bin``), as
-            ``modules_to_save``.
-        block_path: name of the list of blocks, None for the one that the folder or the model's
-            structure tells.
-        adapter_name: its name.
-        is_trainable: attach it trainable; else it is frozen, and the model in eval mode.
+        head: read trained parameters of the base (``pytorch_model.bin``) as ``modules_to_save``.
+        block_path: name of the list of blocks; None to take it from the folder or the model.
+        adapter_name: name of the adapter.
+        is_trainable: make the adapter trainable; else it is frozen and the model is in eval mode.
 
     Returns:
-        The model. W, b and R are held in float32, which holds pyreft's bfloat16 exactly.
+        The model. W, b and R are float32, which represents pyreft's bfloat16 exactly.
 
     Raises:
-        OSError: no such folder, or no such files in it.
-        TypeError, ValueError: a damaged file, a pickle with code in it (never run), a folder
-            that one configuration cannot hold, or one that does not fit the model. Nothing was
-            changed.
+        OSError: the folder does not exist, or has no files of pyreft.
+        TypeError, ValueError: a damaged file, a pickle with code (never run), interventions that do
+            not fit one configuration, or an adapter that does not fit the model. The base model is
+            unchanged.
     """
     converted = read_pyreft(
         path,
@@ -89,7 +87,7 @@ def load_pyreft(
         prompt_end=prompt_end,
         block_path=block_path,
     )
-    sites = find_blocks(peft_compat.transformers_model(base_model), converted.config.block_path)
+    sites = find_blocks(peft_base.transformers_model(base_model), converted.config.block_path)
     component = _by_pyreft(converted.config.component, sites)
     converted = replace(converted, config=replace(converted.config, component=component))
     return _registry(converted, path, base_model, adapter_name, is_trainable)
@@ -109,34 +107,34 @@ def load_adapters_reft(
     adapter_name: str = "default",
     is_trainable: bool = False,
 ) -> ReftModel:
-    """A base model with a ReFT adapter that the library adapters saved.
+    """Load a ReFT adapter that the library adapters saved, on a base model.
 
-    What adapters calls the suffix are the last tokens of everything it is given, the answer too
-    while it trains; here they are the last tokens of the prompt. A model that is called with whole
-    texts, as encoders are, computes the same.
+    In adapters, suffix positions are the last tokens of the whole input, including the answer in
+    training; in reft, they are the last tokens of the prompt. For encoders, whose prompt is the
+    whole input, both are the same.
 
     Args:
         path: the folder with ``adapter_config.json``.
         base_model: a transformers model; changed in place until :meth:`ReftModel.unload`.
-        intervention: must be given where R is not orthonormal: "direft" for a ``DiReftConfig``,
-            "noreft" for a ``NoReftConfig``. The folder does not tell them apart, and adapters
-            itself loads a DiReFT as NoReFT.
-        positions: None for the folder's, such as "f3+l3".
-        dropout: None for the folder's, on whole rows.
-        short_prompts: as in :class:`ReftConfig`. adapters edits short inputs at both ends twice;
-            no option does that.
-        prompt_end: as in :class:`ReftConfig`.
-        head: take the prediction head beside the adapter too, as ``modules_to_save``.
-        block_path: name of the list of blocks, None to find it.
-        adapter_name: its name.
-        is_trainable: attach it trainable; else it is frozen, and the model in eval mode.
+        intervention: required if R is not orthonormal: "direft" for a ``DiReftConfig``, "noreft"
+            for a ``NoReftConfig``. The folder does not distinguish them, and adapters itself loads
+            a DiReFT as NoReFT.
+        positions: None for the stored positions, such as "f3+l3".
+        dropout: None for the stored dropout, on whole rows.
+        short_prompts: see :class:`ReftConfig`. adapters edits tokens of short inputs twice, which
+            no option reproduces.
+        prompt_end: see :class:`ReftConfig`.
+        head: also read the prediction head, as ``modules_to_save``.
+        block_path: name of the list of blocks; None to detect it.
+        adapter_name: name of the adapter.
+        is_trainable: make the adapter trainable; else it is frozen and the model is in eval mode.
 
     Raises:
-        OSError: no such folder, or a file is missing in it.
-        TypeError, ValueError: a damaged file, an adapter that is not ReFT, or one that does not
-            fit the model. Nothing was changed.
+        OSError: the folder does not exist, or a file is missing in it.
+        TypeError, ValueError: a damaged file, an adapter that is not ReFT, or one that does not fit
+            the model. The base model is unchanged.
     """
-    said = {"positions": positions, "dropout": dropout}
+    overrides = {"positions": positions, "dropout": dropout}
     converted = read_adapters(
         path,
         intervention=intervention,
@@ -144,33 +142,35 @@ def load_adapters_reft(
         short_prompts=short_prompts,
         prompt_end=prompt_end,
         block_path=block_path,
-        **{name: value for name, value in said.items() if value is not None},
+        **{name: value for name, value in overrides.items() if value is not None},
     )
     return _registry(converted, path, base_model, adapter_name, is_trainable)
 
 
 def save_pyreft(model: ReftModel, path: _Path, adapter_name: str | None = None) -> None:
-    """Write an adapter as pyreft does, for ``pyreft.ReftModel.load``.
+    """Write an adapter in pyreft's format, for ``pyreft.ReftModel.load``.
 
-    Lost, because pyreft stores none of it: positions, activation, dropout, dtype and the options
-    of short prompts. pyreft loads W and b as bfloat16. It cannot load "noreft" and "direft" at all,
-    although the files are right: give them to ``load_state_dict`` of its classes. An R that is
-    orthonormal is written as D × D numbers for every member but "loreft": pyreft stores those.
+    pyreft does not store positions, activation, dropout, dtype and the options of short prompts.
+    It loads W and b as bfloat16. It cannot load "noreft" and "direft"; use ``load_state_dict`` of
+    its classes for their files. An orthonormal R is written as D × D numbers for every member but
+    "loreft", as in pyreft.
 
     Args:
-        model: with the adapter.
-        path: a folder that is new or empty; written whole or not at all.
-        adapter_name: None for the active one.
+        model: a model with the adapter.
+        path: a new or empty folder, written in one atomic step.
+        adapter_name: None for the active adapter.
 
     Raises:
         OSError: the folder is not empty or cannot be written.
-        ValueError: no such adapter, or a component that pyreft has no name for.
+        ValueError: the adapter does not exist, or pyreft has no name for its component.
     """
+    name = model.active_adapter if adapter_name is None else adapter_name
+    if name is None:
+        raise ValueError("adapter_name must be given, no adapter is active")
     registry = model._registry
-    name = name_or_active(registry, adapter_name)
     adapter = registry.adapter(name)
     heads = module_tensors(registry.modules_to_save.modules_of(model.get_base_model(), name))
-    names = {_by_pyreft(one, registry.blocks): one for one in COMPONENTS}
+    names = {_by_pyreft(component, registry.blocks): component for component in COMPONENTS}
     component = names.get(adapter.config.component)
     if component is None and adapter.config.component in COMPONENTS:
         raise ValueError(
@@ -185,7 +185,7 @@ def save_pyreft(model: ReftModel, path: _Path, adapter_name: str | None = None) 
 def _registry(
     converted: Converted, path: _Path, base_model: nn.Module, name: str, is_trainable: bool
 ) -> ReftModel:
-    """A model with a converted adapter; if it does not fit, the base model as it was."""
+    """Add a converted adapter to a base model. If it does not fit, restore the base model."""
     model = ReftModel(base_model, converted.config.block_path)
     try:
         sites = model._registry.blocks
@@ -206,10 +206,10 @@ def _registry(
 
 
 def _by_pyreft(component: str, sites: ModelBlocks) -> str:
-    """What pyreft's name of a component is here, in the blocks of this model.
+    """Translate pyreft's name of a component for the blocks of this model.
 
-    Where a norm stands between a part and the residual sum, as in Gemma 2, pyreft's names are of
-    the part, and this library's of what is added.
+    If a norm is applied between a submodule and the residual sum, as in Gemma 2, pyreft's name
+    means the output of the submodule, and reft's name the output of the norm.
     """
     part = _PARTS.get(component)
     block = sites.layers[0]

@@ -1,9 +1,9 @@
-"""Folders that pyreft 0.1.0 reads.
+"""Writing folders that pyreft 0.1.0 reads.
 
-pyreft has no place for positions, activation, dropout and dtype. Its ``ReftModel.load`` makes W and
-b bfloat16 and the activation linear, whatever they were, and cannot load the two members with
-a free R at all (it asks for an ``add_bias`` that its own configuration cannot hold); their
-files fit the classes themselves, by ``load_state_dict``.
+pyreft does not store positions, activation, dropout and dtype. Its ``ReftModel.load`` converts W
+and b to bfloat16 and always makes the activation linear. It cannot load the two members with a free
+R, because it requires an ``add_bias`` that its configuration cannot hold; ``load_state_dict`` of
+their classes reads the files.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ def write_pyreft(
     tensors: Mapping[str, Tensor],
     heads: Mapping[str, Tensor],
 ) -> None:
-    """Write an adapter as pyreft's ``save(path, include_model=True)`` does, whole or not at all.
+    """Write an adapter like pyreft's ``save(path, include_model=True)``, in one atomic step.
 
     Args:
-        path: a folder that is new or empty.
-        config: the adapter's.
-        layers: the numbers of its blocks, none negative.
-        tensors: ``rotation``, ``weight`` and ``bias``, as a bank publishes them.
-        heads: parameters of the base model that were trained too, by their name in it.
+        path: a new or empty folder.
+        config: configuration of the adapter.
+        layers: numbers of its blocks, not negative.
+        tensors: ``rotation``, ``weight`` and ``bias`` of ``export_state_dict``.
+        heads: trained parameters of the base model, by their name in it.
 
     Raises:
         OSError: the folder is a file, is not empty, or cannot be written.
-        ValueError: what pyreft's files cannot hold.
+        ValueError: pyreft's format cannot hold the adapter.
     """
     folder = Path(path)
     if config.component not in COMPONENTS:
@@ -55,7 +55,9 @@ def write_pyreft(
         ("subspaces", config.subspaces, None),
     ):
         if value != default:
-            raise ValueError(f"{field} must be {default!r}, since pyreft has none; got {value!r}")
+            raise ValueError(
+                f"{field} must be {default!r}, because pyreft has no such setting; got {value!r}"
+            )
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(
             errno.ENOTDIR, "pyreft stores a folder, but this is a file", str(folder)
@@ -66,14 +68,14 @@ def write_pyreft(
         )
     rotation = tensors["rotation"]
     groups, rank, dim = rotation.shape[1:]
-    # All layers, then all again: pyreft hands the first half the first tokens.
-    places = [(at, layer, group) for group in range(groups) for at, layer in enumerate(layers)]
+    # All layers of group 0 first: pyreft applies the first half to the first tokens.
+    locations = [(at, layer, group) for group in range(groups) for at, layer in enumerate(layers)]
     keys = [
         f"layer_{layer}_comp_{config.component}_unit_pos_nunit_1#{group}"
-        for _, layer, group in places
+        for _, layer, group in locations
     ]
     representation = {"component": config.component, "unit": "pos", "max_number_of_units": 1}
-    count = len(places)
+    count = len(locations)
     described = {
         "intervention_constant_sources": [True] * count,
         "intervention_dimensions": [dim] * count,
@@ -84,7 +86,7 @@ def write_pyreft(
                 {**representation, "layer": layer, "low_rank_dimension": rank}.get(field)
                 for field in FIELDS
             ]
-            for _, layer, _ in places
+            for _, layer, _ in locations
         ],
         "sorted_keys": keys,
     }
@@ -92,7 +94,7 @@ def write_pyreft(
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         beside.mkdir()
-        for key, (at, _, group) in zip(keys, places, strict=True):
+        for key, (at, _, group) in zip(keys, locations, strict=True):
             unit = {name: stacked[at, group].cpu() for name, stacked in tensors.items()}
             _save(beside / f"intkey_{key}.bin", _state(config.spec, unit))
         _save(beside / HEADS_FILE, heads)
@@ -107,10 +109,10 @@ def write_pyreft(
 
 
 def _state(spec: EditSpec, unit: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The ``state_dict`` of pyreft's class."""
+    """Build the ``state_dict`` of pyreft's class."""
     rotation, bias, weight = unit["rotation"], unit["bias"], unit.get("weight")
     if spec is FAMILY["loreft"]:
-        # The one class with a state_dict of its own.
+        # This class overrides state_dict.
         assert weight is not None
         return {"weight": weight, "bias": bias, "rotate_layer": rotation.mT.float()}
     dim = rotation.shape[1]
@@ -127,9 +129,9 @@ def _state(spec: EditSpec, unit: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def completed(rotation: Tensor) -> Tensor:
-    """(D, D) orthonormal whose first r columns are Rᵀ; R: (r, D).
+    """Complete R (r, D) to an orthonormal (D, D) matrix whose first r columns are Rᵀ.
 
-    pyreft trains within the span of the others too, so that zeros there would not do.
+    pyreft's parametrization trains in the span of the other columns too, so they cannot be zero.
     """
     columns = rotation.mT.double()
     packed, tau = torch.geqrf(columns)
@@ -139,9 +141,9 @@ def completed(rotation: Tensor) -> Tensor:
 
 
 def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    # Copies, or torch writes the whole memory that a view belongs to.
-    own = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+    # Copies, because torch writes the whole storage of a view.
+    copies = {name: value.detach().cpu().clone() for name, value in tensors.items()}
     with file.open("wb") as stream:
-        torch.save(own, stream)
+        torch.save(copies, stream)
         stream.flush()
         os.fsync(stream.fileno())

@@ -1,7 +1,7 @@
-"""From the tensors of another library's units to those of an adapter.
+"""Conversion of another library's units into the tensors of an adapter.
 
-A unit is one W, b and R: what one layer edits all its tokens with, or one of two, for its first and
-its last tokens.
+A unit holds W, b and R. A layer has one unit for all edited tokens, or two, for first and for last
+tokens.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reft.adapter.tensor_checks import FLOATS, check_adapter_tensors, check_numbers, stack_shape
-from reft.config import ReftConfig
+from reft.adapter.tensor_checks import check_adapter_tensors, check_numbers, stack_shape
+from reft.config import FLOATS, ReftConfig
 from reft_kernels import FAMILY
 from reft_kernels.activations import ALIASES
 
@@ -25,11 +25,11 @@ _ORTHONORMAL_WITHIN = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """One W, b and R as they were stored.
+    """W, b and R as stored.
 
     Attributes:
-        source: the name of the file or module, for messages.
-        candidates: the members of the family that store tensors of these names.
+        source: name of the file or module, for messages.
+        candidates: family members that store tensors of these names.
         rotation: R, (r, D).
         bias: b, (r,).
         weight: W, (r, D), or None.
@@ -46,13 +46,12 @@ class Unit:
 
 @dataclass(frozen=True, eq=False)
 class Converted:
-    """An adapter in this library's form, on no model.
+    """A converted adapter without a model.
 
     Attributes:
         config: its configuration; layers are a list.
-        tensors: ``rotation``, ``weight`` and ``bias``, as :meth:`AdapterParameters.load` takes
-            them.
-        heads: parameters of the base model that were trained too, by their name in it.
+        tensors: ``rotation``, ``weight`` and ``bias`` for :meth:`AdapterParameters.load`.
+        heads: trained parameters of the base model, by their name in it.
     """
 
     config: ReftConfig
@@ -60,15 +59,15 @@ class Converted:
     heads: dict[str, Tensor]
 
     def __post_init__(self) -> None:
-        """Refuse tensors that are not those of the configuration, or not finite.
+        """Check that the tensors fit the configuration and are finite.
 
         Raises:
-            ValueError: with the tensor's name.
+            ValueError: a tensor does not; the message names it.
         """
         rotation, layers = self.tensors.get("rotation"), self.config.layers
         if rotation is not None and rotation.ndim != 4:
             raise ValueError(f"rotation must be (L, g, r, D), got {tuple(rotation.shape)}")
-        # Of "all" layers, and of an R that is not there, any number does: no model says how many.
+        # Without a model, "all" layers and a missing R fit any number of layers.
         count, _, _, dim = (1, 1, 1, self.config.rank) if rotation is None else rotation.shape
         shape = stack_shape(self.config, count if layers == "all" else len(layers), dim)
         check_adapter_tensors(self.config, shape, self.tensors)
@@ -78,16 +77,16 @@ class Converted:
 
     @property
     def dim(self) -> int:
-        """D, the width that it edits."""
+        """D, the width of the edited vectors."""
         return self.tensors["rotation"].shape[-1]
 
 
 def orthogonal(original: Tensor, base: Tensor) -> Tensor:
-    """The weight of ``torch.nn.utils.parametrizations.orthogonal`` (its householder map).
+    """Compute the weight of ``torch.nn.utils.parametrizations.orthogonal`` (householder map).
 
     Args:
-        original: (n, k); the trained parameter.
-        base: (m, m) with m = max(n, k).
+        original: (n, k), the trained parameter.
+        base: (m, m), m = max(n, k).
 
     Returns:
         (n, k), float32 or wider.
@@ -111,13 +110,13 @@ def convert(
     """Stack units into an adapter.
 
     Args:
-        units: (layer, k) -> unit; k = 0 for first tokens or all of them, 1 for last tokens.
-        heads: as in :class:`Converted`.
-        intervention: the member of the family, None for the only one that the tensors allow.
+        units: (layer, k) -> unit; k = 0 for first tokens or all tokens, 1 for last tokens.
+        heads: see :class:`Converted`.
+        intervention: the family member; None if the tensors determine it.
         settings: the other fields of :class:`ReftConfig`.
 
     Raises:
-        ValueError: units that one configuration cannot hold; with the layers that differ.
+        ValueError: the units do not fit one configuration; the message has the layers that differ.
     """
     if not units:
         raise ValueError("at least one layer must be edited, got none that edits a token")
@@ -129,8 +128,8 @@ def convert(
     everything = [unit for row in ordered for unit in row]
     dtype = functools.reduce(
         torch.promote_types,
-        [one.dtype for unit in everything for one in (unit.rotation, unit.weight, unit.bias)
-         if one is not None],
+        [tensor.dtype for unit in everything for tensor in (unit.rotation, unit.weight, unit.bias)
+         if tensor is not None],
         torch.float32,
     )  # fmt: skip
     spec = FAMILY[name]
@@ -166,22 +165,24 @@ def convert(
 def _groups(
     units: Mapping[tuple[int, int], Unit], layers: list[int], settings: ReftConfig
 ) -> list[int]:
-    """The k of every layer's units: [0] or [0, 1]."""
-    held = {layer: sorted(k for one, k in units if one == layer) for layer in layers}
-    for layer, found in held.items():
-        if len(found) > 2 or found != list(range(len(found))):
+    """Return the k of the units of every layer: [0] or [0, 1]."""
+    groups_of = {layer: sorted(k for owner, k in units if owner == layer) for layer in layers}
+    for layer, groups in groups_of.items():
+        if len(groups) > 2 or groups != list(range(len(groups))):
             raise ValueError(
                 "a layer must have one unit, or two, #0 for first and #1 for last tokens; layer "
-                f"{layer} has {', '.join(f'#{k}' for k in found)}"
+                f"{layer} has {', '.join(f'#{k}' for k in groups)}"
             )
-    counts = {len(found) for found in held.values()}
+    counts = {len(groups) for groups in groups_of.values()}
     if len(counts) > 1:
-        listed = {n: [layer for layer, found in held.items() if len(found) == n] for n in (1, 2)}
+        listed = {
+            n: [layer for layer, groups in groups_of.items() if len(groups) == n] for n in (1, 2)
+        }
         raise ValueError(
-            f"all layers must have as many units; layers {_listed(listed[1])} have one, layers "
-            f"{_listed(listed[2])} have two"
+            "all layers must have the same number of units; layers "
+            f"{_listed(listed[1])} have one, layers {_listed(listed[2])} have two"
         )
-    groups = held[layers[0]]
+    groups = groups_of[layers[0]]
     if len(groups) == 2 and settings.parsed_positions.num_groups(tied=False) == 1:
         raise ValueError(
             "positions must name first and last tokens, because every layer has a unit for each "
@@ -190,10 +191,10 @@ def _groups(
     return groups
 
 
-def _member(units: Mapping[tuple[int, int], Unit], asked: str | None) -> str:
-    """The member of the family that every unit is."""
-    if asked is not None and asked not in FAMILY:
-        raise ValueError(f"intervention must be one of {', '.join(FAMILY)}; got {asked!r}")
+def _member(units: Mapping[tuple[int, int], Unit], requested: str | None) -> str:
+    """Return the family member of all units."""
+    if requested is not None and requested not in FAMILY:
+        raise ValueError(f"intervention must be one of {', '.join(FAMILY)}; got {requested!r}")
     kinds: dict[tuple[str, ...], list[int]] = {}
     for (layer, _), unit in units.items():
         kinds.setdefault(unit.candidates, []).append(layer)
@@ -204,46 +205,46 @@ def _member(units: Mapping[tuple[int, int], Unit], asked: str | None) -> str:
         )
         raise ValueError(f"all layers must have the same intervention, got {listed}")
     [candidates] = kinds
-    if asked is None and len(candidates) > 1:
+    if requested is None and len(candidates) > 1:
         listed = " or ".join(f'"{name}"' for name in candidates)
         raise ValueError(
             f"intervention must be given, {listed}: they store tensors of the same names, and "
-            "nothing else in the folder tells them apart"
+            "nothing else in the folder distinguishes them"
         )
-    if asked is not None and asked not in candidates:
+    if requested is not None and requested not in candidates:
         raise ValueError(
             f"intervention must be {' or '.join(candidates)}, whose tensors are stored here; "
-            f"got {asked!r}"
+            f"got {requested!r}"
         )
-    return asked or candidates[0]
+    return requested or candidates[0]
 
 
 def _same_shape(units: Mapping[tuple[int, int], Unit]) -> tuple[int, int]:
-    """(r, D) of every unit."""
+    """Return the (r, D) that all units share."""
     shapes: dict[tuple[int, int], list[int]] = {}
     for (layer, _), unit in units.items():
-        shape, bias = tuple(unit.rotation.shape), tuple(unit.bias.shape)
+        size, bias = tuple(unit.rotation.shape), tuple(unit.bias.shape)
         weight = unit.rotation if unit.weight is None else unit.weight
-        fitting = len(shape) == 2 and tuple(weight.shape) == shape and bias == shape[:1]
+        fitting = len(size) == 2 and tuple(weight.shape) == size and bias == size[:1]
         fitting &= unit.projection_bias is None or unit.projection_bias.shape == unit.bias.shape
-        if not fitting or not 0 < shape[0] <= shape[1]:
+        if not fitting or not 0 < size[0] <= size[1]:
             raise ValueError(
                 f"{unit.source} must hold R and W of (r, D), r at most D, and b of (r,), got "
-                f"shapes {shape}, {tuple(weight.shape)} and {bias}"
+                f"shapes {size}, {tuple(weight.shape)} and {bias}"
             )
-        shapes.setdefault((shape[0], shape[1]), []).append(layer)
+        shapes.setdefault((size[0], size[1]), []).append(layer)
     if len(shapes) > 1:
         listed = "; ".join(
             f"layers {_listed(sorted(set(layers)))}: rank {rank}, width {dim}"
             for (rank, dim), layers in shapes.items()
         )
         raise ValueError(f"all layers must have the same rank and width, got {listed}")
-    [only] = shapes
-    return only
+    [shape] = shapes
+    return shape
 
 
 def _folded(unit: Unit) -> Tensor:
-    """b − b₂: the subtracted projection R h + b₂ takes b₂ along."""
+    """Return b − b₂, because the subtracted projection is R h + b₂."""
     if unit.projection_bias is None:
         return unit.bias
     wide = torch.promote_types(unit.bias.dtype, torch.float32)
@@ -255,12 +256,12 @@ def _refuse_projection_bias(units: list[Unit], activation: str | None) -> None:
         if unit.projection_bias is not None and unit.projection_bias.any():
             raise ValueError(
                 f"activation must be None for {unit.source}, got {activation!r}: the bias of its "
-                "projection stands outside the activation, where this library has none"
+                "projection is added outside the activation, where reft has no bias"
             )
 
 
 def _stack(rows: list[list[Tensor]], dtype: torch.dtype) -> Tensor:
-    return torch.stack([torch.stack([one.to(dtype) for one in row]) for row in rows])
+    return torch.stack([torch.stack([tensor.to(dtype) for tensor in row]) for row in rows])
 
 
 def _check_orthonormal(rotation: Tensor, layers: list[int]) -> None:
@@ -271,13 +272,13 @@ def _check_orthonormal(rotation: Tensor, layers: list[int]) -> None:
     if wrong:
         raise ValueError(
             f"R must have orthonormal rows (max |R Rᵀ − I| at most {_ORTHONORMAL_WITHIN:g}), got "
-            f"{errors.max():.3g} in layers {_listed(wrong)}; weight decay sets R to zero in the "
-            "library that wrote this, and then nothing is left of the adapter"
+            f"{errors.max():.3g} in layers {_listed(wrong)}; weight decay in the library "
+            "that wrote the files reduces R to zero, which destroys the adapter"
         )
 
 
 def _modules(heads: Mapping[str, Tensor]) -> list[str]:
-    """The modules that the named parameters belong to, in order."""
+    """Return the modules of the named parameters in order."""
     bare = [name for name in heads if "." not in name]
     if bare:
         raise ValueError(f"trained parameters must belong to a module, got {', '.join(bare)}")

@@ -1,1 +1,1 @@
-"""Files of adapters: reading what strangers wrote, writing whole or not at all."""
+"""Adapter files: safe reading of untrusted files, atomic writing."""

@@ -1,12 +1,11 @@
-"""An adapter on disk: two files, ``adapter_model.safetensors`` and ``adapter_config.json``.
+"""Adapter folders: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
-Both are written beside their final names, flushed to the disk and renamed, the weights first. The
-weights file carries the configuration in its own header, so it is a whole adapter by itself:
-whatever moment a crash picks, a reader finds the old adapter or the new one, never half of one. The
-JSON file is for people and for tools. If the two disagree, which a crash between the renames can
-leave behind, the header is believed.
+Each file is written under a temporary name, flushed to the disk and renamed, the weights first. The
+header of the weights file holds the configuration too, so that file alone is a complete adapter:
+after a crash, a reader finds the old adapter or the new one. The JSON file is for people and tools.
+If the two files disagree after a crash between the renames, the header is used.
 
-Nothing is ever pickled.
+Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from reft.safe_read import parse_json, read_text, require_plain, shown
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-#: Where the header of the weights file keeps the configuration.
+#: Key of the configuration in the header of the weights file.
 METADATA_KEY = "reft_config"
 
 
@@ -43,18 +42,18 @@ def write_adapter(
     tensors: Mapping[str, Tensor],
     more: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write an adapter into a directory, replacing the one that is there.
+    """Write an adapter into a folder, replacing an existing adapter.
 
     Args:
-        path: the directory; made, with its parents, if missing. Other files in it are left alone.
-        config: stored with every field.
-        tensors: any shapes and dtypes, on any device, views too. Copied, not modified.
-        more: entries of the header that a reader may pass by.
+        path: the folder; created with its parents if missing. Other files in it are kept.
+        config: the configuration, stored with every field.
+        tensors: any shapes and dtypes, on any device, views included. Copied, not modified.
+        more: optional entries of the header.
 
     Raises:
-        NotADirectoryError: ``path``, or a parent of it, is a file.
+        NotADirectoryError: ``path`` or a parent of it is a file.
         TypeError: a value in ``tensors`` is not a tensor.
-        OSError: the directory cannot be written; the old adapter is still there.
+        OSError: the folder cannot be written; the old adapter is unchanged.
     """
     folder = Path(path)
     for name, tensor in tensors.items():
@@ -67,7 +66,7 @@ def write_adapter(
             errno.ENOTDIR, "an adapter is stored in a directory, but this is a file", str(folder)
         )
     text = config.to_json()
-    # safetensors refuses tensors that share storage, which slices of one stacked parameter do.
+    # safetensors refuses tensors that share storage, such as slices of a stacked parameter.
     copies = {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
     }
@@ -78,17 +77,17 @@ def write_adapter(
 
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[ReftConfig, dict[str, Tensor]]:
-    """Read the adapter in a directory.
+    """Read the adapter in a folder.
 
     Returns:
-        The configuration, and the tensors on the CPU with the names, shapes and dtypes they were
-        written with.
+        The configuration, and the tensors on the CPU with the names, shapes and dtypes that they
+        were written with.
 
     Raises:
-        FileNotFoundError: no such directory, or no weights in it, or no configuration anywhere.
+        FileNotFoundError: no such folder, no weights file in it, or no configuration.
         NotADirectoryError: ``path`` is a file.
-        ValueError: a truncated or damaged file, a pipe in the place of one, a configuration of a
-            newer format or a bad field.
+        ValueError: a file is truncated, damaged or not a plain file; the configuration has a newer
+            format or a bad field.
     """
     folder = Path(path)
     if not folder.exists():
@@ -116,7 +115,7 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[ReftConfig, dict[str, Te
 
 
 def _for_tools(config: ReftConfig) -> str:
-    """The configuration with an entry for PEFT, which its own reader passes over."""
+    """Return the configuration as JSON text with an entry for PEFT, which reft ignores."""
     values = {peft_type.FIELD: peft_type.ENTRY, **config.to_dict()}
     return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -124,16 +123,16 @@ def _for_tools(config: ReftConfig) -> str:
 def read_list(
     path: str | os.PathLike[str], key: str, what: str, is_entry: Callable[[Any], bool]
 ) -> list[Any] | None:
-    """A list that the header of an adapter's weights file holds in JSON; None if it holds none.
+    """Read a JSON list from the header of an adapter's weights file; None if the key is missing.
 
     Args:
         path: a folder that :func:`read_adapter` has read.
-        key: of the header.
-        what: its entries, in words, for the message.
-        is_entry: whether a value is one of them.
+        key: the key in the header.
+        what: the entries in words, for the message.
+        is_entry: whether a value is a valid entry.
 
     Raises:
-        ValueError: something else stands in its place.
+        ValueError: the value is not a JSON list of valid entries.
     """
     with safe_open(Path(path) / WEIGHTS_FILE, framework="pt", device="cpu") as stored:
         text = (stored.metadata() or {}).get(key)
@@ -149,7 +148,7 @@ def read_list(
 
 
 def _config(folder: Path, embedded: str | None) -> ReftConfig:
-    """The configuration in the header, else that of the JSON file; a disagreement is a warning."""
+    """Return the configuration of the header, else of the JSON file. Warn if they disagree."""
     beside = folder / CONFIG_FILE
     inner = None if embedded is None else _parse(embedded, f"the header of {folder / WEIGHTS_FILE}")
     if not beside.exists():
@@ -169,8 +168,8 @@ def _config(folder: Path, embedded: str | None) -> ReftConfig:
             if ours[name] != theirs[name]
         )
         warnings.warn(
-            f"{folder / WEIGHTS_FILE} and {beside} disagree ({differing}); the weights file is "
-            "believed. A crash while saving leaves this behind; saving again mends it",
+            f"{folder / WEIGHTS_FILE} and {beside} disagree ({differing}); the configuration "
+            "in the weights file is used. A crash during saving can cause this; save again",
             stacklevel=3,
         )
     return inner

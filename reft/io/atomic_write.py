@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from pathlib import Path
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Put ``content`` under a name in one step that survives a power cut.
+    """Write a file in one atomic step that survives a power cut.
 
-    Whatever moment a kill, a full disk or a power cut picks, a reader finds the old file, or none
-    if there was none, or the new one.
+    If the process is killed, the disk is full or the power fails, a reader finds the complete old
+    file (or none, if there was none) or the complete new one.
 
     Args:
-        path: of the file, in a folder that exists; replaced if it is there.
-        content: bytes, or text that is written as UTF-8 without changing its line ends.
+        path: a file in an existing folder; an existing file is replaced.
+        content: bytes, or text that is written as UTF-8 with its line ends unchanged.
 
     Raises:
-        OSError: it cannot be written; what was there is as it was.
+        OSError: the file cannot be written; the old file is unchanged.
     """
     target = Path(path)
-    # One name per process: writers that race replace whole files. A leftover goes, and so does a
-    # link that somebody else has put there: nothing is written through it.
+    # One temporary name per process, so that racing writers replace complete files. A leftover is
+    # removed first, and so is a symbolic link, which must not be written through.
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     beside.unlink(missing_ok=True)
     try:
@@ -33,12 +33,12 @@ def write_whole(path: str | os.PathLike[str], content: bytes | str) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    # The rename itself is in the folder, which has to reach the disk too, and in this order.
+    # The rename is an entry of the folder, which must reach the disk after the file.
     flush_folder(target.parent)
 
 
 def flush_folder(folder: Path) -> None:
-    """Let the names in a folder reach the disk."""
+    """Flush the entries of a folder to the disk."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

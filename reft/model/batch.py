@@ -9,7 +9,7 @@ from typing import Any
 
 from reft.adapter.sources import AdapterSource
 from reft.config import ReftConfig
-from reft.subspaces import Subspaces, active_ranks, one_a_sequence
+from reft.subspaces import Subspaces, active_ranks, subspaces_per_sequence
 
 #: The adapter name that means "no adapter"; PEFT uses it too.
 BASE = "__base__"
@@ -67,12 +67,12 @@ def batch_adapters(
     if names is None and not isinstance(scales, _LISTS) and not isinstance(subspaces, _LISTS):
         # Nothing depends on the number of sequences, so that a compiled model needs one graph.
         assert active is not None
-        part = None if subspaces is None else one_a_sequence(subspaces, 1)[0]
+        part = None if subspaces is None else subspaces_per_sequence(subspaces, 1)[0]
         ranks = active_ranks(_subspaces(sources[active]), part, active)
         return [BatchAdapter(active, sources[active], None, ranks, scales_of(scales, 1)[0])]
     listed = [str(active)] * batch if names is None else names_of(names, batch)
     factors = scales_of(scales, batch)
-    parts = [None] * batch if subspaces is None else one_a_sequence(subspaces, batch)
+    parts = [None] * batch if subspaces is None else subspaces_per_sequence(subspaces, batch)
     sequences: dict[tuple[str, tuple[int, ...] | None, float], list[int]] = {}
     for index, (name, part, scale) in enumerate(zip(listed, parts, factors, strict=True)):
         known = None if name == BASE else _subspaces(sources[name])

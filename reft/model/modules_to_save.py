@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from reft.adapter.sharding import copy_full_tensor, gathered
-from reft.adapter.tensor_checks import FLOATS, check_numbers
+from reft.adapter.tensor_checks import check_numbers
+from reft.config import FLOATS
 
 
 class ModulesToSave(nn.Module):

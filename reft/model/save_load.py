@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from reft.adapter.sharding import full_tensor
-from reft.adapter.tensor_checks import FLOATS, MODULES_PREFIX, check_layout, stack_shape
-from reft.config import ReftConfig
+from reft.adapter.tensor_checks import MODULES_PREFIX, check_layout, stack_shape
+from reft.config import FLOATS, ReftConfig
 from reft.io.adapter_files import read_adapter, write_adapter
 from reft.model.adapters import attach, build
 from reft.model.end_tokens import end_header, read_ends

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reft.model.prompts import IGNORED
 from reft.model.reft_model import ReftModel
+from reft.positions import IGNORED
 
 _WHAT_TO_DO = (
     "make each answer an example, with everything before it as its prompt, or give "

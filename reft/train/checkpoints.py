@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from reft.adapter.tensor_checks import FLOATS
+from reft.config import FLOATS
 from reft.io.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from reft.io.atomic_write import flush_folder, write_whole
 from reft.io.tensor_files import load_plain

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from reft.model.prompts import IGNORED
+from reft.positions import IGNORED
 from reft.train import tokenization
 from reft.train.labels import (
     KINDS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from reft.model.prompts import IGNORED
+from reft.positions import IGNORED
 
 #: "next": the ids of the tokens, which a language model predicts. "token": a class of each token.
 #: "sequence": one or several labels of the whole sequence.

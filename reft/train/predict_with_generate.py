@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
-from reft.model.prompts import IGNORED
+from reft.positions import IGNORED
 from reft.train.adapter_trainer import AdapterTrainer
 
 

@@ -18,8 +18,8 @@ from transformers.utils import can_return_loss, find_labels, is_accelerate_avail
 
 from reft.model.call_state import OPTIONS
 from reft.model.end_tokens import listed_ids
-from reft.model.prompts import IGNORED
 from reft.model.reft_model import ReftModel
+from reft.positions import IGNORED
 from reft.train.adapter_trainer import require_reft_model
 from reft.train.collate import ReftDataCollator
 from reft.train.predict_with_generate import GeneratingTrainer

@@ -14,8 +14,8 @@ from transformers import Trainer
 from reft.adapter.host_adapter import HostAdapter
 from reft.model import peft_compat as peft_base
 from reft.model.forward_plan import ForwardPlan
-from reft.model.prompts import IGNORED
 from reft.model.reft_model import ReftModel
+from reft.positions import IGNORED
 from reft.train.data_samples import preserve_random_state, spread_indices
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import torch
 from tiny_models import bert, llama, tokens
 
 from reft import ReftConfig, get_reft_model
-from reft.model.prompts import IGNORED
+from reft.positions import IGNORED
 
 SIZES = (2, 3, 5)
 

@@ -154,8 +154,8 @@ def test_positions(table: str) -> None:
     spec = parse_positions(text)
     length = torch.arange(places.shape[0])
     start = 3 * length % 5
-    ours = padded_positions(spec, start, length, window=32) - start.unsqueeze(1)
-    ours[padded_positions(spec, start, length, window=32) < 0] = -1
+    ours = padded_positions(spec, start, length, seq_len=32) - start.unsqueeze(1)
+    ours[padded_positions(spec, start, length, seq_len=32) < 0] = -1
     columns = torch.tensor(spec.columns(tied == "tied"))
     groups = spec.num_groups(tied == "tied")
     assert groups == places.shape[1]

@@ -1,5 +1,5 @@
-"""Without an extra the package can be listed, documented and star-imported; what needs the extra
-says so when it is used. Each in a process of its own, in which the extra cannot be found."""
+"""Without an extra, the package can be listed, documented and star-imported, and using a class that
+needs the extra raises an error. Each test runs in a process without the extra."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_without_trl(case):
 
 
 def test_a_trl_that_lacks_something_itself():
-    """Whatever keeps TRL from being imported is told in the error, and only when it is used."""
+    """The error shows why TRL cannot be imported, and is raised only on use."""
     run(
         BROKEN
         + """

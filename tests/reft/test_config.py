@@ -1,4 +1,4 @@
-"""ReftConfig: what it accepts, what it says when it refuses, and that JSON loses nothing."""
+"""ReftConfig: accepted values, error messages, and the JSON round trip."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reft.config import FORMAT_VERSION, HEAD_MODULES, ReftConfig
 from reft_kernels.activations import ACTIVATIONS, ALIASES
 from reft_kernels.spec import FAMILY
 
-#: For each field a value that is not its default. A field without a row here fails the tests below.
+#: A value other than the default for each field. The tests fail for a field without one.
 OTHER = {
     "intervention": "direft",
     "rank": 3,
@@ -38,7 +38,7 @@ OTHER = {
     "format_version": FORMAT_VERSION,  # whatever was read
 }
 
-#: What else must be set for such a value to be allowed.
+#: Other fields that such a value requires.
 NEEDS = {"untied_by": {"tied": False}}
 
 NAMES = [field.name for field in fields(ReftConfig)]
@@ -56,7 +56,7 @@ def test_each_field_survives_json(name):
     assert back == config
     assert getattr(back, name) == OTHER[name]
     assert type(getattr(back, name)) is type(OTHER[name])
-    # Equality must see the field, or the line above proves nothing.
+    # Equality must compare the field, or the line above tests nothing.
     if OTHER[name] != getattr(ReftConfig(), name):
         assert back != ReftConfig()
 
@@ -274,7 +274,7 @@ CLASSIFIER = ["", "bert", "bert.encoder", "bert.encoder.classifier", "classifier
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "found"),
+    ("kwargs", "resolved"),
     [
         ({}, ()),
         ({"task_type": "CAUSAL_LM"}, ()),
@@ -286,8 +286,8 @@ CLASSIFIER = ["", "bert", "bert.encoder", "bert.encoder.classifier", "classifier
         ({"modules_to_save": ["bert"], "task_type": "SEQ_CLS"}, ("bert", "classifier")),
     ],
 )
-def test_heads_are_found_by_the_end_of_their_name_and_only_outermost(kwargs, found):
-    assert ReftConfig(**kwargs).resolve_modules_to_save(CLASSIFIER) == found
+def test_heads_are_found_by_the_end_of_their_name_and_only_outermost(kwargs, resolved):
+    assert ReftConfig(**kwargs).resolve_modules_to_save(CLASSIFIER) == resolved
 
 
 def test_a_module_to_save_that_the_model_lacks_is_refused():

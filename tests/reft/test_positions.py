@@ -1,4 +1,4 @@
-"""The position grammar, and the places in a padded batch against a plain Python oracle."""
+"""The position grammar, and columns in a padded batch against a plain Python oracle."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from reft.positions import Positions, padded_positions, parse_positions
 
 
-def oracle(text, start, length, window_start, window, short_prompts, prompt_end):
-    """(prefix, suffix) places of each sequence, written from the rules and from nothing else."""
+def oracle(text, start, length, chunk_start, seq_len, short_prompts, prompt_end):
+    """Compute (prefix, suffix) columns of each sequence directly from the rules."""
     places = []
     for first_column, tokens in zip(start, length, strict=True):
         prompt = list(range(first_column, first_column + tokens))
         if prompt_end == "second_to_last":
             prompt = prompt[:-1]
-        seen = range(window_start, window_start + window)
+        seen = range(chunk_start, chunk_start + seq_len)
         if text == "all":
             prefix, suffix = [column for column in seen if column >= first_column], []
         elif text == "prompt":
@@ -33,15 +33,15 @@ def oracle(text, start, length, window_start, window, short_prompts, prompt_end)
             suffix = prompt[len(prompt) - take :]
         places.append(
             (
-                [column - window_start for column in prefix if column in seen],
-                [column - window_start for column in suffix if column in seen],
+                [column - chunk_start for column in prefix if column in seen],
+                [column - chunk_start for column in suffix if column in seen],
             )
         )
     return places
 
 
 def split(result, spec):
-    """(B, P) places as lists of prefix and suffix places without the −1."""
+    """Convert (B, P) columns to lists of prefix and suffix columns without −1."""
     at = spec.first if spec.kind == "ends" else result.shape[1]
     return [
         ([p for p in row[:at] if p != -1], [p for p in row[at:] if p != -1])
@@ -49,31 +49,31 @@ def split(result, spec):
     ]
 
 
-def check(text, start, length, window_start, window, short_prompts, prompt_end):
+def check(text, start, length, chunk_start, seq_len, short_prompts, prompt_end):
     spec = parse_positions(text)
     result = padded_positions(
         spec,
         torch.tensor(start),
         torch.tensor(length),
-        window_start=window_start,
-        window=window,
+        chunk_start=chunk_start,
+        seq_len=seq_len,
         short_prompts=short_prompts,
         prompt_end=prompt_end,
     )
-    places = spec.first + spec.last if spec.kind == "ends" else window
+    places = spec.first + spec.last if spec.kind == "ends" else seq_len
     assert result.shape == (len(start), places)
     assert result.dtype == torch.int64
-    expected = oracle(text, start, length, window_start, window, short_prompts, prompt_end)
+    expected = oracle(text, start, length, chunk_start, seq_len, short_prompts, prompt_end)
     assert split(result, spec) == expected
     for row in result.tolist():
         used = [p for p in row if p != -1]
         assert len(set(used)) == len(used)
-        assert all(0 <= p < window for p in used)
+        assert all(0 <= p < seq_len for p in used)
 
 
 TEXTS = ["f7+l7", "f3+l1", "f1+l4", "f3", "l1", "l5", "prompt", "all"]
 BATCHES = {
-    # (start, length, window): a prompt of each length around the halving, in a window of 20 columns
+    # (start, length, seq_len): a prompt of each length around the halving, in 20 columns
     "right-padded": ([0] * 9, [0, 1, 2, 3, 5, 13, 14, 15, 20], 20),
     "left-padded": ([20, 19, 18, 17, 15, 7, 6, 5, 0], [0, 1, 2, 3, 5, 13, 14, 15, 20], 20),
     "prompt-inside": ([3, 4, 0], [6, 16, 9], 20),
@@ -86,8 +86,8 @@ BATCHES = {
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("text", TEXTS)
 def test_places_are_the_oracles(text, batch, short_prompts, prompt_end):
-    start, length, window = BATCHES[batch]
-    check(text, start, length, 0, window, short_prompts, prompt_end)
+    start, length, seq_len = BATCHES[batch]
+    check(text, start, length, 0, seq_len, short_prompts, prompt_end)
 
 
 @pytest.mark.parametrize("prompt_end", ["last", "second_to_last"])
@@ -99,23 +99,23 @@ def test_chunks_of_a_prompt_hold_each_place_once(text, chunk, short_prompts, pro
     spec = parse_positions(text)
     options = {"short_prompts": short_prompts, "prompt_end": prompt_end}
     whole = padded_positions(
-        spec, torch.tensor(start), torch.tensor(length), window=total, **options
+        spec, torch.tensor(start), torch.tensor(length), seq_len=total, **options
     )
-    found = [[] for _ in start]
-    for window_start in range(0, total, chunk):
-        window = min(chunk, total - window_start)
-        check(text, start, length, window_start, window, short_prompts, prompt_end)
+    columns = [[] for _ in start]
+    for chunk_start in range(0, total, chunk):
+        seq_len = min(chunk, total - chunk_start)
+        check(text, start, length, chunk_start, seq_len, short_prompts, prompt_end)
         part = padded_positions(
             spec,
             torch.tensor(start),
             torch.tensor(length),
-            window_start=torch.tensor(window_start),  # as a cache on a device counts it
-            window=window,
+            chunk_start=torch.tensor(chunk_start),  # as a cache on a device counts it
+            seq_len=seq_len,
             **options,
         )
-        for places, row in zip(found, part.tolist(), strict=True):
-            places += [p + window_start for p in row if p != -1]
-    assert [sorted(places) for places in found] == [
+        for places, row in zip(columns, part.tolist(), strict=True):
+            places += [p + chunk_start for p in row if p != -1]
+    assert [sorted(places) for places in columns] == [
         sorted(p for p in row if p != -1) for row in whole.tolist()
     ]
 
@@ -127,8 +127,8 @@ def test_while_decoding_only_all_edits(text):
         parse_positions(text),
         torch.tensor([0, 4]),
         torch.tensor([10, 6]),
-        window_start=10,
-        window=1,
+        chunk_start=10,
+        seq_len=1,
     )
     assert bool((result == 0).any()) == (text == "all")
     assert (result != -1).sum() == (2 if text == "all" else 0)
@@ -146,58 +146,58 @@ def test_places_are_the_oracles_for_any_batch(data):
     for _ in range(data.draw(st.integers(1, 3))):
         start.append(data.draw(st.integers(0, total)))
         length.append(data.draw(st.integers(0, total - start[-1])))
-    window_start = data.draw(st.integers(0, total))
-    window = data.draw(st.integers(0, total - window_start))
+    chunk_start = data.draw(st.integers(0, total))
+    seq_len = data.draw(st.integers(0, total - chunk_start))
     short_prompts = data.draw(st.sampled_from(["pyreft", "paper"]))
     prompt_end = data.draw(st.sampled_from(["last", "second_to_last"]))
-    check(text, start, length, window_start, window, short_prompts, prompt_end)
+    check(text, start, length, chunk_start, seq_len, short_prompts, prompt_end)
 
 
 def test_literal_places():
     spec = parse_positions("f2+l3")
     start, length = torch.tensor([0, 2, 5]), torch.tensor([8, 5, 3])
-    assert padded_positions(spec, start, length, window=8).tolist() == [
+    assert padded_positions(spec, start, length, seq_len=8).tolist() == [
         [0, 1, 5, 6, 7],
         [2, 3, -1, 5, 6],
         [5, -1, -1, -1, 7],
     ]
-    assert padded_positions(spec, start, length, window=8, short_prompts="paper").tolist() == [
+    assert padded_positions(spec, start, length, seq_len=8, short_prompts="paper").tolist() == [
         [0, 1, 5, 6, 7],
         [2, 3, 4, 5, 6],
         [5, -1, -1, 6, 7],
     ]
-    # As in four of pyreft's datasets, l1 is then the second to last token of the prompt.
-    one = padded_positions(
+    # l1 is then the second to last token of the prompt, as in four of pyreft's datasets.
+    columns = padded_positions(
         parse_positions("l1"),
         torch.tensor([0]),
         torch.tensor([25]),
-        window=30,
+        seq_len=30,
         prompt_end="second_to_last",
     )
-    assert one.tolist() == [[23]]
+    assert columns.tolist() == [[23]]
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_compiles_as_one_graph_and_keeps_its_values(text):
     spec = parse_positions(text)
 
-    def places(start, length, window_start):
-        return padded_positions(spec, start, length, window_start=window_start, window=6)
+    def places(start, length, chunk_start):
+        return padded_positions(spec, start, length, chunk_start=chunk_start, seq_len=6)
 
     torch.compiler.reset()
     compiled = torch.compile(places, fullgraph=True, backend="eager")
-    for window_start in (0, 6):
-        arguments = torch.tensor([0, 3]), torch.tensor([12, 8]), torch.tensor(window_start)
+    for chunk_start in (0, 6):
+        arguments = torch.tensor([0, 3]), torch.tensor([12, 8]), torch.tensor(chunk_start)
         assert torch.equal(compiled(*arguments), places(*arguments))
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_reads_no_value_on_the_host(text):
-    # A meta tensor has no values: whatever asked for one would raise.
+    # A meta tensor has no values: reading a value would raise.
     spec = parse_positions(text)
     vector = torch.zeros(3, dtype=torch.int32, device="meta")
-    window_start = torch.zeros((), dtype=torch.int64, device="meta")
-    result = padded_positions(spec, vector, vector, window_start=window_start, window=5)
+    chunk_start = torch.zeros((), dtype=torch.int64, device="meta")
+    result = padded_positions(spec, vector, vector, chunk_start=chunk_start, seq_len=5)
     assert result.device.type == "meta"
     assert result.shape == (3, spec.first + spec.last if spec.kind == "ends" else 5)
 
@@ -205,15 +205,15 @@ def test_reads_no_value_on_the_host(text):
 def test_bad_arguments_are_refused():
     spec, vector = parse_positions("f1"), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"start and length.*\(2,\) and \(3,\)"):
-        padded_positions(spec, vector, torch.zeros(3, dtype=torch.int64), window=4)
+        padded_positions(spec, vector, torch.zeros(3, dtype=torch.int64), seq_len=4)
     with pytest.raises(ValueError, match=r"\(1, 2\)"):
-        padded_positions(spec, vector[None], vector[None], window=4)
-    with pytest.raises(ValueError, match="window must be at least 0, got -1"):
-        padded_positions(spec, vector, vector, window=-1)
+        padded_positions(spec, vector[None], vector[None], seq_len=4)
+    with pytest.raises(ValueError, match="seq_len must be at least 0, got -1"):
+        padded_positions(spec, vector, vector, seq_len=-1)
     with pytest.raises(ValueError, match=r"short_prompts.*paper.*got 'x'"):
-        padded_positions(spec, vector, vector, window=4, short_prompts="x")
+        padded_positions(spec, vector, vector, seq_len=4, short_prompts="x")
     with pytest.raises(ValueError, match=r"prompt_end.*second_to_last.*got 'x'"):
-        padded_positions(spec, vector, vector, window=4, prompt_end="x")
+        padded_positions(spec, vector, vector, seq_len=4, prompt_end="x")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Parts of the rank used apart, against pyreft's formula of the composition, written out."""
+"""Subspaces against pyreft's formula of the composition, written out."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def make(activation=None, intervention="loreft", positions="f1+l1", **more) -> R
 
 
 def plain_logits(values, config, ids, mask, parts, lengths):
-    """As pyreft's SubloreftIntervention: of the difference, the columns of the part, times the rows
-    of R that belong to them."""
+    """Compute logits with pyreft's SubloreftIntervention: the columns of the subspace in the
+    difference, times the rows of R for the subspace."""
     base = llama()
     width, act = ids.shape[1], getattr(torch, config.activation or "clone")
 
@@ -135,7 +135,7 @@ def test_checkpointing_uses_the_parts_of_its_own_forward():
         second = model(ids, subspaces=["polite", "polite"]).logits.square().sum()
         (first + second).backward()
         adapter = model.base_model.reft.adapter("default")
-        return {name: one.grad for name, one in adapter.named_parameters()}
+        return {name: parameter.grad for name, parameter in adapter.named_parameters()}
 
     plain, again = gradients(False), gradients(True)
     for name, gradient in plain.items():
@@ -154,13 +154,13 @@ def test_saved_and_loaded(tmp_path):
 
 def test_records_name_their_part(word_tokenizer, make_trainer, color_records):
     collator = ReftDataCollator(word_tokenizer)
-    records = [{**one, "subspaces": "german"} for one in color_records[:3]]
+    records = [{**record, "subspaces": "german"} for record in color_records[:3]]
     assert collator(records)["subspaces"] == ["german"] * 3
 
     config = ReftConfig(rank=5, positions="f1+l1", subspaces=PARTS)
     data = [
-        {**one, "subspaces": "german" if number % 2 else ["german"]}
-        for number, one in enumerate(color_records)
+        {**record, "subspaces": "german" if number % 2 else ["german"]}
+        for number, record in enumerate(color_records)
     ]
     trainer = make_trainer(config=config, data=data)
     adapter = trainer.model.base_model.reft.adapter("default")
@@ -200,5 +200,7 @@ def test_adapters_without_parts(tmp_path):
         model(ids, subspaces="german")
     with pytest.raises(ValueError, match=r"'__base__' has none, got 'german'"):
         make()(ids, adapter_names=["default", "__base__"], subspaces="german")
-    with pytest.raises(ValueError, match=r"subspaces must be None, since pyreft has none"):
+    with pytest.raises(
+        ValueError, match=r"subspaces must be None, because pyreft has no such setting"
+    ):
         save_pyreft(make(), tmp_path / "theirs")

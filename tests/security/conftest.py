@@ -1,4 +1,4 @@
-"""Where code in a file would leave its mark."""
+"""Fixture for the marker that executed code in a file would create."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def marker(tmp_path, monkeypatch) -> Path:
-    """What :class:`payloads.Harmful` makes when it is executed."""
+    """Return the path that :class:`payloads.Harmful` creates when it is executed."""
     path = tmp_path / "executed"
     monkeypatch.setenv("REFT_TEST_TRACE", str(path))
     return path

@@ -1,10 +1,10 @@
-"""Fuzz targets: a file of an outsider's is read, or refused in one of the allowed ways.
+"""Fuzz targets: an untrusted file is read, or refused with an allowed error.
 
     python tests/security/fuzz.py adapter -max_total_time=60    # libFuzzer's options; `make fuzz`
 
-Each target takes bytes, makes the files of them and reads these as the library does. What is read
-must hold what was promised of it. The table at the end says what may be raised; anything else is a
-finding, and becomes a case of ``test_fuzz.py``.
+Each target writes its input bytes to files and reads them with the library. A successful read is
+checked. The table at the end has the allowed errors; any other error is a finding, and becomes a
+case of ``test_fuzz.py``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import save
 
 with _instrumented:
-    from reft.adapter.host_adapter import host_adapter
+    from reft.adapter.host_adapter import stored
     from reft.adapter.parameters import AdapterParameters
     from reft.config import ReftConfig
     from reft.interop.folders import read_reft
@@ -47,7 +47,7 @@ with _instrumented:
     from reft.positions import parse_positions
     from reft.train.records import TEXT_LABEL, read_records
 
-#: Between the parts of an input that makes several files, or a header and a body.
+#: Separator between the parts of an input, such as several files or header and data.
 SEPARATOR = b"\0--\0"
 DIM, BLOCKS = 8, 3
 
@@ -61,12 +61,12 @@ def _split(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _text(data: bytes) -> str:
-    # Half a character too: JSON may escape one, and Python's text hold it.
+    # Lone surrogates too, which JSON may escape and a Python string may hold.
     return data.decode("utf-8", errors="surrogateescape")
 
 
 def config(data: bytes) -> None:
-    """A configuration in JSON; what is read is written and read again."""
+    """A configuration in JSON; a read configuration is written and read again."""
     read = ReftConfig.from_json(_text(data))
     assert ReftConfig.from_json(read.to_json().encode().decode()) == read
     read.resolve_layers(BLOCKS)
@@ -74,24 +74,24 @@ def config(data: bytes) -> None:
 
 
 def positions(data: bytes) -> None:
-    """The grammar; what is read is spelt as it was."""
+    """The position grammar; parsed positions are formatted to the same text."""
     text = _text(data)
     read = parse_positions(text)
     assert str(read) == text and 1 <= read.num_groups(tied=False, untied_by="position") < 2_000_000
 
 
 def adapter(data: bytes) -> None:
-    """A safetensors file: its header and the bytes behind it, whose length is always right."""
+    """A safetensors file: its header and its data, whose length is always right."""
     header, body = _split(data)
     (_HERE / WEIGHTS_FILE).write_bytes(struct.pack("<Q", len(header)) + header + body)
     read, tensors = read_adapter(_HERE)
-    one = host_adapter(read, tensors, num_layers=BLOCKS, dim=DIM)
-    assert all(tensor.isfinite().all() for layer in one.weights for tensor in layer[1:3])
+    loaded = stored(read, tensors, num_layers=BLOCKS, dim=DIM)
+    assert all(part.isfinite().all() for part in (*loaded.effective.bias, *loaded.effective.decode))
     assert read_reft(_HERE).config == read
 
 
 def _pickled(file: Path, pickle: bytes) -> None:
-    """A file of torch.save with this pickle in it, and three tensors: R or a part of I, W, b."""
+    """Make a torch.save file with this pickle and three tensors: R or a part of I, W, b."""
     wide = DIM if b"parametrizations" in pickle else 2
     tensors = (torch.eye(DIM, 2), torch.eye(wide, DIM), torch.zeros(2))
     with zipfile.ZipFile(file, "w") as archive:
@@ -123,13 +123,13 @@ def adapters(data: bytes) -> None:
 
 
 def preset(data: bytes) -> None:
-    """A preset in TOML; what is read is written and read again."""
+    """A preset in TOML; a read preset is written and read again."""
     file = _HERE / "preset.toml"
     file.write_bytes(data)
     read = read_preset(file)
     assert ".." not in Path(read.name).parts and not Path(read.name).is_absolute()
     file.write_text(presets.to_toml(read), encoding="utf-8")
-    # But for what counts as changed: a file may name no preset that it is a copy of.
+    # Except the changed status: a file may have no preset that it is a copy of.
     assert read_preset(file).to_dict() | {"provenance": 0} == read.to_dict() | {"provenance": 0}
 
 
@@ -171,11 +171,11 @@ _KEY = "layer_1_comp_block_output_unit_pos_nunit_1#0"
 
 
 def _saved(**tensors: torch.Tensor) -> bytes:
-    """The pickle inside of a file of torch.save."""
+    """Return the pickle inside a torch.save file."""
     file = io.BytesIO()
     torch.save(tensors, file)
     with zipfile.ZipFile(file) as archive:
-        name = next(one for one in archive.namelist() if one.endswith("data.pkl"))
+        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
         return archive.read(name)
 
 
@@ -187,24 +187,24 @@ def _configs() -> list[bytes]:
         {"modules_to_save": ["score"], "task_type": "SEQ_CLS", "block_path": "model.layers"},
         {"component": "module:mlp.down_proj", "init": "identity", "dtype": "bfloat16"},
     )
-    return [ReftConfig(**{"rank": 3, **one}).to_json().encode() for one in varied]
+    return [ReftConfig(**{"rank": 3, **fields}).to_json().encode() for fields in varied]
 
 
 def _adapters_of_ours() -> list[bytes]:
     seeds = []
     for changes in ({}, {"intervention": "noreft"}, {"intervention": "consreft", "tied": False}):
-        one = ReftConfig(**{"rank": 2, "layers": [0, 2], **changes})
+        config = ReftConfig(**{"rank": 2, "layers": [0, 2], **changes})
         rng = torch.Generator().manual_seed(0)
-        bank = AdapterParameters(one, one.resolve_layers(BLOCKS), DIM, generator=rng)
+        bank = AdapterParameters(config, config.resolve_layers(BLOCKS), DIM, generator=rng)
         tensors = bank.training_state() if not changes else bank.export_state_dict()
-        content = save(tensors, metadata={"format": "pt", METADATA_KEY: one.to_json()})
+        content = save(tensors, metadata={"format": "pt", METADATA_KEY: config.to_json()})
         size = struct.unpack("<Q", content[:8])[0]
         seeds.append(content[8 : 8 + size] + SEPARATOR + content[8 + size :])
     return seeds
 
 
 def _folders_of_pyreft() -> list[bytes]:
-    row = [{"layer": 1, "component": "block_output", "unit": "pos"}.get(one) for one in FIELDS]
+    row = [{"layer": 1, "component": "block_output", "unit": "pos"}.get(field) for field in FIELDS]
     kind = "<class 'pyreft.interventions.{}'>"
     seeds = []
     orthogonal = "rotate_layer.parametrizations.weight."
@@ -235,7 +235,9 @@ def _folders_of_adapters() -> list[bytes]:
     }  # fmt: skip
     unit = "model.layers.1.reft_layer.refts.a.units.0."
     pickle = _saved(
-        **{f"{unit}{one}.weight": torch.zeros(2, DIM) for one in ("learned_source", "projection")},
+        **{
+            f"{unit}{part}.weight": torch.zeros(2, DIM) for part in ("learned_source", "projection")
+        },
         **{f"{unit}learned_source.bias": torch.zeros(2)},
     )
     return [json.dumps(described).encode() + SEPARATOR + pickle]
@@ -256,7 +258,7 @@ def _records() -> list[bytes]:
 
 
 def _results() -> list[bytes]:
-    one = {
+    result = {
         "format_version": 1,
         "preset": presets.load("memorisation/llama-7b").to_dict(),
         "model": "m", "seed": 42, "dtype": "bfloat16",
@@ -268,12 +270,12 @@ def _results() -> list[bytes]:
         },
         "scores": {"memorisation": 50.0, "average": None},
     }  # fmt: skip
-    return [json.dumps(one).encode()]
+    return [json.dumps(result).encode()]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is fuzzed: the function, the inputs to start from, what it may raise."""
+    """A fuzz target: the function, its seed inputs, and the errors that it may raise."""
 
     run: Callable[[bytes], None]
     seeds: Callable[[], list[bytes]]
@@ -293,7 +295,7 @@ TARGETS = {
 
 
 def attempt(name: str, data: bytes) -> bool:
-    """Run a target once: whether it was read, and not refused as it may be."""
+    """Run a target once and return whether the input was read, not refused."""
     target = TARGETS[name]
     try:
         target.run(data)
@@ -303,7 +305,7 @@ def attempt(name: str, data: bytes) -> bool:
 
 
 def main(name: str, options: list[str]) -> None:
-    """Fuzz one target, from its seeds and from the corpus folders among the options."""
+    """Fuzz a target from its seeds and the corpus folders in the options."""
     with tempfile.TemporaryDirectory() as corpus:
         for number, seed in enumerate(TARGETS[name].seeds()):
             assert attempt(name, seed), f"seed {number} of {name} is refused"

@@ -1,4 +1,4 @@
-"""Files that an adapter's reader may meet: damaged, of another kind, or with code in them."""
+"""Hostile files for the readers: damaged, of another kind, or with code."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from reft.io.adapter_files import CONFIG_FILE, METADATA_KEY, WEIGHTS_FILE
 
 
 class Harmful:
-    """Pickled, a call that leaves a folder behind."""
+    """An object whose pickle creates a folder when it is loaded."""
 
     def __reduce__(self):
         return os.mkdir, (os.environ["REFT_TEST_TRACE"],)
 
 
 def put(folder: Path, config: ReftConfig | dict | str, tensors: dict[str, torch.Tensor]) -> Path:
-    """An adapter's folder with any configuration, checked or not."""
+    """Write an adapter folder with any configuration, checked or not."""
     if isinstance(config, ReftConfig):
         config = config.to_json()
     text = config if isinstance(config, str) else json.dumps(config)
@@ -34,11 +34,11 @@ def put(folder: Path, config: ReftConfig | dict | str, tensors: dict[str, torch.
 
 
 def with_header(header: object, body: bytes = b"") -> bytes:
-    """A safetensors file around a header, which may be any value or bytes."""
+    """Make a safetensors file with any header, a value or bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + body
 
 
 def entry(dtype: str, shape: list[int], start: int, stop: int) -> dict:
-    """A tensor in a header."""
+    """Make the entry of a tensor in a header."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}

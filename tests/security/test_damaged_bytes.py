@@ -1,4 +1,4 @@
-"""One file of an adapter, damaged at every byte."""
+"""An adapter file that is truncated or changed at every byte."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TENSORS = {
 
 
 def test_every_prefix_is_refused(tmp_path):
-    """Truncated at every length: as it is read, and once on a model."""
+    """Truncate at every length, read, and load the last one on a model."""
     path = put(tmp_path / "a", CONFIG, TENSORS)
     content = (path / WEIGHTS_FILE).read_bytes()
     for length in range(len(content)):
@@ -41,7 +41,7 @@ def test_every_prefix_is_refused(tmp_path):
 
 
 def test_every_byte_flipped(tmp_path):
-    """Refused, or read with finite numbers and a checked configuration: never another end."""
+    """Each file is refused, or read with finite numbers and a checked configuration."""
     path = put(tmp_path / "a", CONFIG, TENSORS)
     (path / CONFIG_FILE).unlink()
     content = (path / WEIGHTS_FILE).read_bytes()
@@ -55,11 +55,11 @@ def test_every_byte_flipped(tmp_path):
             broken[at] ^= flip
             (path / WEIGHTS_FILE).write_bytes(broken)
             try:
-                found = read_reft(path)
+                adapter = read_reft(path)
             except (ValueError, FileNotFoundError):  # the second: a header without our key
                 continue
             kept["header" if at < body else "numbers"] += 1
-            assert all(one.isfinite().all() for one in found.tensors.values())
-            assert ReftConfig.from_json(found.config.to_json()) == found.config
-    # A number is still a number, "rank" with another letter is nothing.
+            assert all(tensor.isfinite().all() for tensor in adapter.tensors.values())
+            assert ReftConfig.from_json(adapter.config.to_json()) == adapter.config
+    # A changed number is still a number; "rank" with another letter is an unknown field.
     assert kept["numbers"] > 10 and kept["header"] < len(content)

@@ -1,5 +1,5 @@
-"""Data files, presets and results of runs that outsiders wrote: refused with the place and the
-reason, and nothing outside the folder is read, written or opened."""
+"""Hostile data files, presets and results of runs: refused with the file and the reason. Nothing
+outside the folder is read, written or opened."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ LONG = "1" * 5000
 NOT_UTF8 = b'{"prompt": "\xff", "completion": "b"}'
 GOOD = {"prompt": "a", "completion": "b"}
 
-#: data file -> (its content, words of the answer)
+#: Data file -> (content, text of the error)
 RECORDS: dict[str, tuple[str | bytes, str]] = {
     "deep": (DEEP, "nested too deep"),
     "deep in a line": (json.dumps(GOOD) + "\n" + '{"prompt":' * 10**5, "line 2: .*too deep"),
     "a number of 5000 digits": ('{"prompt": ' + LONG + "}", "line 1: .*digits"),
-    "a key twice": ('{"prompt": "a", "prompt": "b", "completion": "c"}', "'prompt' stands twice"),
-    "half a character": (json.dumps({**GOOD, "prompt": "\ud800"}), "holds an unpaired surrogate"),
+    "a key twice": ('{"prompt": "a", "prompt": "b", "completion": "c"}', "duplicate key 'prompt'"),
+    "half a character": (json.dumps({**GOOD, "prompt": "\ud800"}), "holds half a character"),
     "not UTF-8": (NOT_UTF8, "is not UTF-8 text"),
     "binary": (bytes(range(256)), "is not UTF-8 text"),
     "a megabyte in one field": (json.dumps({"p" * 10**6: 1}), "is missing.*1000002 characters"),
     "a thousand fields": (json.dumps({str(n): 1 for n in range(1000)}), "is missing"),
-    "a list of lists": ("[[]]", "record 1: a record must be an object .*got list"),
+    "a list of lists": ("[[]]", "record 1: a record is an object .*got list"),
 }
 
 
@@ -80,7 +80,7 @@ def test_a_pipe_is_no_data_file(tmp_path):
     refused(lambda: read_records(tmp_path / "data.jsonl"), "plain file", tmp_path / "data.jsonl")
 
 
-#: file of a task's set -> (its content, words of the answer)
+#: File of a task's set -> (content, text of the error)
 SETS: dict[str, tuple[str, str | bytes, str]] = {
     "deep": ("train.json", DEEP, "nested too deep"),
     "digits": ("train.json", '[{"sentence": "a", "label": ' + LONG + "}]", "digits"),
@@ -106,7 +106,7 @@ def test_sets_of_tasks(name, tmp_path):
 
 @pytest.mark.parametrize("form", ["parquet", "saved"])
 def test_pictures_of_a_set_are_never_opened(form, tmp_path):
-    """A column of pictures holds paths and addresses; whoever decodes it opens them."""
+    """An image column holds paths and URLs, which decoding would open."""
     datasets = pytest.importorskip("datasets")
     parquet = pytest.importorskip("pyarrow.parquet")
     picture = {"path": "/nowhere/secret.png", "bytes": None}
@@ -131,8 +131,8 @@ def test_pictures_of_a_set_are_never_opened(form, tmp_path):
         with pytest.raises(FileNotFoundError, match="secret"):  # decoded, it would be opened
             datasets.load_from_disk(str(folder / "train"))[0]
     with nothing_happens():
-        found = read_set(get_task("glue/cola"), "cola", "train", tmp_path)
-    assert found.records[0]["picture"]["path"] == "/nowhere/secret.png"
+        records = read_set(get_task("glue/cola"), "cola", "train", tmp_path)
+    assert records.records[0]["picture"]["path"] == "/nowhere/secret.png"
 
 
 # -------------------------------------------------------------------- presets
@@ -200,8 +200,8 @@ RESULTS: dict[str, tuple[str | bytes, str]] = {
     "a format that is true": (result(format_version=True), "got True"),
     "no seed": (result(seed=None), "seed is None"),
     "no preset": (result(preset=None), "preset is None"),
-    "scores of text": (result(scores={"a": "b"}), "no numbers"),
-    "a curve of numbers": (result(training={**RESULT["training"], "curve": [1]}), "no numbers"),
+    "scores of text": (result(scores={"a": "b"}), "must be numbers"),
+    "a curve of numbers": (result(training={**RESULT["training"], "curve": [1]}), "be numbers"),
     "no hashes": (result(data={"train": 1}), "no hashes"),
 }
 
@@ -219,7 +219,7 @@ def test_results(name, tmp_path):
 
 
 def test_a_run_named_above_writes_inside(tmp_path):
-    """A report's picture is named after preset and model."""
+    """The plot of a report is named after preset and model."""
     pytest.importorskip("matplotlib")
     write(tmp_path / "in" / "run" / "run.json", "{}")
     write(tmp_path / "in" / "run" / "result.json", result(model="../../../../x"))

@@ -1,4 +1,4 @@
-"""Folders of pyreft and of adapters: pickles that carry code, odd tensors, path tricks."""
+"""Hostile folders of pyreft and adapters: pickles with code, odd tensors, path traversal."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def base() -> nn.Module:
 
 
 def saved(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    """Another content of one file of tensors."""
+    """Change the content of a tensor file."""
 
     def run(file: Path) -> None:
-        found = torch.load(file, weights_only=True) if file.exists() else {}
-        torch.save(change(found), file)
+        tensors = torch.load(file, weights_only=True) if file.exists() else {}
+        torch.save(change(tensors), file)
 
     return run
 
@@ -58,18 +58,18 @@ def pipe(file: Path) -> None:
 
 
 def row(at: int, value: object) -> Callable[[Path], None]:
-    """Another entry of the second representation."""
+    """Change an entry of the second representation."""
     return described(lambda c: c["representations"][1].__setitem__(at, value))
 
 
-def repeated(found: dict) -> dict:
-    """A tensor of 10^12 numbers in a few bytes."""
-    return {**found, "weight": torch.zeros(1).expand(10**6, 10**6)}
+def repeated(tensors: dict) -> dict:
+    """Make a tensor of 10^12 numbers in a few bytes."""
+    return {**tensors, "weight": torch.zeros(1).expand(10**6, 10**6)}
 
 
-DAMAGED = "config.json is damaged"
+DAMAGED = "config.json must be one that pyreft wrote"
 PLAIN = "must be a plain tensor that the file holds whole"
-#: folder -> (which file, how it is changed, words of the answer)
+#: Folder -> (file, change, text of the error)
 REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "code": ("file", saved(lambda t: {**t, "weight": Harmful()}), "code, which is not run"),
     "code alone": ("file", saved(lambda t: Harmful()), "code, which is not run"),
@@ -91,7 +91,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "NaN in b": ("file", saved(lambda t: {**t, "bias": t["bias"] / 0}), "bias must be finite"),
     "NaN in a head": ("heads", saved(lambda t: {"lm_head.weight": torch.ones(40, 16) * NAN}),
                       "lm_head.weight must be finite"),
-    "a long name": ("file", saved(lambda t: {**t, "w" * 10**5: t["bias"]}), "in 1000 characters"),
+    "a long name": ("file", saved(lambda t: {**t, "w" * 10**5: t["bias"]}), "at most 1000 characters"),
     "names that are numbers": ("file", saved(lambda t: {1: t["bias"]}), "by name, got dict"),
     "deep JSON": ("config", lambda f: f.write_text("[" * 10**5), DAMAGED),
     "not UTF-8": ("config", lambda f: f.write_bytes(b"\xff{}"), DAMAGED),
@@ -151,26 +151,26 @@ def first(change: Callable[[torch.Tensor], object]) -> Callable[[Path], None]:
 
 
 ADAPTERS_REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "code": ("file", first(lambda one: Harmful()), "code, which is not run"),
+    "code": ("file", first(lambda tensor: Harmful()), "code, which is not run"),
     "a pipe": ("config", pipe, "not an adapters folder"),
     "deep JSON": ("config", lambda f: f.write_text('{"config":' * 10**5), "not an adapters"),
-    "a tensor on no device": ("file", first(lambda one: one.to("meta")), PLAIN),
-    "integers": ("file", first(lambda one: one.int()), "got torch.int32"),
+    "a tensor on no device": ("file", first(lambda tensor: tensor.to("meta")), PLAIN),
+    "integers": ("file", first(lambda tensor: tensor.int()), "got torch.int32"),
     "NaN": ("file", saved(lambda t: {k: v * NAN if "bias" in k else v for k, v in t.items()}),
             "bias must be finite"),
-    "positions of text": ("config", inner(prefix_positions="3+l1"), "whole numbers, got '3.l1'"),
-    "positions that are true": ("config", inner(prefix_positions=True), "whole numbers, got True"),
+    "positions of text": ("config", inner(prefix_positions="3+l1"), "at least 0, got '3.l1'"),
+    "positions that are true": ("config", inner(prefix_positions=True), "at least 0, got True"),
     "a billion positions": ("config", inner(prefix_positions=10**9), "n from 1 to 999999"),
     "dropout NaN": ("config", inner(dropout=NAN), "dropout must be"),
     "architecture": ("config", inner(architecture=["x" * 10**6]), "must have the architecture"),
-    "an activation of numbers": ("config", inner(non_linearity=3), "must say .* non_linearity"),
+    "an activation of numbers": ("config", inner(non_linearity=3), "must have .* non_linearity"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ADAPTERS_REFUSED)
 def test_adapters(name, marker, tmp_path):
     which, change, words = ADAPTERS_REFUSED[name]
-    case = next(one for one in sorted((FIXTURES / "adapters").iterdir()) if one.is_dir())
+    case = next(folder for folder in sorted((FIXTURES / "adapters").iterdir()) if folder.is_dir())
     folder = shutil.copytree(case, tmp_path / "a")
     change(ADAPTERS[which](folder))
     model = base()
@@ -184,7 +184,7 @@ def test_adapters(name, marker, tmp_path):
 
 
 def test_the_marker_marks(marker, tmp_path):
-    """What is refused above does what it says where it is executed, and the witness sees it."""
+    """The refused payload works if it is executed, and the audit hook sees it."""
     torch.save(Harmful(), tmp_path / "x.bin")
     with pytest.raises(AssertionError, match=r"unpickled|os\.mkdir"), nothing_happens():
         torch.load(tmp_path / "x.bin", weights_only=False)

@@ -1,4 +1,4 @@
-"""Adapters of outsiders through every door: refused with the reason, and nothing was changed."""
+"""Hostile adapters through every loading function: refused with the reason, without changes."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ NAN, INF = float("nan"), float("inf")
 
 
 def tensors(**changes) -> dict[str, torch.Tensor]:
-    """Those of :data:`CONFIG` on the tiny Llama; None takes one away."""
+    """Make the tensors of :data:`CONFIG` on the tiny Llama with changes; None removes a tensor."""
     good = {
         "rotation": torch.eye(DIM)[:3].expand(LAYERS, 1, 3, DIM).contiguous(),
         "weight": torch.zeros(LAYERS, 1, 3, DIM),
         "bias": torch.zeros(LAYERS, 1, 3),
     }
-    return {name: one for name, one in {**good, **changes}.items() if one is not None}
+    return {name: tensor for name, tensor in {**good, **changes}.items() if tensor is not None}
 
 
 def one_of(value: float, shape: tuple[int, ...], dtype=torch.float32) -> torch.Tensor:
-    """Zeros, and this number in the middle."""
-    found = torch.zeros(shape, dtype=dtype)
-    found.view(-1)[found.numel() // 2] = value
-    return found
+    """Make zeros with this number in the middle."""
+    tensor = torch.zeros(shape, dtype=dtype)
+    tensor.view(-1)[tensor.numel() // 2] = value
+    return tensor
 
 
 def changed(**fields) -> dict:
@@ -101,23 +101,23 @@ DEEP = "[" * 100_000
 A = entry("F32", [4], 0, 16)
 TWICE = json.dumps({"a": A})[:-1] + ", " + json.dumps({"a": A})[1:]
 
-#: file -> (how it is made, words of the answer)
+#: File -> (how it is made, text of the error)
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
-    # ------------------------------------------------------------ no such file
+    # ------------------------------------------------------------ missing files
     "nothing": (raw(b""), "is truncated or not a safetensors file"),
     "pickle": (pickled, "is truncated or not a safetensors file"),
     "torch.save": (saved_by_torch, "is truncated or not a safetensors file"),
     "a folder": (directory, "must be a plain file, it is a folder, a pipe"),
     "a pipe": (pipe(WEIGHTS_FILE), "must be a plain file, it is a folder, a pipe"),
     "a link to nowhere": (dangling, rf"it has no {WEIGHTS_FILE}"),
-    # ------------------------------------------------------------ its header
-    "a header of 2^63": (raw(struct.pack("<Q", 1 << 63) + b"{}"), "would have 9223372036854775808"),
-    "a header of 100 MB": (raw(struct.pack("<Q", 10**8) + b"{}"), "would have 100000000 bytes"),
+    # ------------------------------------------------------------ header
+    "a header of 2^63": (raw(struct.pack("<Q", 1 << 63) + b"{}"), "bytes, got 9223372036854775808"),
+    "a header of 100 MB": (raw(struct.pack("<Q", 10**8) + b"{}"), "bytes, got 100000000"),
     "a longer header": (raw(struct.pack("<Q", 1000) + b"{}"), "is truncated"),
     "a deep header": (raw(with_header(DEEP.encode())), "nested too deep"),
     "a deep value": (raw(with_header(b'{"a":' * 50_000)), "nested too deep"),
     "a header of no object": (raw(with_header([1])), "is truncated or not"),
-    "a name twice": (raw(with_header(TWICE.encode(), bytes(16))), "'a' stands twice"),
+    "a name twice": (raw(with_header(TWICE.encode(), bytes(16))), "duplicate key 'a'"),
     "not UTF-8": (raw(with_header(b'{"\xff": 1}')), "is truncated or not"),
     "overlapping": (raw(with_header({"a": A, "b": A}, bytes(16))), "invalid offset"),
     "a gap": (raw(with_header({"a": entry("F32", [2], 8, 16)}, bytes(16))), "invalid offset"),
@@ -130,7 +130,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "an unknown dtype": (raw(with_header({"a": entry("XX", [4], 0, 16)}, bytes(16))), "XX"),
     "metadata of numbers": (raw(with_header({"__metadata__": {"a": 1}})), "is truncated or not"),
-    # ------------------------------------------------------------ its configuration
+    # ------------------------------------------------------------ configuration
     "a newer version": (folder(changed(format_version=99)), "format_version .* got 99.*upgrade"),
     "a version of text": (folder(changed(format_version="1")), "format_version must be .* '1'"),
     "a version that is true": (folder(changed(format_version=True)), "format_version .* got True"),
@@ -138,7 +138,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no object": (folder("[]"), "mapping of fields, got list"),
     "deep JSON": (folder(DEEP), "nested too deep"),
     "deep in a field": (folder('{"rank": ' + "[" * 900 + "]" * 900 + "}"), "rank must be|too deep"),
-    "a field twice": (folder('{"rank": 3, "rank": 4}'), "'rank' stands twice"),
+    "a field twice": (folder('{"rank": 3, "rank": 4}'), "duplicate key 'rank'"),
     "a number of 5000 digits": (folder('{"rank": 1' + "0" * 5000 + "}"), "not a ReftConfig"),
     "a byte order mark": (folder("\ufeff" + CONFIG.to_json()), "not a ReftConfig in JSON"),
     "a rank of 10^9": (folder(changed(rank=10**9)), f"rank must be at most D = {DIM}"),
@@ -166,7 +166,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "a megabyte of a field": (folder(changed(init="x" * 10**6)), r"init must be .* \(1000002 char"),
     "a megabyte of a name": (folder({"x" * 10**6: 1}), r"has no field .* \(1000002 characters\)"),
-    # ------------------------------------------------------------ its tensors
+    # ------------------------------------------------------------ tensors
     "no tensors": (raw(save({}, metadata={METADATA_KEY: CONFIG.to_json()})), "missing: bias, rot"),
     "a tensor missing": (folder(bias=None), "missing: bias"),
     "a tensor too many": (folder(**{"rotation.evil": torch.ones(1)}), "unknown: rotation.evil"),
@@ -199,9 +199,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
 @pytest.fixture
 def model() -> ReftModel:
     torch.manual_seed(0)
-    found = get_reft_model(llama(), ReftConfig(rank=2, layers=[1]))
-    found.add_adapter("other", ReftConfig(rank=1, positions="l1", modules_to_save=["lm_head"]))
-    return found
+    model = get_reft_model(llama(), ReftConfig(rank=2, layers=[1]))
+    model.add_adapter("other", ReftConfig(rank=1, positions="l1", modules_to_save=["lm_head"]))
+    return model
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -216,7 +216,7 @@ def test_every_door_refuses_it(name, model, marker, tmp_path):
         "pool": lambda: model.pool.add("new", path),
         "from_pretrained": lambda: ReftModel.from_pretrained(fresh, path),
     }
-    before = {id(one): state_of(one) for one in (model, fresh)}
+    before = {id(wrapped): state_of(wrapped) for wrapped in (model, fresh)}
     written = path.stat().st_mtime_ns
     content = None if "pipe" in name else files_of(path)
     for door, call in doors.items():
@@ -228,13 +228,13 @@ def test_every_door_refuses_it(name, model, marker, tmp_path):
         said = str(caught.value)
         assert re.search(words, said), (door, said[:500])
         assert len(said) < 2000, door
-    # The engine copies before it reads, so that files are written: into its cache, and away again.
+    # The engine copies files into its cache before it reads them, and removes them again.
     if name != "a path as block_path":  # which the engine has no use for
         with pytest.raises(ValueError, match="adapter 'new' can"):
             resolver.resolve("new")
         assert not list((tmp_path / "cache").glob("*"))
-    for one in (model, fresh):
-        assert_same(before[id(one)], state_of(one))
+    for wrapped in (model, fresh):
+        assert_same(before[id(wrapped)], state_of(wrapped))
     assert (model.active_adapter, model.pool.names) == ("default", [])
     assert set(model.configs) == {"default", "other"}
     assert content is None or files_of(path) == content
@@ -248,7 +248,7 @@ def test_a_pipe_in_place_of_the_configuration_is_said(model, tmp_path):
         model.load_adapter(path, "new")
 
 
-#: Wrong bases -> words of the answer.
+#: Wrong base model -> text of the error.
 BASES = {
     "wider": (lambda: llama(hidden_size=32), "must have shape"),
     "deeper": (lambda: llama(num_hidden_layers=4), "must have shape"),
@@ -280,7 +280,7 @@ HEADS = {
 @pytest.mark.parametrize("name", HEADS)
 def test_heads(name, tmp_path):
     wrong, words = HEADS[name]
-    heads = {f"heads.{key}": one for key, one in {**HEAD, **wrong}.items()}
+    heads = {f"heads.{key}": tensor for key, tensor in {**HEAD, **wrong}.items()}
     path = put(tmp_path / "a", changed(task_type="SEQ_CLS"), {**tensors(), **heads})
     base = bert()
     before = state_of(base)
@@ -289,7 +289,7 @@ def test_heads(name, tmp_path):
     assert_same(before, state_of(base))
     good = put(
         tmp_path / "b", changed(task_type="SEQ_CLS"),
-        {**tensors(), **{f"heads.{key}": one for key, one in HEAD.items()}},
+        {**tensors(), **{f"heads.{key}": tensor for key, tensor in HEAD.items()}},
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"unknown: heads\.classifier|edits alone"):
         ReftModel(llama()).pool.add("b", good)
@@ -327,7 +327,7 @@ def test_the_base_that_a_file_names_is_not_loaded(origin, model, tmp_path, monke
 
 
 def test_links_in_a_folder_are_read_and_never_written_through(model, tmp_path):
-    """The hub's cache is made of links; saving replaces them."""
+    """The cache of the hub has symbolic links, which saving replaces."""
     put(tmp_path / "blobs", CONFIG, tensors())
     path = tmp_path / "a"
     path.mkdir()
@@ -342,7 +342,7 @@ def test_links_in_a_folder_are_read_and_never_written_through(model, tmp_path):
 
 
 def test_a_good_folder_goes_through_every_door(tmp_path):
-    """What is refused above is refused for its fault alone."""
+    """A valid folder is accepted, so the folders above are refused for their fault alone."""
     path = put(tmp_path / "folders" / "new", CONFIG, tensors())
     model = ReftModel(llama())
     model.load_adapter(path, "new")

@@ -1,4 +1,4 @@
-"""Arbitrary input by hypothesis: read and right, or refused by a ValueError that names the place.
+"""Property tests: arbitrary input is read correctly, or refused with a ValueError.
 
 The examples are the same in every run.
 """
@@ -32,7 +32,7 @@ SCALARS = (
     st.none() | st.booleans() | st.integers() | st.integers(-(10**30), 10**30) | st.floats() | TEXT
 )
 JSON = st.recursive(
-    SCALARS, lambda one: st.lists(one, max_size=4) | st.dictionaries(TEXT, one, max_size=4),
+    SCALARS, lambda value: st.lists(value, max_size=4) | st.dictionaries(TEXT, value, max_size=4),
     max_leaves=8,
 )  # fmt: skip
 FIELDS = sorted(ReftConfig().to_dict())
@@ -55,7 +55,7 @@ def test_any_object_as_a_configuration(values: dict[str, Any]):
 @FIXED
 @given(st.sampled_from(FIELDS), JSON)
 def test_any_value_of_one_field(name: str, value: Any):
-    """What is refused in a dictionary is refused in JSON, in the same words."""
+    """A value is refused with the same message in a dictionary and in JSON."""
     answers = []
     for read in (
         lambda: ReftConfig.from_dict({name: value}),
@@ -129,10 +129,10 @@ DTYPES = st.sampled_from([
 @FIXED
 @given(st.data())
 def test_a_valid_file_with_another_header(data: st.DataObject):
-    """Any number of changes to names, dtypes, shapes, offsets and the configuration in it."""
+    """Change names, dtypes, shapes, offsets and the configuration."""
     header = json.loads(HEADER)
     for _ in range(data.draw(st.integers(1, 3))):
-        name = data.draw(st.sampled_from([one for one in header if one != "__metadata__"]))
+        name = data.draw(st.sampled_from([name for name in header if name != "__metadata__"]))
         what = data.draw(st.sampled_from(["name", "dtype", "shape", "offsets", "gone", "config"]))
         if what == "name":
             header[data.draw(NAMES)] = header.pop(name)
@@ -167,7 +167,7 @@ def test_a_valid_file_with_other_bytes(changes: list[tuple[int, int]]):
 @FIXED
 @given(st.integers(0), st.floats(width=32) | st.sampled_from([float("nan"), float("inf"), 3e38]))
 def test_any_number_in_a_tensor(tmp_path_factory, at: int, number: float):
-    """Finite, and R with orthonormal rows; or refused."""
+    """Read tensors are finite, and R has orthonormal rows."""
     config = ReftConfig(rank=2, layers=[0])
     tensors = {
         "rotation": torch.eye(8)[:2].view(1, 1, 2, 8).clone(),
@@ -206,13 +206,13 @@ VALUES = st.sampled_from([
 
 @FIXED
 @given(st.integers(0), st.integers(0), VALUES | TEXT)
-def test_a_preset_with_other_lines(tmp_path_factory, one: int, other: int, value: str):
-    """A value changed, and a line gone or twice: read and written again, or refused by its path."""
+def test_a_preset_with_other_lines(tmp_path_factory, first: int, second: int, value: str):
+    """Change a value and remove a line: the file is read, or refused with its path."""
     lines = PRESET.splitlines()
     settings_at = [at for at, line in enumerate(lines) if " = " in line and line[:1] != "#"]
-    at = settings_at[one % len(settings_at)]
+    at = settings_at[first % len(settings_at)]
     lines[at] = lines[at].partition(" = ")[0] + " = " + value
-    lines[other % len(lines)] = ""
+    lines[second % len(lines)] = ""
     file = tmp_path_factory.mktemp("p") / "x.toml"
     file.write_bytes("\n".join(lines).encode("utf-8", errors="surrogatepass"))
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, resumed: damaged, with code in them, or of a run that diverged."""
+"""Hostile training checkpoints: damaged, with code, or of a diverged run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def trainer_of(folder: Path, steps: int, make: Callable[[], nn.Module] = llama) 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A checkpoint of two steps."""
+    """Train two steps and return the checkpoint."""
     folder = tmp_path_factory.mktemp("run")
     trainer_of(folder, 2).train()
     return folder / "checkpoint-2"
@@ -49,7 +49,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(trained, tmp_path) -> tuple[ReftTrainer, Path]:
-    """A trainer whose model is as it began, and a checkpoint for it to go on from."""
+    """Make a trainer with its initial model, and a checkpoint to resume from."""
     checkpoint = shutil.copytree(trained, tmp_path / "run" / "checkpoint-2")
     return trainer_of(checkpoint.parent, 4), checkpoint
 
@@ -58,8 +58,8 @@ def tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callabl
     def apply(folder: Path) -> None:
         file = folder / "adapter_model.safetensors"
         with safe_open(file, framework="pt") as stored:
-            kept, found = stored.metadata(), {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
-        save_file({**found, name: change(found[name])}, file, metadata=kept)
+            kept, tensors = stored.metadata(), {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
+        save_file({**tensors, name: change(tensors[name])}, file, metadata=kept)
 
     return apply
 
@@ -79,7 +79,7 @@ def code(name: str) -> Callable[[Path], None]:
     return lambda folder: torch.save({"state": Harmful()}, folder / name)
 
 
-#: checkpoint -> (how it is changed, words of the answer)
+#: Checkpoint -> (change, text of the error)
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "code in the optimizer": (code("optimizer.pt"), r"optimizer\.pt is damaged or holds code"),
     "code in the scheduler": (code("scheduler.pt"), r"scheduler\.pt is damaged or holds code"),
@@ -126,8 +126,8 @@ def test_resuming_is_refused_and_nothing_was_restored(name, run, marker):
     assert re.search(words, str(caught.value)), str(caught.value)[:600]
     assert str(checkpoint) in str(caught.value)
     after = state_of(trainer.model)
-    # Training mode alone may differ: Trainer has prepared the model by then.
-    modes = [{k: v[0] for k, v in one["modules"].items()} for one in (before, after)]
+    # Only the training mode may differ, because Trainer has prepared the model before.
+    modes = [{k: v[0] for k, v in state["modules"].items()} for state in (before, after)]
     assert_same({**before, "modules": modes[0]}, {**after, "modules": modes[1]})
     assert not marker.exists()
 
@@ -141,13 +141,13 @@ def test_training_arguments_are_never_unpickled(run, marker):
 
 
 def test_restore_alone(run, marker, tmp_path):
-    """``ReftModel.restore`` of a checkpoint reads the adapter and nothing else."""
+    """``ReftModel.restore`` reads only the adapter of a checkpoint."""
     trainer, checkpoint = run
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         torch.save(Harmful(), checkpoint / name)
     trainer.model.restore(checkpoint)
     broken = shutil.copytree(checkpoint, tmp_path / "broken")
-    tensor("bias", lambda one: one / 0)(broken)
+    tensor("bias", lambda value: value / 0)(broken)
     before = state_of(trainer.model)
     with pytest.raises(ValueError, match="bias must be finite"):
         trainer.model.restore(broken)
@@ -159,7 +159,7 @@ def test_restore_alone(run, marker, tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "nan", "missing"])
 def test_a_damaged_file_of_peft_changes_nothing(damage, tmp_path):
-    """Neither of its adapter nor of ours, which is read before it."""
+    """Neither PEFT's adapter nor ours, which is read first, is changed."""
     peft = pytest.importorskip("peft")
 
     def with_lora() -> nn.Module:
@@ -171,9 +171,9 @@ def test_a_damaged_file_of_peft_changes_nothing(damage, tmp_path):
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-3])
     elif damage == "nan":
-        found = load_file(file)
-        found[next(iter(found))][0, 0] = NAN
-        save_file(found, file)
+        tensors = load_file(file)
+        tensors[next(iter(tensors))][0, 0] = NAN
+        save_file(tensors, file)
     else:
         file.unlink()
     again = trainer_of(tmp_path, 4, with_lora)

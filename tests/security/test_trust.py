@@ -1,4 +1,4 @@
-"""What SECURITY.md says of code: no call of this library trusts any of another's."""
+"""The promises of SECURITY.md about code: no call of the library trusts foreign code."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _calls() -> Iterator[tuple[Path, str, dict[str, ast.expr]]]:
-    """(file, name of what is called, keywords) of every call in the library."""
+    """Yield (file, called name, keywords) of every call in the library."""
     for package in ("reft", "reft_kernels"):
         for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Call):
-                    keywords = {one.arg: one.value for one in node.keywords if one.arg}
+                    keywords = {
+                        keyword.arg: keyword.value for keyword in node.keywords if keyword.arg
+                    }
                     yield path, ast.unparse(node.func), keywords
 
 
@@ -47,6 +49,6 @@ def test_every_test_that_is_named_is_there():
     from fuzz import TARGETS
 
     rows = re.findall(r"fuzz targets? ((?:`\w+`(?:, )?)+)", text)
-    assert {one for row in rows for one in re.findall(r"`(\w+)`", row)} == TARGETS.keys()
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == TARGETS.keys()
     makefile = (ROOT / "Makefile").read_text()
     assert f"TARGETS ?= {' '.join(TARGETS)}" in makefile

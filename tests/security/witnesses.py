@@ -1,4 +1,4 @@
-"""Witnesses that nothing happened."""
+"""Checks that a refused file had no effect."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-#: Events of Python's audit hooks that a refused file has no reason to raise.
+#: Audit events that reading a refused file must not raise.
 _ACTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.mkdir", "os.remove", "os.rename",
          "os.rmdir", "os.symlink", "os.link", "os.chmod", "os.truncate", "subprocess.Popen",
          "socket.connect", "shutil.rmtree", "shutil.move")  # fmt: skip
@@ -34,7 +34,7 @@ sys.addaudithook(_hook)
 
 @contextmanager
 def nothing_happens() -> Iterator[None]:
-    """Inside, no process is started, no file is written, made or removed, nothing is unpickled."""
+    """Fail if a process is started, a file is changed, or anything is unpickled."""
     events: list[str] = []
     _listening.append(events)
     try:
@@ -45,20 +45,20 @@ def nothing_happens() -> Iterator[None]:
 
 
 def state_of(model: nn.Module) -> dict:
-    """All that a load could change: values, what is trained, modes, modules, hooks."""
+    """Return the state that loading could change: values, requires_grad, modes, modules, hooks."""
     return {
-        "values": {name: one.detach().clone() for name, one in model.state_dict().items()},
-        "trained": {name: one.requires_grad for name, one in model.named_parameters()},
-        "modules": {name: (id(one), one.training) for name, one in model.named_modules()},
+        "values": {name: tensor.detach().clone() for name, tensor in model.state_dict().items()},
+        "trained": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "modules": {name: (id(module), module.training) for name, module in model.named_modules()},
         "hooks": {
-            name: (list(one._forward_hooks), list(one._forward_pre_hooks))
-            for name, one in model.named_modules()
+            name: (list(module._forward_hooks), list(module._forward_pre_hooks))
+            for name, module in model.named_modules()
         },
     }
 
 
 def assert_same(before: dict, after: dict) -> None:
-    """Bit for bit."""
+    """Compare two states bit for bit."""
     values, others = before["values"], after["values"]
     assert values.keys() == others.keys()
     assert all(torch.equal(values[name], others[name]) for name in values)
@@ -66,7 +66,7 @@ def assert_same(before: dict, after: dict) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes | None]:
-    """Every plain file below a folder with its content, and what else is there."""
+    """Read every plain file below a folder, and list other entries."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))

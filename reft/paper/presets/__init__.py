@@ -1,10 +1,11 @@
-"""The published runs of arXiv 2404.03592 as data."""
+"""Presets: the published runs of arXiv 2404.03592 as data."""
 
 from __future__ import annotations
 
 from reft.paper.presets.change import override
 from reft.paper.presets.load import load, names
-from reft.paper.presets.schema import EvalSettings, Preset, Provenance, Published, TrainSettings
+from reft.paper.presets.preset import Preset, Provenance
+from reft.paper.presets.settings import EvalSettings, Published, TrainSettings
 from reft.paper.presets.write import to_toml
 
 __all__ = [

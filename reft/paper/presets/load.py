@@ -1,4 +1,4 @@
-"""Presets from the tables of this package, and from files of the user's."""
+"""Loading of presets from this package and from files of the user."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import Any
 
 from reft.field_checks import did_you_mean
 from reft.paper.presets.change import mark_changes
-from reft.paper.presets.schema import Preset
+from reft.paper.presets.preset import Preset
 from reft.safe_read import read_text
 
 _FOLDER = Path(__file__).parent
 
-#: In the order of the paper.
-_TABLES = ("commonsense", "arithmetic", "instruct", "glue", "ablation", "demos")
+#: TOML files in the order of the paper.
+_TABLE_FILES = ("commonsense", "arithmetic", "instruct", "glue", "ablation", "demos")
 
-#: Sections that a preset shares with the one that it inherits from, entry by entry.
+#: Sections that are merged entry by entry with those of the inherited preset.
 _MERGED = ("config", "train", "eval", "provenance")
 
 
 def names() -> list[str]:
-    """The names of all presets, in the order of the paper."""
+    """Return the names of all presets in the order of the paper."""
     return list(_tables())
 
 
 def load(name: str | os.PathLike[str]) -> Preset:
-    """A preset by name, or from a TOML file that ``reft presets copy`` wrote.
+    """Load a preset by name, or from a TOML file of ``reft presets copy``.
 
     Raises:
-        FileNotFoundError: the file is not there.
-        ValueError: no preset of this name, with the nearest; a file that is not a preset.
+        FileNotFoundError: the file does not exist.
+        ValueError: there is no preset of this name, or the file is not a preset.
     """
     text = os.fspath(name)
     if text in _tables():
@@ -48,14 +48,14 @@ def load(name: str | os.PathLike[str]) -> Preset:
 
 
 def read(path: Path) -> Preset:
-    """A preset from a file.
+    """Read a preset from a file.
 
-    What differs from the preset named by ``copy_of`` counts as changed, whatever the file says of
-    where it is from.
+    Values that differ from the preset named by ``copy_of`` are marked as changed, whatever source
+    the file gives for them.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: not TOML, or not one preset.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not TOML, or not a preset.
     """
     if not path.exists():
         raise FileNotFoundError(f"no such preset file: {path}")
@@ -75,50 +75,54 @@ def read(path: Path) -> Preset:
 
 
 def resolve(name: str, tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A preset with all that it inherits.
+    """Merge a preset with the presets that it inherits from.
 
-    A preset that says where a whole section is from ("config") replaces what its parent says of
-    each field in it. One line may speak of several fields ("config.rank, config.layers").
+    Provenance for a whole section ("config") replaces the parent's provenance of its fields. A key
+    may name several fields ("config.rank, config.layers").
 
     Raises:
-        ValueError: it inherits from a preset that is not there, or from itself.
+        ValueError: the preset inherits from itself or from an unknown preset.
     """
     chain: list[Mapping[str, Any]] = []
-    at: str | None = name
+    current: str | None = name
     seen: list[str] = []
-    while at is not None:
-        if at in seen or at not in tables:
-            raise ValueError(f"preset {name} inherits from {at!r}, which is itself or not there")
-        seen.append(at)
-        chain.append(tables[at])
-        at = tables[at].get("inherits")
+    while current is not None:
+        if current in seen or current not in tables:
+            raise ValueError(
+                f"preset {name} inherits from {current!r}, which is unknown or the preset itself"
+            )
+        seen.append(current)
+        chain.append(tables[current])
+        current = tables[current].get("inherits")
     whole: dict[str, Any] = {}
     for part in reversed(chain):
         new = {key: value for key, value in part.items() if key != "inherits"}
         for section in _MERGED:
-            kept = dict(whole.get(section, {}))
-            own = new.get(section, {})
+            inherited = dict(whole.get(section, {}))
+            entries = new.get(section, {})
             if section == "provenance":
-                own = _each(own)
-                kept = {
-                    key: value for key, value in kept.items() if key.partition(".")[0] not in own
+                entries = _split_names(entries)
+                inherited = {
+                    key: value
+                    for key, value in inherited.items()
+                    if key.partition(".")[0] not in entries
                 }
-            new[section] = {**kept, **own}
+            new[section] = {**inherited, **entries}
         whole = {**whole, **new}
     return whole
 
 
-def _each(provenance: Mapping[str, str]) -> dict[str, str]:
+def _split_names(provenance: Mapping[str, str]) -> dict[str, str]:
     return {name.strip(): text for names, text in provenance.items() for name in names.split(",")}
 
 
 @functools.cache
 def _tables() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for table in _TABLES:
+    presets: dict[str, dict[str, Any]] = {}
+    for table in _TABLE_FILES:
         path = _FOLDER / f"{table}.toml"
-        for one in tomllib.loads(path.read_text(encoding="utf-8"))["preset"]:
-            if one["name"] in found:
-                raise ValueError(f"{path} names {one['name']} a second time")
-            found[one["name"]] = one
-    return found
+        for preset in tomllib.loads(path.read_text(encoding="utf-8"))["preset"]:
+            if preset["name"] in presets:
+                raise ValueError(f"{path}: duplicate preset {preset['name']}")
+            presets[preset["name"]] = preset
+    return presets

@@ -1,4 +1,4 @@
-"""Runs that lie in a folder, grouped by what they ran, beside what was published of it."""
+"""Finished runs of a folder, grouped by preset, model and data, with the published scores."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from reft.paper.runs.result import RESULT_FILE, RUN_FILE, read_result, settings_
 
 @dataclass(frozen=True)
 class Cell:
-    """One number over several runs: its mean, its sample standard deviation (None of one run), and
-    what the paper has, None where it has nothing."""
+    """A score over several runs: mean, sample standard deviation (None for a single run) and the
+    published score, if any."""
 
     name: str
     mean: float
@@ -27,19 +27,19 @@ class Cell:
 
     @property
     def difference(self) -> float | None:
-        """How far the mean lies above the paper's number."""
+        """The mean minus the published score."""
         return None if self.published is None else self.mean - self.published
 
 
 @dataclass(frozen=True)
 class Group:
-    """Finished runs that differ in their seeds alone.
+    """Finished runs that differ only in their seeds.
 
     Attributes:
-        key: a short hash of preset, model and data, the same for all of them.
-        preset: with what the user changed.
-        model: the base model that was used.
-        runs: what their ``result.json`` hold, by seed.
+        key: a short hash of preset, model and data.
+        preset: the preset with the changes of the user.
+        model: the base model.
+        runs: their ``result.json``, ordered by seed.
     """
 
     key: str
@@ -49,16 +49,16 @@ class Group:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Of the finished runs."""
+        """Seeds of the finished runs."""
         return tuple(run["seed"] for run in self.runs)
 
     @property
     def cells(self) -> list[Cell]:
-        """Of each test set, then their average; nothing where only a judge can score."""
-        found = [run["scores"] for run in self.runs]
+        """Scores of the test sets and their average; empty if a judge must score."""
+        scores = [run["scores"] for run in self.runs]
         cells = []
-        for name in found[0]:
-            values = [one[name] for one in found if one.get(name) is not None]
+        for name in scores[0]:
+            values = [score[name] for score in scores if score.get(name) is not None]
             if not values:
                 continue
             sd = statistics.stdev(values) if len(values) > 1 else None
@@ -67,24 +67,26 @@ class Group:
 
     @property
     def caveats(self) -> list[str]:
-        """Why these numbers are not those of the paper's own run: nothing if nothing differs."""
+        """Differences from the paper's run."""
         preset = self.preset
-        found = []
+        caveats = []
         if self.model != preset.hub_id:
-            found.append(f"the model is {self.model}, the paper's {preset.model} ({preset.hub_id})")
+            caveats.append(
+                f"the model is {self.model}, the paper's {preset.model} ({preset.hub_id})"
+            )
         changed = preset.changed()
         if changed:
-            found.append(f"changed: {', '.join(changed)}")
+            caveats.append(f"changed: {', '.join(changed)}")
         missing = [seed for seed in preset.train.seeds if seed not in self.seeds]
         if missing:
-            found.append(f"seeds not run: {', '.join(map(str, missing))}")
+            caveats.append(f"seeds not run: {', '.join(map(str, missing))}")
         other = [seed for seed in self.seeds if seed not in preset.train.seeds]
         if other:
-            found.append(f"seeds that are not the paper's: {', '.join(map(str, other))}")
+            caveats.append(f"seeds that are not the paper's: {', '.join(map(str, other))}")
         dtypes = sorted({run["dtype"] for run in self.runs} - {"bfloat16"})
         if dtypes:
-            found.append(f"base model in {', '.join(dtypes)}, the paper's in bfloat16")
-        return found
+            caveats.append(f"base model in {', '.join(dtypes)}, the paper's in bfloat16")
+        return caveats
 
     def _published(self, name: str) -> float | None:
         published = self.preset.published
@@ -92,23 +94,23 @@ class Group:
 
 
 def collect(folder: str | os.PathLike[str]) -> tuple[list[Group], list[Path]]:
-    """(the groups of all finished runs below a folder, the folders of runs that are not finished).
+    """Return the groups of all finished runs below a folder, and the folders of unfinished runs.
 
     Raises:
-        FileNotFoundError: no such folder, or no run in it.
-        ValueError: a file that is not a run's.
+        FileNotFoundError: the folder does not exist or has no run.
+        ValueError: a file is not the result of a run.
     """
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"no such folder of runs: {root}")
-    begun = sorted(path.parent for path in root.rglob(RUN_FILE))
-    if not begun:
+    started = sorted(path.parent for path in root.rglob(RUN_FILE))
+    if not started:
         raise FileNotFoundError(
-            f"no run in {root}: `reft train --preset` leaves a {RUN_FILE} in the folder of each"
+            f"no run in {root}: `reft train --preset` writes {RUN_FILE} into the folder of each run"
         )
-    unfinished = [path for path in begun if not (path / RESULT_FILE).exists()]
+    unfinished = [path for path in started if not (path / RESULT_FILE).exists()]
     groups: dict[str, list[dict[str, Any]]] = {}
-    for path in begun:
+    for path in started:
         if path in unfinished:
             continue
         result = read_result(path / RESULT_FILE)
@@ -124,7 +126,7 @@ def _group(key: str, runs: list[dict[str, Any]]) -> Group:
 
 
 def curves(group: Group) -> Iterator[tuple[int, list[int], list[float]]]:
-    """(seed, steps, training losses) of each run."""
+    """Yield seed, steps and training losses of each run."""
     for run in group.runs:
         rows = run["training"]["curve"]
         yield run["seed"], [row["step"] for row in rows], [row["loss"] for row in rows]

@@ -1,4 +1,4 @@
-"""The data of a run: which records are trained on, selected on and tested on, and as what."""
+"""Data of a run: records for training, for selecting the checkpoint and for testing."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from reft.model.prompts import IGNORED
 from reft.paper.presets import Preset
-from reft.paper.tasks import ClassificationTask, GenerationTask, Record, Task, get_task
+from reft.paper.tasks import GenerationTask, Record, Task, get_task
 from reft.paper.tasks.encode import encode_example, encode_prompt
 from reft.paper.tasks.read import RecordSet, read_set
 from reft.paper.tasks.split import glue_split, gsm8k_split
+from reft.positions import IGNORED
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """Records that are scored after training, under the name that their score has."""
+    """Records that are scored after training, and the name of their score."""
 
     name: str
     records: tuple[Record, ...]
@@ -29,14 +29,14 @@ class TestSet:
 
 @dataclass(frozen=True)
 class RunData:
-    """The records of one run, before any tokenizer.
+    """Records of a run before tokenization.
 
     Attributes:
-        task: of the preset.
-        training: in the order in which they are encoded; Trainer shuffles them again.
-        selection: the part of the validation set on which the best checkpoint is chosen.
-        tests: what is scored in the end.
-        sources: name of each part -> where it came from, its hash and number of records.
+        task: the task of the preset.
+        training: training records in the order of encoding; Trainer shuffles them again.
+        selection: the part of the validation set that chooses the best checkpoint.
+        tests: sets that are scored after training.
+        sources: name of each set -> its source, hash and number of records.
     """
 
     task: Task
@@ -47,19 +47,19 @@ class RunData:
 
 
 def read_data(preset: Preset, data: Path | None, seed: int) -> RunData:
-    """Read every set that a preset trains on and is scored on.
+    """Read the training and test sets of a preset.
 
-    The published code shuffles the training set with the seed of the run and, where a run takes
-    only so many records, takes the first of them; so does this.
+    As in the published code, the training set is shuffled with the seed of the run, and a limit
+    takes the first records after shuffling.
 
     Args:
-        preset: what to read, and how much of it.
+        preset: names the sets and limits their records.
         data: folder of the sets; None for the hub.
-        seed: of the run.
+        seed: seed of the run.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`reft.paper.tasks.read.read_set`, before anything is
-            loaded.
+        FileNotFoundError, ValueError: see :func:`reft.paper.tasks.read.read_set`. No model is
+            loaded before.
     """
     task = get_task(preset.task)
     train = read_set(task, task.train_set, "train", data)
@@ -68,10 +68,10 @@ def read_data(preset: Preset, data: Path | None, seed: int) -> RunData:
     selection: tuple[Record, ...] = ()
     tests: list[TestSet] = []
     for name in preset.eval.sets:
-        found, records = _test_records(task, name, preset, data, train, records)
-        sources[name] = _source(found)
+        test, records = _test_records(task, name, preset, data, train, records)
+        sources[name] = _source(test)
         limit = preset.eval.max_records
-        tests.append(TestSet(name, found.records[:limit]))
+        tests.append(TestSet(name, test.records[:limit]))
     if preset.eval.split_rule is not None:
         [whole] = tests
         chosen, rest = glue_split(list(whole.records), seed, preset.eval.split_rule)
@@ -87,7 +87,7 @@ def encode_training(
     max_length: int,
     label_dtype: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Records as features for :class:`reft.ReftDataCollator`, token ids as int32 arrays."""
+    """Encode records as features for :class:`reft.ReftDataCollator`, token ids as int32 arrays."""
     features = []
     for record in records:
         feature = dict(encode_example(task, record, tokenizer, max_length))
@@ -106,13 +106,15 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> list[list[int]]:
-    """The prompts of records as token ids."""
+    """Encode the prompts of records as token ids."""
     return [encode_prompt(task, record, tokenizer, max_length) for record in records]
 
 
-def without_label(features: Sequence[Mapping[str, Any]]) -> int:
-    """How many features have no label that a loss counts: their prompts fill ``max_length``."""
-    return sum("labels" in one and not (one["labels"] != IGNORED).any() for one in features)
+def count_without_label(features: Sequence[Mapping[str, Any]]) -> int:
+    """Count the features without a label, whose prompts fill ``max_length``."""
+    return sum(
+        "labels" in feature and not (feature["labels"] != IGNORED).any() for feature in features
+    )
 
 
 def _test_records(
@@ -123,30 +125,25 @@ def _test_records(
     train: RecordSet,
     records: tuple[Record, ...],
 ) -> tuple[RecordSet, tuple[Record, ...]]:
-    """(the set that is scored, what is left to train on)."""
+    """Return the test set, and the records that remain for training."""
     held_out = preset.eval.split == "validation" and isinstance(task, GenerationTask)
-    if held_out and name == task.train_set:  # GSM8K has no validation set of its own
+    if held_out and name == task.train_set:  # GSM8K has no validation set
         rest, development = gsm8k_split(records)
         return RecordSet(tuple(development), f"{train.source}, its end", train.sha256), tuple(rest)
     return read_set(task, name, preset.eval.split, data), records
 
 
-def _source(found: RecordSet) -> dict[str, Any]:
-    return {"source": found.source, "sha256": found.sha256, "records": len(found.records)}
+def _source(read: RecordSet) -> dict[str, Any]:
+    return {"source": read.source, "sha256": read.sha256, "records": len(read.records)}
 
 
 def _shuffled(count: int, seed: int) -> Iterator[int]:
-    """The order that ``datasets`` gives a set of so many rows, which the published code uses."""
+    """Yield the order in which ``datasets`` shuffles ``count`` rows, as in the published code."""
     yield from Dataset.from_dict({"row": range(count)}).shuffle(seed=seed)["row"]
 
 
 def _rounded(label: float, dtype: str) -> float:
-    """A regression's label as the published trainer compares with it."""
+    """Round a regression label to ``dtype``, as the published trainer does."""
     import torch
 
     return torch.tensor(label, dtype=getattr(torch, dtype)).item()
-
-
-def is_classification(task: Task) -> bool:
-    """Whether the task is scored by a classifier's head, not by what is generated."""
-    return isinstance(task, ClassificationTask)

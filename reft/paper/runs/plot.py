@@ -1,4 +1,4 @@
-"""Runs as a picture: the loss of each, and the scores beside the paper's."""
+"""Plot of a group of runs: loss curves, and scores beside the published ones."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _OURS, _PAPER = "#1f5fa8", "#d1742b"
 
 
 def plot_group(group: Group, path: str | os.PathLike[str]) -> None:
-    """Write a PNG, replacing the file in one step: losses over steps on the left, on the right the
-    mean score of each set with its standard deviation, and the paper's number where it has one."""
+    """Write a PNG atomically: loss curves on the left, mean scores with standard deviation and the
+    published scores on the right."""
     figure = Figure(figsize=(11, 4.4), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
@@ -29,9 +29,9 @@ def plot_group(group: Group, path: str | os.PathLike[str]) -> None:
     left.legend(fontsize=8)
     cells = group.cells
     if cells:
-        places = range(len(cells))
+        bars = range(len(cells))
         right.bar(
-            places,
+            bars,
             [cell.mean for cell in cells],
             yerr=[cell.sd or 0.0 for cell in cells],
             color=_OURS,
@@ -52,7 +52,7 @@ def plot_group(group: Group, path: str | os.PathLike[str]) -> None:
                 color=_PAPER,
                 label=f"paper, {group.preset.model}",
             )
-        right.set_xticks(list(places), [cell.name for cell in cells], rotation=35, ha="right")
+        right.set_xticks(list(bars), [cell.name for cell in cells], rotation=35, ha="right")
         right.set_ylabel("score, %")
         right.grid(True, axis="y", alpha=0.3)
         right.legend(fontsize=8)

@@ -1,4 +1,4 @@
-"""AdapterCache over runs, as Markdown: what they scored, and what the paper has beside it."""
+"""Markdown tables of the scores of runs beside the published ones."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from reft.paper.runs.collect import Group
 
 
 def markdown(groups: Sequence[Group], unfinished: Sequence[Path], root: Path) -> str:
-    """The report: a table of all groups, then one table and one picture a group.
+    """Write the report: a table of all groups, then a table and a plot for each group.
 
-    A number of the paper stands beside a run's for comparison. Where anything but the seed was not
-    as published, the lines below the table say what.
+    Published scores are shown for comparison. Lines below a table list the settings that differ
+    from the published run.
     """
     parts = ["# Runs", ""]
     parts += table(
-        ["preset", "model", "seeds", "trained, %", "average", "paper"],
+        ["preset", "model", "seeds", "trainable, %", "average", "paper"],
         [
             [
                 group.preset.name,
@@ -43,7 +43,7 @@ def markdown(groups: Sequence[Group], unfinished: Sequence[Path], root: Path) ->
 
 
 def details(group: Group) -> list[str]:
-    """The scores of a group, set by set, and what differs from the paper's run."""
+    """Describe the scores of a group for each set, and differences from the paper's run."""
     lines = []
     cells = group.cells
     if cells:
@@ -73,37 +73,34 @@ def details(group: Group) -> list[str]:
     lines += ["", cost]
     caveats = group.caveats
     if caveats:
-        lines += ["", "Not the paper's run:", "", *[f"- {one}" for one in caveats]]
+        lines += ["", "Not the paper's run:", "", *[f"- {caveat}" for caveat in caveats]]
     return lines
 
 
 def average(group: Group) -> str:
-    """Mean and standard deviation of the average score; "not scored" without one."""
-    found = [cell for cell in group.cells if cell.name == "average"]
-    if not found:
+    """Format mean and standard deviation of the average score; "not scored" without it."""
+    averages = [cell for cell in group.cells if cell.name == "average"]
+    if not averages:
         return "not scored"
-    [cell] = found
+    [cell] = averages
     return f"{cell.mean:.1f}" + ("" if cell.sd is None else f" ± {cell.sd:.1f}")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table that is readable as text too."""
+    """Format a Markdown table with aligned columns."""
     widths = [max(len(row[at]) for row in [head, *rows]) for at in range(len(head))]
     lines = [head, ["-" * width for width in widths], *rows]
-    return [
-        "| " + " | ".join(one.ljust(width) for one, width in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    ]
+    return [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
 
 
 def plot_path(group: Group) -> str:
-    """Of a group's picture, from the folder of the report."""
+    """Return the path of a group's plot, relative to the folder of the report."""
     text = f"{group.preset.name}-on-{group.model}-{group.key}"
     return f"report/{re.sub(r'[^A-Za-z0-9.]+', '-', text).strip('-.')}.png"
 
 
 def summary(group: Group) -> dict[str, Any]:
-    """The numbers of a group, as values that JSON knows."""
+    """Return the scores of a group as JSON values."""
     return {
         "preset": group.preset.name,
         "model": group.model,

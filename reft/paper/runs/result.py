@@ -1,8 +1,8 @@
-"""What a run leaves behind: ``run.json`` when it begins, ``result.json`` when it is done.
+"""Files of a run: ``run.json`` is written at its start, ``result.json`` at its end.
 
-``run.json`` says what the run is: the preset as it was resolved, the model, the seed, and the hash
-of the data. A run is continued only where all of it is the same. ``result.json`` adds what came
-out. Both are written beside and renamed.
+``run.json`` identifies the run: the resolved preset, the model, the seed and the hashes of the
+data. A run is resumed only if all of them are equal. ``result.json`` adds the results. Both files
+are written atomically.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from typing import Any
 
 import torch
 
+from reft.field_checks import is_integer
 from reft.io.atomic_write import write_whole
 from reft.safe_read import parse_json, read_text, shown
 
 RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
 
-#: Of the stored form.
+#: Format of both files.
 FORMAT_VERSION = 1
 
-#: What is read of a result, by its path in it -> the types it may have.
-_PARTS: Mapping[str, tuple[type, ...]] = {
+#: Path of a required value in a result -> its types.
+_REQUIRED: Mapping[str, tuple[type, ...]] = {
     "preset": (dict,),
     "preset.name": (str,),
     "preset.task": (str,),
@@ -54,7 +55,7 @@ _PACKAGES = ("reft", "torch", "triton", "transformers", "accelerate", "datasets"
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write indented JSON, replacing the file in one step. NaN is written as null."""
+    """Write indented JSON atomically. NaN is written as null."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
@@ -62,10 +63,10 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read one of the two files.
+    """Read ``run.json`` or ``result.json``.
 
     Raises:
-        ValueError: not JSON, not an object, or of a newer format.
+        ValueError: the file is not a JSON object, or has another format.
     """
     file = Path(path)
     try:
@@ -74,25 +75,25 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{file} is not JSON: {error}") from None
     except ValueError as error:
         raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
-    found = value.get("format_version") if isinstance(value, dict) else None
-    if type(found) is not int or not 1 <= found <= FORMAT_VERSION:
-        newer = type(found) is int and found > FORMAT_VERSION
+    version = value.get("format_version") if isinstance(value, dict) else None
+    if not is_integer(version) or version != FORMAT_VERSION:
+        newer = is_integer(version) and version > FORMAT_VERSION
         raise ValueError(
-            f"{file}: format_version of a run must be a number from 1 to {FORMAT_VERSION}, got "
-            f"{shown(found) if isinstance(value, dict) else type(value).__name__}"
+            f"{file}: format_version of a run must be {FORMAT_VERSION}, got "
+            f"{shown(version) if isinstance(value, dict) else type(value).__name__}"
             + ("; a newer version of reft wrote it, upgrade reft to read it" if newer else "")
         )
     return value
 
 
 def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a ``result.json`` of which the numbers will be shown.
+    """Read and check a ``result.json``.
 
     Raises:
-        ValueError: as :func:`read_json`, or a part that a run writes is missing or of another type.
+        ValueError: see :func:`read_json`, or a value is missing or has another type.
     """
     value = read_json(path)
-    for name, kinds in _PARTS.items():
+    for name, kinds in _REQUIRED.items():
         part: Any = value
         for key in name.split("."):
             part = part.get(key) if isinstance(part, Mapping) else None
@@ -103,9 +104,10 @@ def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
         isinstance(row, Mapping) and _is_number(row.get("step")) and _is_loss(row.get("loss"))
         for row in curve
     )
-    if not rows or not all(_is_loss(one) for one in scores.values()):
-        raise ValueError(f"{path} is not the result of a run: its curve or scores are no numbers")
-    if not all(isinstance(one, Mapping) and "sha256" in one for one in value["data"].values()):
+    if not rows or not all(_is_loss(score) for score in scores.values()):
+        raise ValueError(f"{path} is not the result of a run: its curve and scores must be numbers")
+    sources = value["data"].values()
+    if not all(isinstance(source, Mapping) and "sha256" in source for source in sources):
         raise ValueError(f"{path} is not the result of a run: data has no hashes")
     return value
 
@@ -115,24 +117,25 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_loss(value: Any) -> bool:
-    """A number, or null for NaN."""
+    """Whether a value is a number, or null for NaN."""
     return value is None or _is_number(value)
 
 
-def differences(stored: Any, wanted: Any, path: str = "") -> Iterator[str]:
-    """Where two JSON values differ, one line each: ``train.epochs: 6 there, 3 here``."""
-    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
-        for name in dict.fromkeys([*stored, *wanted]):
+def differences(stored: Any, expected: Any, path: str = "") -> Iterator[str]:
+    """Describe the differences of two JSON values: ``train.epochs: 6 there, 3 here``."""
+    if isinstance(stored, Mapping) and isinstance(expected, Mapping):
+        for name in dict.fromkeys([*stored, *expected]):
             inner = f"{path}.{name}" if path else str(name)
-            yield from differences(stored.get(name), wanted.get(name), inner)
-    elif stored != wanted:
-        yield f"{path}: {json.dumps(stored)} there, {json.dumps(wanted)} here"
+            yield from differences(stored.get(name), expected.get(name), inner)
+    elif stored != expected:
+        yield f"{path}: {json.dumps(stored)} there, {json.dumps(expected)} here"
 
 
 def settings_of(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes two runs of one seed the same: settings, model and data. Not what is told of
-    them: titles, sources, published results, where the data lies, which other seeds were asked
-    for."""
+    """Return the settings, model and data hashes that determine a run apart from its seed.
+
+    Titles, sources, published results, the folder of the data and other seeds are left out.
+    """
     preset = identity["preset"]
     train = {name: value for name, value in preset["train"].items() if name != "seeds"}
     return {
@@ -144,7 +147,7 @@ def settings_of(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and machine."""
+    """Return the versions of packages and the machine."""
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -155,13 +158,13 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def start_memory(device: torch.device) -> None:
-    """Let the peak of CUDA memory begin here. A process's own peak cannot be set back."""
+    """Reset the peak of CUDA memory. The peak of a process cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> dict[str, Any]:
-    """The most memory so far, in bytes, and of what: tensors on the GPU, or the whole process."""
+    """Return the peak memory in bytes, of the tensors on the GPU or of the whole process."""
     if device.type == "cuda":
         return {"bytes": torch.cuda.max_memory_allocated(device), "of": "tensors on the GPU"}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -177,11 +180,11 @@ def _version(package: str) -> str | None:
 
 
 def _finite(value: Any) -> Any:
-    """The same value with null for NaN and the infinities, which JSON does not know."""
+    """Replace NaN and infinities by None, because JSON has neither."""
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else None
     if isinstance(value, Mapping):
-        return {name: _finite(one) for name, one in value.items()}
+        return {name: _finite(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
+        return [_finite(entry) for entry in value]
     return value

@@ -1,23 +1,24 @@
-"""One run of a preset, from its data to ``result.json``; killed, it can be continued.
+"""A run of a preset with a seed, from its data to ``result.json``; it can be resumed.
 
-OUTPUT/seed-42/run.json         what the run is
-               checkpoint-…     while it trains
-               adapter/         as it is published
+OUTPUT/seed-42/run.json         identity of the run
+               checkpoint-…     during training
+               adapter/         the trained adapter
                training.json    steps, seconds, tokens, memory, curve
-               answers/         of each test set: texts, verdicts
-               result.json      all of it; the run is done
+               answers/         texts and verdicts of each test set
+               result.json      all results; the run is finished
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -25,7 +26,7 @@ from reft.adapter.parameters import AdapterParameters
 from reft.model.reft_model import ReftModel, get_reft_model
 from reft.paper.presets import Preset
 from reft.paper.runs import scoring
-from reft.paper.runs.data import RunData, encode_training, read_data, without_label
+from reft.paper.runs.data import RunData, count_without_label, encode_training, read_data
 from reft.paper.runs.result import (
     FORMAT_VERSION,
     RESULT_FILE,
@@ -37,7 +38,7 @@ from reft.paper.runs.result import (
     write_json,
 )
 from reft.paper.runs.training import Metrics, make_trainer, train
-from reft.paper.tasks import ClassificationTask, Task, get_task, metrics
+from reft.paper.tasks import ClassificationTask, Record, Task, metrics
 from reft.train.checkpoints import last_checkpoint, remove_checkpoints
 from reft.train.evaluate import context_length
 from reft.train.trainer import ReftTrainer
@@ -46,37 +47,38 @@ TRAINING_FILE = "training.json"
 ADAPTER_FOLDER = "adapter"
 ANSWERS_FOLDER = "answers"
 
-#: Loads the base model and its tokenizer anew; called once a run, after the seed was set.
+#: Loads the base model and its tokenizer; called once in a run, after seeding.
 MakeBase = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run lies, and whether it may go on from what is there."""
+class RunFolder:
+    """Folder of a run, and whether an existing run in it may be resumed or replaced."""
 
     folder: Path
     resume: bool = False
     overwrite: bool = False
 
-    def enter(self, identity: dict[str, Any]) -> None:
-        """Make the folder this run's own.
+    def claim(self, identity: dict[str, Any]) -> None:
+        """Write the identity of the run into the folder.
 
         Raises:
-            FileExistsError: it holds a run, and neither ``resume`` nor ``overwrite`` is set.
-            ValueError: it holds a run of other settings or data, with the first differences.
+            FileExistsError: the folder holds a run, and neither ``resume`` nor ``overwrite`` is
+                set.
+            ValueError: it holds a run with other settings or data; the message lists differences.
         """
         path = self.folder / RUN_FILE
         if path.exists() and self.overwrite:
             shutil.rmtree(self.folder)
         elif path.exists() and not self.resume:
             raise FileExistsError(
-                f"{self.folder} holds a run already; --resume continues it, --overwrite begins anew"
+                f"{self.folder} holds a run already; --resume continues it, --overwrite replaces it"
             )
         elif path.exists():
-            found = list(differences(settings_of(read_json(path)), settings_of(identity)))
-            if found:
-                shown = "; ".join(found[:4]) + ("; …" if len(found) > 4 else "")
-                raise ValueError(f"{self.folder} holds a run of other settings: {shown}")
+            changes = list(differences(settings_of(read_json(path)), settings_of(identity)))
+            if changes:
+                listed = "; ".join(changes[:4]) + ("; …" if len(changes) > 4 else "")
+                raise ValueError(f"{self.folder} holds a run with other settings: {listed}")
         write_json(path, identity)
 
 
@@ -95,84 +97,61 @@ def run(
     """Train and evaluate a preset with one seed.
 
     Args:
-        preset: with whatever the user changed.
-        make_base: loads the base model; for a task of classes with as many labels as it has.
-        data: folder of the task's sets; None for the hub.
-        output: folder of the runs; this one's is ``seed-<seed>`` in it.
-        model_name: of the base model, for the record.
-        seed: of everything random.
-        resume: continue what lies there, or return its result if it is done.
-        overwrite: replace what lies there.
-        console: where progress is shown; None for silence.
+        preset: the preset with the changes of the user.
+        make_base: loads the base model; for a classification task with its number of labels.
+        data: folder of the task's data sets; None for the hub.
+        output: folder of the runs; the folder of this run is ``seed-<seed>`` in it.
+        model_name: name of the base model, for ``run.json``.
+        seed: seed of all random numbers.
+        resume: continue a run in the folder, or return its result if it is finished.
+        overwrite: replace a run in the folder.
+        console: console for the progress; None to show nothing.
 
     Returns:
-        What ``result.json`` holds.
+        The content of ``result.json``.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError: data or settings that cannot be used, or a
-            folder with another run, before the model is loaded.
+        FileNotFoundError, FileExistsError, ValueError: unusable data or settings, or a folder with
+            another run. The model is not loaded.
     """
-    task, folder = get_task(preset.task), output / f"seed-{seed}"
-    found = read_data(preset, data, seed)
-    begun = (folder / RUN_FILE).exists() and not overwrite
+    folder = output / f"seed-{seed}"
+    run_data = read_data(preset, data, seed)
+    started = (folder / RUN_FILE).exists() and not overwrite
     identity = {
         "format_version": FORMAT_VERSION,
         "preset": preset.to_dict(),
         "model": model_name,
         "seed": seed,
-        "data": found.sources,
+        "data": run_data.sources,
     }
-    Place(folder, resume, overwrite).enter(identity)
+    RunFolder(folder, resume, overwrite).claim(identity)
     if (folder / RESULT_FILE).exists():
         return read_json(folder / RESULT_FILE)
 
-    say = console.print if console is not None else _silence
     set_seed(seed)
     base, tokenizer = make_base()
     base_parameters = base.num_parameters()
-    max_length = min(preset.train.max_length, context_length(base) or preset.train.max_length)
-    config = preset.reft_config(base_model_name_or_path=model_name)
     trained = (folder / TRAINING_FILE).exists()
-    wrapped = (
-        ReftModel.from_pretrained(base, folder / ADAPTER_FOLDER, is_trainable=True)
-        if trained
-        else get_reft_model(base, config)
-    )
-    parameters = _parameters(wrapped, base_parameters)
-    label_dtype = preset.train.label_dtype
-    features = encode_training(task, found.training, tokenizer, max_length, label_dtype)
-    say(
-        f"seed {seed}: {len(features)} records; {parameters['adapter']:,} parameters "
-        f"({parameters['percent']:.4f} % of the base model's)"
-        + (f" and a head of {parameters['head']:,}" if parameters["head"] else "")
-        + f" on {base.device}"
-    )
-    if begun and not trained and last_checkpoint(folder) is None:
-        say("the run was ended before its first checkpoint: it begins anew")
-    silent = without_label(features)
-    if silent:
-        say(f"{silent} of them are prompts of max_length {max_length} or more: nothing to learn")
-    trainer = make_trainer(
-        preset,
-        wrapped,
-        tokenizer,
-        folder=folder,
-        seed=seed,
-        training=features,
-        selection=encode_training(task, found.selection, tokenizer, max_length) or None,
-        metrics=_metrics(task),
-        console=console,
-    )
     if trained:
-        done = read_json(folder / TRAINING_FILE)["training"]
+        model = ReftModel.from_pretrained(base, folder / ADAPTER_FOLDER, is_trainable=True)
     else:
-        done = train(trainer, folder).to_dict()
-        wrapped.save_pretrained(folder / ADAPTER_FOLDER)
-        write_json(folder / TRAINING_FILE, {"format_version": FORMAT_VERSION, "training": done})
-    began = time.perf_counter()
-    scores = _evaluate(
-        preset, trainer, wrapped, tokenizer, found, folder, seed, max_length, console
-    )
+        model = get_reft_model(base, preset.reft_config(base_model_name_or_path=model_name))
+    max_length = min(preset.train.max_length, context_length(base) or preset.train.max_length)
+    loaded = _LoadedRun(preset, model, tokenizer, run_data, folder, seed, max_length, console)
+    parameters = _count_parameters(model, base_parameters)
+    loaded.print(_describe(seed, len(run_data.training), parameters, base.device))
+    if started and not trained and last_checkpoint(folder) is None:
+        loaded.print("the run has no checkpoint yet: it starts from the beginning")
+    trainer = loaded.make_trainer()
+    if trained:
+        training = read_json(folder / TRAINING_FILE)["training"]
+    else:
+        training = train(trainer, folder).to_dict()
+        model.save_pretrained(folder / ADAPTER_FOLDER)
+        content = {"format_version": FORMAT_VERSION, "training": training}
+        write_json(folder / TRAINING_FILE, content)
+    start = time.perf_counter()
+    scores = loaded.evaluate(trainer)
     result = {
         **identity,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -180,28 +159,111 @@ def run(
         "dtype": str(base.dtype).removeprefix("torch."),
         "max_length": max_length,
         "parameters": parameters,
-        "orthonormality_error": wrapped.orthonormality_error(),
-        "training": done,
-        "evaluation": {"seconds": time.perf_counter() - began, "scores": scores},
-        "scores": _headline(task, scores),
+        "orthonormality_error": model.orthonormality_error(),
+        "training": training,
+        "evaluation": {"seconds": time.perf_counter() - start, "scores": scores},
+        "scores": _headline(run_data.task, scores),
     }
     write_json(folder / RESULT_FILE, result)
     remove_checkpoints(folder)
     return result
 
 
-def _silence(text: str) -> None:
-    """Where no console is."""
+@dataclass(frozen=True)
+class _LoadedRun:
+    """A run after its data and its model were loaded."""
+
+    preset: Preset
+    model: ReftModel
+    tokenizer: PreTrainedTokenizerBase
+    data: RunData
+    folder: Path
+    seed: int
+    max_length: int
+    console: Console | None
+
+    def print(self, line: str) -> None:
+        """Print a line if there is a console."""
+        if self.console is not None:
+            self.console.print(line)
+
+    def encode(self, records: Sequence[Record], label_dtype: str | None = None) -> list[Any]:
+        """Encode records as features."""
+        return encode_training(
+            self.data.task, records, self.tokenizer, self.max_length, label_dtype
+        )
+
+    def make_trainer(self) -> ReftTrainer:
+        """Encode the records and make the trainer."""
+        features = self.encode(self.data.training, self.preset.train.label_dtype)
+        unlabelled = count_without_label(features)
+        if unlabelled:
+            self.print(
+                f"{unlabelled} of them have no label to learn, because their prompts have "
+                f"max_length {self.max_length} tokens or more"
+            )
+        return make_trainer(
+            self.preset,
+            self.model,
+            self.tokenizer,
+            folder=self.folder,
+            seed=self.seed,
+            training=features,
+            selection=self.encode(self.data.selection) or None,
+            metrics=_metrics(self.data.task),
+            console=self.console,
+        )
+
+    def evaluate(self, trainer: ReftTrainer) -> dict[str, dict[str, Any]]:
+        """Score each test set; for a set that needs a judge, return the command instead."""
+        task, answers = self.data.task, self.folder / ANSWERS_FOLDER
+        if isinstance(task, ClassificationTask):
+            [tests] = self.data.tests
+            measure = _metrics(task)
+            assert measure is not None
+            features = self.encode(tests.records)
+            path = answers / f"{tests.name}.json"
+            return {tests.name: scoring.classify(trainer, tests, features, measure, path)}
+        rule = self.preset.eval.scoring
+        scores: dict[str, dict[str, Any]] = {}
+        for tests in self.data.tests:
+            texts = scoring.answer(
+                self.model,
+                self.tokenizer,
+                task,
+                tests,
+                self.preset,
+                answers / f"{tests.name}.texts.jsonl",
+                max_length=self.max_length,
+                seed=self.seed,
+                console=self.console,
+            )
+            path = answers / f"{tests.name}.json"
+            if rule is None:
+                generator = f"{self.preset.name} seed {self.seed}"
+                scoring.write_for_judge(task, tests, texts, generator, path)
+                scores[tests.name] = {"judge": task.judge.format(path=path), "total": len(texts)}
+            else:
+                scores[tests.name] = scoring.score(tests, texts, task.scorings[rule], path)
+        return scores
 
 
-def _parameters(model: ReftModel, base: int) -> dict[str, Any]:
-    """Counts as the paper gives them: the adapter's share of the base, the head apart."""
+def _describe(seed: int, records: int, parameters: dict[str, Any], device: torch.device) -> str:
+    head = f" and a head of {parameters['head']:,}" if parameters["head"] else ""
+    return (
+        f"seed {seed}: {records} records; {parameters['adapter']:,} parameters "
+        f"({parameters['percent']:.4f} % of the base model's){head} on {device}"
+    )
+
+
+def _count_parameters(model: ReftModel, base: int) -> dict[str, Any]:
+    """Count parameters as the paper does: in percent of the base, without the head."""
     trained, _ = model.get_nb_trainable_parameters()
     adapter = sum(
-        one.numel()
-        for bank in model.modules()
-        if isinstance(bank, AdapterParameters)
-        for one in bank.parameters()
+        parameter.numel()
+        for module in model.modules()
+        if isinstance(module, AdapterParameters)
+        for parameter in module.parameters()
     )
     return {
         "adapter": adapter,
@@ -218,52 +280,8 @@ def _metrics(task: Task) -> Metrics | None:
     return lambda predictions, labels: metrics.compute(metric, predictions, labels)
 
 
-def _evaluate(
-    preset: Preset,
-    trainer: ReftTrainer,
-    model: ReftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: RunData,
-    folder: Path,
-    seed: int,
-    max_length: int,
-    console: Console | None,
-) -> dict[str, dict[str, Any]]:
-    """Scores of each test set; of one that only a judge can score, how to have it judged."""
-    task, answers = data.task, folder / ANSWERS_FOLDER
-    if isinstance(task, ClassificationTask):
-        [tests] = data.tests
-        measure = _metrics(task)
-        assert measure is not None
-        features = encode_training(task, tests.records, tokenizer, max_length)
-        path = answers / f"{tests.name}.json"
-        return {tests.name: scoring.classify(trainer, tests, features, measure, path)}
-    scores: dict[str, dict[str, Any]] = {}
-    for tests in data.tests:
-        texts = scoring.answer(
-            model,
-            tokenizer,
-            task,
-            tests,
-            preset,
-            answers / f"{tests.name}.texts.jsonl",
-            max_length=max_length,
-            seed=seed,
-            console=console,
-        )
-        path = answers / f"{tests.name}.json"
-        if preset.eval.scoring is None:
-            scoring.write_for_judge(task, tests, texts, f"{preset.name} seed {seed}", path)
-            scores[tests.name] = {"judge": task.judge.format(path=path), "total": len(texts)}
-        else:
-            scores[tests.name] = scoring.score(
-                tests, texts, task.scorings[preset.eval.scoring], path
-            )
-    return scores
-
-
 def _headline(task: Task, scores: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """One number a test set, times 100 as the paper prints it, and their average."""
+    """Return the score of each test set in percent, as in the paper, and their average."""
     name = task.metric if isinstance(task, ClassificationTask) else "accuracy"
-    found = {which: 100 * one[name] for which, one in scores.items() if name in one}
-    return {**found, "average": sum(found.values()) / len(found)} if found else {}
+    percent = {tests: 100 * score[name] for tests, score in scores.items() if name in score}
+    return {**percent, "average": sum(percent.values()) / len(percent)} if percent else {}

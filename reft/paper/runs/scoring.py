@@ -1,4 +1,4 @@
-"""The evaluation of a run: answers are generated, kept, and scored from what was kept."""
+"""Evaluation of a run: answers are generated, stored, and scored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from reft.train.collate import ReftDataCollator
 from reft.train.evaluate import generate_ids
 from reft.train.trainer import ReftTrainer
 
-#: Batches between two writes: what a kill loses.
+#: Batches between two writes; an interrupted run loses at most these.
 BATCHES_AT_A_TIME = 16
 
 
@@ -39,24 +39,24 @@ def answer(
     seed: int,
     console: Console | None = None,
 ) -> list[str]:
-    """Generate an answer to every record of a set, going on where a killed run stopped.
+    """Generate an answer to every record of a set, resuming from an interrupted run.
 
-    The texts lie in ``path`` as JSON lines, whole as they were decoded, prompt included, so that
-    another scoring needs no model. Sampling begins anew with the seed at every write: a run that
-    was continued has the texts of one that was not.
+    ``path`` stores the decoded texts with their prompts as JSON lines, so that another scoring rule
+    needs no model. Sampling is seeded again after every write, so that a resumed run has the same
+    texts as an uninterrupted one.
 
     Args:
-        model, tokenizer: the model in use; evaluated in eval mode.
-        task, tests, preset: what to answer and how.
-        path: JSONL with what was answered so far.
-        max_length: of prompts, in tokens.
-        seed: of sampling.
-        console: where the progress is shown; None for silence.
+        model, tokenizer: used in eval mode.
+        task, tests, preset: the records and the decoding.
+        path: JSONL with the texts so far.
+        max_length: maximum tokens of a prompt.
+        seed: seed of sampling.
+        console: console for the progress; None to show nothing.
 
     Returns:
-        The whole texts, in the order of the records.
+        The decoded texts in the order of the records.
     """
-    texts = _kept(path)
+    texts = _stored_texts(path)
     at_a_time = BATCHES_AT_A_TIME * preset.eval.batch_size
     settings = task.decodings[str(preset.eval.decoding)]
     pad = ReftDataCollator(tokenizer).pad_id
@@ -74,7 +74,7 @@ def answer(
             prompts,
             pad_id=pad,
             batch_size=preset.eval.batch_size,
-            each=_parts(records),
+            each=_subspaces(records),
             console=console,
             eos_token_id=tokenizer.eos_token_id,
             **settings,
@@ -96,9 +96,9 @@ def score(
 
     Args:
         tests: the records.
-        texts: whole decoded texts, one a record.
-        scoring: of the task.
-        path: JSON in which every verdict is written, None for nowhere.
+        texts: decoded texts, one for each record.
+        scoring: the scoring rule.
+        path: JSON file for the verdicts; None to write none.
 
     Returns:
         ``accuracy`` in [0, 1], ``correct`` of ``total``.
@@ -110,22 +110,22 @@ def score(
         rows = [
             {
                 "record": record,
-                "response": one.response,
-                "answer": one.answer,
-                "correct": one.correct,
+                "response": verdict.response,
+                "answer": verdict.answer,
+                "correct": verdict.correct,
             }
-            for record, one in zip(tests.records, verdicts, strict=True)
+            for record, verdict in zip(tests.records, verdicts, strict=True)
         ]
         write_json(path, rows)
-    correct = sum(one.correct for one in verdicts)
-    credit = sum(one.credit for one in verdicts) / len(verdicts)
+    correct = sum(verdict.correct for verdict in verdicts)
+    credit = sum(verdict.credit for verdict in verdicts) / len(verdicts)
     return {"accuracy": credit, "correct": correct, "total": len(verdicts)}
 
 
 def write_for_judge(
     task: GenerationTask, tests: TestSet, texts: Sequence[str], generator: str, path: Path
 ) -> None:
-    """Write answers as ``alpaca_eval --model_outputs`` reads them."""
+    """Write answers in the format of ``alpaca_eval --model_outputs``."""
     rows = [
         {
             "instruction": record.get("instruction", task.prompt(record)),
@@ -145,14 +145,14 @@ def classify(
     metrics: Metrics,
     path: Path,
 ) -> dict[str, Any]:
-    """Score the classifier on a set; every prediction goes into ``path``.
+    """Score the classifier on a set, and write its predictions to ``path``.
 
     Returns:
         The metrics, and ``total``.
     """
-    found = trainer.predict(features)
-    values = predicted(found.predictions)
-    labels = np.asarray(found.label_ids)
+    output = trainer.predict(features)
+    values = predicted(output.predictions)
+    labels = np.asarray(output.label_ids)
     rows = [
         {"prediction": prediction, "label": label}
         for prediction, label in zip(values.tolist(), labels.tolist(), strict=True)
@@ -161,8 +161,8 @@ def classify(
     return {**metrics(values, labels), "total": len(tests.records)}
 
 
-def _parts(records: Sequence[Record]) -> dict[str, list[Any]]:
-    """Of records that name a part of the adapter: these."""
+def _subspaces(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """Return the argument ``subspaces`` of records that have this field."""
     if not any("subspaces" in record for record in records):
         return {}
     return {"subspaces": [record.get("subspaces") for record in records]}
@@ -172,8 +172,8 @@ def _line(text: str) -> str:
     return json.dumps({"text": text}, ensure_ascii=False) + "\n"
 
 
-def _kept(path: Path) -> list[str]:
-    """The whole lines of a file that may end in half a line."""
+def _stored_texts(path: Path) -> list[str]:
+    """Read the texts of a file, without a last line that was not completed."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]

@@ -1,4 +1,4 @@
-"""The training of a run: Trainer's arguments from a preset, and the curve that comes out."""
+"""Training of a run: arguments of Trainer from a preset, and the loss curve."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from reft.train.collate import ReftDataCollator
 from reft.train.progress import ProgressCallback
 from reft.train.trainer import ReftTrainer
 
-#: A killed run loses at most this share of its steps.
+#: Share of the steps between checkpoints, which an interrupted run loses at most.
 SAVE_EVERY = 0.05
 
-#: Points of the curve: one for each of these shares of the steps.
+#: Share of the steps between points of the loss curve.
 LOG_EVERY = 0.01
 
 #: (predictions, labels) -> metrics.
@@ -40,19 +40,19 @@ Metrics = Callable[[np.ndarray, np.ndarray], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Training:
-    """What training was and took. A run that was killed and continued counts all its parts.
+    """Results of training, over all processes of a resumed run.
 
     Attributes:
         steps: optimizer steps.
         epochs: passes over the data.
-        seconds: of training and of the evaluations between epochs.
-        tokens: attended tokens that were trained on.
-        tokens_per_second: of both.
-        memory: the peak, and of what.
-        loss: training loss, a mean over the last part of the run.
+        seconds: duration of training and of the evaluations between epochs.
+        tokens: number of attended training tokens.
+        tokens_per_second: ``tokens`` by ``seconds``.
+        memory: result of :func:`reft.paper.runs.result.peak_memory`.
+        loss: the last training loss of the curve.
         curve: rows with ``step``, ``epoch``, ``loss`` and ``learning_rate``.
-        selection: rows with ``step``, ``epoch`` and the metrics on the selection part, and
-            ``best``, the step of the checkpoint that was kept; empty without a selection.
+        selection: rows with ``step``, ``epoch`` and the metrics on the selection records, and
+            ``best``, the step of the best checkpoint; empty without selection records.
     """
 
     steps: int
@@ -66,12 +66,12 @@ class Training:
     selection: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, as values that JSON knows."""
+        """Return every field as JSON values."""
         return asdict(self)
 
 
 class Clock(TrainerCallback, ExportableState):
-    """Seconds and peak of memory, kept in checkpoints, so that they outlive the process."""
+    """Callback that stores seconds and peak memory in checkpoints, for resumed runs."""
 
     def __init__(self, seconds: float = 0.0, memory: dict[str, Any] | None = None) -> None:
         self.before, self.memory = seconds, memory or {"bytes": 0, "of": ""}
@@ -79,7 +79,7 @@ class Clock(TrainerCallback, ExportableState):
 
     @property
     def seconds(self) -> float:
-        """Since training began, in all processes together."""
+        """Duration of training in all processes of the run."""
         return self.before + (0.0 if self.began is None else time.perf_counter() - self.began)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -87,19 +87,19 @@ class Clock(TrainerCallback, ExportableState):
         start_memory(args.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._look(args)
+        self._update_peak(args)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._look(args)
+        self._update_peak(args)
         self.before, self.began = self.seconds, None
 
-    def _look(self, args: Any) -> None:
-        found = peak_memory(args.device)
-        if found["bytes"] > self.memory["bytes"]:
-            self.memory = found
+    def _update_peak(self, args: Any) -> None:
+        peak = peak_memory(args.device)
+        if peak["bytes"] > self.memory["bytes"]:
+            self.memory = peak
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return the state that a checkpoint stores."""
         return {"args": {"seconds": self.seconds, "memory": self.memory}, "attributes": {}}
 
 
@@ -115,18 +115,18 @@ def make_trainer(
     metrics: Metrics | None = None,
     console: Console | None = None,
 ) -> ReftTrainer:
-    """The trainer of a run, with checkpoints in ``folder``.
+    """Make the trainer of a run, with checkpoints in ``folder``.
 
     Args:
-        preset: its ``train`` and ``eval`` settings.
-        model: wrapped; trained.
-        tokenizer: of the base model.
-        folder: of the run.
-        seed: of the order of the data and of dropout.
-        training: encoded features.
-        selection: features on which the best checkpoint of all epochs is chosen, None for none.
-        metrics: of predictions; needed for a selection.
-        console: where the progress is shown; None for silence.
+        preset: gives the ``train`` and ``eval`` settings.
+        model: the model to train.
+        tokenizer: tokenizer of the base model.
+        folder: folder of the run.
+        seed: seed of the order of the data and of dropout.
+        training: encoded training features.
+        selection: features that choose the best checkpoint of all epochs; None for no choice.
+        metrics: metrics of predictions; required with ``selection``.
+        console: console for the progress; None to show nothing.
     """
     settings, chosen = preset.train, selection is not None
     batches = math.ceil(len(training) / settings.batch_size)
@@ -173,11 +173,13 @@ def make_trainer(
 
 
 def train(trainer: ReftTrainer, folder: Path) -> Training:
-    """Train, going on from the last checkpoint in ``folder`` if there is one."""
+    """Train, resuming from the last checkpoint in ``folder`` if there is one."""
     last = last_checkpoint(folder)
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     state = trainer.state
-    clock = next(one for one in trainer.callback_handler.callbacks if isinstance(one, Clock))
+    clock = next(
+        callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Clock)
+    )
     curve = [
         {name: row[name] for name in ("step", "epoch", "loss", "learning_rate")}
         for row in state.log_history
@@ -214,8 +216,8 @@ def _selection(trainer: ReftTrainer) -> dict[str, Any]:
 
 
 def _is_metric(name: str) -> bool:
-    counted = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-    return name.startswith("eval_") and name.removeprefix("eval_") not in counted
+    timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    return name.startswith("eval_") and name.removeprefix("eval_") not in timings
 
 
 def _computed(metrics: Metrics) -> Callable[[EvalPrediction], dict[str, float]]:
@@ -227,6 +229,6 @@ def _computed(metrics: Metrics) -> Callable[[EvalPrediction], dict[str, float]]:
 
 
 def predicted(logits: Any) -> np.ndarray:
-    """The class of each row of logits; the value itself of a regression (one logit)."""
+    """Return the class of each row of logits, or the value of a regression (one logit)."""
     rows = np.asarray(logits[0] if isinstance(logits, tuple) else logits, dtype=np.float32)
     return rows[:, 0] if rows.shape[1] == 1 else rows.argmax(axis=1)

@@ -1,7 +1,7 @@
-"""What the paper's experiments ask and how their answers are scored.
+"""Tasks of the paper's experiments: prompts, targets, data sets and scoring rules.
 
-Neither models nor training: a task turns records into prompts and targets, names the sets of data,
-and scores texts.
+A task needs neither a model nor training: it turns records into prompts and targets, and scores
+decoded texts.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ROWS}
 
 
 def get_task(name: str) -> Task:
-    """A task by name.
+    """Return a task by name.
 
     Raises:
-        ValueError: no such task, with the nearest ones.
+        ValueError: there is no task of this name.
     """
     if name not in TASKS:
         hint = did_you_mean(name, TASKS)

@@ -1,9 +1,8 @@
-"""What counts as an answer, and which answers are right.
+"""Scoring rules: extraction of an answer from a decoded text, and comparison with the record.
 
-Two sets of rules. "pyreft" is that of pyreft's ``compute_metrics.py``, with which the paper's ReFT
-rows were made. "llm-adapters" is that of LLM-Adapters' ``commonsense_evaluate.py`` and
-``evaluate.py``, with which the rows of the other methods were made. Where the two read a text
-differently, both are kept as they are, oddities included.
+There are two sets of rules. "pyreft" follows pyreft's ``compute_metrics.py``, which scored the
+paper's ReFT results. "llm-adapters" follows LLM-Adapters' ``commonsense_evaluate.py`` and
+``evaluate.py``, which scored the other methods. Both are reproduced exactly where they differ.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from reft.paper.tasks.task import Record, Scoring, Verdict
 _NUMBER = re.compile(r"-?\d+\.?\d*")
 _LETTER = re.compile(r"[ABCDE]")
 
-#: Two numbers this close are the same.
+#: Largest difference of equal numbers.
 _CLOSE = 0.001
 
-#: test set -> what LLM-Adapters looks for in an answer.
+#: Test set -> the answers that LLM-Adapters searches for.
 _CHOICES = {
     "boolq": re.compile("true|false"),
     "piqa": re.compile("solution1|solution2"),
@@ -34,28 +33,31 @@ _CHOICES = {
 
 
 def after_trigger(text: str, trigger: str) -> str:
-    """What follows the first trigger, without white space in front; "" where there is none: the
-    prompt was cut, or generation never came to it. All of the text for an empty trigger."""
+    """Return the text after the first trigger, without leading white space.
+
+    It is "" if the trigger is missing, because the prompt was truncated or generation ended early,
+    and the whole text for an empty trigger.
+    """
     if not trigger:
         return text
-    _, found, rest = text.partition(trigger)
-    return rest.lstrip() if found else ""
+    _, separator, rest = text.partition(trigger)
+    return rest.lstrip() if separator else ""
 
 
 def last_number(text: str) -> float:
-    """The last number in a text without its commas, infinity if there is none. "3-4" ends in −4."""
-    found = _NUMBER.findall(text.replace(",", ""))
-    return float(found[-1]) if found else math.inf
+    """Return the last number in a text, ignoring commas; infinity if none. "3-4" ends in −4."""
+    numbers = _NUMBER.findall(text.replace(",", ""))
+    return float(numbers[-1]) if numbers else math.inf
 
 
 def first_letter(text: str) -> str:
-    """The first capital A to E, wherever it stands: the A of "A shopkeeper" too."""
-    found = _LETTER.search(text)
-    return found[0] if found else ""
+    """Return the first capital A to E in a text, even in "A shopkeeper"; "" if none."""
+    match = _LETTER.search(text)
+    return match[0] if match else ""
 
 
 def exact(trigger: str) -> Scoring:
-    """The whole response is the record's ``answer``."""
+    """Require the whole response to equal the record's ``answer``."""
 
     def rule(text: str, record: Record, name: str) -> Verdict:
         response = after_trigger(text, trigger)
@@ -67,47 +69,52 @@ def exact(trigger: str) -> Scoring:
 
 
 def choice(prompt: Callable[[Record], str]) -> Scoring:
-    """The first choice of the set that is named after the prompt is the record's ``answer``. Where
-    the decoded text does not begin with the prompt, because that was cut, all of it is looked at.
+    """Require the first choice after the prompt to equal the record's ``answer``.
+
+    If the prompt was truncated and the text does not start with it, all of it is searched.
     """
 
     def rule(text: str, record: Record, name: str) -> Verdict:
         response = text.removeprefix(prompt(record)).lstrip()
         pattern = _CHOICES.get(name)
         if pattern is None:
-            raise ValueError(f"no choices are known of {name!r}, only of {', '.join(_CHOICES)}")
-        found = pattern.search(response)
-        answer = found[0] if found else ""
+            raise ValueError(
+                f"the choices of {name!r} are unknown, known are those of {', '.join(_CHOICES)}"
+            )
+        match = pattern.search(response)
+        answer = match[0] if match else ""
         return Verdict(response, answer, float(answer == record["answer"]))
 
     return rule
 
 
 def number_or_letter(trigger: str) -> Scoring:
-    """The last number of the response is the record's ``answer``; where that is no number, as in
-    AQuA, the first letter is."""
+    """Require the last number of the response to equal the record's ``answer``.
+
+    If the answer is not a number, as in AQuA, the first letter must equal it.
+    """
 
     def rule(text: str, record: Record, name: str) -> Verdict:
         response = after_trigger(text, trigger)
-        wanted = str(record["answer"]).strip()
-        if _is_float(wanted):
+        expected = str(record["answer"]).strip()
+        if _is_float(expected):
             number = last_number(response)
-            return Verdict(response, _shown(number), float(abs(float(wanted) - number) <= _CLOSE))
+            return Verdict(response, _shown(number), float(abs(float(expected) - number) <= _CLOSE))
         letter = first_letter(response)
-        return Verdict(response, letter, float(letter == wanted))
+        return Verdict(response, letter, float(letter == expected))
 
     return rule
 
 
 def number_after_hashes(trigger: str) -> Scoring:
-    """The last number of the response is that behind the "####" of GSM8K's ``answer``."""
+    """Require the last number of the response to equal the number after "####" in ``answer``."""
 
     def rule(text: str, record: Record, name: str) -> Verdict:
         response = after_trigger(text, trigger)
         number = last_number(response)
-        wanted = last_number(record["answer"].split("####")[-1].strip())
-        # Of two answers without a number the difference is nan: wrong.
-        return Verdict(response, _shown(number), float(abs(wanted - number) <= _CLOSE))
+        expected = last_number(record["answer"].split("####")[-1].strip())
+        # If neither has a number, the difference is NaN, which is not a match.
+        return Verdict(response, _shown(number), float(abs(expected - number) <= _CLOSE))
 
     return rule
 

@@ -1,6 +1,6 @@
-"""Seven sets of word problems, trained on as one (LLM-Adapters' ``math_10k``), and GSM8K alone.
+"""Arithmetic tasks: seven test sets after training on LLM-Adapters' ``math_10k``, and GSM8K.
 
-The paper reports four of the seven: AddSub, MultiArith and SingleEq leak into ``math_10k``.
+The paper reports four of the seven sets: AddSub, MultiArith and SingleEq leak into ``math_10k``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ARITHMETIC_TASK = GenerationTask(
             "early_stopping": True,
         },
     },
-    # The two libraries have one rule here.
+    # Both libraries have the same rule.
     scorings={
         "pyreft": number_or_letter(RESPONSE),
         "llm-adapters": number_or_letter(RESPONSE),
@@ -84,7 +84,7 @@ def _gsm8k(
     )
 
 
-#: As examples/loreft has it, whose README has the command.
+#: GSM8K of pyreft's examples/loreft, whose README has the command.
 GSM8K_TASK = _gsm8k(
     "gsm8k",
     f"%s\n{GSM8K_QUESTION}\n",
@@ -93,5 +93,5 @@ GSM8K_TASK = _gsm8k(
     0.1,
 )
 
-#: As examples/loreft/original_code has it, with which the settings of the paper were chosen.
+#: GSM8K of pyreft's examples/loreft/original_code, which chose the settings of the paper.
 GSM8K_ORIGINAL_TASK = _gsm8k("gsm8k-original", ALPACA, ("instruction", "question"), RESPONSE, 0.8)

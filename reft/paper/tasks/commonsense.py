@@ -1,4 +1,4 @@
-"""Eight sets of commonsense questions, trained on as one (LLM-Adapters' ``commonsense_170k``)."""
+"""Commonsense task: eight test sets after training on LLM-Adapters' ``commonsense_170k``."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The small demonstrations: a text kept in one direction, two ways to talk, and two skills trained
-apart and used together. All but the last bring their data."""
+"""Small demonstrations: memorisation of a text, two styles of answers, composition of two skills.
+
+All but the last include their data.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from reft.paper.tasks.templates import ALPACA_NO_INPUT
 
 _TEXTS = Path(__file__).parent / "texts" / "demos.json"
 
-#: The two parts of the rank in the composition, by name.
+#: Names of the two subspaces of the composition.
 GERMAN, INSTRUCT = "hellaswag", "instruct"
 
 _SAMPLED = {"max_new_tokens": 512, "do_sample": True}
@@ -30,20 +32,21 @@ def _texts() -> dict[str, Any]:
 
 
 def _records(demo: str, part: str) -> list[Record]:
-    found = _texts()[demo]
+    texts = _texts()[demo]
     return [
-        {"prompt": found["template"] % question, "completion": answer}
-        for question, answer in found[part]
+        {"prompt": texts["template"] % question, "completion": answer}
+        for question, answer in texts[part]
     ]
 
 
 def characters_kept(text: str, record: Record, name: str) -> Verdict:
-    """The share of what was generated that is the wanted text, counted from its beginning up to the
-    first wrong character, as in pyreft's notebook."""
+    """Return the share of the response before its first wrong character (pyreft's notebook)."""
     response = text.removeprefix(record["prompt"])
-    wanted = record["completion"]
-    pairs = zip(response, wanted, strict=False)
-    kept = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(response), len(wanted)))
+    expected = record["completion"]
+    pairs = zip(response, expected, strict=False)
+    kept = next(
+        (at for at, (a, b) in enumerate(pairs) if a != b), min(len(response), len(expected))
+    )
     return Verdict(response, response[:kept], kept / len(response) if response else 0.0)
 
 
@@ -78,14 +81,14 @@ EMOJI_TASK = _pairs("emoji", {"sampled": _SAMPLED}, {})
 
 
 def _german(row: Record) -> Record:
-    """A row of HellaSwag_de: the right ending in German, and no end-of-sequence token behind it."""
+    """Convert a row of HellaSwag_de: the right German ending, without an end-of-sequence token."""
     endings = row["endings_de"]
     ending = endings[int(row["label"])] if len(endings) >= 4 else endings[-1]
     return {"instruction": row["ctx"], "output": ending, "subspaces": GERMAN, "ends": False}
 
 
 def _instruction(row: Record) -> Record:
-    """A row of UltraFeedback without its input, which the published notebook drops."""
+    """Convert a row of UltraFeedback without its input, which the published notebook drops."""
     return {
         "instruction": row["instruction"],
         "output": row["output"],
@@ -118,7 +121,7 @@ COMPOSITION_TASK = GenerationTask(
     prepare={"hellaswag_de": _german, "ultrafeedback_1k": _instruction},
 )
 
-#: (set, split) -> its records, of the demos that bring them.
+#: (set, split) -> records that are included in this package.
 SETS: Mapping[tuple[str, str], Callable[[], list[Record]]] = MappingProxyType(
     {
         (demo, part): functools.partial(_records, demo, part)
@@ -127,7 +130,7 @@ SETS: Mapping[tuple[str, str], Callable[[], list[Record]]] = MappingProxyType(
     }
     | {
         ("composition", "test"): lambda: [
-            {**_QUESTION, "subspaces": one} for one in (GERMAN, INSTRUCT, None)
+            {**_QUESTION, "subspaces": name} for name in (GERMAN, INSTRUCT, None)
         ]
     }
 )

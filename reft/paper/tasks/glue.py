@@ -1,4 +1,4 @@
-"""The eight tasks of GLUE that the paper has."""
+"""The eight GLUE tasks of the paper."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _PAIR = ("sentence1", "sentence2")
 _SAME = ("not_equivalent", "equivalent")
 _FOLLOWS = ("entailment", "not_entailment")
 
-#: set -> fields, labels, metric, split that is scored.
+#: Set -> text fields, labels, metric, evaluation split.
 _ROWS: dict[str, tuple[tuple[str, str | None], tuple[str, ...], str, str]] = {
     "cola": (
         ("sentence", None),

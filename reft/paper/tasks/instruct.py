@@ -1,4 +1,4 @@
-"""Instruction tuning: UltraFeedback and Alpaca, asked the questions of AlpacaEval."""
+"""Instruction tuning on UltraFeedback and Alpaca, evaluated on AlpacaEval."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _task(name: str, train_set: str) -> GenerationTask:
         prompt=_prompt,
         target=lambda record: record["output"],
         trigger=RESPONSE,
-        # max_length counts the prompt.
+        # max_length includes the prompt.
         decodings={
             "penalties": {
                 "max_length": 2048,
@@ -33,7 +33,7 @@ def _task(name: str, train_set: str) -> GenerationTask:
             },
             "greedy": {"max_length": 2048, "do_sample": False},
         },
-        # A judge scores it: alpaca_eval.
+        # alpaca_eval scores the answers with a judge.
         scorings={},
         example={"instruction": "Name a prime number.", "input": "", "output": "Seven."},
         judge="not scored here: alpaca_eval --model_outputs {path} --annotators_config "

@@ -1,4 +1,4 @@
-"""The metrics of GLUE, in float64."""
+"""Metrics of GLUE in float64."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ Array = np.ndarray
 
 
 def accuracy(predictions: Array, labels: Array) -> float:
-    """The share of equal pairs."""
+    """Return the share of equal pairs."""
     return float(np.mean(predictions == labels))
 
 
 def f1(predictions: Array, labels: Array) -> float:
-    """2 TP / (2 TP + FP + FN) of class 1; 0 where that is 0 / 0."""
-    positive, wanted = predictions == 1, labels == 1
-    total = positive.sum() + wanted.sum()
-    return float(2 * (positive & wanted).sum() / total) if total else 0.0
+    """Return 2 TP / (2 TP + FP + FN) of class 1; 0 if that is 0 / 0."""
+    predicted, expected = predictions == 1, labels == 1
+    total = predicted.sum() + expected.sum()
+    return float(2 * (predicted & expected).sum() / total) if total else 0.0
 
 
 def matthews_correlation(predictions: Array, labels: Array) -> float:
-    """Correlation of two binary variables; 0 where one of them is constant."""
+    """Return the correlation of two binary variables; 0 if one of them is constant."""
     return _correlation(predictions == 1, labels == 1, constant=0.0)
 
 
 def pearson(predictions: Array, labels: Array) -> float:
-    """Linear correlation; nan where one of the two is constant."""
+    """Return the linear correlation; NaN if one of the variables is constant."""
     return _correlation(predictions, labels, constant=np.nan)
 
 
 def spearman(predictions: Array, labels: Array) -> float:
-    """Correlation of ranks, equal values sharing theirs."""
+    """Return the correlation of ranks, where equal values share their mean rank."""
     return _correlation(_ranks(predictions), _ranks(labels), constant=np.nan)
 
 
@@ -50,20 +50,20 @@ METRICS: Mapping[str, Callable[[Array, Array], float]] = MappingProxyType(
 
 
 def compute(name: str, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-    """One metric of :data:`METRICS`.
+    """Compute a metric of :data:`METRICS`.
 
-    A correlation with a constant is no number. It counts as 0 here, "nothing learnt", so that an
-    epoch in which a model predicts a constant is never the best one.
+    The correlation with a constant is NaN. It is returned as 0, so that an epoch with constant
+    predictions is never chosen as the best.
 
     Raises:
-        ValueError: no such metric; not as many predictions as labels, or none.
+        ValueError: the metric is unknown, the vectors differ in length, or they are empty.
     """
     if name not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {name!r}")
     first, second = np.asarray(predictions), np.asarray(labels)
     if first.shape != second.shape or first.ndim != 1 or not first.size:
         raise ValueError(
-            "predictions and labels must be two vectors of one length, at least 1; got shapes "
+            "predictions and labels must be two vectors of the same length, at least 1; got shapes "
             f"{first.shape} and {second.shape}"
         )
     value = METRICS[name](first, second)

@@ -1,4 +1,4 @@
-"""How the published code cuts validation sets in two."""
+"""Splits of validation sets, as in the published code."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ from transformers import set_seed
 
 from reft.paper.tasks.task import Record
 
-#: Of a validation set of more rows than MANY, so many choose the checkpoint; else half of them.
+#: A validation set of more than MANY rows gives SELECTION rows for choosing the checkpoint, a
+#: smaller set gives half of its rows.
 MANY, SELECTION = 5000, 1000
 
-#: The last rows of GSM8K's training set, on which settings are chosen.
+#: Number of rows at the end of GSM8K's training set that choose settings.
 GSM8K_DEVELOPMENT = 300
 
-#: number of rows, rows that choose -> numbers of the rows that choose, and of those that are scored
+#: (number of rows, number of selection rows) -> indices of the selection rows and of the test rows.
 Rule = Callable[[int, int], tuple[list[int], list[int]]]
 
 
 def glue_split(
     records: Sequence[Record], seed: int, rule: str = "original"
 ) -> tuple[list[Record], list[Record]]:
-    """(records on which the best checkpoint is chosen, records that are scored).
+    """Split a validation set into records that choose the best checkpoint and test records.
 
     Args:
         records: a validation set.
-        seed: of the run; each has a cut of its own.
-        rule: "original", ``train_test_split`` of datasets, with which the paper's numbers were
-            made; "pyreft", ``random_split`` of torch, of pyreft's later example.
+        seed: seed of the run, on which the split depends.
+        rule: "original", ``train_test_split`` of datasets as for the paper's results; "pyreft",
+            ``random_split`` of torch as in pyreft's later example.
 
     Raises:
-        ValueError: no such rule; fewer than two records.
+        ValueError: the rule is unknown, or there are fewer than two records.
     """
     if rule not in SPLITS:
         raise ValueError(f"split_rule must be one of {', '.join(SPLITS)}; got {rule!r}")
     count = len(records)
     if count < 2:
-        raise ValueError(f"a validation set is cut in two, so that it needs 2 records, got {count}")
+        raise ValueError(f"a validation set must have at least 2 records to be split, got {count}")
     chosen = SELECTION if count > MANY else count // 2
     with _seeded(seed):
         selection, rest = SPLITS[rule](count, chosen)
@@ -50,9 +51,9 @@ def glue_split(
 
 
 def gsm8k_split(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
-    """(what is left of GSM8K's training set, its last 300 records, on which settings are chosen).
+    """Split GSM8K's training set into training records and the last 300 for choosing settings.
 
-    Of a smaller set, which is not GSM8K's, a quarter.
+    A smaller set, which is not GSM8K's, gives a quarter of its records for choosing.
     """
     held = min(GSM8K_DEVELOPMENT, len(records) // 4)
     return list(records[: len(records) - held]), list(records[len(records) - held :])
@@ -61,7 +62,7 @@ def gsm8k_split(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
 def _original(count: int, chosen: int) -> tuple[list[int], list[int]]:
     from datasets import Dataset
 
-    # Without a seed of its own it takes one from NumPy's state, which the run's seed has set.
+    # Without a seed argument it uses NumPy's state, which the seed of the run has set.
     parts = Dataset.from_dict({"row": range(count)}).train_test_split(test_size=chosen)
     return list(parts["test"]["row"]), list(parts["train"]["row"])
 
@@ -77,7 +78,7 @@ SPLITS: Mapping[str, Rule] = MappingProxyType({"original": _original, "pyreft": 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """The state right after ``set_seed(seed)``; the caller's is put back."""
+    """Set all seeds within the context, and restore the caller's random states afterwards."""
     kept, array = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng():
         set_seed(seed)

@@ -1,4 +1,4 @@
-"""What a task is: prompts, targets, sets of data, how answers are generated and scored."""
+"""Data classes of tasks: prompts, targets, data sets, decoding and scoring."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one generated answer.
+    """Score of a generated answer.
 
     Attributes:
-        response: what follows the trigger, without white space in front.
-        answer: what was found in it.
-        credit: 1.0 if that is the record's answer, 0.0 if not; between them where a part counts.
+        response: the text after the trigger, without leading white space.
+        answer: the answer extracted from it.
+        credit: 1.0 if it is the record's answer, else 0.0; between them if a rule scores parts.
     """
 
     response: str
@@ -25,33 +25,32 @@ class Verdict:
 
     @property
     def correct(self) -> bool:
-        """Whether all of it is right."""
+        """Whether the credit is full."""
         return self.credit == 1.0
 
 
-#: (whole decoded text, prompt included; record; name of its set) -> verdict.
+#: (decoded text with the prompt, record, name of its set) -> verdict.
 Scoring = Callable[[str, Record, str], Verdict]
 
 
 @dataclass(frozen=True)
 class GenerationTask:
-    """A task that is answered in words.
+    """A task whose answers are generated.
 
     Attributes:
-        name: of the task.
-        train_set: what it is trained on.
-        eval_sets: what it is scored on.
-        eval_split: "test" or another split of them.
-        fields: that a record must have, as text.
-        prompt: of a record.
-        target: what the model is to answer, without the end-of-sequence token.
-        trigger: after the first of it in the decoded text the answer begins.
-        decodings: name -> arguments of ``generate``; the first is what the published command used.
-        scorings: name -> rule; empty where only a judge can score.
+        name: name of the task.
+        train_set: the training set, or several joined by "+".
+        eval_sets: the test sets.
+        eval_split: the split of the test sets, such as "test".
+        fields: required text fields of a record.
+        prompt: makes the prompt of a record.
+        target: makes the target of a record, without the end-of-sequence token.
+        trigger: text whose first occurrence in the decoded text precedes the answer.
+        decodings: name -> arguments of ``generate``; the published command used the first.
+        scorings: name -> scoring rule; empty if a judge must score.
         example: a record, for messages.
-        judge: how answers are judged where no rule can.
-        prepare: set -> what makes a record of one of its rows, where the rows have another form.
-            ``train_set`` may name several such sets, with "+" between them.
+        judge: how to have answers judged if there is no rule.
+        prepare: set -> function that converts its rows to records, if they have another form.
     """
 
     name: str
@@ -71,15 +70,15 @@ class GenerationTask:
 
 @dataclass(frozen=True)
 class ClassificationTask:
-    """A task that a classifier's head answers.
+    """A task for a classification or regression head.
 
     Attributes:
-        name: "glue/cola".
-        train_set: "cola".
-        keys: fields with the text, or the two texts.
-        labels: their names; empty for a regression.
-        metric: by which it is scored, a name of :mod:`reft.paper.tasks.metrics`.
-        eval_split: of the set.
+        name: such as "glue/cola".
+        train_set: such as "cola".
+        keys: names of the fields with one or two texts.
+        labels: names of the labels; empty for a regression.
+        metric: a name in :mod:`reft.paper.tasks.metrics`.
+        eval_split: the split for evaluation.
         example: a record, for messages.
     """
 
@@ -93,12 +92,12 @@ class ClassificationTask:
 
     @property
     def eval_sets(self) -> tuple[str, ...]:
-        """The set itself."""
+        """The test sets: the set itself."""
         return (self.train_set,)
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """That a record must have, as text."""
+        """Required text fields of a record."""
         return tuple(key for key in self.keys if key is not None)
 
 

@@ -1,4 +1,4 @@
-"""Prompt templates, to the letter those of the published code."""
+"""Prompt templates, identical to those of the published code."""
 
 COMMONSENSE = "%s\n"
 

@@ -30,7 +30,7 @@ def test_they_equal_those_of_a_forward(positions, tied, by, short, end, length):
         config.parsed_positions,
         torch.tensor([2]),
         torch.tensor([length]),
-        window=20,
+        seq_len=20,
         short_prompts=short,
         prompt_end=end,
     )[0].tolist()

@@ -1,4 +1,4 @@
-"""The command line: every subcommand on a tiny model, and one line for every mistake."""
+"""The command line: every subcommand on a tiny model, and a one-line error for every mistake."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRAIN = ("train", "-m", "model", "-d", "data.jsonl", "-o", "out", "--device", "c
 QUICK = (*TRAIN, "--steps", "2", "--rank", "2")
 
 
-# ------------------------------------------------------------------ what works
+# ------------------------------------------------------------------ commands
 
 
 def test_train_evaluate_generate(place, reft, word_llama, word_tokenizer, color_records):
@@ -105,8 +105,8 @@ def test_resuming_ends_where_one_run_ends(place, reft):
     (place / "whole" / "checkpoint-2").rename(place / "split" / "checkpoint-2")
     code, _, err = reft(*split, "--resume")
     assert code == 0, err
-    expected, found = (read_adapter(place / name)[1] for name in ("whole", "split"))
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, resumed = (read_adapter(place / name)[1] for name in ("whole", "split"))
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
 @pytest.mark.parametrize(("flags", "module"), [([], "causal"), (["--encoder"], "encoder")])
@@ -176,7 +176,7 @@ def test_python_m_reft_is_the_command(place):
 
 
 def wreck(place):
-    """Files to make mistakes with."""
+    """Write the files that the mistakes need."""
     (place / "empty.jsonl").write_text("")
     (place / "list.json").write_text("[]")
     (place / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\nprompt: a')
@@ -243,7 +243,7 @@ MISTAKES = {
     "layers-text": (using(layers="first"), ["layers", "'first'"]),
     "intervention": (using(intervention="lorft"), ["'lorft'", "did you mean 'loreft'?"]),
     "activation": (using(activation="relo"), ["'relo'", "did you mean 'relu'?"]),
-    "dropout": (using(dropout="1"), ["dropout", "[0, 1)", "1.0"]),
+    "dropout": (using(dropout="1"), ["dropout", "below 1", "1.0"]),
     "schedule": (using(schedule="straight"), ["--schedule", "linear", "'straight'"]),
     "epochs": (("train", *using()[1:-2], "--epochs", "0"), ["--epochs must be above 0, got 0"]),
     "dtype": (using(dtype="int8"), ["--dtype", "bfloat16", "'int8'"]),
@@ -288,7 +288,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2(place, reft, monkeypatch, mistake):
     wreck(place)
-    # A hub that refuses at once, whatever network there is.
+    # The hub refuses every connection, with or without a network.
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("reft.io.hub_status.getproxies", dict)
     arguments, says = MISTAKES[mistake]

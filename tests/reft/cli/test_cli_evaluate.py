@@ -1,4 +1,4 @@
-"""`reft evaluate` and `reft generate`: an adapter beside its base, and where answers end."""
+"""`reft evaluate` and `reft generate`: an adapter and its base model, and the ends of answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEARN = ("--rank", "4", "--positions", "all", "--lr", "0.02", "--steps", "60", "
 
 
 def write(path, records):
-    path.write_text("".join(json.dumps(one) + "\n" for one in records))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def read(path):
@@ -26,15 +26,18 @@ def read(path):
 
 
 def known_records(model, tokenizer, records):
-    """The records with what the base answers."""
-    asked = [{**one, "completion": "?"} for one in records]
-    found = evaluate(model, tokenizer, asked, max_new_tokens=4).predictions
-    return [{"prompt": one.prompt, "completion": one.prediction} for one in found]
+    """Replace the completions of records by the answers of the base model."""
+    asked = [{**record, "completion": "?"} for record in records]
+    predictions = evaluate(model, tokenizer, asked, max_new_tokens=4).predictions
+    return [
+        {"prompt": prediction.prompt, "completion": prediction.prediction}
+        for prediction in predictions
+    ]
 
 
 @pytest.fixture
 def adapter(place):
-    """Of ``model``, with a large random edit: its answers are not the base's."""
+    """Make an adapter with a large random edit, whose answers differ from the base model's."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(place / "model")
     model = get_reft_model(base, ReftConfig(rank=4, positions="prompt"))
@@ -50,11 +53,11 @@ def test_an_adapter_is_shown_beside_its_base(
 ):
     known = known_records(word_llama, word_tokenizer, color_records)
     changed = ReftModel.from_pretrained(word_llama, place / "adapter")
-    own = known_records(changed, word_tokenizer, color_records)
-    differing = [at for at in range(12) if known[at] != own[at]]
+    adapted = known_records(changed, word_tokenizer, color_records)
+    differing = [at for at in range(12) if known[at] != adapted[at]]
     assert len(differing) >= 4
-    # Of the answers that differ the adapter has three right and the base one.
-    picked = [own[at] for at in differing[:3]] + [known[differing[3]]]
+    # Among the answers that differ, three of the adapter's are right and one of the base model's.
+    picked = [adapted[at] for at in differing[:3]] + [known[differing[3]]]
     write(place / "data.jsonl", picked)
     command = ("evaluate", *SHARED, "-d", "data.jsonl")
     code, out, _ = reft(*command, "-a", adapter, "-o", "both.jsonl")
@@ -68,7 +71,7 @@ def test_an_adapter_is_shown_beside_its_base(
     assert [row["base_prediction"] for row in rows] == [
         known[at]["completion"] for at in differing[:4]
     ]
-    # The base alone is the same, and says the same by itself.
+    # The base model without an adapter has the same score.
     assert reft(*command, "-o", "base.jsonl")[:2] == (0, "exact match 0.2500 (1 of 4)\n")
     base = read(place / "base.jsonl")
     assert [row["prediction"] for row in base] == [row["base_prediction"] for row in rows]
@@ -97,10 +100,10 @@ def test_an_adapter_that_is_no_better_is_said_to_be_so(
 ):
     known = known_records(word_llama, word_tokenizer, color_records)
     changed = ReftModel.from_pretrained(word_llama, place / "adapter")
-    own = known_records(changed, word_tokenizer, color_records)
-    first, second = [at for at in range(12) if known[at] != own[at]][:2]
+    adapted = known_records(changed, word_tokenizer, color_records)
+    first, second = [at for at in range(12) if known[at] != adapted[at]][:2]
     wrong = [{**known[at], "completion": "h h"} for at in (first, second)]
-    data = {"base": [known[first], known[second]], "both": [known[first], own[second]]}
+    data = {"base": [known[first], known[second]], "both": [known[first], adapted[second]]}
     write(place / "data.jsonl", data.get(right, wrong))
     code, out, _ = reft("evaluate", *SHARED, "-d", "data.jsonl", "-a", adapter, "--limit", "2")
     lines = out.splitlines()
@@ -110,7 +113,7 @@ def test_an_adapter_that_is_no_better_is_said_to_be_so(
 
 
 def test_answers_end_where_training_ends_them(place, reft, color_records):
-    """A tokenizer whose end token the model's generation config does not name."""
+    """The end token of the tokenizer is missing in the model's generation config."""
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
     tokenizer.eos_token = "?"
     tokenizer.save_pretrained(place / "model")
@@ -126,10 +129,10 @@ def test_answers_end_where_training_ends_them(place, reft, color_records):
 
 
 def test_prompts_of_a_chat_are_those_of_training(place, reft, color_records):
-    """Rendered prompts, which begin with the start token, and their answers with the end token."""
+    """Rendered prompts start with the start token, and answers end with the end token."""
     rendered = [
-        {"prompt": f"<bos> {one['prompt']}", "completion": f"{one['completion']} <eos>"}
-        for one in color_records
+        {"prompt": f"<bos> {record['prompt']}", "completion": f"{record['completion']} <eos>"}
+        for record in color_records
     ]
     assert reft(*TRAIN, *LEARN)[0] == 0  # on plain prompts
     plain = reft("generate", *SHARED, "-a", "out", "-d", "data.jsonl")[1]

@@ -1,4 +1,4 @@
-"""`reft train --preset`: the command line of published runs, and one line for every mistake."""
+"""`reft train --preset`: runs from the command line, and a one-line error for every mistake."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHORT = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """With ``llama`` and ``roberta``, base models of a few thousand parameters."""
+    """Make a folder with the tiny base models ``llama`` and ``roberta``."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(DATA.rglob("*.json*"))]
     place = tmp_path_factory.mktemp("place")
     save_llama(place / "llama", texts, layers=2)
@@ -37,7 +37,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def reft(capfd, folder, monkeypatch):
-    """Runs the command line in the folder: (exit code, stdout, stderr)."""
+    """Run the command line in the folder and return (exit code, stdout, stderr)."""
     monkeypatch.chdir(folder)
 
     def run(*arguments: str):
@@ -51,7 +51,7 @@ def reft(capfd, folder, monkeypatch):
 
 
 def command(preset: str = COMMONSENSE, *more: str, model: str = "llama", **changes: str):
-    """A short run of a preset; ``changes`` of :data:`SHORT` by their names with __ for the dot."""
+    """Make the arguments of a short run; names of ``changes`` have __ instead of the dot."""
     settings = {**SHORT, **{name.replace("__", "."): value for name, value in changes.items()}}
     given = ["train", "--preset", preset, "-m", model, "-d", str(DATA), "-o", "out"]
     for name, value in settings.items():
@@ -67,7 +67,7 @@ def test_two_seeds_and_a_report(reft, folder):
         assert part in out, part
     assert "seed 42: 6 records" in err
     results = [read_json(folder / f"out/seed-{seed}" / RESULT_FILE) for seed in (42, 43)]
-    assert [one["seed"] for one in results] == [42, 43]
+    assert [result["seed"] for result in results] == [42, 43]
     config, _ = read_adapter(folder / "out/seed-42/adapter")
     assert (config.rank, config.positions, config.dropout_on) == (8, "f7+l7", "row")
     assert config.base_model_name_or_path == "llama"
@@ -105,7 +105,7 @@ def test_it_goes_on_and_does_not_overwrite(reft, folder):
     assert "2 runs" in out
     code, _, err = reft(*command(COMMONSENSE, "--seeds", "42", "--resume", eval__sets="piqa"))
     assert code == 2
-    assert "other settings: eval.sets" in err
+    assert "with other settings: eval.sets" in err
     assert reft(*first, "--overwrite")[0] == 0
 
 
@@ -157,8 +157,8 @@ MISTAKES = {
         ["cola", "nyu-mll/glue", "sentence"],
     ),
     "output-is-a-file": (command(COMMONSENSE, "-o", "llama/config.json"), ["is a file"]),
-    "set-without-preset": ((*PLAIN, "--set", "rank=4"), ["--set goes with --preset"]),
-    "seeds-without-preset": ((*PLAIN, "--seeds", "42"), ["--seeds goes with --preset"]),
+    "set-without-preset": ((*PLAIN, "--set", "rank=4"), ["--set needs --preset"]),
+    "seeds-without-preset": ((*PLAIN, "--seeds", "42"), ["--seeds needs --preset"]),
 }
 
 

@@ -1,4 +1,4 @@
-"""``reft presets``: the list, one preset in full, a copy to edit; one line for every mistake."""
+"""``reft presets``: list, show and copy; a one-line error for every mistake."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RUN = "commonsense/llama-7b/direft"
 
 @pytest.fixture
 def reft(capfd, tmp_path, monkeypatch):
-    """Runs the command line in an empty folder: (exit code, stdout, stderr)."""
+    """Run the command line in an empty folder and return (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("COLUMNS", raising=False)
 
@@ -32,7 +32,7 @@ def reft(capfd, tmp_path, monkeypatch):
 
 
 def listed(text: str) -> list[str]:
-    """The names in a table of presets."""
+    """Return the names in a table of presets."""
     return [word for line in text.splitlines() for word in line.split()[:1] if "/" in word]
 
 
@@ -73,15 +73,15 @@ def test_list_of_some(reft, options, count, words):
 
 def test_list_as_json(reft):
     code, out, _ = reft("presets", "list", "--json", "--task", "arithmetic")
-    found = json.loads(out)
+    listed = json.loads(out)
     assert code == 0
-    assert [one["name"] for one in found] == [
+    assert [preset["name"] for preset in listed] == [
         name for name in presets.names() if name.startswith("arithmetic/")
     ]
     fields = {"name", "task", "model", "method", "config", "train", "eval", "provenance"}
-    for one in found:
-        assert fields | {"published"} <= set(one)
-        assert presets.Preset.from_dict(one) == presets.load(one["name"])
+    for preset in listed:
+        assert fields | {"published"} <= set(preset)
+        assert presets.Preset.from_dict(preset) == presets.load(preset["name"])
 
 
 def test_json_without_a_command(reft):
@@ -178,7 +178,7 @@ def test_copy_edit_show(reft, tmp_path):
     assert (code, out) == (0, f"{RUN} written to deep/mine.toml\n")
     file = tmp_path / "deep" / "mine.toml"
     assert presets.load(file) == presets.load(RUN)
-    assert [one.name for one in file.parent.iterdir()] == ["mine.toml"]
+    assert [path.name for path in file.parent.iterdir()] == ["mine.toml"]
     file.write_text(file.read_text().replace("\nrank = 8\n", "\nrank = 3\n"))
     code, out, _ = reft("presets", "show", "deep/mine.toml")
     assert code == 0
@@ -209,7 +209,7 @@ def test_a_copy_is_written_whole_or_not_at_all(reft, tmp_path, monkeypatch):
     code, _, err = reft("presets", "copy", RUN, "mine.toml", "--overwrite")
     assert (code, err) == (2, "Error: No space left on device\n")
     assert file.read_text() == "mine"
-    assert [one.name for one in tmp_path.iterdir()] == ["mine.toml"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
 
 
 # ------------------------------------------------------------------ mistakes
@@ -223,7 +223,7 @@ def test_a_copy_is_written_whole_or_not_at_all(reft, tmp_path, monkeypatch):
         (("show", "broken.toml"), "broken.toml is not TOML"),
         (("show",), "Missing argument 'NAME'"),
         (("lst",), "No such command 'lst'"),
-        (("--json", "show", RUN), "--json goes behind the command"),
+        (("--json", "show", RUN), "--json must follow the command"),
         (("copy", "glue/cola", "x.toml"), "no preset 'glue/cola'"),
         (("copy", RUN, "x.txt"), "the copy must be a file *.toml, got x.txt"),
         (("copy", RUN, "folder.toml"), "cannot write folder.toml: it is a folder"),

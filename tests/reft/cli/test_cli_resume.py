@@ -1,4 +1,4 @@
-"""`reft train --resume`: what is left of a run, and runs that are others than the checkpoint's."""
+"""`reft train --resume`: interrupted runs, and settings that differ from the checkpoint's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def command(*flags, **changed):
 
 @pytest.fixture
 def begun(place, reft):
-    """A run of four steps that was killed behind its second checkpoint, adapter unwritten."""
+    """Make a run of four steps that was killed after its second checkpoint, without an adapter."""
     assert reft(*command())[0] == 0
     (place / "undisturbed").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
@@ -40,8 +40,8 @@ def test_a_run_with_nothing_left_says_so_and_writes_its_adapter(begun, reft, mor
     assert out.endswith("; adapter written to out\n")
     assert "train loss" not in out
     assert ("eval loss" in out) == bool(more)
-    expected, found = (read_adapter(begun / name)[1] for name in ("undisturbed", "out"))
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, resumed = (read_adapter(begun / name)[1] for name in ("undisturbed", "out"))
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
 def test_a_run_with_steps_left_goes_on(begun, reft):
@@ -68,7 +68,7 @@ def test_another_run_is_refused_in_one_line_unless_it_is_allowed(
     changed, says = CHANGES[change]
     for name, records in (
         ("few", color_records[:8]),
-        ("other", [{**one, "completion": "red"} for one in color_records]),
+        ("other", [{**record, "completion": "red"} for record in color_records]),
     ):
         (begun / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
     options = {name: value for name, value in changed.items() if name != "-d"}
@@ -89,7 +89,7 @@ def test_another_run_is_refused_in_one_line_unless_it_is_allowed(
 
 
 def test_allowed_changes_are_trained_with(begun, reft):
-    """A run with another rate, from the second step, is not the run that it was."""
+    """A run resumed with another learning rate differs from the original run."""
     adapters = []
     for rate in ("0.01", "0.05"):
         code, _, err = reft(*command("--resume", "--allow-changes", lr=rate, steps="6"))

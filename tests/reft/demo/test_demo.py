@@ -1,4 +1,4 @@
-"""The demo: what is shipped, the pieces it is made of, and a short run from beginning to end."""
+"""The demo of a language model: shipped files, parts, and a short run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def known():
-    """Every subject of the facts table."""
+    """Return every subject of the facts table."""
     spec = importlib.util.spec_from_file_location("demo_facts", SCRIPTS / "demo_facts.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -41,23 +41,23 @@ def known():
 
 @pytest.fixture(scope="module")
 def base():
-    """(the shipped model, its tokenizer); not to be changed."""
+    """Load the shipped model and its tokenizer; tests must not change them."""
     return causal.load_base()
 
 
-# ---------------------------------------------------------------- what is shipped
+# ---------------------------------------------------------------- shipped files
 
 
 def test_assets_are_small():
-    files = [one for one in causal.ASSETS.rglob("*") if one.is_file()]
-    assert {one.suffix for one in files} <= {".json", ".jsonl", ".safetensors"}
-    assert sum(one.stat().st_size for one in files) < 6e6
+    files = [file for file in causal.ASSETS.rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} <= {".json", ".jsonl", ".safetensors"}
+    assert sum(file.stat().st_size for file in files) < 6e6
 
 
 def test_tokenizer_gives_every_text_back(base):
     _, tokenizer = base
     records = causal.load_records("train") + causal.load_records("heldout")
-    texts = [one[field] for one in records for field in ("prompt", "completion")]
+    texts = [record[field] for record in records for field in ("prompt", "completion")]
     for text in [*texts, "Zürich, naïve ☃ — “quoted”\n\tand  spaced"]:
         ids = tokenizer(text)["input_ids"]
         assert ids[0] == tokenizer.bos_token_id
@@ -77,14 +77,14 @@ def test_base_knows_the_answers_and_gives_them_in_the_wrong_way(base):
 
 
 def test_records_are_the_facts_and_no_heldout_subject_is_trained_on(known):
-    by_name = {one.name: one for one in known}
+    by_name = {subject.name: subject for subject in known}
     longest_first = sorted(by_name, key=len, reverse=True)  # "Papua New Guinea" before "Guinea"
     names = re.compile(rf"\b({'|'.join(map(re.escape, longest_first))})\b")
     about = {"train": set(), "heldout": set()}
     for file, subjects in about.items():
-        for one in causal.load_records(file):
-            (name,) = names.findall(one["prompt"])
-            assert one["completion"].removeprefix(" ") in by_name[name].facts.values()
+        for record in causal.load_records(file):
+            (name,) = names.findall(record["prompt"])
+            assert record["completion"].removeprefix(" ") in by_name[name].facts.values()
             subjects.add(name)
     assert not about["train"] & about["heldout"]
     assert about["train"] | about["heldout"] == set(by_name)
@@ -93,7 +93,7 @@ def test_records_are_the_facts_and_no_heldout_subject_is_trained_on(known):
 
 
 def test_facts_table(known):
-    facts = {one.name: one.facts for one in known}
+    facts = {subject.name: subject.facts for subject in known}
     assert facts["Japan"] == {"capital": "Tokyo", "region": "Asia", "currency": "yen"}
     assert "region" not in facts["Turkey"]
     assert facts["gold"] == {"symbol": "Au", "number": "79"}
@@ -109,7 +109,7 @@ def test_limited_records_are_spread_over_the_file():
     assert causal.load_records("heldout", 10**6) == everything
 
 
-# ---------------------------------------------------------------- the pieces
+# ---------------------------------------------------------------- parts
 
 
 def test_steps_are_timed_in_turns(monkeypatch):
@@ -125,7 +125,7 @@ def test_steps_are_timed_in_turns(monkeypatch):
 
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     times = compare_steps(costs("step", 3), costs("floor", 2), CPU, rounds=3, warmup=1)
-    # Call number n costs n times as much: floor, step | step, floor | floor, step after warm-up.
+    # Call n costs n units. Order after warm-up: baseline, step | step, baseline | baseline, step.
     assert calls == ["step", "floor", "floor", "step", "step", "floor", "floor", "step"]
     assert times.step_ms == pytest.approx(15)
     assert times.floor_ms == pytest.approx(12)
@@ -148,17 +148,19 @@ def test_floor_goes_back_to_the_block_and_no_further(word_llama, word_tokenizer)
         block.mlp.register_forward_hook(watch(number))
     frozen_step(word_llama, word_llama.model.layers[0], batch)()
     assert reached == {0: False, 1: True}  # what backward runs through
-    assert all(one.grad is None for one in word_llama.parameters())
+    assert all(parameter.grad is None for parameter in word_llama.parameters())
     assert not word_llama.model.layers[0]._forward_hooks
 
 
 def test_training_step_changes_the_adapter_alone(word_llama, word_tokenizer):
     batch = ReftDataCollator(word_tokenizer)([{"prompt": "a : one", "completion": "green"}])
     model = get_reft_model(word_llama, causal.CONFIG)
-    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     training_step(model, batch, lr=1e-2)()
-    changed = {n for n, one in model.named_parameters() if not torch.equal(one, before[n])}
-    assert changed == {n for n, one in model.named_parameters() if one.requires_grad}
+    changed = {
+        n for n, parameter in model.named_parameters() if not torch.equal(parameter, before[n])
+    }
+    assert changed == {n for n, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def test_loss_curve_is_a_picture_of_the_points(tmp_path):
@@ -236,7 +238,7 @@ def test_answers_are_compared_one_by_one():
         count_same(["a", "b"], ["a"])
 
 
-# ---------------------------------------------------------------- from beginning to end
+# ---------------------------------------------------------------- a short run
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The encoder demo: its messages, its error without the encoder, and a short run to the end."""
+"""The demo of an encoder: its messages, its error without the encoder, and a short run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from reft.model.reft_model import ReftModel
 def test_messages_are_labelled_evenly_and_no_text_is_in_both_sets():
     sets = {name: encoder.load_records(name) for name in ("train", "heldout")}
     for records in sets.values():
-        counts = Counter(one["label"] for one in records)
+        counts = Counter(record["label"] for record in records)
         assert sorted(counts) == list(range(len(encoder.LABELS)))
         assert len(set(counts.values())) == 1
-    texts = {name: {one["text"] for one in records} for name, records in sets.items()}
+    texts = {name: {record["text"] for record in records} for name, records in sets.items()}
     assert len(texts["train"]) == len(sets["train"]) and len(texts["heldout"]) == len(
         sets["heldout"]
     )
@@ -58,6 +58,7 @@ def test_short_demo(tmp_path):
         ReftModel.from_pretrained(base, folder / "adapter"), tokenizer, messages
     )
     right = sum(
-        said == encoder.LABELS[one["label"]] for said, one in zip(answers, messages, strict=True)
+        answer == encoder.LABELS[message["label"]]
+        for answer, message in zip(answers, messages, strict=True)
     )
     assert right == round(report.after * 36)

@@ -1,5 +1,4 @@
-"""The folders under ``tests/fixtures`` with what their libraries computed, and how far off we
-are."""
+"""Fixture folders of other libraries with their logits, and the distance of our logits."""
 
 from __future__ import annotations
 
@@ -15,14 +14,14 @@ from torch import Tensor, nn
 
 @cache
 def golden(library: str) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of ``<library>.safetensors``, and the facts in its metadata."""
+    """Read the tensors of ``<library>.safetensors`` and its metadata."""
     with safe_open(FIXTURES / f"{library}.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return tensors, json.loads(file.metadata()["golden"])
 
 
 def cases(*libraries: str) -> dict[str, tuple[str, dict]]:
-    """case -> (library, how it was made)."""
+    """Return case -> (library, settings)."""
     return {
         case: (library, made)
         for library in libraries
@@ -31,7 +30,7 @@ def cases(*libraries: str) -> dict[str, tuple[str, dict]]:
 
 
 def roundings(actual: Tensor, expected: Tensor) -> float:
-    """max |actual − expected|, in units of the last place of the largest expected entry."""
+    """Return max |actual − expected| in units of the last place of the largest expected entry."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
     scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
     return float((actual - expected).abs().max() / scale / torch.finfo(expected.dtype).eps)
@@ -43,14 +42,14 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def contents(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """The tensors of every pickle in a folder, by file name."""
+    """Read the tensors of every pickle in a folder, by file name."""
     return {file.name: torch.load(file, weights_only=True) for file in sorted(folder.glob("*.bin"))}
 
 
 def untouched(model: nn.Module) -> tuple[list[str], list[bool], int]:
-    """What an adapter would change of a model: its modules, what is trained, its hooks."""
+    """Return the state that an adapter would change: modules, requires_grad, hooks."""
     return (
         [name for name, _ in model.named_modules()],
-        [one.requires_grad for one in model.parameters()],
+        [parameter.requires_grad for parameter in model.parameters()],
         sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
     )

@@ -1,7 +1,7 @@
-"""Folders that pyreft and adapters wrote themselves, and what their models then compute.
+"""Make the fixture folders of pyreft and adapters, with the logits of their models.
 
-Run by hand; its output is committed under ``tests/fixtures``. Three libraries that do not install
-side by side, so three runs, each with Python 3.11, torch 2.13.0 (CPU) and safetensors::
+Run by hand; the output is committed under ``tests/fixtures``. The libraries cannot be installed
+together, so there are three runs, each with Python 3.11, torch 2.13.0 (CPU) and safetensors::
 
     python3 -m venv /tmp/new && /tmp/new/bin/pip install torch==2.13.0 transformers==5.23.0 \
         accelerate datasets matplotlib safetensors
@@ -18,7 +18,7 @@ The first run also writes ``base.safetensors``, the model of the others. Every f
 library's own ``save`` (or ``ReftTrainer.save_model``) wrote, unchanged. ``<library>.safetensors``
 holds the logits of that library's model for each folder, and how the model was made.
 
-R is moved away from its first values before it is saved, since torch's parametrisation has a
+R is moved away from its initialisation before it is saved, because torch's parametrisation has a
 special form there.
 """
 
@@ -43,8 +43,8 @@ BASE = {
     "hidden_size": DIM,
     "intermediate_size": 24,
     "num_hidden_layers": LAYERS,
-    # The Llama of adapters 1.2.0 transposes the attention's output once too often for the
-    # transformers that it asks for, which mixes heads with tokens: only one head survives that.
+    # The Llama of adapters 1.2.0 transposes the attention output once too often for the
+    # transformers version that it requires, which mixes heads with tokens: only one head works.
     "num_attention_heads": 1,
     "num_key_value_heads": 1,
     "vocab_size": VOCABULARY,
@@ -58,8 +58,8 @@ BASE = {
     "attn_implementation": "sdpa",
 }
 
-# What pyreft is asked for; missing keys are as in PLAIN. positions and tied are what its caller
-# says in every call, the rest is what it was made with.
+# Settings of pyreft; missing keys have the values of PLAIN. positions and tied are passed to every
+# call, the other settings to the constructor.
 PLAIN = {
     "intervention": "loreft",
     "positions": "f3+l2",
@@ -70,7 +70,7 @@ PLAIN = {
     "dtype": "float32",
     "save": "save",
 }
-# Both sides alike, or pyreft fills up with positions of −1, which only its own datasets can use.
+# Both sides have equal numbers: pyreft pads with −1, which only its own datasets can use.
 UNTIED = {"tied": False, "positions": "f3+l3"}
 PYREFT = {
     "loreft": {},
@@ -148,18 +148,18 @@ def write_base() -> None:
     save_file(tensors, FIXTURES / "base.safetensors", {"config": json.dumps(BASE)})
 
 
-def write_goldens(name: str, found: dict[str, Tensor], cases: dict, packages: list[str]) -> None:
+def write_goldens(name: str, tensors: dict[str, Tensor], cases: dict, packages: list[str]) -> None:
     facts = {
         "made_by": "tests/reft/interop/make_fixtures.py",
-        "versions": {one: version(one) for one in [*packages, "torch", "transformers"]},
+        "versions": {package: version(package) for package in [*packages, "torch", "transformers"]},
         "cases": cases,
     }
-    tensors = {"input_ids": inputs(), **found}
+    tensors = {"input_ids": inputs(), **tensors}
     save_file(tensors, FIXTURES / f"{name}.safetensors", {"golden": json.dumps(facts)})
 
 
 def drift(module: nn.Module) -> None:
-    """Give random values to every parameter; of R's the part below the diagonal, as in training."""
+    """Randomise every parameter; of R only the part below the diagonal, as training does."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             step = 0.3 * torch.randn(parameter.shape)
@@ -173,7 +173,7 @@ def drift(module: nn.Module) -> None:
 
 
 def places(positions: str, tied: bool, layers: int, length: int) -> list[list[int]]:
-    """pyreft's list of positions for each intervention: layers, then layers again if untied."""
+    """Return pyreft's positions for each intervention: all layers, then again if untied."""
     import pyreft
 
     first, last = pyreft.dataset.parse_positions(positions)
@@ -187,19 +187,19 @@ def places(positions: str, tied: bool, layers: int, length: int) -> list[list[in
 
 
 def pyreft_case(folder: Path, case: dict) -> Tensor:
-    """Make, drift, save into ``folder``; the logits."""
+    """Make, randomise and save a model into ``folder``; return its logits."""
     import pyreft
 
     torch.manual_seed(3)
     dtype = getattr(torch, case["dtype"])
     base = base_model(head="head" in case).to(dtype)
-    own = {"act_fn": case["activation"], "dtype": dtype}
+    options = {"act_fn": case["activation"], "dtype": dtype}
     if "add_bias" in case:
-        own["add_bias"] = case["add_bias"]
+        options["add_bias"] = case["add_bias"]
     representations, modules = [], []
     for layer in case["layers"] * (1 if case["tied"] else 2):
         kind = getattr(pyreft.interventions, CLASSES[case["intervention"]])
-        modules.append(kind(embed_dim=DIM, low_rank_dimension=RANK, **own))
+        modules.append(kind(embed_dim=DIM, low_rank_dimension=RANK, **options))
         drift(modules[-1])
         component = case["component"]
         representation = {"component": component, "intervention": modules[-1]}
@@ -238,11 +238,11 @@ def pyreft_case(folder: Path, case: dict) -> Tensor:
 
 def make_pyreft(name: str, cases: dict[str, dict]) -> None:
     described = {case: PLAIN | changes for case, changes in cases.items()}
-    found = {
+    tensors = {
         f"{case}/logits": pyreft_case(FIXTURES / "pyreft" / case, described[case])
         for case in described
     }
-    write_goldens(name, found, described, ["pyreft", "pyvene"])
+    write_goldens(name, tensors, described, ["pyreft", "pyvene"])
 
 
 # ------------------------------------------------------------------- adapters
@@ -276,12 +276,12 @@ def adapters_case(folder: Path, kind: str, arguments: dict) -> Tensor:
 
 
 def make_adapters() -> None:
-    found, cases = {}, {}
+    goldens, cases = {}, {}
     for case, (kind, arguments) in ADAPTERS.items():
         folder = FIXTURES / "adapters" / case
-        found[f"{case}/logits"] = adapters_case(folder, kind, arguments)
+        goldens[f"{case}/logits"] = adapters_case(folder, kind, arguments)
         cases[case] = {"config": kind, **arguments}
-    write_goldens("adapters", found, cases, ["adapters"])
+    write_goldens("adapters", goldens, cases, ["adapters"])
 
 
 def main(which: str) -> None:

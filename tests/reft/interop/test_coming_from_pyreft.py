@@ -17,7 +17,7 @@ THEIRS, OURS, BETWEEN, ADAPTERS = re.findall(r"```python\n(.*?)```", PAGE, re.DO
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Runs an example in an empty folder; what it printed."""
+    """Run an example in an empty folder and return its output."""
     monkeypatch.chdir(tmp_path)
 
     def execute(example: str, **names) -> str:
@@ -36,7 +36,7 @@ def _answer(output: str) -> str:
 def test_ours_runs_and_is_the_shorter(run, tmp_path):
     assert "Question: " in run(OURS)
     assert (tmp_path / "ours" / "adapter_model.safetensors").is_file()
-    lengths = [sum(bool(line.strip()) for line in one.splitlines()) for one in (OURS, THEIRS)]
+    lengths = [sum(bool(line.strip()) for line in source.splitlines()) for source in (OURS, THEIRS)]
     assert lengths[0] <= 20 < lengths[1]
 
 
@@ -48,8 +48,8 @@ def test_theirs_runs_and_ours_answers_as_it_does(run, tmp_path):
     assert _answer(run(BETWEEN)) == theirs
     checkpoint = BETWEEN.replace('"theirs"', '"run/checkpoint-20"').replace("again", "second")
     assert _answer(run(checkpoint)) == theirs
-    assert {one.name for one in (tmp_path / "theirs").glob("intkey*")} == {
-        one.name for one in (tmp_path / "again").glob("intkey*")
+    assert {path.name for path in (tmp_path / "theirs").glob("intkey*")} == {
+        path.name for path in (tmp_path / "again").glob("intkey*")
     }
 
 

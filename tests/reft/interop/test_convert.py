@@ -1,4 +1,4 @@
-"""``reft convert``: folders into folders, without the base model, and one line for a mistake."""
+"""``reft convert``: conversion without the base model, and one-line errors for mistakes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PYREFT, ADAPTERS = cases("pyreft", "pyreft-old"), cases("adapters")
 
 @pytest.fixture
 def reft(capfd, tmp_path, monkeypatch):
-    """Runs the command line in an empty folder: (exit code, stdout, stderr)."""
+    """Run the command line in an empty folder and return (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str | Path):
         capfd.readouterr()
         with pytest.raises(SystemExit) as left:
-            main([str(one) for one in arguments])
+            main([str(argument) for argument in arguments])
         return left.value.code, *capfd.readouterr()
 
     return run
@@ -77,7 +77,7 @@ def test_reft_to_pyreft_is_save_pyreft(layers, training_state, reft):
     model.save_pretrained("ours", training_state=training_state)
     code, out, err = reft("convert", "ours", "theirs", "--to", "pyreft")
     assert (code, err) == (0, "")
-    assert "positions (f1+l2), activation (relu) and dropout (0): say them to it again" in out
+    assert "positions (f1+l2), activation (relu) and dropout (0): pass them to pyreft again" in out
     save_pyreft(model, "again")
     assert Path("theirs/config.json").read_text() == Path("again/config.json").read_text()
     written, expected = contents(Path("theirs")), contents(Path("again"))
@@ -145,10 +145,10 @@ MISTAKES = {
     "no-folder": (("convert", "nowhere", "out"), "no such folder: nowhere"),
     "a-file": (("convert", "file", "out"), "this is a file, not an adapter folder"),
     "nothing-in-it": (("convert", "empty", "out"), "no adapter of reft"),
-    "peft": (("convert", "lora", "out"), "an adapter of PEFT changes weights"),
-    "ours-to-ours": (("convert", "ours", "out"), "is a folder of reft already"),
+    "peft": (("convert", "lora", "out"), "a PEFT adapter changes weights"),
+    "ours-to-ours": (("convert", "ours", "out"), "is already a folder of reft"),
     "theirs-to-theirs": (
-        ("convert", PY / "loreft", "out", "--to", "pyreft"), "is a folder of pyreft already"
+        ("convert", PY / "loreft", "out", "--to", "pyreft"), "is already a folder of pyreft"
     ),
     "unknown-target": (
         ("convert", "ours", "out", "--to", "peft"), "--to must be one of reft, pyreft; got 'peft'"
@@ -161,13 +161,13 @@ MISTAKES = {
         ("convert", "ours", "out", "--to", "pyreft", "--no-head"), "--head cannot be given"
     ),
     "into-another-folder": (
-        ("convert", AD / "loreft", "empty/.."), "must be new, empty or an adapter to replace"
+        ("convert", AD / "loreft", "empty/.."), "must be a new, empty or adapter folder"
     ),
     "into-a-file": (("convert", AD / "loreft", "file"), "file is a file"),
     "pyreft-into-ours": (
         ("convert", AD / "loreft", "ours", "--to", "pyreft", "--overwrite"), "new or empty"
     ),
-    "negative-layers": (("convert", "last", "out", "--to", "pyreft"), r"not be negative .*\[-1\]"),
+    "negative-layers": (("convert", "last", "out", "--to", "pyreft"), r"not be negative.*\[-1\]"),
     "a-component-pyreft-has-not": (
         ("convert", "inner", "out", "--to", "pyreft"), "component must be one that pyreft loads"
     ),
@@ -197,12 +197,12 @@ def test_a_mistake_is_one_line(name, reft, tmp_path):
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {str(one): one.read_bytes() for one in folder.rglob("*") if one.is_file()}
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_source_is_never_the_target(reft, tmp_path):
     source = shutil.copytree(AD / "loreft", tmp_path / "source")
     before = _files(source)
     code, _, err = reft("convert", source, source, "--overwrite")
-    assert code == 2 and "must be new, empty or an adapter to replace" in err
+    assert code == 2 and "must be a new, empty or adapter folder" in err
     assert _files(source) == before

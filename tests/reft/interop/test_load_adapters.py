@@ -1,5 +1,4 @@
-"""Folders that adapters wrote, loaded: the same logits, and one clear error where that cannot
-be."""
+"""Loading folders of adapters: equal logits, or a clear error."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ FOLDERS = FIXTURES / "adapters"
 
 
 def loaded(case: str, folder: Path | None = None, **said) -> ReftModel:
-    """A case as its caller would load it."""
+    """Load a case with the settings that a user would pass."""
     made = CASES[case][1]
     if case in ("noreft", "direft"):
         said.setdefault("intervention", case)
@@ -56,8 +55,8 @@ def test_the_configuration_is_that_of_the_folder(case):
 
 
 def test_direft_and_noreft_look_alike():
-    """What distinguishes them is not in the folder: the caller has to know."""
-    stored = [json.loads((FOLDERS / one / "adapter_config.json").read_text()) for one in
+    """The folder does not distinguish them: the caller must pass the intervention."""
+    stored = [json.loads((FOLDERS / folder / "adapter_config.json").read_text()) for folder in
               ("noreft", "direft")]  # fmt: skip
     assert stored[0] == stored[1]
     for case in ("noreft", "direft"):
@@ -125,7 +124,7 @@ REFUSED = {
     "lora": (lambda f: _set(f, architecture="lora"), "the architecture 'reft', got 'lora'"),
     "no-sides": (lambda f: _set(f, prefix_positions=0, suffix_positions=0), "positions must be"),
     "odd-activation": (lambda f: _set(f, non_linearity="bump"), r"activation .*'bump'"),
-    "broken-fields": (lambda f: _set(f, non_linearity=3), "must say prefix_positions"),
+    "broken-fields": (lambda f: _set(f, non_linearity=3), "must have prefix_positions"),
     "two-stacks": (
         lambda f: _rename(f, lambda k: [k, k.replace("model.", "encoder.")]),
         "one adapter of one stack .*'edit' in encoder.layers, 'edit' in model.layers",

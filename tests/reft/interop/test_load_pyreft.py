@@ -1,4 +1,4 @@
-"""Folders that pyreft wrote, loaded: the same logits as pyreft's."""
+"""Loading folders of pyreft: logits equal to pyreft's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CASES = cases("pyreft", "pyreft-old")
 
 
 def loaded(case: str, **said) -> ReftModel:
-    """A case as its caller would load it."""
+    """Load a case with the settings that a user would pass."""
     _, made = CASES[case]
     base = base_model("head" in made).to(getattr(torch, made["dtype"]))
     folder = FIXTURES / "pyreft" / case
@@ -29,7 +29,7 @@ def loaded(case: str, **said) -> ReftModel:
     return load_pyreft(folder, base, **said)
 
 
-# ------------------------------------------------------------------- what works
+# ------------------------------------------------------------------- loading
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -61,7 +61,9 @@ def test_the_configuration_says_what_pyreft_was_told(case):
     assert (config.component, config.dtype) == (component, "float32")
     assert config.block_path == ("model.layers" if "%s" in made["component"] else None)
     assert config.modules_to_save == (("score",) if "head" in made else None)
-    assert not model.training and not any(one.requires_grad for one in model.parameters())
+    assert not model.training and not any(
+        parameter.requires_grad for parameter in model.parameters()
+    )
 
 
 def test_the_two_direfts_change_names():
@@ -115,16 +117,18 @@ def test_the_trained_head_is_loaded_and_given_back():
     model = loaded("loreft-classifier")
     stored = torch.load(FIXTURES / "pyreft/loreft-classifier/pytorch_model.bin", weights_only=True)
     assert torch.equal(model.base_model.score.weight, stored["score.weight"])
-    own = base_model(head=True).score.weight
-    assert torch.equal(model.unload().score.weight, own)
-    assert torch.equal(loaded("loreft-classifier", head=False).base_model.score.weight, own)
+    score = base_model(head=True).score.weight
+    assert torch.equal(model.unload().score.weight, score)
+    assert torch.equal(loaded("loreft-classifier", head=False).base_model.score.weight, score)
 
 
 def test_lora_belongs_to_peft(tmp_path):
     peft = pytest.importorskip("peft")
     folder = shutil.copytree(FIXTURES / "pyreft" / "loreft", tmp_path / "both")
     base = peft.get_peft_model(base_model(), peft.LoraConfig(r=2, task_type="CAUSAL_LM"))
-    lora = {name: one for name, one in base.named_parameters() if one.requires_grad}
+    lora = {
+        name: parameter for name, parameter in base.named_parameters() if parameter.requires_grad
+    }
     torch.save(lora, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=rf"a LoRA of PEFT \({len(lora)} tensors .*head=False"):
         load_pyreft(folder, base, positions="f3+l2")
@@ -138,7 +142,9 @@ def test_it_can_be_trained_on_and_saved(tmp_path):
     ids = golden("pyreft")[0]["input_ids"]
     model(input_ids=ids, labels=ids, prompt_lengths=[11, 11]).loss.backward()
     adapter = model.base_model.reft.adapter("theirs")
-    assert all(one.grad is not None and one.grad.any() for one in adapter.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.any() for parameter in adapter.parameters()
+    )
     model.save_pretrained(tmp_path)
     again = ReftModel.from_pretrained(base_model(), tmp_path)
     # measured: 2.1
@@ -153,7 +159,7 @@ def test_a_trainer_checkpoint_is_found_from_outside_and_inside():
 
 
 def test_what_the_tensors_tell_alone():
-    """A trainer's checkpoint names no class."""
+    """A checkpoint of pyreft's trainer does not name the class."""
     folder = FIXTURES / "pyreft" / "noreft-trainer" / "checkpoint-4"
     with pytest.raises(ValueError, match=r'intervention must be given, "noreft" or "direft"'):
         load_pyreft(folder, base_model(), positions="l1")
@@ -193,7 +199,7 @@ def test_a_class_of_ones_own_needs_the_callers_word(tmp_path):
     (folder / "config.json").write_text(
         text.replace("pyreft.interventions.NoreftIntervention", "__main__.MyIntervention")
     )
-    with pytest.raises(ValueError, match="names the class 'MyIntervention', which is none"):
+    with pytest.raises(ValueError, match="must name a class of pyreft, got 'MyIntervention'"):
         load_pyreft(folder, base_model(), positions="f3+l3")
     tensors = golden("pyreft")[0]
     model = load_pyreft(folder, base_model(), positions="f3+l3", intervention="noreft")

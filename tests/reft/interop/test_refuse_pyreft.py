@@ -1,4 +1,4 @@
-"""Folders of pyreft that cannot be loaded: one clear error, and the model is as it was."""
+"""Folders of pyreft that cannot be loaded: a clear error, and an unchanged model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ CASES = cases("pyreft")
 
 
 def _file(folder: Path, layer: int, side: int = 0) -> Path:
-    [found] = folder.glob(f"intkey_layer_{layer}_*#{side}.bin")
-    return found
+    [file] = folder.glob(f"intkey_layer_{layer}_*#{side}.bin")
+    return file
 
 
 def _bare(folder: Path) -> None:
@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "empty": ("loreft", lambda f: (shutil.rmtree(f), f.mkdir()), r"it has: nothing"),
     "no-intkey": (
         "loreft",
-        lambda f: [one.unlink() for one in f.glob("intkey*")],
+        lambda f: [file.unlink() for file in f.glob("intkey*")],
         r"no intkey_\*\.bin \(it has: config\.json",
     ),
     "missing": ("loreft", shutil.rmtree, "no such pyreft folder"),
@@ -118,18 +118,18 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "at the same component, got layers 0, 2: block_output; layers 1: mlp_output",
     ),
     "unknown-component": (
-        "loreft", _renamed("block_output", "mlp_activation"), "edits 'mlp_activation'"
+        "loreft", _renamed("block_output", "mlp_activation"), "got 'mlp_activation'"
     ),
     "block-input": (
-        "loreft-string", _renamed("_output", "_input"), "edits 'model_layers.0._input'"
+        "loreft-string", _renamed("_output", "_input"), "got 'model_layers.0._input'"
     ),
     "underscores-or-dots": (
         "loreft-string",
         _renamed("_output", "_self_attn_o_proj_output"),
-        "only a config.json would tell the dots",
+        "without a config.json, its underscores",
     ),
-    "heads-as-units": ("loreft", _renamed("unit_pos", "unit_h.pos"), r'units "h\.pos"'),
-    "foreign-name": ("loreft", _renamed("nunit", "count"), "not a name that pyreft gives"),
+    "heads-as-units": ("loreft", _renamed("unit_pos", "unit_h.pos"), r'tokens; got "h\.pos"'),
+    "foreign-name": ("loreft", _renamed("nunit", "count"), "not a file name of pyreft"),
     "file-missing": ("loreft", lambda f: _file(f, 1).unlink(), "missing: intkey_layer_1"),
     "file-not-listed": (
         "loreft",
@@ -137,16 +137,18 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "not listed: intkey_layer_7",
     ),
     "broken-config": (
-        "loreft", lambda f: (f / "config.json").write_text("{"), r"config\.json is damaged"
+        "loreft",
+        lambda f: (f / "config.json").write_text("{"),
+        r"config\.json must be one that pyreft wrote",
     ),
     "another-config": (
         "loreft", lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),
-        r"config\.json is damaged, or not one that pyreft wrote",
+        r"config\.json must be one that pyreft wrote",
     ),
     "linked": (
         "loreft",
         _config(lambda c: c["representations"][1].__setitem__(9, "all")),
-        "linked to other layers",
+        "shares weights with other layers",
     ),
     "sides-in-turns": ("loreft-untied", _config(_swapped_sides), "every #0 before every #1"),
     "no-such-tensors": (
@@ -162,7 +164,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "decayed-R": (
         "loreft",
         _change(1, lambda t: {**t, "rotate_layer": 0 * t["rotate_layer"]}),
-        "got 1 in layers 1; weight decay sets R to zero",
+        "got 1 in layers 1; weight decay in the library",
     ),
     "nan-R": (
         "loreft",

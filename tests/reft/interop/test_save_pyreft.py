@@ -1,4 +1,4 @@
-"""What is written for pyreft: the files that pyreft writes, which pyreft reads."""
+"""Writing folders for pyreft: equal to pyreft's files and readable by pyreft."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from reft import ReftConfig, ReftModel, get_reft_model, load_pyreft, save_pyreft
 from reft.interop.units import orthogonal
 
-#: pyreft 0.1.0 cannot load these from their folder: it asks for an add_bias that it does not store.
+#: pyreft 0.1.0 cannot load these folders: it requires an add_bias that it does not store.
 UNLOADABLE = ("noreft", "direft")
 
 
@@ -26,20 +26,20 @@ def adapted(base=None, **fields) -> ReftModel:
     )
     adapter = model.base_model.reft.adapter("default")
     with torch.no_grad():
-        # Numbers that bfloat16 holds, which is all that pyreft loads.
-        for one in (adapter.weight, adapter.bias):
-            if one is not None:
-                one.copy_((one + 0.3 * torch.randn_like(one)).bfloat16())
+        # Values that bfloat16 represents exactly, because pyreft loads bfloat16.
+        for parameter in (adapter.weight, adapter.bias):
+            if parameter is not None:
+                parameter.copy_((parameter + 0.3 * torch.randn_like(parameter)).bfloat16())
     return model.eval()
 
 
 def effective(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """With R in place of what it is made of, some of which is free."""
-    found = dict(stored)
-    pair = [f"rotate_layer.parametrizations.weight.{one}" for one in ("original", "0.base")]
-    if pair[0] in found:
-        found["R"] = orthogonal(*(found.pop(one) for one in pair))
-    return found
+    """Replace the parts of R's parametrisation, which are not unique, by R."""
+    state = dict(stored)
+    pair = [f"rotate_layer.parametrizations.weight.{part}" for part in ("original", "0.base")]
+    if pair[0] in state:
+        state["R"] = orthogonal(*(state.pop(part) for part in pair))
+    return state
 
 
 # ------------------------------------------------------------------- against pyreft's own files
@@ -53,7 +53,7 @@ def effective(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_the_files_are_those_of_pyreft(case, tmp_path):
     theirs = FIXTURES / "pyreft" / case
     head = case == "loreft-classifier"
-    # of loreft-some_layers pyreft was told the layers from the last to the first
+    # loreft-some_layers was made with its layers in descending order
     model = load_pyreft(theirs, base_model(head), positions="f3+l3")
     save_pyreft(model, tmp_path / "made" / "here")
     ours = tmp_path / "made" / "here"
@@ -63,36 +63,39 @@ def test_the_files_are_those_of_pyreft(case, tmp_path):
     assert written.keys() == expected.keys()
     for file, stored in expected.items():
         for name, value in effective(stored).items():
-            found = effective(written[file])[name]
-            assert found.dtype == value.dtype and found.shape == value.shape
-            torch.testing.assert_close(found, value, atol=2e-6, rtol=0)
+            written_value = effective(written[file])[name]
+            assert written_value.dtype == value.dtype and written_value.shape == value.shape
+            torch.testing.assert_close(written_value, value, atol=2e-6, rtol=0)
         if not file.startswith("pytorch"):
             assert written[file].keys() == stored.keys()
-    config, reference = (json.loads((one / "config.json").read_text()) for one in (ours, theirs))
+    config, reference = (
+        json.loads((folder / "config.json").read_text()) for folder in (ours, theirs)
+    )
     del reference["transformers_version"]
-    rows = [sorted(zip(*(one.pop(name) for name in ("sorted_keys", "representations")),
-                       strict=True)) for one in (config, reference)]  # fmt: skip
+    rows = [sorted(zip(*(described.pop(name) for name in ("sorted_keys", "representations")),
+                       strict=True)) for described in (config, reference)]  # fmt: skip
     assert rows[0] == rows[1] and config == reference
-    assert [one.name for one in ours.parent.iterdir()] == ["here"]
+    assert [path.name for path in ours.parent.iterdir()] == ["here"]
 
 
-@pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("name", "tied"), [*((name, True) for name in CLASSES), ("loreft", False), ("noreft", False)]
+)
 def test_there_and_back(name, tied, tmp_path):
     model = adapted(intervention=name, tied=tied, layers=[0, 2])
     save_pyreft(model, tmp_path / "out")
     again = load_pyreft(tmp_path / "out", base_model(), positions="f3+l3")
     assert again.configs["default"].tied == tied
     assert again.configs["default"].layers == (0, 2)
-    ours, theirs = (one.base_model.reft.adapter("default") for one in (model, again))
-    for one in ("weight", "bias"):
-        value = getattr(ours, one)
-        assert value is None or torch.equal(value, getattr(theirs, one))
+    ours, theirs = (loaded.base_model.reft.adapter("default") for loaded in (model, again))
+    for name in ("weight", "bias"):
+        value = getattr(ours, name)
+        assert value is None or torch.equal(value, getattr(theirs, name))
     assert roundings(logits(again, inputs()), logits(model, inputs())) <= 8  # measured: 4.0
 
 
 def test_what_is_written_can_be_trained_on(tmp_path):
-    """pyreft turns R within the whole space: the D × D matrix must span it."""
+    """pyreft trains R in the whole space, so the D × D matrix must span it."""
     save_pyreft(adapted(intervention="consreft"), tmp_path / "out")
     for stored in contents(tmp_path / "out").values():
         for base in (value for name, value in stored.items() if name.endswith("0.base")):
@@ -116,7 +119,7 @@ def test_a_named_adapter_and_half_precision(tmp_path):
     assert not (tmp_path / "second").exists()
 
 
-# ------------------------------------------------------------------- whole or not at all
+# ------------------------------------------------------------------- atomic writing
 
 
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
@@ -181,14 +184,24 @@ def _theirs(model, tied: bool, layers: int) -> torch.Tensor:
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize("component", ["block_output", "mlp_output", "attention_output"])
-@pytest.mark.parametrize("name", [one for one in CLASSES if one not in UNLOADABLE])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("name", "tied", "component"),
+    [
+        ("loreft", True, "block_output"),
+        ("loreft", False, "mlp_output"),
+        ("direft_orthonormal", True, "attention_output"),
+        ("direft_orthonormal", False, "block_output"),
+        ("consreft", True, "mlp_output"),
+        ("consreft", False, "attention_output"),
+        ("lobireft", True, "block_output"),
+        ("lobireft", False, "mlp_output"),
+    ],
+)
 def test_pyreft_loads_the_folder(pyreft, name, tied, component, tmp_path):
     ours = adapted(intervention=name, tied=tied, layers=[0, 2], component=component)
     save_pyreft(ours, tmp_path / "out")
     loaded = pyreft.ReftModel.load(str(tmp_path / "out"), base_model(), include_model=True)
-    # It makes W and b bfloat16 and then cannot multiply them with a float32 base.
+    # pyreft converts W and b to bfloat16, which cannot be multiplied with a float32 base.
     loaded.interventions.float()
     # measured: 5.2
     assert roundings(_theirs(loaded, tied, 2), logits(ours, inputs())) <= 8
@@ -229,7 +242,7 @@ def test_pyreft_loads_the_head(pyreft, tmp_path: Path):
     assert roundings(_theirs(loaded, True, 3), logits(ours, inputs())) <= 8
 
 
-# ------------------------------------------------------------------- norms behind the parts
+# ------------------------------------------------------------------- norms after submodules
 
 
 def gemma2():

@@ -10,7 +10,8 @@ from tiny_models import PAD, NoReading, bert, edited_rows_of, gpt2, llama, token
 
 from reft import ReftConfig
 from reft.model.edit_positions import given_columns
-from reft.model.prompts import IGNORED, find_packed_prompt, find_prompt
+from reft.model.prompts import find_packed_prompt, find_prompt
+from reft.positions import IGNORED
 
 CPU = torch.device("cpu")
 
