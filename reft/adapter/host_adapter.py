@@ -75,7 +75,7 @@ def host_adapter(
     """
     if config.modules_to_save or any(name.startswith(MODULES_PREFIX) for name in tensors):
         raise ValueError(
-            "an adapter of a pool or an engine must consist of edits only; this one has "
+            "an adapter of a pool or an engine must be edits alone; this one has "
             f"modules_to_save = {config.modules_to_save!r}: load it with load_adapter"
         )
     layers = config.resolve_layers(num_layers)

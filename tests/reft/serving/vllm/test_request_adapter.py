@@ -36,7 +36,7 @@ def test_it_travels_as_json():
 
 
 def test_keys_of_blocks():
-    """A block is told by the adapter and the edited tokens in it, and not at all without."""
+    """The key of a block has the adapter and its edited tokens; without any there is no key."""
     last = RequestAdapter.from_config(ReftConfig(positions="l2"), "a" * 64, 1.0)
     assert last.block_key(100, 0, 32) is None
     assert last.block_key(100, 96, 128) == ("a" * 64, 1.0, ((98, 0), (99, 0)))
