@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import Executor
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def test_settings_that_are_wrong_have_no_number(monkeypatch):
 def candidate(ratio, warps):
     plain = tuning.candidates("rows", **sweep._shape(CASE, CPU))[0]
     settings = replace(plain, warps=warps)
-    shape = {"settings": {name: getattr(settings, name) for name in settings.__slots__}}
+    shape = {"settings": asdict(settings)}
     return row(suite="sweep", peer=tuning.label(settings), ratio=ratio, shape=shape)
 
 
