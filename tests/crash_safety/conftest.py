@@ -16,7 +16,7 @@ def undisturbed(tmp_path_factory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("undisturbed")
     run = Run(root / "run", root / "facts")
     assert run.go(Wishes(at_save=keep_all)) == 0
-    found = run.read()
-    assert found["steps"] == STEPS
-    assert len(found["curve"]) == STEPS + STEPS // EACH
-    return found | {"checkpoints": root / "all", "adapter": read_adapter(run.folder / "adapter")}
+    result = run.read()
+    assert result["steps"] == STEPS
+    assert len(result["curve"]) == STEPS + STEPS // EACH
+    return result | {"checkpoints": root / "all", "adapter": read_adapter(run.folder / "adapter")}

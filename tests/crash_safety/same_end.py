@@ -32,7 +32,7 @@ def assert_whole(folder: Path, checkpoints: Path) -> list[int]:
         assert {file.name for file in expected.iterdir()} == FILES
         assert_same_adapter(read_adapter(checkpoint), read_adapter(expected))
         for name in ("optimizer.pt", "scheduler.pt"):
-            left, right = (torch.load(one / name) for one in (checkpoint, expected))
+            left, right = (torch.load(parent / name) for parent in (checkpoint, expected))
             torch.testing.assert_close(left, right, rtol=0, atol=0)
         steps.append(int(checkpoint.name.partition("-")[2]))
     if (folder / "adapter" / WEIGHTS_FILE).exists():  # until it has its name, there is no adapter
@@ -42,16 +42,16 @@ def assert_whole(folder: Path, checkpoints: Path) -> list[int]:
 
 def assert_same_end(run: Run, before: list[int], expected: dict[str, Any]) -> None:
     """The last process ended the run, from the last checkpoint on and not from the beginning."""
-    found = run.read()
-    assert "error" not in found
-    assert found["steps"] == STEPS - max(before, default=0)
+    result = run.read()
+    assert "error" not in result
+    assert result["steps"] == STEPS - max(before, default=0)
     if before:
-        assert found["from"].name == f"checkpoint-{max(before)}"
+        assert result["from"].name == f"checkpoint-{max(before)}"
     else:
-        assert "no whole checkpoint to resume from" in found["refusal"]
-    assert found["curve"] == expected["curve"]
-    assert found["weights"].keys() == expected["weights"].keys()
+        assert "no whole checkpoint to resume from" in result["refusal"]
+    assert result["curve"] == expected["curve"]
+    assert result["weights"].keys() == expected["weights"].keys()
     for name, value in expected["weights"].items():
-        assert torch.equal(found["weights"][name], value), name
+        assert torch.equal(result["weights"][name], value), name
     assert_same_adapter(read_adapter(run.folder / "adapter"), expected["adapter"])
     assert not (run.folder / UNFINISHED).exists()

@@ -118,30 +118,32 @@ def train(folder: Path, facts: Path, begun: Any, wishes: Wishes) -> None:
     trainer.add_callback(watch)
     trainer.remove_callback(PrinterCallback)
     sys.addaudithook(lambda event, said: watch.hear(event, said, str(folder)))
-    found: dict[str, Any] = {"from": last_checkpoint(folder)}
+    record: dict[str, Any] = {"from": last_checkpoint(folder)}
     begun.set()
     clock = time.perf_counter()
     try:
-        if found["from"] is None:
+        if record["from"] is None:
             try:
                 trainer.train(resume_from_checkpoint=True)
             except ValueError as refusal:
-                found["refusal"] = str(refusal)
-        trainer.train(resume_from_checkpoint=found["from"] is not None)
+                record["refusal"] = str(refusal)
+        trainer.train(resume_from_checkpoint=record["from"] is not None)
         trainer.save_adapter(folder / "adapter")
     except OSError as error:
-        found["error"] = str(error)
-    found["seconds"] = time.perf_counter() - clock
-    found |= {"steps": watch.steps, "events": watch.events}
-    found["curve"] = [
+        record["error"] = str(error)
+    record["seconds"] = time.perf_counter() - clock
+    record |= {"steps": watch.steps, "events": watch.events}
+    record["curve"] = [
         {name: row[name] for name in ("step", "loss", "grad_norm", "eval_loss") if name in row}
         for row in trainer.state.log_history
         if "loss" in row or "eval_loss" in row
     ]
-    found["weights"] = {
-        name: one.detach().clone() for name, one in model.named_parameters() if one.requires_grad
+    record["weights"] = {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     }
-    torch.save(found, facts)
+    torch.save(record, facts)
 
 
 @dataclass

@@ -114,9 +114,9 @@ def test_read_only_from_the_beginning(disk, undisturbed, tmp_path):
     run.folder.mkdir()
     remount(disk, "ro")
     assert run.go() == 0
-    found = run.read()
-    assert found["error"].startswith("[Errno 30] checkpoints cannot be written (Read-only")
-    assert found["steps"] == 0
+    result = run.read()
+    assert result["error"].startswith("[Errno 30] checkpoints cannot be written (Read-only")
+    assert result["steps"] == 0
     remount(disk, "rw")
     assert run.go() == 0
     assert_same_end(run, [], undisturbed)

@@ -80,12 +80,12 @@ class Rank:
         folder = self.folder / "runs" / f"{stage}-{scene}"
         return make_trainer(case, folder, rank=self.rank, ranks=2, base=base)
 
-    def keep(self, stage: int, scene: str, trainer: InOrder, **found: Any) -> None:
-        found["weights"] = weights(trainer.model)
-        found["engine"] = type(trainer.model_wrapped).__name__
-        found["losses"] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    def keep(self, stage: int, scene: str, trainer: InOrder, **facts: Any) -> None:
+        facts["weights"] = weights(trainer.model)
+        facts["engine"] = type(trainer.model_wrapped).__name__
+        facts["losses"] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         if not self.rank:
-            torch.save(found, self.folder / f"{stage}-{scene}.pt")
+            torch.save(facts, self.folder / f"{stage}-{scene}.pt")
 
     def cases(self, stage: int) -> None:
         for name in STAGES[stage]:
@@ -136,8 +136,10 @@ class Rank:
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """What is trained, whole; every rank has to ask."""
-    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
-    return {short(name): whole(one).clone() for name, one in trained.items()}
+    trained = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    return {short(name): whole(parameter).clone() for name, parameter in trained.items()}
 
 
 def outputs(model: Any) -> tuple[list[Tensor], Tensor]:

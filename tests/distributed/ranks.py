@@ -52,8 +52,8 @@ class Rank:
         trainer = make_trainer(case, folder, rank=self.rank, ranks=self.ranks)
         return shard(trainer, **settings) if engine == "fsdp2" else trainer
 
-    def keep(self, engine: str, scene: str, **found: Any) -> None:
-        torch.save(found, self.folder / f"{engine}.{scene}.{self.rank}.pt")
+    def keep(self, engine: str, scene: str, **facts: Any) -> None:
+        torch.save(facts, self.folder / f"{engine}.{scene}.{self.rank}.pt")
 
     # ------------------------------------------------------------ scenes
 
@@ -62,13 +62,13 @@ class Rank:
         for name in names:
             trainer = self.trainer(engine, name, CASES[name])
             try:
-                found = trained(trainer)
+                result = trained(trainer)
             except ValueError as error:
                 self.keep(engine, name, lacking=str(error))
                 continue
             self.keep(
                 engine, name, units=units(trainer.model), kind=type(trainer.model_wrapped).__name__,
-                **found,
+                **result,
             )  # fmt: skip
 
     def resumed(self, engine: str, name: str) -> None:
@@ -78,8 +78,8 @@ class Rank:
         for scene, first in (("again", engine), ("from one", "one")):
             trainer = self.trainer(engine, f"{name} {scene}", case)
             checkpoint = runs / first / name / "checkpoint-3"
-            found = trained(trainer, resume_from_checkpoint=str(checkpoint))
-            self.keep(engine, f"{name} {scene}", **found)
+            result = trained(trainer, resume_from_checkpoint=str(checkpoint))
+            self.keep(engine, f"{name} {scene}", **result)
 
     def published(self, engine: str) -> None:
         """What is written at the end, and what is generated then, by greedy search and by beams."""
@@ -98,14 +98,14 @@ class Rank:
 
     def wire(self, engine: str) -> None:
         """The bytes of one step of Trainer's loop: those of two steps without those of one."""
-        found = []
+        sent = []
         for steps in (1, 2):
             trainer = self.trainer(engine, "wire", Case({"max_steps": steps}))
             trainer.remove_callback(Gradients)
             with Wire() as wire:
                 trainer.train()
-            found.append(wire.bytes)
-        self.keep(engine, "wire", bytes=found[1] - found[0])
+            sent.append(wire.bytes)
+        self.keep(engine, "wire", bytes=sent[1] - sent[0])
 
     def without_prompts(self, engine: str) -> None:
         """Examples that are all answer: these numbers of them, or all."""
@@ -138,14 +138,16 @@ class Rank:
         """A base in bfloat16 under a policy of bfloat16: what a forward has of the adapter."""
         policy = MixedPrecisionPolicy(*[torch.bfloat16] * 3)
         trainer = self.trainer("fsdp2", "mixed", CASES["plain"], mixed_precision_policy=policy)
-        [adapter] = [one for one in trainer.model.modules() if isinstance(one, AdapterParameters)]
-        first = {name: one.clone() for name, one in adapter.training_state().items()}
+        [adapter] = [
+            module for module in trainer.model.modules() if isinstance(module, AdapterParameters)
+        ]
+        first = {name: tensor.clone() for name, tensor in adapter.training_state().items()}
         seen: list[Any] = []
         adapter.register_forward_hook(
             lambda module, _, form: seen.append((module.weight.dtype, form.encode[0].clone()))
         )
-        found = trained(trainer)
-        self.keep("fsdp2", "mixed", first=first, dtype=seen[0][0], encode=seen[0][1], **found)
+        result = trained(trainer)
+        self.keep("fsdp2", "mixed", first=first, dtype=seen[0][0], encode=seen[0][1], **result)
 
     def state(self, setting: dict[str, Any]) -> None:
         """Logits of a trained adapter, again after another one was put in its place and two ways
@@ -157,27 +159,29 @@ class Rank:
         everything = StateDictOptions(full_state_dict=True, cpu_offload=True)
         from_one = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         whole = get_model_state_dict(model, options=everything)  # rank 0 has it
-        kept = {name: one.clone() for name, one in whole.items()}
+        kept = {name: tensor.clone() for name, tensor in whole.items()}
         folder = str(self.folder / "fsdp2-state")
         save_fsdp_model(plugin, trainer.accelerator, model, folder)
         ways = {
             "parts": lambda: load_fsdp_model(plugin, trainer.accelerator, model, folder),
             "whole": lambda: set_model_state_dict(model, kept, options=from_one),
         }
-        found = {}
+        differences = {}
         with torch.no_grad():
             expected = model(**inputs).logits.clone()
-            [adapter] = [one for one in model.modules() if isinstance(one, AdapterParameters)]
+            [adapter] = [
+                module for module in model.modules() if isinstance(module, AdapterParameters)
+            ]
             for name, bring_back in ways.items():
-                for one in (adapter.base, *adapter.parameters()):
-                    one.add_(0.3)
+                for value in (adapter.base, *adapter.parameters()):
+                    value.add_(0.3)
                 away = float((model(**inputs).logits - expected).abs().max())
                 for unit in model.modules():  # a forward leaves some whole, which torch misreads
                     if isinstance(unit, FSDPModule):
                         unit.reshard()
                 bring_back()
-                found[name] = away, float((model(**inputs).logits - expected).abs().max())
-        self.keep("fsdp2", "state", found=found, keys=[*kept])
+                differences[name] = away, float((model(**inputs).logits - expected).abs().max())
+        self.keep("fsdp2", "state", found=differences, keys=[*kept])
 
     def best(self) -> None:
         """The best of two checkpoints is loaded into shards at the end."""
@@ -189,8 +193,8 @@ class Rank:
             }
         )  # fmt: skip
         trainer = self.trainer("fsdp2", "best", case)
-        found = trained(trainer)
-        self.keep("fsdp2", "best", best=str(trainer.state.best_model_checkpoint), **found)
+        result = trained(trainer)
+        self.keep("fsdp2", "best", best=str(trainer.state.best_model_checkpoint), **result)
 
 
 def main(folder: Path) -> None:

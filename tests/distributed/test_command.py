@@ -75,9 +75,9 @@ def place(made_once) -> Path:
 
 def test_two_processes_train_what_one_does(place, tmp_path):
     assert run(*arguments(place, str(tmp_path / "one"), 4)) == 0
-    one, two = weights(tmp_path / "one"), weights(place / "two")
-    assert one.keys() == two.keys()
-    for name, value in one.items():
+    single, two = weights(tmp_path / "one"), weights(place / "two")
+    assert single.keys() == two.keys()
+    for name, value in single.items():
         assert float((value - two[name]).abs().max()) <= 1e-7, name
 
 
@@ -107,9 +107,9 @@ def test_accelerate_launch_is_the_same_command(place, tmp_path):
         capture_output=True,
     )
     assert run(*arguments(place, str(tmp_path / "one"), 4)) == 0
-    launched, one = weights(tmp_path / "launched"), weights(tmp_path / "one")
-    assert launched.keys() == one.keys()
-    assert all(torch.equal(value, launched[name]) for name, value in one.items())
+    launched, single = weights(tmp_path / "launched"), weights(tmp_path / "one")
+    assert launched.keys() == single.keys()
+    assert all(torch.equal(value, launched[name]) for name, value in single.items())
 
 
 @pytest.mark.parametrize("command", [("evaluate",), ("generate",), ("demo",), ("presets", "list")])

@@ -52,28 +52,28 @@ def alone(tmp_path_factory):
 
 
 def kept(folder: Path, stage: int, scene: str) -> dict[str, Any]:
-    found = torch.load(folder / f"{stage}-{scene}.pt")
-    if "lacking" in found:
-        assert "cannot import name" in found["lacking"]
-        pytest.skip(found["lacking"])
-    return found
+    result = torch.load(folder / f"{stage}-{scene}.pt")
+    if "lacking" in result:
+        assert "cannot import name" in result["lacking"]
+        pytest.skip(result["lacking"])
+    return result
 
 
 @pytest.mark.parametrize(("stage", "name"), BOTH)
 def test_three_steps_equal_one_process(stage, name, folder, alone):
-    found, expected = kept(folder, stage, name), alone(name)
-    assert found["engine"] == "DeepSpeedEngine"
-    assert bool(found["shards"]) == (stage == 3)
-    assert largest_difference(found["weights"], expected["weights"]) <= 1e-7
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    result, expected = kept(folder, stage, name), alone(name)
+    assert result["engine"] == "DeepSpeedEngine"
+    assert bool(result["shards"]) == (stage == 3)
+    assert largest_difference(result["weights"], expected["weights"]) <= 1e-7
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-6)
 
 
 @pytest.mark.parametrize("stage", PUBLISHED)
 def test_generation_equals_one_process(stage, folder, alone):
-    found, model = kept(folder, stage, "published"), alone("plain")["model"]
+    result, model = kept(folder, stage, "published"), alone("plain")["model"]
     texts, logits = outputs(model)
-    assert all(map(torch.equal, found["texts"], texts))
-    torch.testing.assert_close(found["logits"], logits, rtol=1e-5, atol=1e-6)
+    assert all(map(torch.equal, result["texts"], texts))
+    torch.testing.assert_close(result["logits"], logits, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("what", ["model", "adapter"])
@@ -82,10 +82,10 @@ def test_what_is_saved_is_the_adapter_and_whole(stage, what, folder, alone):
     saved = folder / f"{stage}-{what}"
     assert not [*saved.glob("global_step*")]
     model = ReftModel.from_pretrained(make_base(), saved)
-    own = kept(folder, stage, "published")["weights"]
+    expected = kept(folder, stage, "published")["weights"]
     values = load_file(saved / "adapter_model.safetensors")
     for name in ("weight", "bias"):
-        assert torch.equal(values[name], own[f"reft.adapters.default.{name}"])
+        assert torch.equal(values[name], expected[f"reft.adapters.default.{name}"])
     texts, _ = outputs(model)
     assert all(map(torch.equal, texts, kept(folder, stage, "published")["texts"]))
 
@@ -139,5 +139,5 @@ def test_bfloat16_is_not_what_is_saved(stage, folder, alone):
 
 def test_a_base_that_was_loaded_in_parts(folder, alone):
     """Its head, which the adapter trains a copy of, too."""
-    found = kept(folder, 3, "head-loaded")["weights"]
-    assert largest_difference(found, alone("head")["weights"]) <= 1e-7
+    result = kept(folder, 3, "head-loaded")["weights"]
+    assert largest_difference(result, alone("head")["weights"]) <= 1e-7

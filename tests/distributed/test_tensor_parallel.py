@@ -53,7 +53,7 @@ def kept(folder: Path, scene: str) -> list[dict[str, Any]]:
 def test_three_steps_equal_one_process(name, folder):
     case = CASES[name]
     alone = steps(adapted(load(folder, case), case), case)
-    assert min(one.abs().max() for one in alone["gradients"].values()) > 1e-6
+    assert min(tensor.abs().max() for tensor in alone["gradients"].values()) > 1e-6
     first, second = kept(folder, name)
     # Nothing brings the ranks together again, so they must not part at all.
     assert largest_difference(first["weights"], second["weights"]) == 0
@@ -67,9 +67,9 @@ def test_three_steps_equal_one_process(name, folder):
 @pytest.mark.parametrize("name", TRAINER)
 def test_the_trainer_equals_one_process(name, folder):
     alone = with_trainer(folder, name)
-    for found in kept(folder, f"trainer-{name}"):
-        assert largest_difference(found["weights"], alone["weights"]) <= 1e-7
-        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-6)
+    for result in kept(folder, f"trainer-{name}"):
+        assert largest_difference(result["weights"], alone["weights"]) <= 1e-7
+        assert result["losses"] == pytest.approx(alone["losses"], rel=1e-6)
 
 
 def test_generation_equals_one_process(folder):
@@ -79,8 +79,8 @@ def test_generation_equals_one_process(folder):
     with model.disable_adapter():
         plain = texts(model)
     assert not torch.equal(plain[0], expected[0])
-    for found in (*kept(folder, "texts"), *kept(folder, "loaded")):
-        for got, want in zip(found["texts"], expected, strict=True):
+    for result in (*kept(folder, "texts"), *kept(folder, "loaded")):
+        for got, want in zip(result["texts"], expected, strict=True):
             assert torch.equal(got, want)
 
 
@@ -94,8 +94,8 @@ def test_what_was_saved_is_read_in_one_process(folder):
 def test_unload_gives_the_split_base_back(folder):
     with torch.no_grad():
         expected = load(folder, {})(**collate(features(4))).logits
-    for found in kept(folder, "base"):
-        torch.testing.assert_close(found["logits"], expected, rtol=0, atol=1e-13)
+    for result in kept(folder, "base"):
+        torch.testing.assert_close(result["logits"], expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("component", SLICES)
@@ -121,8 +121,8 @@ def test_a_base_that_torch_has_split(folder):
     """No plan says what of it is whole: what is added to the residual stream is."""
     case = CASES["mlp"]
     alone = steps(adapted(load(folder, case), case), case)
-    for found in kept(folder, "foreign"):
-        assert largest_difference(found["weights"], alone["weights"]) <= 1e-13
+    for result in kept(folder, "foreign"):
+        assert largest_difference(result["weights"], alone["weights"]) <= 1e-13
 
 
 @pytest.mark.parametrize(
@@ -138,22 +138,22 @@ def test_a_base_that_torch_has_split(folder):
     }.items(),
 )
 def test_what_cannot_be_right_is_refused(name, said, folder):
-    for found in kept(folder, "refusals"):
-        assert found[name].startswith(said)
+    for result in kept(folder, "refusals"):
+        assert result[name].startswith(said)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_a_base_in_4_bits_under_ddp(name, folder):
     alone = quantized(folder, name)
-    assert min(float(one.abs().max()) for one in alone["gradients"][0].values()) > 1e-4
-    for found in kept(folder, f"quantized-{name}"):
-        assert found["kind"] == "DistributedDataParallel"
-        for got, want in zip(found["gradients"], alone["gradients"], strict=True):
+    assert min(float(tensor.abs().max()) for tensor in alone["gradients"][0].values()) > 1e-4
+    for result in kept(folder, f"quantized-{name}"):
+        assert result["kind"] == "DistributedDataParallel"
+        for got, want in zip(result["gradients"], alone["gradients"], strict=True):
             assert largest_difference(got, want) <= 1e-6
-        assert largest_difference(found["weights"], alone["weights"]) <= 1e-7
+        assert largest_difference(result["weights"], alone["weights"]) <= 1e-7
 
 
 @NEEDS_TRAINER
 def test_a_trainer_refuses_what_it_does_not_know_to_be_split(folder):
-    for found in kept(folder, "refusals"):
-        assert found["foreign trainer"].startswith("model must not be sharded before a Trainer")
+    for result in kept(folder, "refusals"):
+        assert result["foreign trainer"].startswith("model must not be sharded before a Trainer")

@@ -98,12 +98,12 @@ class Gradients(TrainerCallback):
         self.steps: list[dict[str, Tensor]] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        found = {
-            short(name): whole(one.grad)
-            for name, one in kwargs["model"].named_parameters()
-            if one.requires_grad and one.grad is not None
+        gradients = {
+            short(name): whole(parameter.grad)
+            for name, parameter in kwargs["model"].named_parameters()
+            if parameter.requires_grad and parameter.grad is not None
         }
-        self.steps.append(found)
+        self.steps.append(gradients)
 
 
 def short(name: str) -> str:
@@ -178,7 +178,11 @@ def config_of(case: Case) -> ReftConfig:
 def trained(trainer: InOrder, **how: Any) -> dict[str, Any]:
     """Train, and what came of it; the same on every rank."""
     trainer.train(**how)
-    [watch] = [one for one in trainer.callback_handler.callbacks if isinstance(one, Gradients)]
+    [watch] = [
+        callback
+        for callback in trainer.callback_handler.callbacks
+        if isinstance(callback, Gradients)
+    ]
     return {
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
         "norms": [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row],
@@ -189,7 +193,11 @@ def trained(trainer: InOrder, **how: Any) -> dict[str, Any]:
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """What is trained, whole."""
-    return {short(name): whole(one) for name, one in model.named_parameters() if one.requires_grad}
+    return {
+        short(name): whole(parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:

@@ -85,7 +85,9 @@ def steps(model: ReftModel, case: dict[str, Any]) -> dict[str, Any]:
         reentrant = {"use_reentrant": case["checkpointing"]}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
     model.train()
-    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    trained = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
     pieces, classes = case.get("pieces", 1), "modules_to_save" in case.get("config", {})
     rows, losses, gradients = features(4 * STEPS), [], {}
@@ -101,10 +103,10 @@ def steps(model: ReftModel, case: dict[str, Any]) -> dict[str, Any]:
         if "clip" in case:
             torch.nn.utils.clip_grad_norm_(trained.values(), case["clip"])
         if not step:
-            gradients = {name: one.grad.clone() for name, one in trained.items()}
+            gradients = {name: parameter.grad.clone() for name, parameter in trained.items()}
         optimizer.step()
         optimizer.zero_grad()
-    weights = {name: one.detach().clone() for name, one in trained.items()}
+    weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
     return {"losses": torch.stack(losses), "gradients": gradients, "weights": weights}
 
 
@@ -179,7 +181,7 @@ def refusals(folder: Path) -> Refusals:
 
     base, head = split(tp_size=2), {"modules_to_save": ("lm_head",)}
     for component in SLICES:
-        refused(component, lambda one: wrap(base, component=one), base, component)
+        refused(component, lambda path: wrap(base, component=path), base, component)
     refused("head", lambda: wrap(base, **head), base)
     refused("from_pretrained", ReftModel.from_pretrained, base, base, sliced)
     model = get_reft_model(base, plain)
@@ -220,8 +222,8 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, split = dist.get_rank(), {"distributed_config": DistributedConfig(tp_size=2)}
 
-    def keep(scene: str, **found: Any) -> None:
-        torch.save(found, folder / f"{scene}.{rank}.pt")
+    def keep(scene: str, **facts: Any) -> None:
+        torch.save(facts, folder / f"{scene}.{rank}.pt")
 
     for name, case in CASES.items():
         model = adapted(load(folder, case, **split), case, rank)

@@ -21,8 +21,8 @@ class Wire(TorchDispatchMode):
         if op.namespace in ("c10d", "_c10d_functional"):
             given = args[1] if "_base_" in op._schema.name else args[0]
             self.bytes[op._schema.name.split("::")[1]] += sum(
-                one.numel() * one.element_size()
-                for one in tree_leaves(given)
-                if isinstance(one, Tensor)
+                tensor.numel() * tensor.element_size()
+                for tensor in tree_leaves(given)
+                if isinstance(tensor, Tensor)
             )
         return op(*args, **(kwargs or {}))

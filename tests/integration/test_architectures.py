@@ -65,11 +65,11 @@ def rows_of(name, spans, columns):
     chosen = []
     for row, (start, n) in enumerate(spans):
         if ARCHITECTURES[name].decoder:
-            mine = range(n)
+            edited = range(n)
         else:
             half = n // 2
-            mine = [*range(min(2, half)), *range(n - min(1, half), n)]
-        chosen += [row * columns + start + token for token in mine]
+            edited = [*range(min(2, half)), *range(n - min(1, half), n)]
+        chosen += [row * columns + start + token for token in edited]
     return chosen
 
 
@@ -78,13 +78,15 @@ def test_exactly_the_chosen_rows_of_the_chosen_blocks(name, component):
     layers = [0, 2]
     model = wrapped(name, component, layers=layers)
     sites = model.reft.sites
-    one = ARCHITECTURES[name]
-    path = {"attention_output": one.attention, "mlp_output": one.mlp}.get(component)
+    architecture = ARCHITECTURES[name]
+    path = {"attention_output": architecture.attention, "mlp_output": architecture.mlp}.get(
+        component
+    )
     modules = [
         block if path is None else block.get_submodule(path)
-        for block in model.get_submodule("base_model").get_submodule(one.blocks)
+        for block in model.get_submodule("base_model").get_submodule(architecture.blocks)
     ]
-    assert (sites.path, len(sites.blocks), sites.dim) == (one.blocks, LAYERS, DIM)
+    assert (sites.path, len(sites.blocks), sites.dim) == (architecture.blocks, LAYERS, DIM)
     assert [sites.module(layer, component) for layer in range(LAYERS)] == modules
     ids = tokens(2, 8)
     call = call_of(name, ids)
@@ -107,23 +109,23 @@ def test_exactly_the_chosen_rows_of_the_chosen_blocks(name, component):
 
 @pytest.mark.parametrize(("name", "component"), CASES)
 def test_a_batch_equals_its_sequences(name, component):
-    model, one = wrapped(name, component), ARCHITECTURES[name]
+    model, architecture = wrapped(name, component), ARCHITECTURES[name]
     module = model.reft.sites.module(LAYERS - 1, component)
     lengths = [8, 6, 5]
     for side in ("left", "right"):
-        if not getattr(one, side):
+        if not getattr(architecture, side):
             continue
         ids, mask = torch.full((3, 8), PAD), torch.zeros(3, 8, dtype=torch.long)
         singles, places = [], []
         for row, n in enumerate(lengths):
             place = slice(8 - n, 8) if side == "left" else slice(0, n)
             call = call_of(name, tokens(1, n, seed=row + 1))
-            own = call["decoder_input_ids"] if one.decoder else call["input_ids"]
-            ids[row, place], mask[row, place] = own[0], 1
+            sequence = call["decoder_input_ids"] if architecture.decoder else call["input_ids"]
+            ids[row, place], mask[row, place] = sequence[0], 1
             singles.append(call)
             places.append(place)
         call = call_of(name, ids, mask)
-        if one.image:
+        if architecture.image:
             call["input_ids"] = ids
         (batch,) = outputs(model, [module], call)
         batch = batch.reshape(3, 8, DIM)
@@ -157,9 +159,9 @@ def test_gradients_reach_every_layer(name, component):
     out = model(**call_of(name, tokens(2, 8)))[0]
     torch.manual_seed(7)
     (out.float() * torch.randn_like(out.float())).sum().backward()
-    for key, one in model.reft.adapter("default").named_parameters():
+    for key, parameter in model.reft.adapter("default").named_parameters():
         # A classifier of a causal model reads one token; here every output counts.
-        assert (one.grad.flatten(1).abs().amax(1) > 0).all(), key
+        assert (parameter.grad.flatten(1).abs().amax(1) > 0).all(), key
 
 
 GENERATING = [
@@ -169,13 +171,13 @@ GENERATING = [
 
 @pytest.mark.parametrize(("name", "component"), GENERATING)
 def test_greedy_tokens_equal_the_slow_loop(name, component):
-    one, steps = ARCHITECTURES[name], 4
+    architecture, steps = ARCHITECTURES[name], 4
     model = wrapped(name, component)
     with torch.no_grad():
         adapter = model.reft.adapter("default")
         adapter.bias.add_(torch.randn_like(adapter.bias) * 2)
     how = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False}
-    if one.block_path is None:
+    if architecture.block_path is None:
         call = call_of(name, tokens(1, 8))
         out = model.generate(**call, **how)[0, 8:]
         ids = call["input_ids"]
@@ -189,7 +191,7 @@ def test_greedy_tokens_equal_the_slow_loop(name, component):
         return
     source = tokens(2, 6)
     start = torch.full((2, 1), model.generation_config.decoder_start_token_id)
-    prompts = [None, torch.cat([start, tokens(2, 2)], dim=1)] if one.decoder else [None]
+    prompts = [None, torch.cat([start, tokens(2, 2)], dim=1)] if architecture.decoder else [None]
     for prompt in prompts:
         given = {} if prompt is None else {"decoder_input_ids": prompt}
         out = model.generate(source, **given, **how)
@@ -197,7 +199,7 @@ def test_greedy_tokens_equal_the_slow_loop(name, component):
         n = ids.shape[1]
         for _ in range(steps):
             with torch.no_grad():
-                lengths = {"prompt_lengths": [n, n]} if one.decoder else {}
+                lengths = {"prompt_lengths": [n, n]} if architecture.decoder else {}
                 logits = model(
                     input_ids=source, decoder_input_ids=ids, use_cache=False, **lengths
                 ).logits[:, -1]
@@ -261,8 +263,8 @@ class TestEncoderDecoders:
              "edit_positions": [[1], [2], [-1]]},
         )  # fmt: skip
         (plain,) = outputs(model, [block], call, again=[edited])
-        found = (edited != plain).any(-1).nonzero().tolist()
-        assert found == [[0, 1], [2, 5]]
+        edited_tokens = (edited != plain).any(-1).nonzero().tolist()
+        assert edited_tokens == [[0, 1], [2, 5]]
 
 
 class TestComponents:
@@ -347,7 +349,9 @@ def test_a_model_that_nobody_knows(component, tmp_path):
     torch.testing.assert_close(edited.reshape(-1, DIM)[rows], expected.detach())
     assert torch.equal(edited[:, :4], plain[:, :4])
     model(ids).square().sum().backward()
-    assert all(one.grad.abs().max() > 0 for one in model.reft.adapter("default").parameters())
+    assert all(
+        parameter.grad.abs().max() > 0 for parameter in model.reft.adapter("default").parameters()
+    )
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         got = model(ids)

@@ -98,11 +98,11 @@ def test_no_warning_in_a_clean_run(word_llama, word_tokenizer, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    [line] = [one for one in done.stdout.splitlines() if one.startswith("RESULT")]
-    found = json.loads(line.removeprefix("RESULT"))
-    assert found["facts"] == [True, True, True]
-    assert [code for code, *_ in found["codes"]] == [0, 0, 0], found["codes"]
-    assert found["records"] == []
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    result = json.loads(line.removeprefix("RESULT"))
+    assert result["facts"] == [True, True, True]
+    assert [code for code, *_ in result["codes"]] == [0, 0, 0], result["codes"]
+    assert result["records"] == []
 
 
 def test_padding_that_is_not_a_number_stays_padding():
@@ -127,7 +127,8 @@ def test_padding_that_is_not_a_number_stays_padding():
         plan = plan_forward(
             model.reft, base.model, {"inputs_embeds": hidden, "attention_mask": mask}
         )
-        one = plan.edits[0, "block_output"][0]
-        lowrank_edit(hidden, one.rows, one.encode, one.bias, one.decode)[kept].sum().backward()
+        again = plan.edits[0, "block_output"][0]
+        arguments = (again.rows, again.encode, again.bias, again.decode)
+        lowrank_edit(hidden, *arguments)[kept].sum().backward()
         grads.append([p.grad.clone() for p in model.reft.adapter("default").parameters()])
     assert all(map(torch.equal, *grads))

@@ -105,7 +105,9 @@ def test_export_with_a_dynamic_batch(build, strict):
     if build is bert:
         del call["use_cache"], other["use_cache"]
     axes = {0: torch.export.Dim("batch", min=2, max=64)}
-    shapes = {name: axes if isinstance(one, torch.Tensor) else None for name, one in call.items()}
+    shapes = {
+        name: axes if isinstance(value, torch.Tensor) else None for name, value in call.items()
+    }
     exported = torch.export.export(model, (), call, dynamic_shapes=shapes, strict=strict)
     with torch.no_grad():
         torch.testing.assert_close(exported.module()(**other).logits, model(**other).logits)

@@ -45,7 +45,7 @@ class TestFields:
             ({"Rank": 3}, r"no field 'Rank' \(did you mean 'rank'\?\)"),
             ({"r": 8, "lora_alpha": 16, "rank": 3}, "'r': write rank; no 'lora_alpha': leave"),
         ],
-        ids=lambda one: "+".join(one) if isinstance(one, dict) else "",
+        ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
     )
     def test_a_name_of_another_library(self, values, words):
         with pytest.raises(TypeError, match=words) as by_keyword:
@@ -61,7 +61,7 @@ class TestFields:
     def test_every_explained_name_is_foreign_and_names_what_there_is(self, name):
         assert name not in FIELDS
         told = FOREIGN[name]
-        assert "leave it out" in told or any(one in told for one in [*FIELDS, "get_reft_model"])
+        assert "leave it out" in told or any(field in told for field in [*FIELDS, "get_reft_model"])
 
     def test_what_peft_calls_its_fields_is_explained(self):
         ours = {*FIELDS, "revision"}
@@ -77,8 +77,8 @@ class TestFields:
 
     def test_the_class_is_still_a_plain_dataclass(self):
         assert list(inspect.signature(ReftConfig).parameters) == FIELDS
-        one = config()
-        assert pickle.loads(pickle.dumps(one)) == copy.deepcopy(one) == one
+        plain = config()
+        assert pickle.loads(pickle.dumps(plain)) == copy.deepcopy(plain) == plain
         with pytest.raises(TypeError, match="positional"):
             ReftConfig(*range(99))
 
@@ -91,9 +91,9 @@ class TestFields:
         assert (f"did you mean {near!r}" in str(caught.value)) is (near is not None)
 
     def test_pefts_own_task_type_is_text_here(self):
-        one = config(task_type=peft.TaskType.SEQ_CLS)
-        assert type(one.task_type) is str
-        assert one == ReftConfig.from_json(one.to_json()) == config(task_type="SEQ_CLS")
+        made = config(task_type=peft.TaskType.SEQ_CLS)
+        assert type(made.task_type) is str
+        assert made == ReftConfig.from_json(made.to_json()) == config(task_type="SEQ_CLS")
 
 
 class Pyreft:

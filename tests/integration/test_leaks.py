@@ -22,18 +22,18 @@ _HOOKS = [name for name in torch.nn.Module().__dict__ if "hooks" in name]
 
 def facts(base):
     """Everything that hangs on the modules of a model."""
-    found = Counter()
+    counts = Counter()
     for path, module in base.named_modules():
         for name in _HOOKS:
-            found[name] += len(getattr(module, name) or ())
-        found.update(f"{path}.{name}" for name in vars(module))
-        found.update(f"{path}.{name}" for name in module._modules)
-    return found
+            counts[name] += len(getattr(module, name) or ())
+        counts.update(f"{path}.{name}" for name in vars(module))
+        counts.update(f"{path}.{name}" for name in module._modules)
+    return counts
 
 
 def objects():
     gc.collect()
-    return Counter(type(one).__name__ for one in gc.get_objects())
+    return Counter(type(item).__name__ for item in gc.get_objects())
 
 
 def assert_flat(action, times=TIMES):
@@ -50,13 +50,13 @@ def assert_flat(action, times=TIMES):
 
 def tensor_bytes():
     """Of every tensor that Python can reach."""
-    found = {}
-    for one in gc.get_objects():
-        if type(one) in (torch.Tensor, torch.nn.Parameter):
-            storage = one.untyped_storage()
+    sizes = {}
+    for item in gc.get_objects():
+        if type(item) in (torch.Tensor, torch.nn.Parameter):
+            storage = item.untyped_storage()
             with contextlib.suppress(RuntimeError):  # no memory: a compiler left it here
-                found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
+                sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def tiny():
@@ -68,15 +68,15 @@ def tiny():
 
 def test_wrapping_and_unloading():
     base = tiny()
-    before, weights = facts(base), {id(one) for one in base.parameters()}
+    before, weights = facts(base), {id(parameter) for parameter in base.parameters()}
 
     def action():
         get_reft_model(base, CONFIG).unload()
 
     assert_flat(action)
     assert facts(base) == before
-    assert {id(one) for one in base.parameters()} == weights
-    assert all(one.requires_grad for one in base.parameters())
+    assert {id(parameter) for parameter in base.parameters()} == weights
+    assert all(parameter.requires_grad for parameter in base.parameters())
 
 
 def test_adapters_that_come_and_go():
@@ -145,7 +145,7 @@ def test_a_base_is_let_go(how):
         model.unload()
     del base, model
     gc.collect()
-    assert [one() for one in seen] == [None, None]
+    assert [reference() for reference in seen] == [None, None]
 
 
 def test_an_unloaded_base_does_not_hold_its_wrapper():
@@ -156,7 +156,7 @@ def test_an_unloaded_base_does_not_hold_its_wrapper():
     model.unload()
     del model
     gc.collect()
-    assert [one() for one in seen] == [None, None]
+    assert [reference() for reference in seen] == [None, None]
 
 
 @pytest.mark.parametrize(

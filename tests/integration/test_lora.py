@@ -59,7 +59,9 @@ def config(**changes) -> ReftConfig:
 
 
 def trained(model) -> dict[str, torch.nn.Parameter]:
-    return {name: one for name, one in model.named_parameters() if one.requires_grad}
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
 def kinds(model) -> set[str]:
@@ -82,7 +84,7 @@ def test_gradients_of_both_equal_the_plain_ones(order, base):
     spans = [(0, 9)] * 3 if base == "bert" else SPANS
     model(input_ids=IDS, labels=labels).loss.backward()
     adapter = model.base_model.reft.adapter("default")
-    got = {name: one.grad.clone() for name, one in trained(model).items()}
+    got = {name: parameter.grad.clone() for name, parameter in trained(model).items()}
     assert kinds(model) == {"lora", "reft"}
     assert all("lora_" in name or ".reft." in name for name in got)
     model.zero_grad()
@@ -92,7 +94,9 @@ def test_gradients_of_both_equal_the_plain_ones(order, base):
         plain_edits(blocks_of(model.get_base_model()), model.configs["default"], values, spans),
     ):
         model(input_ids=IDS, labels=labels).loss.backward()
-    expected = {name: one.grad for name, one in trained(model).items() if "lora_" in name}
+    expected = {
+        name: parameter.grad for name, parameter in trained(model).items() if "lora_" in name
+    }
     path = next(name for name in got if name.endswith(".bias")).removesuffix("bias")
     expected |= {path + name: values[name].grad for name, _ in adapter.named_parameters()}
     assert got.keys() == expected.keys()
@@ -118,9 +122,9 @@ def test_each_is_switched_by_its_own_switch(order):
             with base.disable_adapter():
                 return forward()
         base.disable_adapters()
-        found = forward()
+        outputs = forward()
         base.enable_adapters()
-        return found
+        return outputs
 
     torch.testing.assert_close(lora_off(lambda: logits(model)), without_lora, rtol=1e-5, atol=1e-6)
     with model.disable_adapter():
@@ -194,8 +198,8 @@ def test_lora_that_was_loaded_frozen_stays_frozen(tmp_path):
     base = peft.PeftModel.from_pretrained(llama(), tmp_path)
     model = get_reft_model(base, config())
     assert kinds(model) == {"reft"}
-    for name, one in model.named_parameters():
-        assert one.requires_grad == (".reft." in name), name
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".reft." in name), name
 
 
 def test_lora_that_is_trained_can_be_frozen():
@@ -211,7 +215,7 @@ def test_what_lora_was_merged_into_is_frozen():
     merged.peft_config = {"default": peft.LoraConfig()}  # PEFT has left it there
     model = get_reft_model(merged, config())
     assert kinds(model) == {"reft"}
-    assert all(one.requires_grad for one in model.unload().parameters())
+    assert all(parameter.requires_grad for parameter in model.unload().parameters())
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -244,9 +248,11 @@ def test_a_resumed_run_of_both_is_the_uninterrupted_one(order, make_trainer, wor
         return make_trainer(folder, model=model, max_steps=6, weight_decay=0.01, **arguments)
 
     whole = fresh("whole")
-    first = {name: one.detach().clone() for name, one in trained(whole.model).items()}
+    first = {name: parameter.detach().clone() for name, parameter in trained(whole.model).items()}
     whole.train()
-    expected = {name: one.detach().clone() for name, one in trained(whole.model).items()}
+    expected = {
+        name: parameter.detach().clone() for name, parameter in trained(whole.model).items()
+    }
     assert not any(torch.equal(first[name], expected[name]) for name in expected)
 
     stopped = fresh("split", save_strategy="steps", save_steps=3)
@@ -255,8 +261,8 @@ def test_a_resumed_run_of_both_is_the_uninterrupted_one(order, make_trainer, wor
     checkpoint = tmp_path / "split" / "checkpoint-3"
     resumed = fresh("split")
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    for name, one in trained(resumed.model).items():
-        assert torch.equal(one, expected[name]), name
+    for name, value in trained(resumed.model).items():
+        assert torch.equal(value, expected[name]), name
 
     # PEFT itself reads what lies there.
     base = peft.PeftModel.from_pretrained(word_llama, checkpoint / "lora")
@@ -299,10 +305,10 @@ def test_lora_of_another_shape_is_refused(make_trainer, word_llama, tmp_path):
     model = get_reft_model(with_lora("task"), config())
     save_lora(model, tmp_path)
     other = get_reft_model(with_lora("task", r=3), config())
-    before = {name: one.detach().clone() for name, one in trained(other).items()}
+    before = {name: parameter.detach().clone() for name, parameter in trained(other).items()}
     with pytest.raises(ValueError, match=r"must hold the tensors of PEFT's adapter 'default'"):
         set_lora(other, read_lora(other, tmp_path))
-    assert all(torch.equal(one, before[name]) for name, one in trained(other).items())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in trained(other).items())
     with pytest.raises(FileNotFoundError, match=r"PEFT's adapter 'default'"):
         read_lora(other, tmp_path / "nowhere")
 
@@ -328,14 +334,14 @@ def test_several_adapters_of_peft_are_all_stored(order, gathered, tmp_path):
     stored = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
     state = {name: value.clone() for name, value in model.state_dict().items()}
     if gathered:  # an engine that shards parameters leaves nothing of them in the model
-        for one in model.parameters():
-            one.data.zero_()
+        for parameter in model.parameters():
+            parameter.data.zero_()
     save_lora(model, tmp_path, state if gathered else None)
     set_lora(other, read_lora(other, tmp_path))
     assert len(stored) == 2 * 3 * 3
-    for name, one in other.named_parameters():
+    for name, parameter in other.named_parameters():
         if "lora_" in name:
-            assert torch.equal(one, stored[name]), name
+            assert torch.equal(parameter, stored[name]), name
 
 
 def test_without_peft_nothing_asks_for_it(monkeypatch):
@@ -343,7 +349,7 @@ def test_without_peft_nothing_asks_for_it(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     model = get_reft_model(llama(), config())
     assert kinds(model) == {"reft"}
-    assert all(one.requires_grad for one in model.unload().parameters())
+    assert all(parameter.requires_grad for parameter in model.unload().parameters())
 
 
 # ------------------------------------------------------------------ heads
@@ -355,8 +361,8 @@ def test_a_head_that_peft_trains_stays_pefts(tmp_path):
     model(input_ids=IDS, labels=torch.tensor([0, 1, 2])).loss.backward()
     heads = [
         name
-        for name, one in model.named_parameters()
-        if "classifier" in name and one.grad is not None
+        for name, parameter in model.named_parameters()
+        if "classifier" in name and parameter.grad is not None
     ]
     assert [name.rpartition(".")[2] for name in heads] == ["weight", "bias"]
     model.save_pretrained(tmp_path)

@@ -75,13 +75,23 @@ def state_of(model: nn.Module) -> dict:
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
     }
     modules = {name: (type(module), module.training) for name, module in model.named_modules()}
-    flags = {name: one.requires_grad for name, one in model.named_parameters()}
-    values = {name: one.clone() for name, one in model.state_dict().items()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     registry = getattr(model, "reft", None)
-    own = {}
+    registry_state = {}
     if registry is not None:
-        own = {"active": registry.active, "off": registry.disabled, **vars(registry.call)}
-    return {"hooks": hooks, "modules": modules, "flags": flags, "values": values, "own": own}
+        registry_state = {
+            "active": registry.active,
+            "off": registry.disabled,
+            **vars(registry.call),
+        }
+    return {
+        "hooks": hooks,
+        "modules": modules,
+        "flags": flags,
+        "values": values,
+        "own": registry_state,
+    }
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

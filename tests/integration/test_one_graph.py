@@ -23,7 +23,7 @@ def loss_and_gradients(model, run, call):
     loss = run(**call)[0].float().square().mean()
     loss.backward()
     adapter = model.get_base_model().reft.adapter("default")
-    return loss, {name: one.grad.clone() for name, one in adapter.named_parameters()}
+    return loss, {name: parameter.grad.clone() for name, parameter in adapter.named_parameters()}
 
 
 def compare(model, *calls):
@@ -34,8 +34,8 @@ def compare(model, *calls):
         loss, expected = loss_and_gradients(model, model, call)
         got_loss, got = loss_and_gradients(model, compiled, call)
         torch.testing.assert_close(got_loss, loss)
-        for name, one in expected.items():
-            torch.testing.assert_close(got[name], one, rtol=1e-4, atol=1e-6)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 NO_CACHE = {"use_cache": False}

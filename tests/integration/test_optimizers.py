@@ -31,11 +31,13 @@ def made(base=llama, seed: int = 0, **changes) -> ReftModel:
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: one for name, one in model.named_parameters() if one.requires_grad}
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
 def values(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: one.detach().clone() for name, one in trained(model).items()}
+    return {name: parameter.detach().clone() for name, parameter in trained(model).items()}
 
 
 def _eight_bit(name: str, **settings):
@@ -78,14 +80,14 @@ def steps(model: ReftModel, optimizer, count: int) -> list[float]:
 def test_parameters_are_ordinary(intervention):
     model = made(intervention=intervention)
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
-    own = trained(model)
-    assert len({id(one) for one in own.values()}) == len(own)
-    for name, one in own.items():
-        assert type(one) is nn.Parameter, name
-        assert one.is_leaf and one.is_contiguous() and one.dtype == torch.float32
-        assert one is model.get_parameter(name)
+    parameters = trained(model)
+    assert len({id(value) for value in parameters.values()}) == len(parameters)
+    for name, value in parameters.items():
+        assert type(value) is nn.Parameter, name
+        assert value.is_leaf and value.is_contiguous() and value.dtype == torch.float32
+        assert value is model.get_parameter(name)
         assert name in model.state_dict()
-    assert {id(one) for one in own.values()} <= {id(one) for one in model.parameters()}
+    assert {*map(id, parameters.values())} <= {*map(id, model.parameters())}
 
 
 @pytest.mark.parametrize("intervention", ["loreft", "direft"])
@@ -93,11 +95,11 @@ def test_parameters_are_ordinary(intervention):
 def test_every_optimizer_trains(name, intervention):
     model = made(intervention=intervention)
     start = values(model)
-    found = steps(model, OPTIMIZERS[name](list(trained(model).values())), 15)
-    assert found[-1] < 0.9 * found[0]
-    for key, one in trained(model).items():
-        assert one.isfinite().all()
-        assert not torch.equal(one, start[key]), key
+    result = steps(model, OPTIMIZERS[name](list(trained(model).values())), 15)
+    assert result[-1] < 0.9 * result[0]
+    for key, parameter in trained(model).items():
+        assert parameter.isfinite().all()
+        assert not torch.equal(parameter, start[key]), key
     assert model.orthonormality_error() < 1e-5
 
 
@@ -151,7 +153,7 @@ def test_r_survives_a_decay_that_clears_every_parameter(kind, intervention):
 def test_accumulated_gradients_are_those_of_the_large_batch():
     model = made()
     model(input_ids=IDS, labels=LABELS).loss.backward()
-    expected = {name: one.grad.clone() for name, one in trained(model).items()}
+    expected = {name: parameter.grad.clone() for name, parameter in trained(model).items()}
     counted = (LABELS[:, 1:] != -100).sum()
     for order in ("backward after each", "one backward at the end"):
         model.zero_grad()
@@ -163,8 +165,8 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
                 losses.pop().backward()
         if losses:
             sum(losses).backward()
-        for name, one in trained(model).items():
-            torch.testing.assert_close(one.grad, expected[name], rtol=1e-4, atol=1e-6)
+        for name, value in trained(model).items():
+            torch.testing.assert_close(value.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
 # ------------------------------------------------------------------ state dicts
@@ -195,7 +197,7 @@ def test_a_state_dict_brings_the_same_wrapper_back():
     model = made()
     optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
     steps(model, optimizer, 2)
-    kept = {name: one.clone() for name, one in model.state_dict().items()}
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = copy.deepcopy(optimizer.state_dict())
     first = steps(model, optimizer, 3)
     model.load_state_dict(kept)
@@ -296,7 +298,7 @@ def test_two_checkpointed_forwards_before_one_backward(name, reentrant):
         first = model(input_ids=IDS, labels=labels[0]).loss
         second = model(input_ids=other, labels=labels[1]).loss
         (first + 2 * second).backward()
-        return {key: one.grad.clone() for key, one in trained(model).items()}
+        return {key: parameter.grad.clone() for key, parameter in trained(model).items()}
 
     expected = both()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})

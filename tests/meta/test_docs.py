@@ -42,7 +42,7 @@ def test_the_readme_example_runs_and_answers_as_it_says(tmp_path: Path) -> None:
     (said,) = re.findall(r"```text\n(.*?)```", _text("README.md"), re.DOTALL)
     adapter, base = said.splitlines()
     assert done.stdout.splitlines()[-2:] == [adapter, base]
-    expected = {one["prompt"]: one["completion"] for one in load_records("heldout")}
+    expected = {record["prompt"]: record["completion"] for record in load_records("heldout")}
     prompt, answer = re.fullmatch(r"adapter: <s>(.* Answer:)( .*)</s>", adapter).groups()
     assert answer == expected[prompt]
     assert base.removeprefix("base:").strip() != adapter.removeprefix("adapter:").strip()

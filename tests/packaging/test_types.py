@@ -56,11 +56,11 @@ def test_a_users_script_under_strict(wheel, tmp_path) -> None:
     home = tmp_path / "environment"
     command = [sys.executable, "-m", "venv", "--without-pip", str(home)]
     subprocess.run(command, check=True)
-    own = Path(sysconfig.get_path("purelib"))
-    site = home / own.relative_to(sys.prefix)
+    packages = Path(sysconfig.get_path("purelib"))
+    site = home / packages.relative_to(sys.prefix)
     with zipfile.ZipFile(wheel) as file:
         file.extractall(site)
-    (site / "others.pth").write_text(f"{own}\n")
+    (site / "others.pth").write_text(f"{packages}\n")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     # The types of torch and transformers take 20 seconds to read, the first time.

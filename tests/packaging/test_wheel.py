@@ -27,8 +27,8 @@ DATA = {
     "reft_kernels/py.typed",
     "reft_kernels/README.md",
     "reft_kernels/_triton/measured.json",
-    "reft/presets/commonsense.toml",
-    "reft/tasks/texts/demos.json",
+    "reft/paper/presets/commonsense.toml",
+    "reft/paper/tasks/texts/demos.json",
     "reft/demo/assets/facts/model.safetensors",
     "reft/demo/assets/facts/tokenizer.json",
     "reft/demo/assets/facts/train.jsonl",
@@ -95,29 +95,30 @@ def test_what_it_says_of_itself(metadata) -> None:
 
 def test_what_it_asks_for(metadata) -> None:
     """Nothing exact, nothing of the tools; each with the oldest version that the tests run on."""
-    asked = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
-    plain = {one.name for one in asked if "extra" not in str(one.marker)}
+    required = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    plain = {requirement.name for requirement in required if "extra" not in str(requirement.marker)}
     assert plain == {
         "torch", "triton", "transformers", "huggingface_hub", "safetensors", "rich", "typer",
     }  # fmt: skip
-    floors = {}
+    oldest_versions = {}
     for line in (ROOT / "constraints-floor.txt").read_text("utf-8").splitlines():
         if line and not line.startswith("#"):
-            name, _, found = line.partition("#")[0].strip().partition("==")
-            floors[name] = found
-    for one in asked:
-        if one.name in plain - {"torch"}:  # which has no build of its floor: CONTRIBUTING says so
-            (oldest,) = [part.version for part in one.specifier if part.operator == ">="]
-            assert Version(oldest) == Version(floors[one.name]), one
+            name, _, version = line.partition("#")[0].strip().partition("==")
+            oldest_versions[name] = version
+    for dependency in required:
+        name = dependency.name
+        if name in plain - {"torch"}:  # CONTRIBUTING says why torch's oldest version is not tested
+            (oldest,) = [part.version for part in dependency.specifier if part.operator == ">="]
+            assert Version(oldest) == Version(oldest_versions[name]), dependency
     assert set(metadata.get_all("Provides-Extra")) >= {"train", "trl", "eval", "vllm"}
 
 
 def test_its_entry_points(wheel) -> None:
     with zipfile.ZipFile(wheel) as file:
-        found = configparser.ConfigParser()
-        found.read_string(file.read(f"{INFO}/entry_points.txt").decode())
-    assert dict(found["console_scripts"]) == {"reft": "reft.cli.app:main"}
-    assert dict(found["vllm.general_plugins"]) == {"reft": "reft.serving.vllm:register"}
+        entry_points = configparser.ConfigParser()
+        entry_points.read_string(file.read(f"{INFO}/entry_points.txt").decode())
+    assert dict(entry_points["console_scripts"]) == {"reft": "reft.cli.app:main"}
+    assert dict(entry_points["vllm.general_plugins"]) == {"reft": "reft.serving.vllm:register"}
 
 
 def test_the_sdist_makes_the_same_wheel(wheel, sources, tmp_path) -> None:
@@ -138,7 +139,7 @@ def test_the_sdist_makes_the_same_wheel(wheel, sources, tmp_path) -> None:
     (tree,) = unpacked.iterdir()
     assert not (tree / "benchmarks").exists()
     again = run("wheel", tree)
-    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as other:
-        assert set(one.namelist()) == set(other.namelist())
-        for name in one.namelist():
-            assert one.read(name) == other.read(name), name
+    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as other:
+        assert set(first.namelist()) == set(other.namelist())
+        for name in first.namelist():
+            assert first.read(name) == other.read(name), name

@@ -234,10 +234,10 @@ PIECES = (
 
 def made_up_answers() -> list[str]:
     chooser = random.Random(0)
-    found = ["", "true", "the correct answer is true", "the correct answer is true.", "3-4"]
+    texts = ["", "true", "the correct answer is true", "the correct answer is true.", "3-4"]
     for _ in range(600):
-        found.append("".join(chooser.choice(PIECES) for _ in range(chooser.randint(1, 9))))
-    return found
+        texts.append("".join(chooser.choice(PIECES) for _ in range(chooser.randint(1, 9))))
+    return texts
 
 
 def verdicts() -> dict[str, Any]:

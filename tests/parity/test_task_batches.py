@@ -43,14 +43,14 @@ def edited(case: dict, mask: torch.Tensor, lengths: list[int]) -> list[list[set[
     prompt = Prompt(start, torch.tensor(lengths))
     width = mask.shape[1]
     groups = member_rows(config, prompt, window_start=0, window=width)
-    found = []
+    edited_columns = []
     for rows in groups:
         columns: list[set[int]] = [set() for _ in lengths]
         for row in rows.tolist():
             if row >= 0:
                 columns[row // width].add(row % width)
-        found.append(columns)
-    return found
+        edited_columns.append(columns)
+    return edited_columns
 
 
 def theirs_edited(case: dict, locations: torch.Tensor, shift: int, sink: list[int]):
@@ -89,11 +89,11 @@ def test_a_batch_is_the_published_codes(name):
         cut = slice(0, -1) if classify else slice(1, None)
     else:
         prompts = [encode_prompt(task, row, tokenizer, case["max_length"]) for row in rows]
-        width, lengths = max(map(len, prompts)), [len(one) for one in prompts]
+        width, lengths = max(map(len, prompts)), [len(prompt) for prompt in prompts]
         ours = {
-            "input_ids": torch.tensor([[0] * (width - len(one)) + one for one in prompts]),
+            "input_ids": torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts]),
             "attention_mask": torch.tensor(
-                [[0] * (width - len(one)) + [1] * len(one) for one in prompts]
+                [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
             ),
         }
         # Padded on the left: theirs begins one column further left.
@@ -133,15 +133,15 @@ def test_the_cases_have_what_is_hard():
 
 @pytest.mark.parametrize("trigger", ANSWERS["output"])
 def test_what_follows_the_trigger(trigger):
-    found = [answers.after_trigger(text, trigger) for text in ANSWERS["texts"]]
-    assert found == ANSWERS["output"][trigger]
+    read = [answers.after_trigger(text, trigger) for text in ANSWERS["texts"]]
+    assert read == ANSWERS["output"][trigger]
 
 
 @pytest.mark.parametrize("who", ["number", "llm_number"])
 def test_numbers(who):
-    found = [answers.last_number(text) for text in ANSWERS["texts"]]
-    assert found == [math.inf if one is None else one for one in ANSWERS[who]]
-    assert len(set(found)) > 10
+    read = [answers.last_number(text) for text in ANSWERS["texts"]]
+    assert read == [math.inf if number is None else number for number in ANSWERS[who]]
+    assert len(set(read)) > 10
 
 
 @pytest.mark.parametrize("who", ["letter", "llm_letter"])
@@ -153,6 +153,6 @@ def test_letters(who):
 def test_choices(name):
     rule = get_task("commonsense").scorings["llm-adapters"]
     record = {"instruction": "Q", "answer": "x"}
-    found = [rule(f"Q\n{text}", record, name).answer for text in ANSWERS["texts"]]
-    assert found == ANSWERS["choice"][name]
-    assert len(set(found)) > 1
+    read = [rule(f"Q\n{text}", record, name).answer for text in ANSWERS["texts"]]
+    assert read == ANSWERS["choice"][name]
+    assert len(set(read)) > 1

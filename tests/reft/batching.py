@@ -78,7 +78,7 @@ def one_by_one(
 ) -> list[tuple[list[int], list[float]]]:
     """Greedy tokens of ``ReftModel.generate`` for each prompt alone, and their log probabilities
     in one forward of prompt and tokens."""
-    found = []
+    rows = []
     for at, (ids, name) in enumerate(zip(inputs, names, strict=True)):
         how = {"adapter_names": [name], "adapter_scales": 1.0 if scales is None else scales[at]}
         prompt = torch.tensor([ids])
@@ -91,8 +91,8 @@ def one_by_one(
         new = whole[0, len(ids) :]
         logits = model(whole, prompt_lengths=[len(ids)], **how).logits[0, len(ids) - 1 : -1]
         picked = logits.log_softmax(-1)[torch.arange(len(new)), new]
-        found.append((new.tolist(), picked.tolist()))
-    return found
+        rows.append((new.tolist(), picked.tolist()))
+    return rows
 
 
 def check(outputs: dict, wanted: list[tuple[list[int], list[float]]]) -> None:

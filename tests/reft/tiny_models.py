@@ -91,10 +91,10 @@ def padded(lengths: Sequence[int], side: str, seed: int = 1) -> tuple[Tensor, Te
     width = max(lengths)
     ids = torch.full((len(lengths), width), PAD)
     mask = torch.zeros(len(lengths), width, dtype=torch.long)
-    for row, one in enumerate(singles):
-        n = one.shape[1]
+    for row, sequence in enumerate(singles):
+        n = sequence.shape[1]
         place = slice(width - n, width) if side == "left" else slice(0, n)
-        ids[row, place], mask[row, place] = one[0], 1
+        ids[row, place], mask[row, place] = sequence[0], 1
     return ids, mask, singles
 
 

@@ -63,7 +63,7 @@ def chat_tokenizer(tokenizer, template):
 
 
 def parameters(model):
-    return {name: one.detach().clone() for name, one in model.named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def losses(trainer):
