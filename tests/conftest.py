@@ -7,6 +7,7 @@ import argparse
 import gc
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,11 +67,39 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=f"not run: needs --device cuda, {reason}"))
 
 
-def pytest_collection_finish() -> None:
-    """Exclude modules and test items from garbage collection, which accelerate runs in every
-    training: that took half of the time of a training test."""
+@pytest.fixture(scope="module", autouse=True)
+def _freeze_imports() -> None:
+    """Exclude imported modules and collected tests from garbage collection. Every training starts
+    with ``gc.collect()``, which took half of a training test's time."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Undo the freezing: frozen objects are reported as leaks when Python exits."""
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function of a name and of a function that fills a folder: the first worker that asks for
+    the name fills the folder, all workers read it."""
+    root: Path = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def folder(name: str, fill: Callable[[Path], None]) -> Path:
+        from filelock import FileLock
+
+        with FileLock(root / f"{name}.lock"):
+            if not (root / name).exists():
+                making = root / f"making-{name}"
+                making.mkdir()
+                fill(making)
+                making.rename(root / name)
+        return root / name
+
+    return folder
 
 
 @pytest.fixture(scope="session")

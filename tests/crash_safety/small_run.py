@@ -3,6 +3,7 @@ killed, by a server that has imported everything."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -102,6 +103,7 @@ def train(folder: Path, facts: Path, begun: Any, wishes: Wishes) -> None:
     """Train in ``folder``, from its last checkpoint on if there is one; what it was goes into
     ``facts``, an error that the disk made too."""
     torch.set_num_threads(1)
+    gc.freeze()  # else every training collects garbage in all that is imported
     warnings.simplefilter("error")
     torch.manual_seed(1)
     model = get_reft_model(llama(), ReftConfig(rank=2, positions="f1+l1", dropout=0.2))

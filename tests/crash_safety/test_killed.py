@@ -10,8 +10,8 @@ from same_end import assert_same_end, assert_whole
 from small_run import EACH, STEPS, Run, Wishes
 
 #: Moments by the clock, as shares of an undisturbed run, and in the writing of a checkpoint.
-MOMENTS = [random.Random(number).random() for number in range(20)]
-WRITES = 12
+MOMENTS = [random.Random(number).random() for number in range(10)]
+WRITES = 8
 
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda share: f"{share:.2f}")

@@ -6,6 +6,7 @@ for each stage of ZeRO and scene, of rank 0 alone, since what is gathered is the
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -166,4 +167,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # else every training collects garbage in all that is imported
     main(Path(sys.argv[1]))

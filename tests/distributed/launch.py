@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = (ROOT, ROOT / "tests" / "reft", ROOT / "tests" / "scale")
+FOLDERS = (ROOT, ROOT / "tests" / "reft", Path(__file__).parent)
 
 
 def torchrun(*arguments: str | Path, processes: int = 2, timeout: float = 300) -> str:

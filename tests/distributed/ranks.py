@@ -6,6 +6,7 @@ for each engine, scene and rank.
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -234,4 +235,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # else every training collects garbage in all that is imported
     main(Path(sys.argv[1]))

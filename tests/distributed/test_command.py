@@ -52,7 +52,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def place(made_once) -> Path:
-    """A model, data, and in ``two`` and ``printed`` what two processes made of them."""
+    """A model and data; ``one`` and ``two``, the runs of one and of two processes; ``printed``, the
+    output of the two."""
 
     def fill(folder: Path) -> None:
         words = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
@@ -69,13 +70,13 @@ def place(made_once) -> Path:
         (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
         printed = torchrun("-m", "reft", *arguments(folder, "two", 2))
         (folder / "printed").write_text(printed)
+        assert run(*arguments(folder, "one", 4)) == 0
 
     return made_once("command", fill)
 
 
-def test_two_processes_train_what_one_does(place, tmp_path):
-    assert run(*arguments(place, str(tmp_path / "one"), 4)) == 0
-    single, two = weights(tmp_path / "one"), weights(place / "two")
+def test_two_processes_train_what_one_does(place):
+    single, two = weights(place / "one"), weights(place / "two")
     assert single.keys() == two.keys()
     for name, value in single.items():
         assert float((value - two[name]).abs().max()) <= 1e-7, name
@@ -106,8 +107,7 @@ def test_accelerate_launch_is_the_same_command(place, tmp_path):
         check=True,
         capture_output=True,
     )
-    assert run(*arguments(place, str(tmp_path / "one"), 4)) == 0
-    launched, single = weights(tmp_path / "launched"), weights(tmp_path / "one")
+    launched, single = weights(tmp_path / "launched"), weights(place / "one")
     assert launched.keys() == single.keys()
     assert all(torch.equal(value, launched[name]) for name, value in single.items())
 

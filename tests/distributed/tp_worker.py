@@ -6,6 +6,7 @@ a file for each scene and rank.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -257,4 +258,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # else every training collects garbage in all that is imported
     main(Path(sys.argv[1]))

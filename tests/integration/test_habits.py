@@ -203,12 +203,18 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("asked", ASKED)
-@pytest.mark.parametrize(
-    "names",
-    [BOTH, (*BOTH,), {*BOTH}, [], 3, b"late"],
-    ids=["list", "tuple", "set", "empty", "number", "bytes"],
-)
+#: A list to every method, and to one method of each kind everything else.
+WRONG_NAMES = [
+    *((asked, BOTH) for asked in ASKED),
+    *(
+        (asked, names)
+        for asked in ("set", "batch")
+        for names in ((*BOTH,), {*BOTH}, [], 3, b"late")
+    ),
+]
+
+
+@pytest.mark.parametrize(("asked", "names"), WRONG_NAMES)
 def test_one_adapter_is_named_at_a_time(asked, names, tmp_path):
     model = get_reft_model(llama(), config(layers=[0]), "early").eval()
     model.add_adapter("late", config(layers=[2]))

@@ -77,9 +77,8 @@ def run(tmp_path: Path):
     return started
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_tests_that_do_not_say_where_they_run_are_an_error(run, device):
-    done = run(REFUSED, device, "-k", "nothing")
+def test_tests_that_do_not_say_where_they_run_are_an_error(run):
+    done = run(REFUSED, "cuda", "-k", "nothing")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "has a marker gpu, host(reason) or interpreter(reason)" in done.stderr
     named = [line.split("::")[1] for line in done.stderr.splitlines() if "::" in line]
