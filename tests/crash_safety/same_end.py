@@ -1,4 +1,4 @@
-"""Whether a disturbed run came to the end of the undisturbed one."""
+"""Assertions that an interrupted run ends like the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reft import ReftConfig
 from reft.io.adapter_files import WEIGHTS_FILE, read_adapter
 from reft.train.checkpoints import UNFINISHED
 
-#: What an adapter is on the disk.
+#: Files of a stored adapter.
 Adapter = tuple[ReftConfig, dict[str, torch.Tensor]]
 
 
@@ -24,7 +24,7 @@ def assert_same_adapter(left: Adapter, right: Adapter) -> None:
 
 
 def assert_whole(folder: Path, checkpoints: Path) -> list[int]:
-    """Every checkpoint in a folder is complete and as it should be; their steps."""
+    """Check that every checkpoint in a folder is complete and correct; return their steps."""
     steps = []
     for checkpoint in folder.glob("checkpoint-*"):
         expected = checkpoints / checkpoint.name
@@ -35,13 +35,15 @@ def assert_whole(folder: Path, checkpoints: Path) -> list[int]:
             left, right = (torch.load(parent / name) for parent in (checkpoint, expected))
             torch.testing.assert_close(left, right, rtol=0, atol=0)
         steps.append(int(checkpoint.name.partition("-")[2]))
-    if (folder / "adapter" / WEIGHTS_FILE).exists():  # until it has its name, there is no adapter
+    if (
+        folder / "adapter" / WEIGHTS_FILE
+    ).exists():  # the weights are renamed last: without them there is no adapter
         read_adapter(folder / "adapter")
     return sorted(steps)
 
 
 def assert_same_end(run: Run, before: list[int], expected: dict[str, Any]) -> None:
-    """The last process ended the run, from the last checkpoint on and not from the beginning."""
+    """Check that the last process resumed from the last checkpoint and reached the same end."""
     result = run.read()
     assert "error" not in result
     assert result["steps"] == STEPS - max(before, default=0)

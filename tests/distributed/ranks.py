@@ -1,7 +1,7 @@
-"""One rank of every engine, one after another, since starting processes is what takes the time.
+"""One rank under each engine in turn, since most of the time goes into starting processes.
 
-Written for torchrun; see test_ranks.py. What comes out lies in the folder that is given: a file
-for each engine, scene and rank.
+Run by torchrun; see test_ranks.py. Results go into the folder given as argument: one file for each
+engine, scene and rank.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from wire import Wire
 
 from reft.adapter.parameters import AdapterParameters
 
-#: Cases of a base that is sharded while it is loaded.
+#: Cases of a base that is sharded during loading.
 NATIVE = ("plain", "checkpointing", "clipping")
 
-#: Runs of six steps with a checkpoint in their middle.
+#: Runs of six steps with a checkpoint halfway.
 _SIX = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "seed": 5}
 LONG = {"long": Case(_SIX), "long lora": Case(_SIX, lora=True)}
 
@@ -43,7 +43,7 @@ class Rank:
         self.folder, self.rank, self.ranks = folder, state.process_index, state.num_processes
 
     def trainer(self, engine: str, scene: str, case: Case, **settings: Any) -> InOrder:
-        """A trainer of the engine; every rank draws other first values."""
+        """Build a trainer of the engine; every rank draws another initialisation."""
         forget()
         folder = self.folder / "runs" / engine / scene
         if engine == "native":
@@ -59,7 +59,7 @@ class Rank:
     # ------------------------------------------------------------ scenes
 
     def cases(self, engine: str, names: Any) -> None:
-        """Three steps of every case."""
+        """Train three steps of every case."""
         for name in names:
             trainer = self.trainer(engine, name, CASES[name])
             try:
@@ -73,7 +73,8 @@ class Rank:
             )  # fmt: skip
 
     def resumed(self, engine: str, name: str) -> None:
-        """Six steps; the last three of them again; those of a checkpoint of one process."""
+        """Train six steps, then the last three again from this engine's checkpoint and from the
+        checkpoint of one process."""
         case, runs = LONG[name], self.folder / "runs"
         self.keep(engine, name, **trained(self.trainer(engine, name, case)))
         for scene, first in (("again", engine), ("from one", "one")):
@@ -83,7 +84,7 @@ class Rank:
             self.keep(engine, f"{name} {scene}", **result)
 
     def published(self, engine: str) -> None:
-        """What is written at the end, and what is generated then, by greedy search and by beams."""
+        """Save the trained adapter, and generate by greedy and beam search."""
         trainer = self.trainer(engine, "published", CASES["plain"])
         trained(trainer)
         trainer.save_adapter(self.folder / f"{engine}-adapter")
@@ -98,7 +99,7 @@ class Rank:
         self.keep(engine, "published", texts=texts)
 
     def wire(self, engine: str) -> None:
-        """The bytes of one step of Trainer's loop: those of two steps without those of one."""
+        """Count the bytes sent in one step: those of two steps minus those of one."""
         sent = []
         for steps in (1, 2):
             trainer = self.trainer(engine, "wire", Case({"max_steps": steps}))
@@ -109,7 +110,7 @@ class Rank:
         self.keep(engine, "wire", bytes=sent[1] - sent[0])
 
     def without_prompts(self, engine: str) -> None:
-        """Examples that are all answer: these numbers of them, or all."""
+        """Train on examples without a prompt: all of them, or those of one rank."""
         for scene, chosen in (("all", range(12)), ("one rank's", (2, 3)), ("the first", range(4))):
             trainer = self.trainer(engine, f"answers {scene}", CASES["plain"])
             for number in chosen:
@@ -124,7 +125,8 @@ class Rank:
                 )
 
     def trains_sharded(self) -> bool:
-        """Whether this transformers' Trainer takes a sharded base; if not, what it says."""
+        """Return whether this transformers' Trainer accepts a sharded base; store its
+        error if not."""
         trainer = self.trainer("native", "refused", CASES["plain"])
         if hasattr(trainer, "is_distributed_loading_by_transformers"):
             return True
@@ -136,7 +138,8 @@ class Rank:
         return False
 
     def mixed(self) -> None:
-        """A base in bfloat16 under a policy of bfloat16: what a forward has of the adapter."""
+        """Train a bfloat16 base under a bfloat16 policy, and record the adapter's tensors in a
+        forward."""
         policy = MixedPrecisionPolicy(*[torch.bfloat16] * 3)
         trainer = self.trainer("fsdp2", "mixed", CASES["plain"], mixed_precision_policy=policy)
         [adapter] = [
@@ -151,8 +154,8 @@ class Rank:
         self.keep("fsdp2", "mixed", first=first, dtype=seen[0][0], encode=seen[0][1], **result)
 
     def state(self, setting: dict[str, Any]) -> None:
-        """Logits of a trained adapter, again after another one was put in its place and two ways
-        of torch's have brought it back: a checkpoint of parts, and one whole dictionary."""
+        """Compare logits after another adapter is overwritten from a sharded checkpoint and from a
+        full state dict."""
         trainer = self.trainer("fsdp2", "state", CASES["plain"], **setting)
         trained(trainer)
         model, inputs = trainer.model_wrapped.eval(), batch(3)
@@ -177,7 +180,9 @@ class Rank:
                 for value in (adapter.base, *adapter.parameters()):
                     value.add_(0.3)
                 away = float((model(**inputs).logits - expected).abs().max())
-                for unit in model.modules():  # a forward leaves some whole, which torch misreads
+                for (
+                    unit
+                ) in model.modules():  # torch misreads modules that a forward has left gathered
                     if isinstance(unit, FSDPModule):
                         unit.reshard()
                 bring_back()
@@ -185,7 +190,7 @@ class Rank:
         self.keep("fsdp2", "state", found=differences, keys=[*kept])
 
     def best(self) -> None:
-        """The best of two checkpoints is loaded into shards at the end."""
+        """Load the best of two checkpoints into shards at the end of training."""
         case = Case(
             {
                 "max_steps": 4, "save_strategy": "steps", "eval_strategy": "steps",
@@ -212,7 +217,7 @@ def main(folder: Path) -> None:
     rank.resumed("fsdp2", "long")
     try:
         rank.resumed("fsdp2", "long lora")
-    except ImportError as error:  # of what PEFT expects of transformers, before it loads anything
+    except ImportError as error:  # PEFT and the oldest transformers do not fit together
         for scene in ("", " again", " from one"):
             rank.keep("fsdp2", f"long lora{scene}", lacking=str(error))
     rank.published("fsdp2")
@@ -235,5 +240,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    gc.freeze()  # else every training collects garbage in all that is imported
+    gc.freeze()  # every training collects garbage: exclude the imported modules
     main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""The command of one process, started by torchrun."""
+"""``reft train`` started by torchrun and by accelerate launch."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_one_process_resumes_what_two_began(place, tmp_path):
 
 
 def test_accelerate_launch_is_the_same_command(place, tmp_path):
-    """It starts one process on a CPU, however many are asked for."""
+    """accelerate starts one process on a CPU, whatever number is requested."""
     launch = (*(sys.executable, "-m", "accelerate.commands.launch"), "--cpu", "-m", "reft")
     subprocess.run(
         [*launch, *arguments(place, str(tmp_path / "launched"), 4)],

@@ -1,4 +1,4 @@
-"""Two ranks under DeepSpeed, ZeRO 0 to 3, are one process, through the Trainer."""
+"""Training on two ranks under DeepSpeed, ZeRO 0 to 3, equals training in one process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BOTH = [(stage, name) for stage, names in STAGES.items() for name in names]
 
 @pytest.fixture(scope="module")
 def folder(made_once) -> Path:
-    """What two ranks have left."""
+    """Files that two ranks have written."""
 
     def fill(folder: Path) -> None:
         make_base().save_pretrained(folder / "base")
@@ -36,7 +36,7 @@ def folder(made_once) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """name of a case, more arguments -> what one process makes of it."""
+    """A function of a case's name and more arguments that trains it in one process."""
     made: dict[Any, dict[str, Any]] = {}
 
     def of(name: str, **arguments: Any) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def test_checkpoints_do_not_hold_the_base(stage, name, folder):
 
 
 def test_a_checkpoint_is_not_resumed_without_deepspeed(folder, tmp_path):
-    """Its adapter is read anywhere."""
+    """The adapter in it can be loaded anywhere."""
     checkpoint = folder / "runs" / "2-plain-long" / "checkpoint-2"
     trainer = make_trainer(Case(LONG), tmp_path)
     before = weights(trainer.model)
@@ -123,7 +123,7 @@ def test_a_checkpoint_is_not_resumed_without_deepspeed(folder, tmp_path):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_bfloat16_is_not_what_is_saved(stage, folder, alone):
-    """What the optimizer has is, in float32; the modules hold it rounded."""
+    """The saved adapter has the optimizer's float32 values; the modules hold them rounded."""
     saved = load_file(folder / f"{stage}-half-adapter" / "adapter_model.safetensors")
     held = kept(folder, stage, "half")["weights"]
     expected = alone("plain")["weights"]
@@ -138,6 +138,6 @@ def test_bfloat16_is_not_what_is_saved(stage, folder, alone):
 
 
 def test_a_base_that_was_loaded_in_parts(folder, alone):
-    """Its head, which the adapter trains a copy of, too."""
+    """The head, of which the adapter trains a copy, is sharded as well."""
     result = kept(folder, 3, "head-loaded")["weights"]
     assert largest_difference(result, alone("head")["weights"]) <= 1e-7

@@ -1,5 +1,5 @@
-"""Bases of which accelerate keeps layers on disk, or in memory beside the device, are trained as
-whole ones are: in the same bits."""
+"""Training on an offloaded base, on disk or in CPU memory, gives the same bits as without
+offloading."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DISK = {
 
 
 def mapped(folder: Path, disk: tuple[str, ...]) -> LlamaForCausalLM:
-    """The base of the other tests, with these modules on disk."""
+    """Load the base of the other tests with these modules on disk."""
     make_base().save_pretrained(folder / "base")
     places = {name: "disk" if name in disk else "cpu" for name in (*DISK["all layers"], *REST)}
     return LlamaForCausalLM.from_pretrained(
@@ -35,7 +35,7 @@ def mapped(folder: Path, disk: tuple[str, ...]) -> LlamaForCausalLM:
 
 
 def hooks(base: nn.Module) -> dict[str, object]:
-    """accelerate's, by module."""
+    """Return accelerate's hooks by module name."""
     return {
         name: module._hf_hook
         for name, module in base.named_modules()
@@ -74,8 +74,8 @@ def test_a_trainer_with_a_device_map(places, name, tmp_path):
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_offloading_by_hand(where, tmp_path):
-    """Every module's parameters come for the time of its forward. transformers' Trainer would move
-    such a base, which it cannot: so by hand."""
+    """The parameters of a module are loaded for its forward only. Trainer would move such a base,
+    which is impossible; the loop is written out here."""
     base, device = make_base(), torch.device("cpu")
     if where == "memory":
         base = cpu_offload(base, execution_device=device)

@@ -1,4 +1,5 @@
-"""Two processes under DDP and FSDP2, accelerate's and transformers', are one process."""
+"""Training on two ranks under DDP and FSDP2, of accelerate and of transformers, equals training in
+one process."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from three_steps import CASES, STEPS, batch, largest_difference, make_base, make
 from reft import ReftModel
 from reft.io.adapter_files import read_adapter
 
-#: float32 has 6e-8 of 1; weights are of the order of 1, gradients of 0.1.
+#: float32 resolves 6e-8 at 1; weights are about 1, gradients about 0.1.
 ROUNDING = 1e-7
 
 ENGINES = [
@@ -26,12 +27,12 @@ ENGINES = [
 
 
 def kept(folder: Path, engine: str, scene: str) -> list[dict[str, Any]]:
-    """What each rank has written."""
+    """Load the results of each rank; skip where the installed versions lack the feature."""
     results = [
         torch.load(folder / f"{engine}.{scene}.{rank}.pt", weights_only=False) for rank in (0, 1)
     ]
     for result in results:
-        if "lacking" in result:  # on the oldest versions; said by name, by us or by PEFT
+        if "lacking" in result:  # on the oldest versions; this library or PEFT names the feature
             said = "a later one can|as 1.15.0 can|must say use_reentrant=False|cannot import name"
             assert re.search(said, result["lacking"])
             pytest.skip(result["lacking"])
@@ -39,7 +40,7 @@ def kept(folder: Path, engine: str, scene: str) -> list[dict[str, Any]]:
 
 
 def alone(folder: Path, scene: str) -> dict[str, Any]:
-    """What one process has."""
+    """Load the results of one process."""
     return torch.load(folder / f"one.{scene}.pt", weights_only=False)
 
 
@@ -81,12 +82,12 @@ def test_settings_of_accelerate_change_no_number(ranks_folder, setting):
 
 def test_the_adapter_stays_in_full_precision_under_a_policy_of_bfloat16(ranks_folder):
     ranks = kept(ranks_folder, "fsdp2", "mixed")
-    first = ranks[0]["first"]  # that of rank 0, which all got
+    first = ranks[0]["first"]  # rank 0's initialisation, which was broadcast
     expected = first["weight"] - first["rotation"]
     for result in ranks:
         assert result["dtype"] == torch.float32
         torch.testing.assert_close(result["encode"], expected[0], rtol=0.0, atol=2e-7)
-        # The base computes in bfloat16, whose 8 bits are what gradients differ by.
+        # The base computes in bfloat16: gradients differ by its 8 bits.
         wanted = alone(ranks_folder, "plain")
         for ours, theirs in zip(result["gradients"][:1], wanted["gradients"][:1], strict=True):
             for name in theirs:
@@ -148,7 +149,7 @@ def test_checkpoints_are_the_files_of_one_process_without_the_base(ranks_folder,
 def test_the_best_checkpoint_is_loaded_into_shards(ranks_folder):
     for result in kept(ranks_folder, "fsdp2", "best"):
         best = Path(result["best"].replace("making-ranks", "ranks"))
-        assert best.name == "checkpoint-2"  # the last one would be loaded by doing nothing
+        assert best.name == "checkpoint-2"  # the last checkpoint's weights are in the model already
         _, stored = read_adapter(best)
         weights = {name.rpartition(".")[2]: tensor for name, tensor in result["weights"].items()}
         assert torch.equal(weights["weight"], stored["weight"])
@@ -166,7 +167,7 @@ def test_a_state_dict_of_shards_is_all_of_the_adapter(ranks_folder):
             assert back == 0.0
 
 
-# ------------------------------------------------------------------ what comes out
+# ------------------------------------------------------------------ saved files and generation
 
 
 @pytest.mark.parametrize("engine", ["ddp", "native", "fsdp2"])
@@ -194,7 +195,7 @@ def test_what_is_written_and_generated_is_that_of_one_process(ranks_folder, engi
             assert torch.equal(text, expected)
 
 
-# ------------------------------------------------------------------ the wire
+# ------------------------------------------------------------------ communication
 
 
 def test_ddp_sends_the_gradients_of_the_adapter_and_nothing_of_the_base(ranks_folder):
@@ -202,12 +203,12 @@ def test_ddp_sends_the_gradients_of_the_adapter_and_nothing_of_the_base(ranks_fo
     for result in kept(ranks_folder, "ddp", "wire"):
         sent = dict(result["bytes"])
         assert sent.pop("allreduce_") == size
-        assert sum(sent.values()) <= 64  # Trainer's count of tokens, its loss and norm
+        assert sum(sent.values()) <= 64  # Trainer's token count, loss and gradient norm
 
 
 def test_fsdp2_reduces_the_gradients_of_the_adapter_and_nothing_of_the_base(ranks_folder):
     weights = alone(ranks_folder, "plain")["weights"].values()
-    # Shards are cut from the first dimension, the layers, which is filled up to all ranks.
+    # The first dimension, the layers, is sharded and padded to a multiple of the ranks.
     size = 4 * sum(-(-tensor.shape[0] // 2) * 2 * tensor[0].numel() for tensor in weights)
     for result in kept(ranks_folder, "fsdp2", "wire"):
         assert result["bytes"]["_reduce_scatter_base_"] == size

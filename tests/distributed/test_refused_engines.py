@@ -1,4 +1,4 @@
-"""Engines under which a rank has some of the tokens, or other modules, are refused by name."""
+"""Engines that give a rank some of the tokens, or other modules, are refused by name."""
 
 from __future__ import annotations
 

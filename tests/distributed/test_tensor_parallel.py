@@ -1,4 +1,4 @@
-"""Two processes that hold slices of the base's matrices train and generate as one process does."""
+"""Two processes under tensor parallelism train and generate like one process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NEEDS_TRAINER = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def folder(made_once) -> Path:
-    """What two processes have left."""
+    """Files that two processes have written."""
 
     def fill(folder: Path) -> None:
         tp_worker.bases(folder)
@@ -45,7 +45,7 @@ def folder(made_once) -> Path:
 
 
 def kept(folder: Path, scene: str) -> list[dict[str, Any]]:
-    """By rank."""
+    """Load the results of each rank."""
     return [torch.load(folder / f"{scene}.{rank}.pt") for rank in (0, 1)]
 
 
@@ -55,7 +55,7 @@ def test_three_steps_equal_one_process(name, folder):
     alone = steps(adapted(load(folder, case), case), case)
     assert min(tensor.abs().max() for tensor in alone["gradients"].values()) > 1e-6
     first, second = kept(folder, name)
-    # Nothing brings the ranks together again, so they must not part at all.
+    # Nothing synchronises the ranks, so they must stay equal bit for bit.
     assert largest_difference(first["weights"], second["weights"]) == 0
     close = 1e-6 if name == "float32" else 1e-13
     torch.testing.assert_close(first["losses"], alone["losses"], rtol=0, atol=close)
@@ -85,7 +85,7 @@ def test_generation_equals_one_process(folder):
 
 
 def test_what_was_saved_is_read_in_one_process(folder):
-    """Rank 0 has all of the adapter."""
+    """Rank 0 saves the complete adapter."""
     model = ReftModel.from_pretrained(load(folder, {}), folder / "saved")
     for got, want in zip(texts(model), kept(folder, "texts")[0]["texts"], strict=True):
         assert torch.equal(got, want)
@@ -118,7 +118,8 @@ def test_a_slice_is_refused_at_every_door(door, folder):
 
 
 def test_a_base_that_torch_has_split(folder):
-    """No plan says what of it is whole: what is added to the residual stream is."""
+    """Without transformers' plan, only outputs added to the residual stream are known to be
+    replicated."""
     case = CASES["mlp"]
     alone = steps(adapted(load(folder, case), case), case)
     for result in kept(folder, "foreign"):

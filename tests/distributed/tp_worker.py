@@ -1,7 +1,7 @@
 """One process of tensor parallelism, and the same training in one process.
 
-Written for torchrun; see test_tensor_parallel.py. What comes out lies in the folder that is given:
-a file for each scene and rank.
+Run by torchrun; see test_tensor_parallel.py. Results go into the folder given as argument: one file
+for each scene and rank.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from reft import ReftConfig, ReftModel, get_reft_model
 
 STEPS = 3
 
-#: Whether transformers' Trainer knows what from_pretrained has split.
+#: Whether transformers' Trainer recognises a base that from_pretrained has split.
 KNOWS_SPLIT = hasattr(PreTrainedModel, "is_distributed_loading_by_transformers")
 
-#: name -> configuration of the adapter, and how it is trained; in float64 unless it says otherwise,
-#: where sums in another order are no excuse.
+#: name -> configuration of the adapter, and how it is trained; by default in float64, where
+#: another order of sums makes no visible difference.
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "float32": {"dtype": "float32"},
@@ -58,7 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
     "head": {"config": {"modules_to_save": ("score",)}},
 }
 
-#: Components of which a process has a slice.
+#: Components whose output is split between the processes.
 SLICES = (
     "module:self_attn.q_proj",
     "module:self_attn.v_proj",
@@ -67,13 +67,13 @@ SLICES = (
 )
 
 
-#: Of three_steps: on a base in 4 bits, and with the Trainer under tensor parallelism.
+#: Cases of three_steps on a 4-bit base, and with the Trainer under tensor parallelism.
 QUANTIZED = ("plain", "checkpointing")
 TRAINER = ("plain", "accumulation")
 
 
 def adapted(base: nn.Module, case: dict[str, Any], rank: int = 0) -> ReftModel:
-    """A fresh adapter, of other first values on every rank."""
+    """Wrap the base with a new adapter; every rank draws another initialisation."""
     settings: dict[str, Any] = {"rank": 4, "positions": "f2+l2", "layers": list(range(LAYERS))}
     settings["dtype"] = case.get("dtype", "float64")
     config = ReftConfig(**{**settings, **case.get("config", {})})
@@ -81,7 +81,7 @@ def adapted(base: nn.Module, case: dict[str, Any], rank: int = 0) -> ReftModel:
 
 
 def steps(model: ReftModel, case: dict[str, Any]) -> dict[str, Any]:
-    """Gradients of the first step, losses, and weights after three steps of AdamW."""
+    """Train three steps of AdamW; return losses, gradients of the first step, and weights."""
     if "checkpointing" in case:
         reentrant = {"use_reentrant": case["checkpointing"]}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
@@ -112,7 +112,7 @@ def steps(model: ReftModel, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def texts(model: ReftModel) -> list[Tensor]:
-    """Greedy search and beams, from prompts of several lengths padded on the left."""
+    """Generate by greedy and beam search from left-padded prompts of several lengths."""
     inputs = {
         name: value.flip(1) for name, value in collate(features(3)).items() if name != "labels"
     }
@@ -130,7 +130,7 @@ def bases(folder: Path) -> None:
 
 
 def quantized(folder: Path, name: str, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
-    """Three steps of the Trainer on a base in 4 bits: data parallel, while nothing else is."""
+    """Train three steps with the Trainer on a 4-bit base, under data parallelism."""
     base = AutoModelForCausalLM.from_pretrained(
         folder / "wide",
         quantization_config=BitsAndBytesConfig(
@@ -145,7 +145,8 @@ def quantized(folder: Path, name: str, rank: int = 0, ranks: int = 1) -> dict[st
 
 
 def with_trainer(folder: Path, name: str, rank: int = 0, **split: Any) -> dict[str, Any]:
-    """Three steps of the Trainer; under tensor parallelism every rank gets the whole batch."""
+    """Train three steps with the Trainer; under tensor parallelism every rank gets the
+    whole batch."""
     base = load(folder, {"dtype": "float32"}, **split)
     run = folder / "runs" / f"{name}-trainer"
     return trained(make_trainer(TRAINER_CASES[name], run, rank=rank, base=base))
@@ -159,7 +160,7 @@ def load(folder: Path, case: dict[str, Any], **how: Any) -> nn.Module:
 
 
 class Refusals(dict[str, str]):
-    """What is said to what cannot be right, by name."""
+    """Error messages of calls that must fail, by name."""
 
     def __call__(self, name: str, call: Callable[..., Any], base: nn.Module, *args: Any) -> None:
         before = [*base.named_modules()]
@@ -171,7 +172,7 @@ class Refusals(dict[str, str]):
 
 
 def refusals(folder: Path) -> Refusals:
-    """By every way in, and of every way of splitting."""
+    """Collect the errors of every entry point and of every way of splitting a base."""
     refused, sliced, plain = Refusals(), folder / "sliced", ReftConfig(rank=2)
 
     def split(**how: Any) -> nn.Module:
@@ -211,7 +212,7 @@ def refusals(folder: Path) -> Refusals:
 
 
 def split_by_torch(base: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """The MLPs in slices, and no plan of transformers' that says so."""
+    """Shard the MLPs with torch, without a plan of transformers."""
     for block in base.model.layers:
         styles = {"up_proj": ColwiseParallel, "gate_proj": ColwiseParallel}
         plan = {f"mlp.{name}": style() for name, style in styles.items()}
@@ -246,7 +247,7 @@ def main(folder: Path) -> None:
     keep("foreign", **steps(adapted(foreign, CASES["mlp"]), CASES["mlp"]))
     keep("refusals", **refusals(folder))
     if KNOWS_SPLIT:
-        # accelerate says that this is for GPUs.
+        # accelerate allows this on GPUs only.
         ParallelismConfig._validate_accelerator = lambda *_: None
         for name in TRAINER:
             keep(f"trainer-{name}", **with_trainer(folder, name, rank, **split))
@@ -258,5 +259,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    gc.freeze()  # else every training collects garbage in all that is imported
+    gc.freeze()  # every training collects garbage: exclude the imported modules
     main(Path(sys.argv[1]))

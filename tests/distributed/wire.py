@@ -1,4 +1,4 @@
-"""What ranks send to each other, counted where torch.distributed is called."""
+"""Count the bytes that ranks send to each other, at the calls of torch.distributed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Wire(TorchDispatchMode):
-    """Inside, the bytes that this rank gives to collectives, by the collective's name."""
+    """A mode that counts the bytes given to each collective."""
 
     def __init__(self) -> None:
         super().__init__()

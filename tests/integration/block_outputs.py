@@ -10,8 +10,8 @@ def hidden(output):
 
 
 def outputs(model, modules, call, *, again=None):
-    """Outputs of ``modules`` in a forward. ``again``: the forward of the disabled model, but with
-    each module's output replaced by these."""
+    """Return the outputs of ``modules`` in a forward. With ``again``, disable the adapter and
+    replace each module's output by the given one."""
     seen = []
 
     def look(at):

@@ -16,7 +16,7 @@ for _row, _n in enumerate((6, 5, 2)):
     LABELS[_row, :_n] = -100
 SPANS = [(0, 6), (0, 5), (0, 2)]
 
-#: base -> (how to make it, the layers that LoRA is put on, PEFT's name of the task).
+#: base -> (constructor, LoRA's target modules, PEFT's task type).
 BASES = {
     "llama": (llama, ["q_proj", "down_proj"], "CAUSAL_LM"),
     "gpt2": (gpt2, ["c_attn"], "CAUSAL_LM"),
@@ -26,7 +26,8 @@ ORDERS = ("wrapper", "task", "transformers")
 
 
 def with_lora(order: str, base: str = "llama", model=None, seed: int = 7, **changes):
-    """A base with LoRA that does something: in PEFT's wrapper, in that of a task, or without."""
+    """Put LoRA with random weights on a base: in PeftModel, in the wrapper of a task, or by
+    transformers."""
     make, targets, task = BASES[base]
     model = make() if model is None else model
     settings = {"r": 2, "target_modules": targets, "init_lora_weights": False, **changes}
@@ -36,7 +37,7 @@ def with_lora(order: str, base: str = "llama", model=None, seed: int = 7, **chan
     if order == "transformers":
         try:
             model.add_adapter(peft.LoraConfig(**settings))
-        except ValueError as error:  # transformers may ask for a PEFT that is not out yet
+        except ValueError as error:  # transformers may require a PEFT that is not released yet
             if "version of PEFT" not in str(error):
                 raise
             pytest.skip(str(error))

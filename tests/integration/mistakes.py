@@ -86,7 +86,7 @@ def bad(dtype=torch.float32):
     return torch.zeros(3, 1, 3, 24, dtype=dtype)
 
 
-#: mistake -> (what is done, words of the answer)
+#: mistake -> (call, pattern of the error message)
 TABLE = {
     # ------------------------------------------------------------ configuration
     "intervention": (wrap(intervention="lorft"), "intervention must be .* got 'lorft'.*'loreft'"),

@@ -1,4 +1,4 @@
-"""Every architecture, every component: the edit is where it should be and nowhere else."""
+"""For every architecture and component, the edit changes the chosen rows and nothing else."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROTATED = [(name, COMPONENTS[index % 3]) for index, name in enumerate(ARCHITECTU
 
 
 def rows_of(name, spans, columns):
-    """Rows that are edited, (first column, tokens) of each sequence given."""
+    """Return the rows that are edited, given (first column, tokens) of each sequence."""
     chosen = []
     for row, (start, n) in enumerate(spans):
         if ARCHITECTURES[name].decoder:
@@ -57,7 +57,7 @@ def test_exactly_the_chosen_rows_of_the_chosen_blocks(name, component):
     ids = tokens(2, 8)
     call = call_of(name, ids)
     edited = outputs(model, modules, call)
-    # The disabled model with the same outputs of all modules: so the same input of each.
+    # The disabled model, with all modules' outputs replaced: every module has the same input.
     plain = outputs(model, modules, call, again=edited)
     rows = rows_of(name, [(0, 8), (0, 8)], 8)
     values = parameters_of(model)
@@ -126,7 +126,7 @@ def test_gradients_reach_every_layer(name, component):
     torch.manual_seed(7)
     (out.float() * torch.randn_like(out.float())).sum().backward()
     for key, parameter in model.reft.adapter("default").named_parameters():
-        # A classifier of a causal model reads one token; here every output counts.
+        # A causal classifier would read a single token; this loss depends on every output.
         assert (parameter.grad.flatten(1).abs().amax(1) > 0).all(), key
 
 
@@ -195,7 +195,7 @@ class TestEncoderDecoders:
             find_blocks(build("t5-encoder"), "middle")
 
     def test_labels_end_the_decoders_prompt(self):
-        """The start token and what comes before the first label: the rest is not edited."""
+        """Only the start token and the tokens before the first label are edited."""
         model = wrapped("t5-decoder", "block_output")
         block = model.reft.sites.blocks[0]
         source, labels = tokens(2, 5), tokens(2, 6, seed=4)

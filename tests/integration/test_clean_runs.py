@@ -1,4 +1,4 @@
-"""A clean run says nothing: no warning and no logged one, but for those that the bare base has."""
+"""A correct run emits no warning and no log message that the bare base does not emit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiny_models import llama, padded
 from reft import ReftConfig, get_reft_model
 from reft.model.planner import plan_forward
 
-#: Every warning is an error, those of imports excepted, which come before.
+#: Turns every warning into an error, except those of imports, which come first.
 RUN = """
 import json, logging, sys, warnings
 
@@ -106,7 +106,7 @@ def test_no_warning_in_a_clean_run(word_llama, word_tokenizer, tmp_path):
 
 
 def test_padding_that_is_not_a_number_stays_padding():
-    """Embeddings of padding tokens are NaN in a left-padded batch: what is edited is not."""
+    """NaN embeddings of left padding do not reach the edited rows."""
     base = llama()
     model = get_reft_model(base, ReftConfig(rank=3, positions="f2+l2"))
     ids, mask, _ = padded([4, 7], "left")

@@ -1,5 +1,5 @@
-"""A wrapped model is compiled as often as its base over batches of other sizes, is exported with a
-dynamic batch as the base is, and says that it cannot be traced."""
+"""Compilation over batches of other sizes, export with a dynamic batch, and the error of
+a trace."""
 
 from __future__ import annotations
 
@@ -128,4 +128,4 @@ def test_a_trace_is_refused_in_words():
     with model.disable_adapter():
         traced = torch.jit.trace(Logits(model), (ids,))
         torch.testing.assert_close(traced(ids), model(ids).logits)
-    model(ids)  # nothing is left behind
+    model(ids)  # the refused trace has left no state behind

@@ -1,4 +1,4 @@
-"""Habits from PEFT, pyreft and adapters: each is answered with what to write here instead."""
+"""Names and calls of PEFT, pyreft and adapters raise errors that name this library's equivalent."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class TestFields:
 
 
 class Pyreft:
-    """A configuration as pyreft has it, with its name and module."""
+    """A configuration with the name and module of pyreft's."""
 
 
 Pyreft.__name__ = Pyreft.__qualname__ = "ReftConfig"
@@ -203,7 +203,7 @@ ASKED = {
 }
 
 
-#: A list to every method, and to one method of each kind everything else.
+#: Every method gets a list; one method of each kind gets all other wrong types.
 WRONG_NAMES = [
     *((asked, BOTH) for asked in ASKED),
     *(

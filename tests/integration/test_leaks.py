@@ -1,4 +1,4 @@
-"""Hundreds of calls: hooks, objects and tensors stay where they were, and a base is let go."""
+"""Hundreds of calls leave no hooks, objects or tensors behind, and an unused base is freed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HOOKS = [name for name in torch.nn.Module().__dict__ if "hooks" in name]
 
 
 def facts(base):
-    """Everything that hangs on the modules of a model."""
+    """Count hooks and attributes of all modules of a model."""
     counts = Counter()
     for path, module in base.named_modules():
         for name in _HOOKS:
@@ -37,10 +37,10 @@ def objects():
 
 
 def assert_flat(action, times=TIMES):
-    """Objects by type do not grow with ``times``, nor do tensors' bytes."""
-    for _ in range(20):  # caches fill
+    """Check that neither objects nor bytes of tensors grow over ``times`` calls."""
+    for _ in range(20):  # fill the caches
         action()
-    held, before = tensor_bytes(), objects()  # asking for a storage makes an object
+    held, before = tensor_bytes(), objects()  # reading a storage makes an object
     for _ in range(times):
         action()
     more = objects() - before
@@ -49,12 +49,12 @@ def assert_flat(action, times=TIMES):
 
 
 def tensor_bytes():
-    """Of every tensor that Python can reach."""
+    """Sum the bytes of all tensors that Python can reach."""
     sizes = {}
     for item in gc.get_objects():
         if type(item) in (torch.Tensor, torch.nn.Parameter):
             storage = item.untyped_storage()
-            with contextlib.suppress(RuntimeError):  # no memory: a compiler left it here
+            with contextlib.suppress(RuntimeError):  # a tensor of torch.compile without memory
                 sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
 

@@ -1,4 +1,4 @@
-"""PEFT's LoRA under the edits: both train, each is switched by its own switch, both are stored."""
+"""PEFT's LoRA under the edits: both are trained, each has its own switch, both are saved."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_lora_that_is_trained_can_be_frozen():
 
 def test_what_lora_was_merged_into_is_frozen():
     merged = with_lora("task").merge_and_unload().requires_grad_(True)
-    merged.peft_config = {"default": peft.LoraConfig()}  # PEFT has left it there
+    merged.peft_config = {"default": peft.LoraConfig()}  # PEFT leaves this attribute behind
     model = get_reft_model(merged, config())
     assert kinds(model) == {"reft"}
     assert all(parameter.requires_grad for parameter in model.unload().parameters())
@@ -188,7 +188,7 @@ def test_without_peft_nothing_asks_for_it(monkeypatch):
     assert all(parameter.requires_grad for parameter in model.unload().parameters())
 
 
-# ------------------------------------------------------------------ heads
+# ------------------------------------------------------------------ modules_to_save
 
 
 def test_a_head_that_peft_trains_stays_pefts(tmp_path):
@@ -207,7 +207,7 @@ def test_a_head_that_peft_trains_stays_pefts(tmp_path):
         get_reft_model(model.unload(), config(modules_to_save=["classifier"]))
 
 
-# ------------------------------------------------------------------ the other order
+# ------------------------------------------------------------------ LoRA added after the edits
 
 
 def test_lora_added_later_freezes_the_edits_until_they_are_set():

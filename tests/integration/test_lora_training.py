@@ -49,7 +49,7 @@ def test_a_resumed_run_of_both_is_the_uninterrupted_one(order, make_trainer, wor
     for name, value in trained(resumed.model).items():
         assert torch.equal(value, expected[name]), name
 
-    # PEFT itself reads what lies there.
+    # PEFT itself can load the stored LoRA.
     base = peft.PeftModel.from_pretrained(word_llama, checkpoint / "lora")
     model = ReftModel.from_pretrained(base, checkpoint)
     ids = IDS % word_llama.config.vocab_size
@@ -71,7 +71,7 @@ def test_the_best_of_both_comes_back_at_the_end(make_trainer, word_llama, color_
         save_strategy="steps",
         save_steps=2,
         load_best_model_at_end=True,
-        learning_rate=0.3,  # far too much: the best step is not the last
+        learning_rate=0.3,  # so large that the best step is not the last
         lr_scheduler_type="constant",
     )
     trainer.train()
@@ -118,7 +118,7 @@ def test_several_adapters_of_peft_are_all_stored(order, gathered, tmp_path):
     model, other = two(1), two(2)
     stored = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    if gathered:  # an engine that shards parameters leaves nothing of them in the model
+    if gathered:  # under ZeRO-3 the model's own parameters are empty
         for parameter in model.parameters():
             parameter.data.zero_()
     save_lora(model, tmp_path, state if gathered else None)

@@ -17,8 +17,8 @@ from reft import ReftModel, get_reft_model
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> tuple[ReftModel, nn.Module, Path]:
-    """A wrapped model, a bare base and the stored adapter. The test checks that they stay as they
-    are, so that all mistakes share them."""
+    """A wrapped model, a bare base and the stored adapter. All mistakes share them, since the test
+    checks that they do not change."""
     torch.manual_seed(0)
     model = get_reft_model(llama(), config())
     model.add_adapter("other", config(rank=2, layers=[1]))
@@ -35,7 +35,7 @@ def env(models, tmp_path, word_tokenizer) -> Env:
 
 
 def state_of(model: nn.Module) -> dict:
-    """Everything that a mistake could leave behind on a model."""
+    """Collect everything that a mistake could change in a model."""
     hooks = {
         f"{name}.{kind}": list(getattr(module, kind))
         for name, module in model.named_modules()
@@ -85,7 +85,7 @@ def test_a_mistake_changes_nothing(mistake, env, monkeypatch):
     monkeypatch.chdir(env.folder)
     written, inner = [], env.file
 
-    def file(name, content):  # what the mistake itself prepares
+    def file(name, content):  # records files that the mistake itself prepares
         path = inner(name, content)
         written.append(str(path.relative_to(env.folder)))
         return path
@@ -104,7 +104,7 @@ def test_a_mistake_changes_nothing(mistake, env, monkeypatch):
     prepared = {*written, "a/adapter_config.json", "a/adapter_model.safetensors"}
     for name in (files.keys() | after.keys()) - prepared:
         assert files.get(name) == after.get(name), name
-    with torch.no_grad():  # and everything still works
+    with torch.no_grad():  # the model still works
         env.model(IDS)
         env.model.disable_adapter()
 

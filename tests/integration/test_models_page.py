@@ -1,4 +1,4 @@
-"""The examples of docs/models.md run, one after the other."""
+"""The examples of docs/models.md run in order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_examples_run():
 
 
 class TestRefusals:
-    """What the table at the end of the page says."""
+    """Refusals listed in the table at the end of the page."""
 
     def test_an_input_that_is_padded_inside(self):
         config = transformers.LongformerConfig(

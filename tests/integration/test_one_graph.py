@@ -1,4 +1,4 @@
-"""``torch.compile(fullgraph=True)`` of a wrapped model: plan and edits are in the one graph."""
+"""``torch.compile(fullgraph=True)`` of a wrapped model: plan and edits lie in one graph."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def loss_and_gradients(model, run, call):
 
 
 def compare(model, *calls):
-    """Eager and compiled, on several inputs of different shapes."""
+    """Compare eager and compiled training on inputs of different shapes."""
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for call in calls:
@@ -44,7 +44,7 @@ NO_CACHE = {"use_cache": False}
 @pytest.mark.parametrize(("name", "component"), CASES)
 def test_architectures_and_components(name, component):
     model = wrapped(name, component, layers=[0, 2]).train()
-    # Without a cache, whose making torch 2.11 cannot trace in T5.
+    # Without a cache: torch 2.11 cannot trace its creation in T5.
     compare(model, {**call_of(name, tokens(2, 7)), **({} if "bert" in name else NO_CACHE)})
 
 

@@ -1,4 +1,4 @@
-"""What an optimizer sees of an adapter: ordinary parameters, whatever it does to them."""
+"""Optimizers see ordinary parameters, and R stays orthonormal whatever they do."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def values(model: nn.Module) -> dict[str, torch.Tensor]:
 def _eight_bit(name: str, **settings):
     def make(parameters):
         bitsandbytes = pytest.importorskip("bitsandbytes")
-        # Its threshold would leave parameters this small in 32 bits.
+        # Below its default threshold bitsandbytes keeps parameters in 32 bits.
         return getattr(bitsandbytes.optim, name)(parameters, min_8bit_size=16, **settings)
 
     return make
@@ -139,7 +139,8 @@ def test_closures_that_run_the_model_several_times():
 @pytest.mark.parametrize("kind", ["AdamW", "SGD"])
 @pytest.mark.parametrize("intervention", [name for name, row in FAMILY.items() if row.orthonormal])
 def test_r_survives_a_decay_that_clears_every_parameter(kind, intervention):
-    """Where R itself, or a triangle of it, is the parameter, this leaves the zero matrix."""
+    """If R itself or a triangle of it were the parameter, this decay would leave the
+    zero matrix."""
     model = made(intervention=intervention)
     optimizer = getattr(torch.optim, kind)(trained(model).values(), lr=0.5, weight_decay=2.0)
     for _ in range(3):
@@ -207,7 +208,7 @@ def test_a_state_dict_brings_the_same_wrapper_back():
     assert steps(model, optimizer, 3) == first
 
 
-# ------------------------------------------------------------------ a start as the base itself
+# ------------------------------------------------------------------ identity initialisation
 
 
 @pytest.mark.parametrize(

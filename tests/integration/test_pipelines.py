@@ -1,5 +1,5 @@
-"""``transformers.pipeline`` takes a wrapped model, says nothing about it, and does what the model
-does."""
+"""``transformers.pipeline`` accepts a wrapped model without a warning and gives the model's
+outputs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def wrapped(word_llama) -> ReftModel:
 
 @pytest.fixture
 def complaints(caplog):
-    """A function that lists what transformers, whose logger does not propagate, has complained of
-    in this test."""
+    """A function that lists warnings that transformers logged in this test; its logger does not
+    propagate."""
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     yield lambda: [
@@ -47,7 +47,7 @@ def generated(model, tokenizer, prompt: str, **settings) -> str:
 
 @pytest.fixture
 def answers(wrapped, word_tokenizer) -> list[str]:
-    """Of generate, prompt by prompt; other than the base's."""
+    """Outputs of ``generate`` for each prompt, which differ from the base's."""
     with wrapped.disable_adapter():
         plain = [generated(wrapped, word_tokenizer, prompt) for prompt in PROMPTS]
     edited = [generated(wrapped, word_tokenizer, prompt) for prompt in PROMPTS]
@@ -59,7 +59,7 @@ def answers(wrapped, word_tokenizer) -> list[str]:
 def test_text_generation(wrapped, word_tokenizer, answers, complaints, recwarn, batch_size):
     base = copy.deepcopy(wrapped).unload()
     pipeline("text-generation", model=base, tokenizer=word_tokenizer)(PROMPTS, **SETTINGS)
-    of_the_base = set(complaints())  # transformers 5.16 has some of its own
+    of_the_base = set(complaints())  # transformers 5.16 logs warnings for the bare base
     pipe = pipeline("text-generation", model=wrapped, tokenizer=word_tokenizer)
     assert pipe.model is wrapped
     assert "ReftModel" in repr(pipe)

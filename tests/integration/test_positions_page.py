@@ -1,4 +1,4 @@
-"""The examples of docs/positions.md run, one after the other."""
+"""The examples of docs/positions.md run in order."""
 
 from __future__ import annotations
 

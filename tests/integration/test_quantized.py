@@ -1,4 +1,4 @@
-"""Bases that bitsandbytes holds in 4 or 8 bits: they are read, never moved, cast or changed."""
+"""Bases that bitsandbytes holds in 4 or 8 bits are read, never moved, cast or changed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def load(folder, monkeypatch):
-    """form -> the base in it. From then on, moving or casting it is an error."""
+    """A function that loads the base in a format. Moving or casting that base raises an error."""
 
     def make(form: str, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
         settings = dict(FORMS[form])
@@ -67,7 +67,7 @@ def config(**changes) -> ReftConfig:
 
 
 def contents(base: nn.Module) -> dict[str, tuple[int, Tensor]]:
-    """Where each parameter lies, and a copy of it."""
+    """Return address and copy of each parameter of the base."""
     return {
         name: (parameter.data_ptr(), parameter.detach().clone())
         for name, parameter in base.named_parameters()
@@ -76,7 +76,7 @@ def contents(base: nn.Module) -> dict[str, tuple[int, Tensor]]:
 
 
 def plain_copy(base: nn.Module) -> LlamaForCausalLM:
-    """The base with its matrices as ordinary floats."""
+    """Build the base with dequantised matrices."""
     copy = llama(**WIDTH)
     state = {}
     for name, module in base.named_modules():
@@ -128,7 +128,7 @@ def test_gradients_equal_those_on_the_dequantised_base(load, form):
     got, expected = gradients(model), gradients(plain)
     for name, value in got.items():
         assert value.dtype == torch.float32
-        # On a CPU bitsandbytes multiplies dequantised matrices, those of 8 bits too.
+        # On a CPU bitsandbytes dequantises 8-bit matrices as well before it multiplies.
         assert (value - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
 
 

@@ -35,7 +35,7 @@ def test_the_example_runs(heading, tmp_path, monkeypatch):
 
 
 def _answers(names):
-    """Those of ``generate`` with the same settings, each prompt alone; they end early."""
+    """Generate each prompt alone with the same settings; generation ends early."""
     answers = []
     for ids, name in zip(names["inputs"], names["names"], strict=True):
         whole = names["model"].generate(

@@ -1,4 +1,4 @@
-"""Several threads: on models of their own, and on one. Nobody's plan reaches another's forward."""
+"""Several threads, on a model each and on one model, do not see each other's plans."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def wrapped(**changes):
 
 
 class InTheMiddle:
-    """Hooks on a block that stop the forwards of chosen threads there, until they may go on."""
+    """A hook on a block that stops the forward of one thread until it is released."""
 
     def __init__(self, block: nn.Module) -> None:
         self.there, self.go = threading.Event(), threading.Event()
@@ -41,8 +41,8 @@ class InTheMiddle:
             assert self.go.wait(PATIENCE)
 
     def during(self, call, inside):
-        """``call()`` in another thread, ``inside()`` while that is between two blocks; both
-        results."""
+        """Run ``call()`` in another thread, and ``inside()`` while that is stopped between two
+        blocks; return both results."""
         outcome = {}
 
         def run():
@@ -84,7 +84,7 @@ SHORT, LONG = tokens(2, 6), tokens(3, 11, seed=9)
 
 
 def all_at_once(jobs):
-    """Results of functions that start together, each in a thread of its own."""
+    """Start the functions together in a thread each; return their results."""
     barrier, results, errors = threading.Barrier(len(jobs)), {}, []
 
     def run(name, job):
@@ -136,11 +136,11 @@ def _seeded(seed):
 
 
 class TestOneModel:
-    """Each pair is run once with one call stopped between two blocks while the other runs whole."""
+    """One call is stopped between two blocks while the other one runs."""
 
     @pytest.mark.parametrize("sent", [True, False])
     def test_two_forwards(self, sent):
-        """Blocks are handed the plan, or find it, as of an architecture that hands them nothing."""
+        """Blocks receive the plan as an argument or, in other architectures, look it up."""
         model = wrapped()
         for hook in model.base_model._forward_pre_hooks.values():
             if isinstance(hook, hooks.MakePlan):
@@ -152,8 +152,7 @@ class TestOneModel:
         assert all(map(torch.equal, results, expected))
 
     def test_options_stay_in_their_thread(self):
-        """Stopped with the options taken, before the plan is made, in a model where others run in
-        between."""
+        """One forward is stopped after its options are read and before its plan is made."""
         model = of_architecture("t5-encoder", "block_output").eval()
         calls = [
             {**call_of("t5-encoder", LONG), "prompt_lengths": [4, 5, 6]},
@@ -262,7 +261,7 @@ class TestChanges:
         )
         assert torch.equal(results, expected)
         model.add_adapter("third", config(layers=[1]))
-        assert len(model.reft.handles) == 1  # hooks that were needed until then are gone
+        assert len(model.reft.handles) == 1  # hooks that are no longer needed are removed
 
     def test_unload_is_refused(self):
         model = wrapped()
@@ -325,7 +324,7 @@ class TestPool:
         assert all(map(torch.equal, results, expected))
 
     def served(self, tmp_path):
-        """Two adapters of one shape, which could take each other's place."""
+        """Put two adapters of equal shapes, which could be confused, into the pool."""
         model = wrapped()
         for seed, name in enumerate(("a", "b")):
             model.pool.add(name, random_adapter(tmp_path / name, seed))
@@ -368,7 +367,7 @@ def test_two_threads_that_load_adapters_put_one_hook_on_a_block():
 
 
 def test_an_interrupted_call_leaves_no_options():
-    """Ctrl-C in the middle of a forward: torch runs no hooks behind it."""
+    """torch runs no further hooks after Ctrl-C in a forward."""
     model = wrapped()
     expected = logits(model, LONG)
 

@@ -1,4 +1,4 @@
-"""The examples of docs/training.md run, one after the other."""
+"""The examples of docs/training.md run in order."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import pytest
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 
-#: heading -> what its example needs beside the library.
+#: heading -> optional package of its example.
 NEEDS = {"Beside LoRA": "peft", "Quantised bases": "bitsandbytes", "TRL": "trl"}
 
 
 def _sections() -> dict[str, str]:
-    """Heading -> the code under it; of the page's title, what all the others start with."""
+    """Return the code under each heading; the page's title has the code that all sections start
+    with."""
     parts = re.split(r"^##? (.+)$", PAGE.read_text(), flags=re.MULTILINE)[1:]
     return {
         heading: "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))

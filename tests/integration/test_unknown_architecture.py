@@ -15,7 +15,7 @@ from reft import ReftConfig, ReftModel, get_reft_model
 
 
 class Mixer(nn.Module):
-    """A model of nobody's library: two equal lists, blocks of one part, output a plain tensor."""
+    """A model with two equal lists of blocks whose output is a plain tensor."""
 
     class Block(nn.Module):
         def __init__(self):

@@ -1,9 +1,9 @@
-"""The public interface as text: what ``public_api.txt`` beside this file pins.
+"""Write the public interface as text, which ``public_api.txt`` pins.
 
-    python tests/meta/public_api.py     writes it anew
+    python tests/meta/public_api.py     writes the file
 
-Of a class only what this library defines is listed, so that the text does not depend on the
-versions of PyTorch, transformers and TRL whose classes it extends.
+Only members that this library defines are listed. So the text does not depend on the versions of
+PyTorch, transformers and TRL, whose classes it extends.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ HEAD = """\
 # A change here belongs in CHANGELOG.md.
 """
 OURS = ("reft", "reft_kernels")
-#: Classes that have no public name of their own: public names return them, pages name them.
+#: Public classes that no package exports: returned by public functions, or named in the docs.
 RETURNED = ("reft_kernels.dispatch.Choice", "reft.adapter.pool.AdapterPool")
 NAMED = ("reft.evaluation.lm_eval.ReftLM",)
-#: Special methods that a user writes as something else.
+#: Special methods that are part of the interface.
 SPOKEN = ("__init__", "__call__")
 
 
 def text() -> str:
-    """All of it."""
+    """Return the whole text."""
     import reft
     import reft_kernels
 
@@ -131,7 +131,7 @@ def _member(name: str, value: Any) -> Iterator[str]:
 
 
 def _function(head: str, function: Any) -> Iterator[str]:
-    """One line where it is short, else one a parameter."""
+    """Yield one line, or one line a parameter if that is too long."""
     signature = inspect.signature(function)
     parameters = _parameters(signature)
     end = f") -> {_returned(function)}"
@@ -168,7 +168,7 @@ def _returned(function: Any) -> str:
 
 
 def _annotation(given: Any) -> str:
-    """As it is written: every module defers its annotations."""
+    """Return the annotation as written; every module defers its annotations."""
     assert isinstance(given, str), f"an annotation that is no text: {given!r}"
     return given
 
@@ -183,7 +183,7 @@ def _command_line() -> str:
 
 
 def _commands(path: str, app: Any) -> Iterator[str]:
-    """A Typer and those in it, from what they were made of: what Typer makes of it is private."""
+    """Yield a Typer and its commands, from the functions it was made of."""
     yield from _command(path, app.registered_callback.callback)
     inner: dict[str, Any] = {command.name: command.callback for command in app.registered_commands}
     inner |= {group.name: group.typer_instance for group in app.registered_groups}
@@ -204,7 +204,7 @@ def _command(path: str, function: Any) -> Iterator[str]:
             )
             continue
         shown, info = get_args(kind)
-        # Typer's first argument is the default where there is no Annotated, else a name too.
+        # Inside Annotated, Typer's first argument is a name, not the default.
         said = [info.default, *(info.param_decls or ())]
         names = ", ".join(name for name in said if isinstance(name, str))
         names = names or info.metavar or parameter.name.upper()

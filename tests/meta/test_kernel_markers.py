@@ -1,5 +1,5 @@
-"""Every test of the kernels uses the device or says why not: the rule of tests/kernels/conftest.py,
-on tests of a few lines in a folder of their own."""
+"""Kernel tests use the device or have a marker: the rule of tests/kernels/conftest.py, tried on
+small test files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-#: Stands for a GPU that is never used.
+#: Simulates a GPU that is never used.
 PRETEND = """
 import torch
 torch.cuda.is_available = lambda: True
@@ -21,7 +21,7 @@ HEAD = """
 import os
 import pytest
 """
-#: Tests that are refused, each for one reason, and one that is not.
+#: Refused tests, each for another reason, and an accepted one.
 REFUSED = """
 def test_neither(): pass
 

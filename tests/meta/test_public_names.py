@@ -1,4 +1,4 @@
-"""What users may rely on is written down in ``public_api.txt``, and each name says what it is."""
+"""The public interface equals ``public_api.txt``, and every public name is documented."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ PROMISED = {
     "ReftModel.get_nb_trainable_parameters": "self",
     "ReftModel.print_trainable_parameters": "self",
 }
-#: Asked of the caller beside what is promised: what a folder of pyreft does not say.
+#: Further required parameters: pyreft's files do not store them.
 ASKED = {"load_pyreft": {"positions"}}
 
 
 @pytest.mark.parametrize("name", PROMISED)
 def test_what_was_promised_is_in_it(name: str) -> None:
-    """More may have been added, all of it optional."""
+    """Further parameters may exist if they are optional."""
     package = reft if hasattr(reft, name.partition(".")[0]) else reft_kernels
     signature = inspect.signature(operator.attrgetter(name)(package))
     bare = [
@@ -111,7 +111,7 @@ def test_public_methods_of_the_model_are_documented() -> None:
 
 
 def test_the_version_is_said_in_one_place() -> None:
-    """The build reads ``reft.__version__``; the command shows what was installed."""
+    """The build reads ``reft.__version__``; the command shows the installed version."""
     root = Path(__file__).resolve().parents[2]
     assert version("reft") == reft.__version__
     project = (root / "pyproject.toml").read_text(encoding="utf-8")

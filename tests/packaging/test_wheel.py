@@ -1,4 +1,4 @@
-"""What is in the wheel, what it says of itself, and that the sdist makes the same one."""
+"""Content and metadata of the wheel; the sdist builds the same wheel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import reft
 ROOT = Path(__file__).resolve().parents[2]
 INFO = f"reft-{reft.__version__}.dist-info"
 
-#: What is no module and has to be there: without it something stops working.
+#: Data files that the packages need at run time.
 DATA = {
     "reft/py.typed",
     "reft_kernels/py.typed",
@@ -65,7 +65,8 @@ def test_the_two_packages_whole_and_nothing_else(wheel, sources) -> None:
 
 
 def test_what_git_tracks_is_what_is_packed(wheel) -> None:
-    """A file that was never added works here, and is missing from every other checkout's wheel."""
+    """A file that was never added to git works here, but is missing in every other checkout's
+    wheel."""
     command = ["git", "ls-files", "-z", "--", "reft", "reft_kernels"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -94,7 +95,7 @@ def test_what_it_says_of_itself(metadata) -> None:
 
 
 def test_what_it_asks_for(metadata) -> None:
-    """Nothing exact, nothing of the tools; each with the oldest version that the tests run on."""
+    """No exact versions and no developer tools; each lower bound is the oldest version tested."""
     required = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
     plain = {requirement.name for requirement in required if "extra" not in str(requirement.marker)}
     assert plain == {

@@ -165,7 +165,7 @@ def training(tied: bool, dtype: torch.dtype, completion: int | None = None) -> d
     if completion is not None:
         return {"losses": losses}
     end = stacked([tensors(module) for module in modules])
-    del end["reflectors"]  # still those of the start
+    del end["reflectors"]  # the initial values
     values = {f"start.{key}": value for key, value in start.items()}
     return values | {f"end.{key}": value for key, value in end.items()} | {"losses": losses}
 
@@ -196,7 +196,7 @@ def write(name: str, groups: dict[str, dict[str, Tensor]], **metadata: object) -
     """``golden/<name>.safetensors``: keys "group/tensor", JSON in its metadata under "golden"."""
     versions = {package: version(package) for package in PACKAGES}
     versions["python"] = platform.python_version()
-    # One entry, because safetensors writes several in an order that changes from run to run.
+    # One metadata entry: safetensors writes several in random order.
     facts = {"made_by": "tests/parity/make_golden.py", "versions": versions, **metadata}
     flat = {
         f"{group}/{key}": value.contiguous()

@@ -110,7 +110,8 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 
 
 def llama_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """As LLaMA's: pieces with ▁, bytes for what is unknown, <s> in front, no padding token."""
+    """Build a tokenizer like LLaMA's: pieces with ▁, bytes for unknown text, <s> in front, no
+    padding token."""
     special = ["<unk>", "<s>", "</s>"]
     pieces = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     pieces.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -131,7 +132,7 @@ def llama_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def roberta_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """As RoBERTa's: pieces of bytes, <s> A </s></s> B </s>."""
+    """Build a tokenizer like RoBERTa's: pieces of bytes, <s> A </s></s> B </s>."""
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     pieces = Tokenizer(models.BPE(unk_token="<unk>"))
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -157,7 +158,7 @@ def roberta_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 class Silent:
-    """Stands for the model in ``compute_metrics``: keeps its arguments and answers nothing."""
+    """Replaces the model in ``compute_metrics``: records its arguments and answers nothing."""
 
     model = None
 

@@ -1,4 +1,4 @@
-"""pyreft's side of the comparison: interventions, dataset, collator and trainer on a tiny Llama.
+"""The pyreft side of the comparison: interventions, dataset, collator and trainer on a tiny Llama.
 
 Imported by ``make_golden.py`` alone, whose text says what is done about pyreft's peculiarities.
 """

@@ -1,6 +1,5 @@
-"""The batches that runs train on and answer are those of the published code, token for token, and
-answers are judged as its functions and LLM-Adapters' judge them. ``make_task_golden.py`` ran both.
-"""
+"""Batches for training and evaluation equal those of the published code token by token, and so do
+the scores. ``make_task_golden.py`` ran both."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ def records(name: str) -> list[dict]:
 
 
 def edited(case: dict, mask: torch.Tensor, lengths: list[int]) -> list[list[set[int]]]:
-    """The columns that this library edits: of each group, of each sequence."""
+    """Return the columns that this library edits, by group and sequence."""
     config = ReftConfig(positions=case["positions"], tied=case["tied"])
     start = mask.argmax(dim=1)
     prompt = Prompt(start, torch.tensor(lengths))
@@ -54,8 +53,9 @@ def edited(case: dict, mask: torch.Tensor, lengths: list[int]) -> list[list[set[
 
 
 def theirs_edited(case: dict, locations: torch.Tensor, shift: int, sink: list[int]):
-    """The same from positions that point at a token of their own where there is nothing to edit:
-    (sequences, interventions, positions), the first half of untied interventions the prefix."""
+    """Return the same from the published positions, which point at an extra token where nothing is
+    edited. They have the shape (sequences, interventions, positions); the first half of untied
+    interventions is the prefix."""
     groups = 1 if case["tied"] or "+" not in case["positions"] else 2
     each = locations.shape[1] // groups
     # Every layer edits the same.
@@ -122,7 +122,8 @@ def test_a_batch_is_the_published_codes(name):
 
 
 def test_the_cases_have_what_is_hard():
-    """Short prompts, cut ones, both kinds of weights, prompts that leave nothing to learn."""
+    """The cases include short and truncated prompts, tied and untied weights, and examples without
+    labels."""
     short = TENSORS["commonsense-short/intervention_locations"]
     assert (short == 0).any()  # the token that stands for "nothing"
     labels = TENSORS["commonsense-cut/labels"]

@@ -1,4 +1,4 @@
-"""One tiny configuration of every architecture that the library is tried on."""
+"""One tiny configuration of every tested architecture."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Architecture:
 
     @property
     def decoder(self) -> bool:
-        """Whether what is edited is the decoder of an encoder–decoder."""
+        """Whether the decoder of an encoder–decoder is edited."""
         return (self.block_path or "").startswith(("decoder", "model.decoder"))
 
 
@@ -111,7 +111,7 @@ def _llama_like(name: str, **more: Any) -> Architecture:
 
 
 def _normed(architecture: Architecture) -> Architecture:
-    """Norms follow both parts of its blocks: their output is what is added."""
+    """Set the modules of an architecture that normalises the output of attention and MLP."""
     return replace(
         architecture, attention="post_attention_layernorm", mlp="post_feedforward_layernorm"
     )
@@ -247,7 +247,7 @@ ARCHITECTURES = {
 
 
 def construct(architecture: Architecture) -> nn.Module:
-    """Always the same model."""
+    """Build the model, with equal weights each time."""
     nested = {
         key: getattr(transformers, kind)(**arguments)
         for key, (kind, arguments) in architecture.nested.items()
@@ -264,7 +264,7 @@ def _model(name: str) -> nn.Module:
 
 
 def build(name: str) -> nn.Module:
-    """A fresh copy of always the same model."""
+    """Return a new copy of the model, with equal weights each time."""
     return copy.deepcopy(_model(name))
 
 
@@ -285,7 +285,7 @@ def wrapped(name, component, **changes):
 
 
 def call_of(name, ids, mask=None):
-    """The arguments of a forward of these tokens."""
+    """Return the arguments of a forward of these tokens."""
     architecture = ARCHITECTURES[name]
     given = {} if mask is None else {"attention_mask": mask}
     if architecture.decoder:

@@ -1,4 +1,4 @@
-"""A model with adapters of every sort, and what continuous batching must give for them."""
+"""A model with adapters of every kind, and the expected results of continuous batching."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def config(**changes) -> ReftConfig:
 
 
 def shake(model: ReftModel, name: str, seed: int, size: float = 0.5) -> None:
-    """Move an adapter's parameters so far that outputs change."""
+    """Change an adapter's parameters so far that outputs change."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in model.reft.adapter(name).parameters():
@@ -43,7 +43,7 @@ def shake(model: ReftModel, name: str, seed: int, size: float = 0.5) -> None:
 
 
 def make_model(adapters: Sequence[str] = tuple(ADAPTERS), base=None) -> ReftModel:
-    """A model in eval mode; the first adapter is active."""
+    """Build a model in eval mode whose first adapter is active."""
     base = llama(max_position_embeddings=256) if base is None else base
     base.config.eos_token_id = base.generation_config.eos_token_id = None
     model = get_reft_model(base, config(**ADAPTERS[adapters[0]]), adapters[0])
@@ -60,13 +60,13 @@ def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 1) -> list[list[int]]:
 
 
 def generation(steps: int = STEPS, **changes) -> GenerationConfig:
-    """Greedy, no end before ``steps`` tokens."""
+    """Return settings of greedy search that does not end before ``steps`` tokens."""
     settings = {"max_new_tokens": steps, "do_sample": False, "eos_token_id": -1}
     return GenerationConfig(**{**settings, "pad_token_id": 0, **changes})
 
 
 def settings(*, page: int = 256, **changes) -> ContinuousBatchingConfig:
-    """Chunks of 24 tokens and less; blocks of ``page`` tokens."""
+    """Return settings with chunks of at most 24 tokens and blocks of ``page`` tokens."""
     field = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"
     changes = {"max_batch_tokens": 24, "num_blocks": 1024 // page + 16, **changes}
     return ContinuousBatchingConfig(**{field: page, "return_logprobs": True, **changes})
@@ -76,8 +76,8 @@ def settings(*, page: int = 256, **changes) -> ContinuousBatchingConfig:
 def one_by_one(
     model: ReftModel, inputs, names, *, steps: int = STEPS, scales=None
 ) -> list[tuple[list[int], list[float]]]:
-    """Greedy tokens of ``ReftModel.generate`` for each prompt alone, and their log probabilities
-    in one forward of prompt and tokens."""
+    """Generate greedily for each prompt alone; return the tokens and their log probabilities in one
+    forward of prompt and tokens."""
     rows = []
     for at, (ids, name) in enumerate(zip(inputs, names, strict=True)):
         how = {"adapter_names": [name], "adapter_scales": 1.0 if scales is None else scales[at]}
@@ -96,7 +96,7 @@ def one_by_one(
 
 
 def check(outputs: dict, wanted: list[tuple[list[int], list[float]]]) -> None:
-    """That the outputs, in order, are these."""
+    """Check that the outputs, in order, are these."""
     assert len(outputs) == len(wanted)
     for output, (tokens, logprobs) in zip(outputs.values(), wanted, strict=True):
         assert output.error is None and output.generated_tokens == tokens
@@ -106,6 +106,6 @@ def check(outputs: dict, wanted: list[tuple[list[int], list[float]]]) -> None:
 
 
 def version() -> tuple[int, int]:
-    """Of transformers."""
+    """Return transformers' version."""
     major, minor, *_ = transformers.__version__.split(".")
     return int(major), int(minor)

@@ -1,4 +1,4 @@
-"""Fixtures of the wrapper's tests."""
+"""Fixtures of the model wrapper's tests."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ SETTINGS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 
 
 def random_adapter(path, seed, *, dim=DIM, blocks=LAYERS, **changes):
-    """A folder with an adapter whose every term shows in the output."""
+    """Write an adapter whose every parameter changes the output."""
     config = ReftConfig(**{"rank": 3, "positions": "f2+l2", **changes})
     random = torch.Generator().manual_seed(seed)
     adapter = AdapterParameters(config, config.resolve_layers(blocks), dim, generator=random)
@@ -51,7 +51,7 @@ def served(folders, base=None, names=tuple(MIX)):
 
 
 def loaded(folders, name, base=None):
-    """The adapter alone, on a base of its own."""
+    """Load the adapter alone, on a new base."""
     return ReftModel.from_pretrained(llama() if base is None else base, folders[name])
 
 
