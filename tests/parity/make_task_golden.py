@@ -167,8 +167,29 @@ class Silent:
         return None, arguments["base"]["input_ids"]
 
 
-def batch_of(case: str, tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[str, Any]:
+def evaluation_batch(
+    task: str, tokenizer: PreTrainedTokenizerFast, made: Any, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the batch that the published evaluation passes to ``generate``."""
     from compute_metrics import compute_metrics
+
+    model = Silent()
+    trigger = made.trigger_tokens
+    compute_metrics(
+        task, "set", model, tokenizer, made, rows, trigger, "run", len(made),
+        greedy_decoding=True,
+    )  # fmt: skip
+    base, locations = model.arguments["base"], model.arguments["unit_locations"]
+    return {
+        "input_ids": base["input_ids"].contiguous(),
+        "attention_mask": base["attention_mask"].contiguous(),
+        # (layers, batch, positions) as pyvene wants them
+        "intervention_locations": torch.tensor(locations["sources->base"][1]).permute(1, 0, 2)
+        .contiguous(),
+    }  # fmt: skip
+
+
+def batch_of(case: str, tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[str, Any]:
     from dataset import LoReftGLUEDataset, LoReftSupervisedDataset
     from pyreft import ReftDataCollator
 
@@ -207,20 +228,7 @@ def batch_of(case: str, tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[
             key: torch.as_tensor(batch[key]).contiguous()
             for key in ("input_ids", "labels", "attention_mask", "intervention_locations")
         }
-    model = Silent()
-    trigger = made.trigger_tokens
-    compute_metrics(
-        task, "set", model, tokenizer, made, list(rows), trigger, "run", len(made),
-        greedy_decoding=True,
-    )  # fmt: skip
-    base, locations = model.arguments["base"], model.arguments["unit_locations"]
-    return {
-        "input_ids": base["input_ids"].contiguous(),
-        "attention_mask": base["attention_mask"].contiguous(),
-        # (layers, batch, positions) as pyvene wants them
-        "intervention_locations": torch.tensor(locations["sources->base"][1]).permute(1, 0, 2)
-        .contiguous(),
-    }  # fmt: skip
+    return evaluation_batch(task, tokenizer, made, list(rows))
 
 
 #: Pieces of which answers are made up, with what is known to be odd about each rule.
