@@ -35,7 +35,7 @@ STAGES = {
 }
 
 #: Stages whose generated texts and saved files are compared.
-PUBLISHED = (2, 3)
+SAVED = (2, 3)
 
 #: An edit inside a block, whose modules DeepSpeed wraps.
 MORE = {"attention": Case(config={"component": "attention_output"})}
@@ -81,7 +81,7 @@ class Rank:
         folder = self.folder / "runs" / f"{stage}-{scene}"
         return make_trainer(case, folder, rank=self.rank, ranks=2, base=base)
 
-    def keep(self, stage: int, scene: str, trainer: InOrder, **facts: Any) -> None:
+    def store(self, stage: int, scene: str, trainer: InOrder, **facts: Any) -> None:
         facts["weights"] = weights(trainer.model)
         facts["engine"] = type(trainer.model_wrapped).__name__
         facts["losses"] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -93,10 +93,10 @@ class Rank:
             trainer = self.trainer(stage, name, (CASES | MORE)[name])
             trainer.train()
             shards = sum(map(in_parts, trainer.model.parameters()))
-            self.keep(stage, name, trainer, shards=shards)
-            if name == "plain" and stage in PUBLISHED:
+            self.store(stage, name, trainer, shards=shards)
+            if name == "plain" and stage in SAVED:
                 texts, logits = outputs(trainer.model)
-                self.keep(stage, "published", trainer, texts=texts, logits=logits)
+                self.store(stage, "saved", trainer, texts=texts, logits=logits)
                 trainer.save_model(str(self.folder / f"{stage}-model"))
                 trainer.save_adapter(self.folder / f"{stage}-adapter")
 
@@ -104,15 +104,15 @@ class Rank:
         """Train four steps, then resume at step 2 and train the last two again."""
         trainer = self.trainer(stage, f"{name}-long", CASES[name], **LONG)
         trainer.train()
-        self.keep(stage, f"{name}-long", trainer)
+        self.store(stage, f"{name}-long", trainer)
         again = self.trainer(stage, f"{name}-again", CASES[name], **LONG)
         middle = self.folder / "runs" / f"{stage}-{name}-long" / "checkpoint-2"
         try:
             again.train(resume_from_checkpoint=str(middle))
         except ImportError as error:  # PEFT and the oldest transformers do not fit together
-            self.keep(stage, f"{name}-again", again, lacking=str(error))
+            self.store(stage, f"{name}-again", again, unsupported=str(error))
         else:
-            self.keep(stage, f"{name}-again", again)
+            self.store(stage, f"{name}-again", again)
 
     def half(self, stage: int) -> None:
         """Train in bfloat16: DeepSpeed casts all modules, its optimizer keeps float32
@@ -120,7 +120,7 @@ class Rank:
         config = {**engine(stage), "bf16": {"enabled": "auto"}}
         trainer = self.trainer(stage, "half", CASES["plain"], bf16=True, deepspeed=config)
         trainer.train()
-        self.keep(stage, "half", trainer)
+        self.store(stage, "half", trainer)
         trainer.save_adapter(self.folder / f"{stage}-half-adapter")
 
     def sharded_while_loaded(self, name: str) -> None:
@@ -134,7 +134,7 @@ class Rank:
         assert settings.is_zero3() and base.lm_head.weight.numel() == 0
         trainer = self.trainer(3, f"{name}-loaded", CASES[name], base)
         trainer.train()
-        self.keep(3, f"{name}-loaded", trainer)
+        self.store(3, f"{name}-loaded", trainer)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

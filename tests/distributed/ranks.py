@@ -53,7 +53,7 @@ class Rank:
         trainer = make_trainer(case, folder, rank=self.rank, ranks=self.ranks)
         return shard(trainer, **settings) if engine == "fsdp2" else trainer
 
-    def keep(self, engine: str, scene: str, **facts: Any) -> None:
+    def store(self, engine: str, scene: str, **facts: Any) -> None:
         torch.save(facts, self.folder / f"{engine}.{scene}.{self.rank}.pt")
 
     # ------------------------------------------------------------ scenes
@@ -65,9 +65,9 @@ class Rank:
             try:
                 result = trained(trainer)
             except ValueError as error:
-                self.keep(engine, name, lacking=str(error))
+                self.store(engine, name, unsupported=str(error))
                 continue
-            self.keep(
+            self.store(
                 engine, name, units=units(trainer.model), kind=type(trainer.model_wrapped).__name__,
                 **result,
             )  # fmt: skip
@@ -76,16 +76,16 @@ class Rank:
         """Train six steps, then the last three again from this engine's checkpoint and from the
         checkpoint of one process."""
         case, runs = LONG[name], self.folder / "runs"
-        self.keep(engine, name, **trained(self.trainer(engine, name, case)))
+        self.store(engine, name, **trained(self.trainer(engine, name, case)))
         for scene, first in (("again", engine), ("from one", "one")):
             trainer = self.trainer(engine, f"{name} {scene}", case)
             checkpoint = runs / first / name / "checkpoint-3"
             result = trained(trainer, resume_from_checkpoint=str(checkpoint))
-            self.keep(engine, f"{name} {scene}", **result)
+            self.store(engine, f"{name} {scene}", **result)
 
-    def published(self, engine: str) -> None:
+    def saved(self, engine: str) -> None:
         """Save the trained adapter, and generate by greedy and beam search."""
-        trainer = self.trainer(engine, "published", CASES["plain"])
+        trainer = self.trainer(engine, "saved", CASES["plain"])
         trained(trainer)
         trainer.save_adapter(self.folder / f"{engine}-adapter")
         trainer.save_model(str(self.folder / f"{engine}-model"))
@@ -96,7 +96,7 @@ class Rank:
                 model.generate(**inputs, max_new_tokens=6, num_beams=beams, do_sample=False)
                 for beams in (1, 2)
             ]
-        self.keep(engine, "published", texts=texts)
+        self.store(engine, "saved", texts=texts)
 
     def wire(self, engine: str) -> None:
         """Count the bytes sent in one step: those of two steps minus those of one."""
@@ -107,7 +107,7 @@ class Rank:
             with Wire() as wire:
                 trainer.train()
             sent.append(wire.bytes)
-        self.keep(engine, "wire", bytes=sent[1] - sent[0])
+        self.store(engine, "wire", bytes=sent[1] - sent[0])
 
     def without_prompts(self, engine: str) -> None:
         """Train on examples without a prompt: all of them, or those of one rank."""
@@ -118,10 +118,10 @@ class Rank:
                 row["labels"] = list(row["input_ids"])
             try:
                 trainer.train()
-                self.keep(engine, f"answers {scene}", steps=trainer.steps_trained, said="")
+                self.store(engine, f"answers {scene}", steps=trainer.steps_trained, error="")
             except ValueError as error:
-                self.keep(
-                    engine, f"answers {scene}", steps=trainer.state.global_step, said=str(error)
+                self.store(
+                    engine, f"answers {scene}", steps=trainer.state.global_step, error=str(error)
                 )
 
     def trains_sharded(self) -> bool:
@@ -133,8 +133,8 @@ class Rank:
         try:
             trainer.train()
         except ValueError as error:
-            for scene in (*NATIVE, "published"):
-                self.keep("native", scene, lacking=str(error))
+            for scene in (*NATIVE, "saved"):
+                self.store("native", scene, unsupported=str(error))
         return False
 
     def mixed(self) -> None:
@@ -151,7 +151,7 @@ class Rank:
             lambda module, _, form: seen.append((module.weight.dtype, form.encode[0].clone()))
         )
         result = trained(trainer)
-        self.keep("fsdp2", "mixed", first=first, dtype=seen[0][0], encode=seen[0][1], **result)
+        self.store("fsdp2", "mixed", first=first, dtype=seen[0][0], encode=seen[0][1], **result)
 
     def state(self, setting: dict[str, Any]) -> None:
         """Compare logits after another adapter is overwritten from a sharded checkpoint and from a
@@ -163,12 +163,12 @@ class Rank:
         everything = StateDictOptions(full_state_dict=True, cpu_offload=True)
         from_one = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         whole = get_model_state_dict(model, options=everything)  # rank 0 has it
-        kept = {name: tensor.clone() for name, tensor in whole.items()}
+        saved_state = {name: tensor.clone() for name, tensor in whole.items()}
         folder = str(self.folder / "fsdp2-state")
         save_fsdp_model(plugin, trainer.accelerator, model, folder)
         ways = {
             "parts": lambda: load_fsdp_model(plugin, trainer.accelerator, model, folder),
-            "whole": lambda: set_model_state_dict(model, kept, options=from_one),
+            "whole": lambda: set_model_state_dict(model, saved_state, options=from_one),
         }
         differences = {}
         with torch.no_grad():
@@ -187,7 +187,7 @@ class Rank:
                         unit.reshard()
                 bring_back()
                 differences[name] = away, float((model(**inputs).logits - expected).abs().max())
-        self.keep("fsdp2", "state", found=differences, keys=[*kept])
+        self.store("fsdp2", "state", found=differences, keys=[*saved_state])
 
     def best(self) -> None:
         """Load the best of two checkpoints into shards at the end of training."""
@@ -200,42 +200,42 @@ class Rank:
         )  # fmt: skip
         trainer = self.trainer("fsdp2", "best", case)
         result = trained(trainer)
-        self.keep("fsdp2", "best", best=str(trainer.state.best_model_checkpoint), **result)
+        self.store("fsdp2", "best", best=str(trainer.state.best_model_checkpoint), **result)
 
 
 def main(folder: Path) -> None:
     rank = Rank(folder)
     rank.cases("ddp", CASES)
     rank.resumed("ddp", "long")
-    rank.published("ddp")
+    rank.saved("ddp")
     rank.wire("ddp")
     rank.without_prompts("ddp")
     if rank.trains_sharded():
         rank.cases("native", NATIVE)
-        rank.published("native")
+        rank.saved("native")
     rank.cases("fsdp2", CASES)
     rank.resumed("fsdp2", "long")
     try:
         rank.resumed("fsdp2", "long lora")
     except ImportError as error:  # PEFT and the oldest transformers do not fit together
         for scene in ("", " again", " from one"):
-            rank.keep("fsdp2", f"long lora{scene}", lacking=str(error))
-    rank.published("fsdp2")
+            rank.store("fsdp2", f"long lora{scene}", unsupported=str(error))
+    rank.saved("fsdp2")
     rank.wire("fsdp2")
     rank.without_prompts("fsdp2")
 
     for setting in ("cpu_ram_efficient_loading", "activation_checkpointing"):
         trainer = rank.trainer("fsdp2", setting, CASES["plain"], **{setting: True})
-        rank.keep("fsdp2", setting, **trained(trainer))
+        rank.store("fsdp2", setting, **trained(trainer))
 
     try:
         rank.mixed()
     except ValueError as error:
-        rank.keep("fsdp2", "mixed", lacking=str(error))
+        rank.store("fsdp2", "mixed", unsupported=str(error))
     rank.state({"cpu_ram_efficient_loading": True})
     rank.best()
     counted = rank.trainer("fsdp2", "units", CASES["plain"])
-    rank.keep("fsdp2", "units", bare=units_of_bare_base(counted))
+    rank.store("fsdp2", "units", bare=units_of_bare_base(counted))
 
 
 if __name__ == "__main__":

@@ -116,8 +116,8 @@ def test_accelerate_launch_is_the_same_command(place, tmp_path):
 def test_other_commands_are_refused_by_several(monkeypatch, capfd, command):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(*command) == 2
-    said = capfd.readouterr().err
-    assert f"reft {command[0]} runs in one process, it was started in 2" in said
+    message = capfd.readouterr().err
+    assert f"reft {command[0]} runs in one process, it was started in 2" in message
 
 
 def test_a_preset_is_refused_by_several(monkeypatch, capfd):
@@ -135,12 +135,12 @@ def test_every_process_takes_its_own_device(monkeypatch):
     assert resolve_device("auto") == torch.device("cuda:3")
 
 
-@pytest.mark.parametrize(("engine", "told"), [("FSDP", "true"), ("DEEPSPEED", "1")])
-def test_a_base_to_be_sharded_waits_on_the_cpu(monkeypatch, engine, told):
+@pytest.mark.parametrize(("engine", "value"), [("FSDP", "true"), ("DEEPSPEED", "1")])
+def test_a_base_to_be_sharded_waits_on_the_cpu(monkeypatch, engine, value):
     from reft.cli.ranks import shards_the_base
 
     assert not shards_the_base()
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "false")
     assert not shards_the_base()
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", told)
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", value)
     assert shards_the_base()

@@ -44,7 +44,7 @@ def folder(made_once) -> Path:
     return made_once("tensor-parallel", fill)
 
 
-def kept(folder: Path, scene: str) -> list[dict[str, Any]]:
+def load_results(folder: Path, scene: str) -> list[dict[str, Any]]:
     """Load the results of each rank."""
     return [torch.load(folder / f"{scene}.{rank}.pt") for rank in (0, 1)]
 
@@ -54,7 +54,7 @@ def test_three_steps_equal_one_process(name, folder):
     case = CASES[name]
     alone = steps(adapted(load(folder, case), case), case)
     assert min(tensor.abs().max() for tensor in alone["gradients"].values()) > 1e-6
-    first, second = kept(folder, name)
+    first, second = load_results(folder, name)
     # Nothing synchronises the ranks, so they must stay equal bit for bit.
     assert largest_difference(first["weights"], second["weights"]) == 0
     close = 1e-6 if name == "float32" else 1e-13
@@ -67,7 +67,7 @@ def test_three_steps_equal_one_process(name, folder):
 @pytest.mark.parametrize("name", TRAINER)
 def test_the_trainer_equals_one_process(name, folder):
     alone = with_trainer(folder, name)
-    for result in kept(folder, f"trainer-{name}"):
+    for result in load_results(folder, f"trainer-{name}"):
         assert largest_difference(result["weights"], alone["weights"]) <= 1e-7
         assert result["losses"] == pytest.approx(alone["losses"], rel=1e-6)
 
@@ -79,7 +79,7 @@ def test_generation_equals_one_process(folder):
     with model.disable_adapter():
         plain = texts(model)
     assert not torch.equal(plain[0], expected[0])
-    for result in (*kept(folder, "texts"), *kept(folder, "loaded")):
+    for result in (*load_results(folder, "texts"), *load_results(folder, "loaded")):
         for got, want in zip(result["texts"], expected, strict=True):
             assert torch.equal(got, want)
 
@@ -87,25 +87,25 @@ def test_generation_equals_one_process(folder):
 def test_what_was_saved_is_read_in_one_process(folder):
     """Rank 0 saves the complete adapter."""
     model = ReftModel.from_pretrained(load(folder, {}), folder / "saved")
-    for got, want in zip(texts(model), kept(folder, "texts")[0]["texts"], strict=True):
+    for got, want in zip(texts(model), load_results(folder, "texts")[0]["texts"], strict=True):
         assert torch.equal(got, want)
 
 
 def test_unload_gives_the_split_base_back(folder):
     with torch.no_grad():
         expected = load(folder, {})(**collate(features(4))).logits
-    for result in kept(folder, "base"):
+    for result in load_results(folder, "base"):
         torch.testing.assert_close(result["logits"], expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("component", SLICES)
 def test_a_slice_is_refused(component, folder):
-    for said in kept(folder, "refusals"):
-        assert said[component].startswith(
+    for errors in load_results(folder, "refusals"):
+        assert errors[component].startswith(
             f"ReftConfig.component must not be {component!r} of block 0, a LlamaDecoderLayer, "
             "under tensor parallelism over 2 processes: "
         )
-        allowed = said[component].split("allowed: ")[1].split(", ")
+        allowed = errors[component].split("allowed: ")[1].split(", ")
         assert {"block_output", "attention_output", "mlp_output"} < {*allowed}
         assert {"module:self_attn.o_proj", "module:mlp.down_proj"} < {*allowed}
         assert not {*SLICES} & {*allowed}
@@ -113,8 +113,8 @@ def test_a_slice_is_refused(component, folder):
 
 @pytest.mark.parametrize("door", ["from_pretrained", "add_adapter", "load_adapter", "pool"])
 def test_a_slice_is_refused_at_every_door(door, folder):
-    for said in kept(folder, "refusals"):
-        assert f"ReftConfig.component must not be {SLICES[0]!r}" in said[door]
+    for errors in load_results(folder, "refusals"):
+        assert f"ReftConfig.component must not be {SLICES[0]!r}" in errors[door]
 
 
 def test_a_base_that_torch_has_split(folder):
@@ -122,12 +122,12 @@ def test_a_base_that_torch_has_split(folder):
     replicated."""
     case = CASES["mlp"]
     alone = steps(adapted(load(folder, case), case), case)
-    for result in kept(folder, "foreign"):
+    for result in load_results(folder, "foreign"):
         assert largest_difference(result["weights"], alone["weights"]) <= 1e-13
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     {
         "head": "ReftConfig.modules_to_save must not name 'lm_head' here: tensor parallelism has "
         "split its weight",
@@ -138,16 +138,16 @@ def test_a_base_that_torch_has_split(folder):
         "context": "an adapter must not be active inside torch's context_parallel",
     }.items(),
 )
-def test_what_cannot_be_right_is_refused(name, said, folder):
-    for result in kept(folder, "refusals"):
-        assert result[name].startswith(said)
+def test_what_cannot_be_right_is_refused(name, message, folder):
+    for result in load_results(folder, "refusals"):
+        assert result[name].startswith(message)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_a_base_in_4_bits_under_ddp(name, folder):
     alone = quantized(folder, name)
     assert min(float(tensor.abs().max()) for tensor in alone["gradients"][0].values()) > 1e-4
-    for result in kept(folder, f"quantized-{name}"):
+    for result in load_results(folder, f"quantized-{name}"):
         assert result["kind"] == "DistributedDataParallel"
         for got, want in zip(result["gradients"], alone["gradients"], strict=True):
             assert largest_difference(got, want) <= 1e-6
@@ -156,5 +156,5 @@ def test_a_base_in_4_bits_under_ddp(name, folder):
 
 @NEEDS_TRAINER
 def test_a_trainer_refuses_what_it_does_not_know_to_be_split(folder):
-    for result in kept(folder, "refusals"):
+    for result in load_results(folder, "refusals"):
         assert result["foreign trainer"].startswith("model must not be sharded before a Trainer")

@@ -224,35 +224,35 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, split = dist.get_rank(), {"distributed_config": DistributedConfig(tp_size=2)}
 
-    def keep(scene: str, **facts: Any) -> None:
+    def store(scene: str, **facts: Any) -> None:
         torch.save(facts, folder / f"{scene}.{rank}.pt")
 
     for name, case in CASES.items():
         model = adapted(load(folder, case, **split), case, rank)
         model.broadcast_adapters()
-        keep(name, **steps(model, case))
+        store(name, **steps(model, case))
         if name == "plain":
-            keep("texts", texts=texts(model))
+            store("texts", texts=texts(model))
             if not rank:
                 model.save_pretrained(folder / "saved")
     dist.barrier()
 
     base = load(folder, {}, **split)
     again = ReftModel.from_pretrained(base, folder / "saved")
-    keep("loaded", texts=texts(again))
+    store("loaded", texts=texts(again))
     again.unload()
     with torch.no_grad():
-        keep("base", logits=base(**collate(features(4))).logits)
+        store("base", logits=base(**collate(features(4))).logits)
     foreign = split_by_torch(load(folder, {}), init_device_mesh("cpu", (2,)))
-    keep("foreign", **steps(adapted(foreign, CASES["mlp"]), CASES["mlp"]))
-    keep("refusals", **refusals(folder))
+    store("foreign", **steps(adapted(foreign, CASES["mlp"]), CASES["mlp"]))
+    store("refusals", **refusals(folder))
     if KNOWS_SPLIT:
         # accelerate allows this on GPUs only.
         ParallelismConfig._validate_accelerator = lambda *_: None
         for name in TRAINER:
-            keep(f"trainer-{name}", **with_trainer(folder, name, rank, **split))
+            store(f"trainer-{name}", **with_trainer(folder, name, rank, **split))
     for name in QUANTIZED:
-        keep(f"quantized-{name}", **quantized(folder, name, rank, ranks=2))
+        store(f"quantized-{name}", **quantized(folder, name, rank, ranks=2))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -41,8 +41,8 @@ class Env:
         path = self.altered(name)
         good = {"rotation": torch.eye(24)[:3].expand(3, 1, 3, 24).contiguous()}
         good |= {"weight": torch.zeros(3, 1, 3, 24), "bias": torch.zeros(3, 1, 3)}
-        kept = {key: value for key, value in {**good, **tensors}.items() if value is not None}
-        save_file(kept, path / "adapter_model.safetensors")
+        stored = {key: value for key, value in {**good, **tensors}.items() if value is not None}
+        save_file(stored, path / "adapter_model.safetensors")
         return path
 
     def file(self, name: str, content: bytes) -> Path:

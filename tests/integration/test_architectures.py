@@ -28,15 +28,15 @@ ROTATED = [(name, COMPONENTS[index % 3]) for index, name in enumerate(ARCHITECTU
 
 def rows_of(name, spans, columns):
     """Return the rows that are edited, given (first column, tokens) of each sequence."""
-    chosen = []
+    rows = []
     for row, (start, n) in enumerate(spans):
         if ARCHITECTURES[name].decoder:
             edited = range(n)
         else:
             half = n // 2
             edited = [*range(min(2, half)), *range(n - min(1, half), n)]
-        chosen += [row * columns + start + token for token in edited]
-    return chosen
+        rows += [row * columns + start + token for token in edited]
+    return rows
 
 
 @pytest.mark.parametrize(("name", "component"), CASES)
@@ -82,23 +82,23 @@ def test_a_batch_equals_its_sequences(name, component):
         if not getattr(architecture, side):
             continue
         ids, mask = torch.full((3, 8), PAD), torch.zeros(3, 8, dtype=torch.long)
-        singles, places = [], []
+        singles, slices = [], []
         for row, n in enumerate(lengths):
-            place = slice(8 - n, 8) if side == "left" else slice(0, n)
+            columns = slice(8 - n, 8) if side == "left" else slice(0, n)
             call = call_of(name, tokens(1, n, seed=row + 1))
             sequence = call["decoder_input_ids"] if architecture.decoder else call["input_ids"]
-            ids[row, place], mask[row, place] = sequence[0], 1
+            ids[row, columns], mask[row, columns] = sequence[0], 1
             singles.append(call)
-            places.append(place)
+            slices.append(columns)
         call = call_of(name, ids, mask)
         if architecture.image:
             call["input_ids"] = ids
         (batch,) = outputs(model, [module], call)
         batch = batch.reshape(3, 8, DIM)
-        for row, place in enumerate(places):
+        for row, columns in enumerate(slices):
             (alone,) = outputs(model, [module], singles[row])
             torch.testing.assert_close(
-                batch[row, place], alone.reshape(-1, DIM), rtol=1e-3, atol=1e-4
+                batch[row, columns], alone.reshape(-1, DIM), rtol=1e-3, atol=1e-4
             )
 
 

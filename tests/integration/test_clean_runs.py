@@ -119,8 +119,8 @@ def test_padding_that_is_not_a_number_stays_padding():
     args = (edit.rows, edit.encode, edit.bias, edit.decode)
     poisoned = embedded.masked_fill(~mask.bool().unsqueeze(-1), float("nan"))
     out, expected = lowrank_edit(poisoned, *args), lowrank_edit(embedded, *args)
-    kept = mask.bool()
-    assert torch.equal(out[kept], expected[kept])
+    attended = mask.bool()
+    assert torch.equal(out[attended], expected[attended])
     grads = []
     for hidden in (poisoned, embedded):
         model.zero_grad()
@@ -129,6 +129,6 @@ def test_padding_that_is_not_a_number_stays_padding():
         )
         again = plan.edits[0, "block_output"][0]
         arguments = (again.rows, again.encode, again.bias, again.decode)
-        lowrank_edit(hidden, *arguments)[kept].sum().backward()
+        lowrank_edit(hidden, *arguments)[attended].sum().backward()
         grads.append([p.grad.clone() for p in model.reft.adapter("default").parameters()])
     assert all(map(torch.equal, *grads))

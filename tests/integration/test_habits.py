@@ -60,8 +60,10 @@ class TestFields:
     @pytest.mark.parametrize("name", FOREIGN)
     def test_every_explained_name_is_foreign_and_names_what_there_is(self, name):
         assert name not in FIELDS
-        told = FOREIGN[name]
-        assert "leave it out" in told or any(field in told for field in [*FIELDS, "get_reft_model"])
+        explanation = FOREIGN[name]
+        assert "leave it out" in explanation or any(
+            field in explanation for field in [*FIELDS, "get_reft_model"]
+        )
 
     def test_what_peft_calls_its_fields_is_explained(self):
         ours = {*FIELDS, "revision"}
@@ -187,7 +189,7 @@ def test_adding_and_switching_in_another_order(act, words):
 
 
 BOTH = ["early", "late"]
-ASKED = {
+METHODS = {
     "set": lambda m, names, path: m.set_adapter(names),
     "delete": lambda m, names, path: m.delete_adapter(names),
     "add": lambda m, names, path: m.add_adapter(names, config()),
@@ -205,23 +207,23 @@ ASKED = {
 
 #: Every method gets a list; one method of each kind gets all other wrong types.
 WRONG_NAMES = [
-    *((asked, BOTH) for asked in ASKED),
+    *((method, BOTH) for method in METHODS),
     *(
-        (asked, names)
-        for asked in ("set", "batch")
+        (method, names)
+        for method in ("set", "batch")
         for names in ((*BOTH,), {*BOTH}, [], 3, b"late")
     ),
 ]
 
 
-@pytest.mark.parametrize(("asked", "names"), WRONG_NAMES)
-def test_one_adapter_is_named_at_a_time(asked, names, tmp_path):
+@pytest.mark.parametrize(("method", "names"), WRONG_NAMES)
+def test_one_adapter_is_named_at_a_time(method, names, tmp_path):
     model = get_reft_model(llama(), config(layers=[0]), "early").eval()
     model.add_adapter("late", config(layers=[2]))
     model.save_pretrained(tmp_path, training_state=True)
     before, files = state_of(model.base_model), sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"^(?!.*unhashable).*(one |a new )name|pool's") as caught:
-        ASKED[asked](model, names, tmp_path)
+        METHODS[method](model, names, tmp_path)
     assert "\n" not in str(caught.value)
     assert same(before, state_of(model.base_model))
     assert (model.active_adapter, list(model.configs)) == ("early", BOTH)

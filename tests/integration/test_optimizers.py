@@ -200,10 +200,10 @@ def test_a_state_dict_brings_the_same_wrapper_back():
     model = made()
     optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
     steps(model, optimizer, 2)
-    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    saved_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = copy.deepcopy(optimizer.state_dict())
     first = steps(model, optimizer, 3)
-    model.load_state_dict(kept)
+    model.load_state_dict(saved_state)
     optimizer.load_state_dict(state)
     assert steps(model, optimizer, 3) == first
 

@@ -67,7 +67,7 @@ PROMISED = {
     "ReftModel.print_trainable_parameters": "self",
 }
 #: Further required parameters: pyreft's files do not store them.
-ASKED = {"load_pyreft": {"positions"}}
+REQUIRED = {"load_pyreft": {"positions"}}
 
 
 @pytest.mark.parametrize("name", PROMISED)
@@ -88,7 +88,7 @@ def test_what_was_promised_is_in_it(name: str) -> None:
         if parameter.default is parameter.empty
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
-    assert needed == ASKED.get(name, set())
+    assert needed == REQUIRED.get(name, set())
 
 
 @pytest.mark.parametrize("name", ["demo", "train", "evaluate", "generate", "presets", "convert"])
