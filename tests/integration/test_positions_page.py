@@ -1,4 +1,4 @@
-"""The examples of docs/positions.md run in order."""
+"""The examples of docs/positions.md run, one after the other."""
 
 from __future__ import annotations
 

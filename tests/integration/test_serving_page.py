@@ -25,25 +25,25 @@ def test_the_example_runs(heading, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = _examples(heading)
     assert code
-    names = {}
-    exec(compile(code, heading, "exec"), names)
-    if "out" in names:
-        assert names["out"].shape[0] == 3 and names["model"].pool.names == ["bob"]
-    if "answers" in names:
-        assert names["answers"] == _answers(names)
-        assert names["text"] == names["answers"][0], "streamed"
+    found = {}
+    exec(compile(code, heading, "exec"), found)
+    if "out" in found:
+        assert found["out"].shape[0] == 3 and found["model"].pool.names == ["bob"]
+    if "answers" in found:
+        assert found["answers"] == _answers(found)
+        assert found["text"] == found["answers"][0], "streamed"
 
 
-def _answers(names):
-    """Generate each prompt alone with the same settings; generation ends early."""
+def _answers(found):
+    """Those of ``generate`` with the same settings, each prompt alone; they end early."""
     answers = []
-    for ids, name in zip(names["inputs"], names["names"], strict=True):
-        whole = names["model"].generate(
+    for ids, name in zip(found["inputs"], found["names"], strict=True):
+        whole = found["model"].generate(
             torch.tensor([ids]),
-            generation_config=names["settings"],
+            generation_config=found["settings"],
             adapter_names=[name],
         )
-        answers.append(names["tokenizer"].decode(whole[0, len(ids) :]))
+        answers.append(found["tokenizer"].decode(whole[0, len(ids) :]))
     return answers
 
 

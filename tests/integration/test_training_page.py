@@ -1,4 +1,4 @@
-"""The examples of docs/training.md run in order."""
+"""The examples of docs/training.md run, one after the other."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import pytest
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 
-#: heading -> optional package of its example.
+#: heading -> what its example needs beside the library.
 NEEDS = {"Beside LoRA": "peft", "Quantised bases": "bitsandbytes", "TRL": "trl"}
 
 
 def _sections() -> dict[str, str]:
-    """Return the code under each heading; the page's title has the code that all sections start
-    with."""
+    """Heading -> the code under it; of the page's title, what all the others start with."""
     parts = re.split(r"^##? (.+)$", PAGE.read_text(), flags=re.MULTILINE)[1:]
     return {
         heading: "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
