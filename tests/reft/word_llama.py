@@ -15,6 +15,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+#: The fixtures, which conftest.py of several folders imports.
+__all__ = [
+    "_trained_llama",
+    "color_records",
+    "folders",
+    "make_trainer",
+    "place",
+    "reft",
+    "word_llama",
+    "word_tokenizer",
+]
+
 _COLORS = ["red", "green", "blue"]
 _LETTERS, _NUMBERS = list("abcdefgh"), ["one", "two", "three", "four", "five"]
 WORDS = [*_LETTERS, *_NUMBERS, "yes", "no", *_COLORS, ":", "?"]
