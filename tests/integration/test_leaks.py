@@ -13,7 +13,7 @@ from tiny_models import llama, tokens
 
 from reft import ReftConfig, get_reft_model
 
-TIMES = 400
+TIMES = 600
 CONFIG = ReftConfig(rank=1, positions="l1", layers=[0])
 IDS = tokens(1, 3)
 
