@@ -1,4 +1,4 @@
-"""The run that nobody disturbs."""
+"""The uninterrupted run that interrupted runs are compared with."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from reft.io.adapter_files import read_adapter
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory) -> dict[str, Any]:
-    """What a run is that nobody kills, and all its checkpoints."""
+    """Results of an uninterrupted run, and all its checkpoints."""
     root = tmp_path_factory.mktemp("undisturbed")
     run = Run(root / "run", root / "facts")
     assert run.go(Wishes(at_save=keep_all)) == 0
-    found = run.read()
-    assert found["steps"] == STEPS
-    assert len(found["curve"]) == STEPS + STEPS // EACH
-    return found | {"checkpoints": root / "all", "adapter": read_adapter(run.folder / "adapter")}
+    result = run.read()
+    assert result["steps"] == STEPS
+    assert len(result["curve"]) == STEPS + STEPS // EACH
+    return result | {"checkpoints": root / "all", "adapter": read_adapter(run.folder / "adapter")}

@@ -1,4 +1,4 @@
-"""Whether a disturbed run came to the end of the undisturbed one."""
+"""Assertions that an interrupted run ends like the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reft import ReftConfig
 from reft.io.adapter_files import WEIGHTS_FILE, read_adapter
 from reft.train.checkpoints import UNFINISHED
 
-#: What an adapter is on the disk.
+#: Files of a stored adapter.
 Adapter = tuple[ReftConfig, dict[str, torch.Tensor]]
 
 
@@ -24,7 +24,7 @@ def assert_same_adapter(left: Adapter, right: Adapter) -> None:
 
 
 def assert_whole(folder: Path, checkpoints: Path) -> list[int]:
-    """Every checkpoint in a folder is complete and as it should be; their steps."""
+    """Check that every checkpoint in a folder is complete and correct; return their steps."""
     steps = []
     for checkpoint in folder.glob("checkpoint-*"):
         expected = checkpoints / checkpoint.name
@@ -32,26 +32,28 @@ def assert_whole(folder: Path, checkpoints: Path) -> list[int]:
         assert {file.name for file in expected.iterdir()} == FILES
         assert_same_adapter(read_adapter(checkpoint), read_adapter(expected))
         for name in ("optimizer.pt", "scheduler.pt"):
-            left, right = (torch.load(one / name) for one in (checkpoint, expected))
+            left, right = (torch.load(parent / name) for parent in (checkpoint, expected))
             torch.testing.assert_close(left, right, rtol=0, atol=0)
         steps.append(int(checkpoint.name.partition("-")[2]))
-    if (folder / "adapter" / WEIGHTS_FILE).exists():  # until it has its name, there is no adapter
+    if (
+        folder / "adapter" / WEIGHTS_FILE
+    ).exists():  # the weights are renamed last: without them there is no adapter
         read_adapter(folder / "adapter")
     return sorted(steps)
 
 
 def assert_same_end(run: Run, before: list[int], expected: dict[str, Any]) -> None:
-    """The last process ended the run, from the last checkpoint on and not from the beginning."""
-    found = run.read()
-    assert "error" not in found
-    assert found["steps"] == STEPS - max(before, default=0)
+    """Check that the last process resumed from the last checkpoint and reached the same end."""
+    result = run.read()
+    assert "error" not in result
+    assert result["steps"] == STEPS - max(before, default=0)
     if before:
-        assert found["from"].name == f"checkpoint-{max(before)}"
+        assert result["from"].name == f"checkpoint-{max(before)}"
     else:
-        assert "no whole checkpoint to resume from" in found["refusal"]
-    assert found["curve"] == expected["curve"]
-    assert found["weights"].keys() == expected["weights"].keys()
+        assert "no whole checkpoint to resume from" in result["refusal"]
+    assert result["curve"] == expected["curve"]
+    assert result["weights"].keys() == expected["weights"].keys()
     for name, value in expected["weights"].items():
-        assert torch.equal(found["weights"][name], value), name
+        assert torch.equal(result["weights"][name], value), name
     assert_same_adapter(read_adapter(run.folder / "adapter"), expected["adapter"])
     assert not (run.folder / UNFINISHED).exists()

@@ -1,8 +1,9 @@
-"""A training run of a second, and what it leaves: each begun in a process of its own that can be
-killed, by a server that has imported everything."""
+"""A training run of a second in a process that can be killed, forked from a server that has
+imported everything."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -24,19 +25,19 @@ from reft.train.checkpoints import last_checkpoint
 
 STEPS, EACH = 10, 2
 
-#: What Trainer writes into a checkpoint, and this library.
+#: Files that Trainer and this library write into a checkpoint.
 FILES = {
     *("adapter_config.json", "adapter_model.safetensors", "run_settings.json"),
     *("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"),
 }
 
-#: Audit events of Python at which files and folders are made, named and removed.
+#: Python's audit events of creating, renaming and removing files and folders.
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir")
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What shall happen to a run.
+    """Events that shall happen in a run.
 
     Attributes:
         die_at: the number of the event below the run's folder, from when the fourth step is saved
@@ -68,7 +69,7 @@ def batch_of(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def keep_all(folder: Path, step: int) -> None:
-    """Hard links to every checkpoint, which survive that the run removes it."""
+    """Hard-link a checkpoint, so that it survives its removal by the run."""
     source = folder / f"checkpoint-{step}"
     target = folder.parent / "all" / source.name
     target.mkdir(parents=True)
@@ -77,7 +78,7 @@ def keep_all(folder: Path, step: int) -> None:
 
 
 class Watch(TrainerCallback):
-    """Counts the steps of this process; says when checkpoints are begun and complete."""
+    """Counts the steps of this process and its file events, and calls ``at_save``."""
 
     def __init__(self, wishes: Wishes) -> None:
         self.wishes, self.steps, self.events = wishes, 0, 0
@@ -99,9 +100,10 @@ class Watch(TrainerCallback):
 
 
 def train(folder: Path, facts: Path, begun: Any, wishes: Wishes) -> None:
-    """Train in ``folder``, from its last checkpoint on if there is one; what it was goes into
-    ``facts``, an error that the disk made too."""
+    """Train in ``folder``, from its last checkpoint if there is one. The results, or the disk's
+    error, go into ``facts``."""
     torch.set_num_threads(1)
+    gc.freeze()  # every training collects garbage: exclude the imported modules
     warnings.simplefilter("error")
     torch.manual_seed(1)
     model = get_reft_model(llama(), ReftConfig(rank=2, positions="f1+l1", dropout=0.2))
@@ -118,48 +120,50 @@ def train(folder: Path, facts: Path, begun: Any, wishes: Wishes) -> None:
     trainer.add_callback(watch)
     trainer.remove_callback(PrinterCallback)
     sys.addaudithook(lambda event, said: watch.hear(event, said, str(folder)))
-    found: dict[str, Any] = {"from": last_checkpoint(folder)}
+    record: dict[str, Any] = {"from": last_checkpoint(folder)}
     begun.set()
     clock = time.perf_counter()
     try:
-        if found["from"] is None:
+        if record["from"] is None:
             try:
                 trainer.train(resume_from_checkpoint=True)
             except ValueError as refusal:
-                found["refusal"] = str(refusal)
-        trainer.train(resume_from_checkpoint=found["from"] is not None)
+                record["refusal"] = str(refusal)
+        trainer.train(resume_from_checkpoint=record["from"] is not None)
         trainer.save_adapter(folder / "adapter")
     except OSError as error:
-        found["error"] = str(error)
-    found["seconds"] = time.perf_counter() - clock
-    found |= {"steps": watch.steps, "events": watch.events}
-    found["curve"] = [
+        record["error"] = str(error)
+    record["seconds"] = time.perf_counter() - clock
+    record |= {"steps": watch.steps, "events": watch.events}
+    record["curve"] = [
         {name: row[name] for name in ("step", "loss", "grad_norm", "eval_loss") if name in row}
         for row in trainer.state.log_history
         if "loss" in row or "eval_loss" in row
     ]
-    found["weights"] = {
-        name: one.detach().clone() for name, one in model.named_parameters() if one.requires_grad
+    record["weights"] = {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     }
-    torch.save(found, facts)
+    torch.save(record, facts)
 
 
 @dataclass
 class Run:
-    """A run in a folder; every process that works at it is one :meth:`go`."""
+    """A run in a folder; each :meth:`go` starts one process of it."""
 
     folder: Path
     facts: Path
     processes: list[int] = field(default_factory=list)
 
     def go(self, wishes: Wishes = Wishes(), *, kill_after: float | None = None) -> int:
-        """Work until the end, or until it is killed that many seconds after training began; the
-        exit code, −9 if it was killed."""
+        """Train until the end or until a kill so many seconds after training began; return the exit
+        code, −9 for a killed process."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["small_run"])
         begun = context.Event()
         process = context.Process(target=train, args=(self.folder, self.facts, begun, wishes))
-        # The server, which the first start begins, has no other way to find what it is to import.
+        # The server, which the first process starts, finds its modules by this path.
         with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
             process.start()
         if kill_after is not None:

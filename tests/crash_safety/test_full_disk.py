@@ -1,5 +1,5 @@
-"""A disk that is full or read-only: said at once, nothing half written, and the run goes on from
-its last checkpoint to the end that it would have come to."""
+"""A full or read-only disk raises a clear error, leaves no partial checkpoint, and the run resumes
+to the same end."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from reft import ReftConfig, get_reft_model
 from reft.io.adapter_files import read_adapter
 from reft.train.checkpoints import UNFINISHED
 
-#: Bytes of the disk, and of the blocks in which it is given out.
+#: Bytes of the file system, and of its blocks.
 SIZE, BLOCK = 1 << 20, 4096
 
 
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Path]:
-    """A disk of its own, of a megabyte."""
+    """A file system of one megabyte."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(place)]
@@ -44,7 +44,7 @@ def remount(place: Path, mode: str) -> None:
 
 
 def fill(place: Path, left: int) -> None:
-    """Leave so many bytes."""
+    """Fill the disk but for this number of bytes."""
     free = os.statvfs(place)
     with (place / "filler").open("wb") as file:
         file.write(b"x" * (free.f_bavail * free.f_frsize - left))
@@ -60,9 +60,9 @@ def read_only_at(step: int, place: Path, run: Path, now: int) -> None:
         remount(place, "ro")
 
 
-@pytest.mark.parametrize("left", [0, 1, 2, 3, 5, 8, 10])
+@pytest.mark.parametrize("left", [0, 2, 5, 10])
 def test_full(left, disk, undisturbed, tmp_path):
-    """Room for so many blocks of the checkpoint after the one of the fourth step."""
+    """The disk has room for this number of blocks of the checkpoint that follows step 4."""
     run = Run(disk / "run", tmp_path / "facts")
     assert run.go(Wishes(at_save=partial(fill_at, 2 * EACH, disk, left * BLOCK))) == 0
     said = run.read()["error"]
@@ -78,7 +78,7 @@ def test_full(left, disk, undisturbed, tmp_path):
 
 @pytest.mark.parametrize("left", [0, 1])
 def test_full_when_the_adapter_is_published(left, disk, tmp_path):
-    """The old adapter is there, or, if there was room for its weights, the new one."""
+    """The folder holds the old adapter, or the new one if its weights did fit."""
     model = get_reft_model(llama(), ReftConfig(rank=2))
     model.save_pretrained(disk / "adapter")
     old = read_adapter(disk / "adapter")
@@ -109,14 +109,14 @@ def test_read_only_from_some_step_on(disk, undisturbed, tmp_path):
 
 
 def test_read_only_from_the_beginning(disk, undisturbed, tmp_path):
-    """Said before the first step."""
+    """The error comes before the first step."""
     run = Run(disk / "run", tmp_path / "facts")
     run.folder.mkdir()
     remount(disk, "ro")
     assert run.go() == 0
-    found = run.read()
-    assert found["error"].startswith("[Errno 30] checkpoints cannot be written (Read-only")
-    assert found["steps"] == 0
+    result = run.read()
+    assert result["error"].startswith("[Errno 30] checkpoints cannot be written (Read-only")
+    assert result["steps"] == 0
     remount(disk, "rw")
     assert run.go() == 0
     assert_same_end(run, [], undisturbed)

@@ -1,11 +1,12 @@
-"""One rank of DeepSpeed's engines, one after another.
+"""One rank under each DeepSpeed engine in turn.
 
-Written for torchrun; see test_deepspeed.py. What comes out lies in the folder that is given: a file
-for each stage of ZeRO and scene, of rank 0 alone, since what is gathered is the same on all.
+Run by torchrun; see test_deepspeed.py. Results go into the folder given as argument: one file for
+each ZeRO stage and scene. Only rank 0 writes, because gathered tensors are equal on all ranks.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from reft.adapter.sharding import full_tensor, is_sharded
 
-#: Stage -> the cases that are trained under it.
+#: ZeRO stage -> cases trained under it.
 STAGES = {
     0: ("plain",),
     1: ("clipping",),
@@ -33,26 +34,26 @@ STAGES = {
     3: ("plain", "checkpointing", "accumulation", "head", "lora", "attention"),
 }
 
-#: Stages of which texts, and what is saved at the end, are looked at.
-PUBLISHED = (2, 3)
+#: Stages whose generated texts and saved files are compared.
+SAVED = (2, 3)
 
-#: Of a part of a block, whose modules DeepSpeed puts functions of its own around.
+#: An edit inside a block, whose modules DeepSpeed wraps.
 MORE = {"attention": Case(config={"component": "attention_output"})}
 
-#: A run with a checkpoint in its middle.
+#: A run with a checkpoint halfway.
 LONG = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
 
 def on_cpu() -> None:
-    """accelerate knows no DeepSpeed on a CPU, DeepSpeed compiles a collective for a minute, and
-    transformers asks for a GPU before it lets DeepSpeed compute in bfloat16."""
+    """Let DeepSpeed run on a CPU: accelerate does not support it, DeepSpeed compiles a collective
+    for a minute, and transformers wants a GPU for bfloat16."""
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 def engine(stage: int) -> dict[str, Any]:
-    """DeepSpeed's configuration. At stage 3 no parameter is small enough to stay whole."""
+    """Build DeepSpeed's configuration; at stage 3 every parameter is sharded, however small."""
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0
@@ -80,49 +81,51 @@ class Rank:
         folder = self.folder / "runs" / f"{stage}-{scene}"
         return make_trainer(case, folder, rank=self.rank, ranks=2, base=base)
 
-    def keep(self, stage: int, scene: str, trainer: InOrder, **found: Any) -> None:
-        found["weights"] = weights(trainer.model)
-        found["engine"] = type(trainer.model_wrapped).__name__
-        found["losses"] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    def store(self, stage: int, scene: str, trainer: InOrder, **facts: Any) -> None:
+        facts["weights"] = weights(trainer.model)
+        facts["engine"] = type(trainer.model_wrapped).__name__
+        facts["losses"] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         if not self.rank:
-            torch.save(found, self.folder / f"{stage}-{scene}.pt")
+            torch.save(facts, self.folder / f"{stage}-{scene}.pt")
 
     def cases(self, stage: int) -> None:
         for name in STAGES[stage]:
             trainer = self.trainer(stage, name, (CASES | MORE)[name])
             trainer.train()
             shards = sum(map(is_sharded, trainer.model.parameters()))
-            self.keep(stage, name, trainer, shards=shards)
-            if name == "plain" and stage in PUBLISHED:
+            self.store(stage, name, trainer, shards=shards)
+            if name == "plain" and stage in SAVED:
                 texts, logits = outputs(trainer.model)
-                self.keep(stage, "published", trainer, texts=texts, logits=logits)
+                self.store(stage, "saved", trainer, texts=texts, logits=logits)
                 trainer.save_model(str(self.folder / f"{stage}-model"))
                 trainer.save_adapter(self.folder / f"{stage}-adapter")
 
     def resumed(self, stage: int, name: str) -> None:
-        """Four steps; the last two of them again, from what two have written."""
+        """Train four steps, then resume at step 2 and train the last two again."""
         trainer = self.trainer(stage, f"{name}-long", CASES[name], **LONG)
         trainer.train()
-        self.keep(stage, f"{name}-long", trainer)
+        self.store(stage, f"{name}-long", trainer)
         again = self.trainer(stage, f"{name}-again", CASES[name], **LONG)
         middle = self.folder / "runs" / f"{stage}-{name}-long" / "checkpoint-2"
         try:
             again.train(resume_from_checkpoint=str(middle))
-        except ImportError as error:  # PEFT's, of another time than the oldest transformers
-            self.keep(stage, f"{name}-again", again, lacking=str(error))
+        except ImportError as error:  # PEFT and the oldest transformers do not fit together
+            self.store(stage, f"{name}-again", again, unsupported=str(error))
         else:
-            self.keep(stage, f"{name}-again", again)
+            self.store(stage, f"{name}-again", again)
 
     def half(self, stage: int) -> None:
-        """DeepSpeed casts all modules to bfloat16; the optimizer has what is trained in float32."""
+        """Train in bfloat16: DeepSpeed casts all modules, its optimizer keeps float32
+        parameters."""
         config = {**engine(stage), "bf16": {"enabled": "auto"}}
         trainer = self.trainer(stage, "half", CASES["plain"], bf16=True, deepspeed=config)
         trainer.train()
-        self.keep(stage, "half", trainer)
+        self.store(stage, "half", trainer)
         trainer.save_adapter(self.folder / f"{stage}-half-adapter")
 
     def sharded_while_loaded(self, name: str) -> None:
-        """A base that from_pretrained leaves in parts, since a configuration of ZeRO-3 is there."""
+        """Train on a base that from_pretrained has sharded, because a ZeRO-3
+        configuration exists."""
         zero = engine(3)["zero_optimization"]
         settings = HfDeepSpeedConfig(
             {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 2}
@@ -131,17 +134,19 @@ class Rank:
         assert settings.is_zero3() and base.lm_head.weight.numel() == 0
         trainer = self.trainer(3, f"{name}-loaded", CASES[name], base)
         trainer.train()
-        self.keep(3, f"{name}-loaded", trainer)
+        self.store(3, f"{name}-loaded", trainer)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable parameters, gathered; every rank must call this."""
-    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
-    return {short(name): full_tensor(one).clone() for name, one in trained.items()}
+    """Gather the trainable parameters; every rank must call this."""
+    trained = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    return {short(name): full_tensor(parameter).clone() for name, parameter in trained.items()}
 
 
 def outputs(model: Any) -> tuple[list[Tensor], Tensor]:
-    """Texts of greedy search and of beams, and logits."""
+    """Generate by greedy and beam search, and compute logits."""
     model.eval()
     inputs = {name: value.flip(1) for name, value in batch(3).items() if name != "labels"}
     how = {"max_new_tokens": 6, "do_sample": False}
@@ -164,4 +169,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # every training collects garbage: exclude the imported modules
     main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Start a script in several processes, as torchrun does."""
+"""Start a script in several processes with torchrun."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = (ROOT, ROOT / "tests" / "reft", ROOT / "tests" / "scale")
+FOLDERS = (ROOT, ROOT / "tests" / "reft", Path(__file__).parent)
 
 
 def torchrun(*arguments: str | Path, processes: int = 2, timeout: float = 300) -> str:
-    """What the processes print; AssertionError with it if one of them fails."""
+    """Run a script and return its output; AssertionError with the output if a process fails."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

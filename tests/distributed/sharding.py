@@ -1,4 +1,4 @@
-"""FSDP2 on the CPU, where accelerate would quietly train with DDP."""
+"""FSDP2 on the CPU, where accelerate would silently train with DDP."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def shard(trainer: InOrder, **settings: Any) -> InOrder:
-    """Leave in a trainer what TrainingArguments(fsdp=…) does where there is an accelerator."""
+    """Configure a trainer for FSDP2, as TrainingArguments(fsdp=…) does on a GPU."""
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.utils import DistributedType
 
@@ -39,7 +39,7 @@ def forget() -> None:
 
 
 def native_trainer(case: Case, base: Path, folder: Path, **how: Any) -> InOrder:
-    """A trainer of an adapter on a base that transformers sharded while it loaded it."""
+    """Build a trainer of an adapter on a base that transformers sharded during loading."""
     from transformers import LlamaForCausalLM
     from transformers.distributed import DistributedConfig
 
@@ -50,12 +50,12 @@ def native_trainer(case: Case, base: Path, folder: Path, **how: Any) -> InOrder:
 
 
 def units(model: nn.Module) -> int:
-    """How many modules FSDP gathers one by one."""
+    """Count the modules that FSDP gathers separately."""
     return sum(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def units_of_bare_base(trainer: InOrder) -> int:
-    """The same, of the model without an adapter, under the trainer's settings."""
+    """Count the FSDP units of the base without an adapter, under the trainer's settings."""
     base = make_base()
     optimizer = torch.optim.SGD(base.parameters(), lr=0.0)
     return units(trainer.accelerator.prepare(base, optimizer)[0])

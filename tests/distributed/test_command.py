@@ -1,4 +1,4 @@
-"""The command of one process, started by torchrun."""
+"""``reft train`` started by torchrun and by accelerate launch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def place(made_once) -> Path:
-    """A model, data, and in ``two`` and ``printed`` what two processes made of them."""
+    """A model and data; ``one`` and ``two``, the runs of one and of two processes; ``printed``, the
+    output of the two."""
 
     def fill(folder: Path) -> None:
         words = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
@@ -69,15 +70,15 @@ def place(made_once) -> Path:
         (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
         printed = torchrun("-m", "reft", *arguments(folder, "two", 2))
         (folder / "printed").write_text(printed)
+        assert run(*arguments(folder, "one", 4)) == 0
 
     return made_once("command", fill)
 
 
-def test_two_processes_train_what_one_does(place, tmp_path):
-    assert run(*arguments(place, str(tmp_path / "one"), 4)) == 0
-    one, two = weights(tmp_path / "one"), weights(place / "two")
-    assert one.keys() == two.keys()
-    for name, value in one.items():
+def test_two_processes_train_what_one_does(place):
+    single, two = weights(place / "one"), weights(place / "two")
+    assert single.keys() == two.keys()
+    for name, value in single.items():
         assert float((value - two[name]).abs().max()) <= 1e-7, name
 
 
@@ -97,7 +98,7 @@ def test_one_process_resumes_what_two_began(place, tmp_path):
 
 
 def test_accelerate_launch_is_the_same_command(place, tmp_path):
-    """It starts one process on a CPU, however many are asked for."""
+    """accelerate starts one process on a CPU, whatever number is requested."""
     launch = (*(sys.executable, "-m", "accelerate.commands.launch"), "--cpu", "-m", "reft")
     subprocess.run(
         [*launch, *arguments(place, str(tmp_path / "launched"), 4)],
@@ -106,18 +107,17 @@ def test_accelerate_launch_is_the_same_command(place, tmp_path):
         check=True,
         capture_output=True,
     )
-    assert run(*arguments(place, str(tmp_path / "one"), 4)) == 0
-    launched, one = weights(tmp_path / "launched"), weights(tmp_path / "one")
-    assert launched.keys() == one.keys()
-    assert all(torch.equal(value, launched[name]) for name, value in one.items())
+    launched, single = weights(tmp_path / "launched"), weights(place / "one")
+    assert launched.keys() == single.keys()
+    assert all(torch.equal(value, launched[name]) for name, value in single.items())
 
 
 @pytest.mark.parametrize("command", [("evaluate",), ("generate",), ("demo",), ("presets", "list")])
 def test_other_commands_are_refused_by_several(monkeypatch, capfd, command):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(*command) == 2
-    said = capfd.readouterr().err
-    assert f"reft {command[0]} runs in one process, it was started in 2" in said
+    message = capfd.readouterr().err
+    assert f"reft {command[0]} runs in one process, it was started in 2" in message
 
 
 def test_a_preset_is_refused_by_several(monkeypatch, capfd):
@@ -135,12 +135,12 @@ def test_every_process_takes_its_own_device(monkeypatch):
     assert resolve_device("auto") == torch.device("cuda:3")
 
 
-@pytest.mark.parametrize(("engine", "told"), [("FSDP", "true"), ("DEEPSPEED", "1")])
-def test_a_base_to_be_sharded_waits_on_the_cpu(monkeypatch, engine, told):
+@pytest.mark.parametrize(("engine", "value"), [("FSDP", "true"), ("DEEPSPEED", "1")])
+def test_a_base_to_be_sharded_waits_on_the_cpu(monkeypatch, engine, value):
     from reft.cli.ranks import shards_the_base
 
     assert not shards_the_base()
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "false")
     assert not shards_the_base()
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", told)
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", value)
     assert shards_the_base()

@@ -1,4 +1,4 @@
-"""Two ranks under DeepSpeed, ZeRO 0 to 3, are one process, through the Trainer."""
+"""Training on two ranks under DeepSpeed, ZeRO 0 to 3, equals training in one process."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from reft.train.deepspeed import check_checkpoint
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("not run: needs deepspeed", allow_module_level=True)
 
-from deepspeed_worker import LONG, MORE, PUBLISHED, STAGES, outputs, weights
+from deepspeed_worker import LONG, MORE, SAVED, STAGES, outputs, weights
 
 BOTH = [(stage, name) for stage, names in STAGES.items() for name in names]
 
 
 @pytest.fixture(scope="module")
 def folder(made_once) -> Path:
-    """What two ranks have left."""
+    """Files that two ranks have written."""
 
     def fill(folder: Path) -> None:
         make_base().save_pretrained(folder / "base")
@@ -36,7 +36,7 @@ def folder(made_once) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """name of a case, more arguments -> what one process makes of it."""
+    """A function of a case's name and more arguments that trains it in one process."""
     made: dict[Any, dict[str, Any]] = {}
 
     def of(name: str, **arguments: Any) -> dict[str, Any]:
@@ -51,48 +51,50 @@ def alone(tmp_path_factory):
     return of
 
 
-def kept(folder: Path, stage: int, scene: str) -> dict[str, Any]:
-    found = torch.load(folder / f"{stage}-{scene}.pt")
-    if "lacking" in found:
-        assert "cannot import name" in found["lacking"]
-        pytest.skip(found["lacking"])
-    return found
+def load_results(folder: Path, stage: int, scene: str) -> dict[str, Any]:
+    result = torch.load(folder / f"{stage}-{scene}.pt")
+    if "unsupported" in result:
+        assert "cannot import name" in result["unsupported"]
+        pytest.skip(result["unsupported"])
+    return result
 
 
 @pytest.mark.parametrize(("stage", "name"), BOTH)
 def test_three_steps_equal_one_process(stage, name, folder, alone):
-    found, expected = kept(folder, stage, name), alone(name)
-    assert found["engine"] == "DeepSpeedEngine"
-    assert bool(found["shards"]) == (stage == 3)
-    assert largest_difference(found["weights"], expected["weights"]) <= 1e-7
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    result, expected = load_results(folder, stage, name), alone(name)
+    assert result["engine"] == "DeepSpeedEngine"
+    assert bool(result["shards"]) == (stage == 3)
+    assert largest_difference(result["weights"], expected["weights"]) <= 1e-7
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-6)
 
 
-@pytest.mark.parametrize("stage", PUBLISHED)
+@pytest.mark.parametrize("stage", SAVED)
 def test_generation_equals_one_process(stage, folder, alone):
-    found, model = kept(folder, stage, "published"), alone("plain")["model"]
+    result, model = load_results(folder, stage, "saved"), alone("plain")["model"]
     texts, logits = outputs(model)
-    assert all(map(torch.equal, found["texts"], texts))
-    torch.testing.assert_close(found["logits"], logits, rtol=1e-5, atol=1e-6)
+    assert all(map(torch.equal, result["texts"], texts))
+    torch.testing.assert_close(result["logits"], logits, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("what", ["model", "adapter"])
-@pytest.mark.parametrize("stage", PUBLISHED)
+@pytest.mark.parametrize("stage", SAVED)
 def test_what_is_saved_is_the_adapter_and_whole(stage, what, folder, alone):
     saved = folder / f"{stage}-{what}"
     assert not [*saved.glob("global_step*")]
     model = ReftModel.from_pretrained(make_base(), saved)
-    own = kept(folder, stage, "published")["weights"]
+    expected = load_results(folder, stage, "saved")["weights"]
     values = load_file(saved / "adapter_model.safetensors")
     for name in ("weight", "bias"):
-        assert torch.equal(values[name], own[f"reft.adapters.default.{name}"])
+        assert torch.equal(values[name], expected[f"reft.adapters.default.{name}"])
     texts, _ = outputs(model)
-    assert all(map(torch.equal, texts, kept(folder, stage, "published")["texts"]))
+    assert all(map(torch.equal, texts, load_results(folder, stage, "saved")["texts"]))
 
 
 @pytest.mark.parametrize(("stage", "name"), [(2, "plain"), (3, "lora")])
 def test_a_resumed_run_ends_in_the_same_bits(stage, name, folder, alone):
-    whole, again = (kept(folder, stage, f"{name}-{run}")["weights"] for run in ("long", "again"))
+    whole, again = (
+        load_results(folder, stage, f"{name}-{run}")["weights"] for run in ("long", "again")
+    )
     assert largest_difference(whole, again) == 0
     assert largest_difference(whole, alone(name, **LONG)["weights"]) <= 1e-7
 
@@ -109,7 +111,7 @@ def test_checkpoints_do_not_hold_the_base(stage, name, folder):
 
 
 def test_a_checkpoint_is_not_resumed_without_deepspeed(folder, tmp_path):
-    """Its adapter is read anywhere."""
+    """The adapter in it can be loaded anywhere."""
     checkpoint = folder / "runs" / "2-plain-long" / "checkpoint-2"
     trainer = make_trainer(Case(LONG), tmp_path)
     before = weights(trainer.model)
@@ -123,9 +125,9 @@ def test_a_checkpoint_is_not_resumed_without_deepspeed(folder, tmp_path):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_bfloat16_is_not_what_is_saved(stage, folder, alone):
-    """What the optimizer has is, in float32; the modules hold it rounded."""
+    """The saved adapter has the optimizer's float32 values; the modules hold them rounded."""
     saved = load_file(folder / f"{stage}-half-adapter" / "adapter_model.safetensors")
-    held = kept(folder, stage, "half")["weights"]
+    held = load_results(folder, stage, "half")["weights"]
     expected = alone("plain")["weights"]
     for name in ("weight", "bias"):
         key = f"reft.adapters.default.{name}"
@@ -138,6 +140,6 @@ def test_bfloat16_is_not_what_is_saved(stage, folder, alone):
 
 
 def test_a_base_that_was_loaded_in_parts(folder, alone):
-    """Its head, which the adapter trains a copy of, too."""
-    found = kept(folder, 3, "head-loaded")["weights"]
-    assert largest_difference(found, alone("head")["weights"]) <= 1e-7
+    """The head, of which the adapter trains a copy, is sharded as well."""
+    result = load_results(folder, 3, "head-loaded")["weights"]
+    assert largest_difference(result, alone("head")["weights"]) <= 1e-7

@@ -1,5 +1,5 @@
-"""Bases of which accelerate keeps layers on disk, or in memory beside the device, are trained as
-whole ones are: in the same bits."""
+"""Training on an offloaded base, on disk or in CPU memory, gives the same bits as without
+offloading."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DISK = {
 
 
 def mapped(folder: Path, disk: tuple[str, ...]) -> LlamaForCausalLM:
-    """The base of the other tests, with these modules on disk."""
+    """Load the base of the other tests with these modules on disk."""
     make_base().save_pretrained(folder / "base")
     places = {name: "disk" if name in disk else "cpu" for name in (*DISK["all layers"], *REST)}
     return LlamaForCausalLM.from_pretrained(
@@ -35,8 +35,12 @@ def mapped(folder: Path, disk: tuple[str, ...]) -> LlamaForCausalLM:
 
 
 def hooks(base: nn.Module) -> dict[str, object]:
-    """accelerate's, by module."""
-    return {name: one._hf_hook for name, one in base.named_modules() if hasattr(one, "_hf_hook")}
+    """Return accelerate's hooks by module name."""
+    return {
+        name: module._hf_hook
+        for name, module in base.named_modules()
+        if hasattr(module, "_hf_hook")
+    }
 
 
 def test_hooks_are_seen(tmp_path):
@@ -44,21 +48,23 @@ def test_hooks_are_seen(tmp_path):
     assert hooks(base) and next(base.model.layers[1].parameters()).is_meta
 
 
-@pytest.mark.parametrize("name", ["plain", "checkpointing"])
-@pytest.mark.parametrize("places", DISK)
+@pytest.mark.parametrize(
+    ("places", "name"),
+    [("nothing", "plain"), ("one layer", "checkpointing"), ("all layers", "plain")],
+)
 def test_a_trainer_with_a_device_map(places, name, tmp_path):
     base = mapped(tmp_path, DISK[places])
     before = hooks(base)
     trainer = make_trainer(CASES[name], tmp_path / "run", base=base)
     adapter = trainer.model.reft.adapter("default")
-    assert {one.device.type for one in adapter.parameters()} == {"cpu"}
+    assert {parameter.device.type for parameter in adapter.parameters()} == {"cpu"}
     whole = make_trainer(CASES[name], tmp_path / "whole")
-    found, expected = trained(trainer), trained(whole)
-    assert largest_difference(found["weights"], expected["weights"]) == 0
-    assert found["losses"] == expected["losses"]
-    inputs = {one: value for one, value in batch(3).items() if one != "labels"}
+    result, expected = trained(trainer), trained(whole)
+    assert largest_difference(result["weights"], expected["weights"]) == 0
+    assert result["losses"] == expected["losses"]
+    inputs = {key: value for key, value in batch(3).items() if key != "labels"}
     how = {"max_new_tokens": 4, "do_sample": False}
-    texts = [one.model.eval().generate(**inputs, **how) for one in (trainer, whole)]
+    texts = [run.model.eval().generate(**inputs, **how) for run in (trainer, whole)]
     assert torch.equal(*texts)
     trainer.model.unload()
     assert hooks(base) == before
@@ -68,18 +74,20 @@ def test_a_trainer_with_a_device_map(places, name, tmp_path):
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_offloading_by_hand(where, tmp_path):
-    """Every module's parameters come for the time of its forward. transformers' Trainer would move
-    such a base, which it cannot: so by hand."""
+    """The parameters of a module are loaded for its forward only. Trainer would move such a base,
+    which is impossible; the loop is written out here."""
     base, device = make_base(), torch.device("cpu")
     if where == "memory":
         base = cpu_offload(base, execution_device=device)
     else:
         base = disk_offload(base, tmp_path, execution_device=device)
-    assert all(one.is_meta for one in base.parameters())
+    assert all(parameter.is_meta for parameter in base.parameters())
     weights = []
-    for one in (base, make_base()):
+    for base_model in (base, make_base()):
         model = get_reft_model(
-            one, ReftConfig(rank=4, positions="f2+l2"), generator=torch.Generator().manual_seed(0)
+            base_model,
+            ReftConfig(rank=4, positions="f2+l2"),
+            generator=torch.Generator().manual_seed(0),
         ).train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         for _ in range(3):

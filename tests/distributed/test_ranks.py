@@ -1,4 +1,5 @@
-"""Two processes under DDP and FSDP2, accelerate's and transformers', are one process."""
+"""Training on two ranks under DDP and FSDP2, of accelerate and of transformers, equals training in
+one process."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from three_steps import CASES, STEPS, batch, largest_difference, make_base, make
 from reft import ReftModel
 from reft.io.adapter_files import read_adapter
 
-#: float32 has 6e-8 of 1; weights are of the order of 1, gradients of 0.1.
+#: float32 resolves 6e-8 at 1; weights are about 1, gradients about 0.1.
 ROUNDING = 1e-7
 
 ENGINES = [
@@ -25,33 +26,37 @@ ENGINES = [
 ]
 
 
-def kept(folder: Path, engine: str, scene: str) -> list[dict[str, Any]]:
-    """What each rank has written."""
-    found = [
+def load_results(folder: Path, engine: str, scene: str) -> list[dict[str, Any]]:
+    """Load the results of each rank; skip where the installed versions lack the feature."""
+    results = [
         torch.load(folder / f"{engine}.{scene}.{rank}.pt", weights_only=False) for rank in (0, 1)
     ]
-    for one in found:
-        if "lacking" in one:  # on the oldest versions; said by name, by us or by PEFT
-            said = "a later one can|as 1.15.0 can|must say use_reentrant=False|cannot import name"
-            assert re.search(said, one["lacking"])
-            pytest.skip(one["lacking"])
-    return found
+    for result in results:
+        if (
+            "unsupported" in result
+        ):  # on the oldest versions; this library or PEFT names the feature
+            pattern = (
+                "a later one can|as 1.15.0 can|must say use_reentrant=False|cannot import name"
+            )
+            assert re.search(pattern, result["unsupported"])
+            pytest.skip(result["unsupported"])
+    return results
 
 
 def alone(folder: Path, scene: str) -> dict[str, Any]:
-    """What one process has."""
+    """Load the results of one process."""
     return torch.load(folder / f"one.{scene}.pt", weights_only=False)
 
 
-def assert_equal(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    assert largest_difference(found["weights"], wanted["weights"]) <= ROUNDING
-    last = len(found["gradients"])
+def assert_equal(result: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert largest_difference(result["weights"], wanted["weights"]) <= ROUNDING
+    last = len(result["gradients"])
     assert last > 0
-    for ours, theirs in zip(found["gradients"], wanted["gradients"][-last:], strict=True):
+    for ours, theirs in zip(result["gradients"], wanted["gradients"][-last:], strict=True):
         assert largest_difference(ours, theirs) <= ROUNDING
-        assert max(float(one.abs().max()) for one in theirs.values()) > 1e4 * ROUNDING
-    assert found["losses"] == pytest.approx(wanted["losses"], abs=2e-6)
-    assert found["norms"] == pytest.approx(wanted["norms"], rel=1e-6)
+        assert max(float(tensor.abs().max()) for tensor in theirs.values()) > 1e4 * ROUNDING
+    assert result["losses"] == pytest.approx(wanted["losses"], abs=2e-6)
+    assert result["norms"] == pytest.approx(wanted["norms"], rel=1e-6)
 
 
 @pytest.mark.parametrize(("engine", "scene"), ENGINES)
@@ -60,47 +65,47 @@ def test_three_steps_are_those_of_one_process(ranks_folder, engine, scene):
     assert len(wanted["losses"]) == STEPS
     if scene == "clipping":
         assert min(wanted["norms"]) > CASES[scene].arguments["max_grad_norm"]
-    for found in kept(ranks_folder, engine, scene):
-        assert_equal(found, wanted)
+    for result in load_results(ranks_folder, engine, scene):
+        assert_equal(result, wanted)
     kind = {"ddp": "DistributedDataParallel", "native": "ReftModel", "fsdp2": "FSDPReftModel"}
-    assert found["kind"] == kind[engine]
+    assert result["kind"] == kind[engine]
 
 
 def test_units_are_those_of_the_bare_base(ranks_folder):
-    [found, _] = kept(ranks_folder, "fsdp2", "plain")
-    [counted, _] = kept(ranks_folder, "fsdp2", "units")
+    [result, _] = load_results(ranks_folder, "fsdp2", "plain")
+    [counted, _] = load_results(ranks_folder, "fsdp2", "units")
     blocks = make_base().config.num_hidden_layers
-    assert found["units"] == counted["bare"] > blocks
+    assert result["units"] == counted["bare"] > blocks
 
 
 @pytest.mark.parametrize("setting", ["cpu_ram_efficient_loading", "activation_checkpointing"])
 def test_settings_of_accelerate_change_no_number(ranks_folder, setting):
-    for found in kept(ranks_folder, "fsdp2", setting):
-        assert_equal(found, alone(ranks_folder, "plain"))
+    for result in load_results(ranks_folder, "fsdp2", setting):
+        assert_equal(result, alone(ranks_folder, "plain"))
 
 
 def test_the_adapter_stays_in_full_precision_under_a_policy_of_bfloat16(ranks_folder):
-    ranks = kept(ranks_folder, "fsdp2", "mixed")
-    first = ranks[0]["first"]  # that of rank 0, which all got
+    ranks = load_results(ranks_folder, "fsdp2", "mixed")
+    first = ranks[0]["first"]  # rank 0's initialisation, which was broadcast
     expected = first["weight"] - first["rotation"]
-    for found in ranks:
-        assert found["dtype"] == torch.float32
-        torch.testing.assert_close(found["encode"], expected[0], rtol=0.0, atol=2e-7)
-        # The base computes in bfloat16, whose 8 bits are what gradients differ by.
+    for result in ranks:
+        assert result["dtype"] == torch.float32
+        torch.testing.assert_close(result["encode"], expected[0], rtol=0.0, atol=2e-7)
+        # The base computes in bfloat16: gradients differ by its 8 bits.
         wanted = alone(ranks_folder, "plain")
-        for ours, theirs in zip(found["gradients"][:1], wanted["gradients"][:1], strict=True):
+        for ours, theirs in zip(result["gradients"][:1], wanted["gradients"][:1], strict=True):
             for name in theirs:
                 assert (ours[name] - theirs[name]).norm() < 0.03 * theirs[name].norm()
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_all_ranks_find_alike_that_nothing_would_be_trained(ranks_folder, engine):
-    for found in kept(ranks_folder, engine, "answers all"):
-        assert found["steps"] == 0
-        assert "nothing would be trained" in found["said"]
+    for result in load_results(ranks_folder, engine, "answers all"):
+        assert result["steps"] == 0
+        assert "nothing would be trained" in result["error"]
     for scene in ("one rank's", "the first"):
-        for found in kept(ranks_folder, engine, f"answers {scene}"):
-            assert found == {"steps": STEPS, "said": ""}
+        for result in load_results(ranks_folder, engine, f"answers {scene}"):
+            assert result == {"steps": STEPS, "error": ""}
 
 
 # ------------------------------------------------------------------ checkpoints
@@ -111,7 +116,10 @@ RESUMED = [("ddp", "long"), ("fsdp2", "long"), ("fsdp2", "long lora")]
 
 @pytest.mark.parametrize(("engine", "run"), RESUMED)
 def test_resuming_with_as_many_ranks_is_bit_for_bit(ranks_folder, engine, run):
-    whole, again = kept(ranks_folder, engine, run), kept(ranks_folder, engine, f"{run} again")
+    whole, again = (
+        load_results(ranks_folder, engine, run),
+        load_results(ranks_folder, engine, f"{run} again"),
+    )
     for ours, theirs in zip(again, whole, strict=True):
         assert ours["losses"] == theirs["losses"]
         assert largest_difference(ours["weights"], theirs["weights"]) == 0.0
@@ -120,19 +128,19 @@ def test_resuming_with_as_many_ranks_is_bit_for_bit(ranks_folder, engine, run):
 
 @pytest.mark.parametrize(("engine", "run"), RESUMED)
 def test_two_ranks_go_on_from_one(ranks_folder, engine, run):
-    for found in kept(ranks_folder, engine, f"{run} from one"):
-        assert len(found["gradients"]) == 3
-        assert_equal(found, alone(ranks_folder, run))
+    for result in load_results(ranks_folder, engine, f"{run} from one"):
+        assert len(result["gradients"]) == 3
+        assert_equal(result, alone(ranks_folder, run))
 
 
 @pytest.mark.parametrize(("engine", "run"), RESUMED)
 def test_one_goes_on_from_two_ranks(ranks_folder, engine, run, tmp_path):
-    kept(ranks_folder, engine, run)
+    load_results(ranks_folder, engine, run)
     trainer = make_trainer(LONG[run], tmp_path)
     checkpoint = ranks_folder / "runs" / engine / run / "checkpoint-3"
-    found = trained(trainer, resume_from_checkpoint=str(checkpoint))
-    assert len(found["gradients"]) == 3
-    assert_equal(found, alone(ranks_folder, run))
+    result = trained(trainer, resume_from_checkpoint=str(checkpoint))
+    assert len(result["gradients"]) == 3
+    assert_equal(result, alone(ranks_folder, run))
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
@@ -146,37 +154,40 @@ def test_checkpoints_are_the_files_of_one_process_without_the_base(ranks_folder,
 
 
 def test_the_best_checkpoint_is_loaded_into_shards(ranks_folder):
-    for found in kept(ranks_folder, "fsdp2", "best"):
-        best = Path(found["best"].replace("making-ranks", "ranks"))
-        assert best.name == "checkpoint-2"  # the last one would be loaded by doing nothing
+    for result in load_results(ranks_folder, "fsdp2", "best"):
+        best = Path(result["best"].replace("making-ranks", "ranks"))
+        assert best.name == "checkpoint-2"  # the last checkpoint's weights are in the model already
         _, stored = read_adapter(best)
-        weights = {name.rpartition(".")[2]: one for name, one in found["weights"].items()}
+        weights = {name.rpartition(".")[2]: tensor for name, tensor in result["weights"].items()}
         assert torch.equal(weights["weight"], stored["weight"])
         assert torch.equal(weights["free"], stored["rotation.free"])
 
 
 def test_a_state_dict_of_shards_is_all_of_the_adapter(ranks_folder):
-    ranks = kept(ranks_folder, "fsdp2", "state")
-    [bank] = [key.removesuffix("base") for key in ranks[0]["keys"] if key.endswith(".base")]
-    assert bank.endswith("reft.adapters.default.")
-    for found in ranks:
+    ranks = load_results(ranks_folder, "fsdp2", "state")
+    [prefix] = [key.removesuffix("base") for key in ranks[0]["keys"] if key.endswith(".base")]
+    assert prefix.endswith("reft.adapters.default.")
+    for result in ranks:
         for way in ("parts", "whole"):
-            away, back = found["found"][way]
+            away, back = result["found"][way]
             assert away > 0.1
             assert back == 0.0
 
 
-# ------------------------------------------------------------------ what comes out
+# ------------------------------------------------------------------ saved files and generation
 
 
 @pytest.mark.parametrize("engine", ["ddp", "native", "fsdp2"])
 def test_what_is_written_and_generated_is_that_of_one_process(ranks_folder, engine):
-    wanted, ranks = alone(ranks_folder, "plain")["weights"], kept(ranks_folder, engine, "published")
+    wanted, ranks = (
+        alone(ranks_folder, "plain")["weights"],
+        load_results(ranks_folder, engine, "saved"),
+    )
     adapter = ranks_folder / f"{engine}-adapter"
     model = ReftModel.from_pretrained(make_base(), adapter)
     stored = load_file(adapter / "adapter_model.safetensors")
     for name in ("weight", "bias"):
-        [there] = [one for key, one in wanted.items() if key.endswith(name)]
+        [there] = [tensor for key, tensor in wanted.items() if key.endswith(name)]
         assert float((stored[name] - there).abs().max()) <= ROUNDING
     assert {path.name for path in adapter.iterdir()} == {
         "README.md",
@@ -186,29 +197,29 @@ def test_what_is_written_and_generated_is_that_of_one_process(ranks_folder, engi
     complete = load_file(ranks_folder / f"{engine}-model" / "adapter_model.safetensors")
     assert complete.keys() == stored.keys()
     assert all(torch.equal(complete[name], stored[name]) for name in stored)
-    for found in ranks:
-        for beams, text in zip((1, 2), found["texts"], strict=True):
+    for result in ranks:
+        for beams, text in zip((1, 2), result["texts"], strict=True):
             expected = model.generate(
                 **batch(3), max_new_tokens=6, num_beams=beams, do_sample=False
             )
             assert torch.equal(text, expected)
 
 
-# ------------------------------------------------------------------ the wire
+# ------------------------------------------------------------------ communication
 
 
 def test_ddp_sends_the_gradients_of_the_adapter_and_nothing_of_the_base(ranks_folder):
-    size = 4 * sum(one.numel() for one in alone(ranks_folder, "plain")["weights"].values())
-    for found in kept(ranks_folder, "ddp", "wire"):
-        sent = dict(found["bytes"])
+    size = 4 * sum(tensor.numel() for tensor in alone(ranks_folder, "plain")["weights"].values())
+    for result in load_results(ranks_folder, "ddp", "wire"):
+        sent = dict(result["bytes"])
         assert sent.pop("allreduce_") == size
-        assert sum(sent.values()) <= 64  # Trainer's count of tokens, its loss and norm
+        assert sum(sent.values()) <= 64  # Trainer's token count, loss and gradient norm
 
 
 def test_fsdp2_reduces_the_gradients_of_the_adapter_and_nothing_of_the_base(ranks_folder):
     weights = alone(ranks_folder, "plain")["weights"].values()
-    # Shards are cut from the first dimension, the layers, which is filled up to all ranks.
-    size = 4 * sum(-(-one.shape[0] // 2) * 2 * one[0].numel() for one in weights)
-    for found in kept(ranks_folder, "fsdp2", "wire"):
-        assert found["bytes"]["_reduce_scatter_base_"] == size
-        assert "allreduce_" not in found["bytes"]
+    # The first dimension, the layers, is sharded and padded to a multiple of the ranks.
+    size = 4 * sum(-(-tensor.shape[0] // 2) * 2 * tensor[0].numel() for tensor in weights)
+    for result in load_results(ranks_folder, "fsdp2", "wire"):
+        assert result["bytes"]["_reduce_scatter_base_"] == size
+        assert "allreduce_" not in result["bytes"]

@@ -1,4 +1,4 @@
-"""Engines under which a rank has some of the tokens, or other modules, are refused by name."""
+"""Engines that give a rank some of the tokens, or other modules, are refused by name."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def test_an_engine_is_refused(name):
 
 
 def test_a_trainer_refuses_it_when_it_is_made(monkeypatch, tmp_path):
-    def told(trainer):
+    def create_accelerator(trainer):
         trainer.accelerator = accelerator({"cp_size": 2}, None)
 
-    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", told)
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create_accelerator)
     with pytest.raises(ValueError, match=r"^ParallelismConfig\.cp_size must be 1, got 2: "):
         make_trainer(CASES["plain"], tmp_path)
 

@@ -1,4 +1,4 @@
-"""Two processes that hold slices of the base's matrices train and generate as one process does."""
+"""Two processes under tensor parallelism train and generate like one process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NEEDS_TRAINER = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def folder(made_once) -> Path:
-    """What two processes have left."""
+    """Files that two processes have written."""
 
     def fill(folder: Path) -> None:
         tp_worker.bases(folder)
@@ -44,8 +44,8 @@ def folder(made_once) -> Path:
     return made_once("tensor-parallel", fill)
 
 
-def kept(folder: Path, scene: str) -> list[dict[str, Any]]:
-    """By rank."""
+def load_results(folder: Path, scene: str) -> list[dict[str, Any]]:
+    """Load the results of each rank."""
     return [torch.load(folder / f"{scene}.{rank}.pt") for rank in (0, 1)]
 
 
@@ -53,9 +53,9 @@ def kept(folder: Path, scene: str) -> list[dict[str, Any]]:
 def test_three_steps_equal_one_process(name, folder):
     case = CASES[name]
     alone = steps(adapted(load(folder, case), case), case)
-    assert min(one.abs().max() for one in alone["gradients"].values()) > 1e-6
-    first, second = kept(folder, name)
-    # Nothing brings the ranks together again, so they must not part at all.
+    assert min(tensor.abs().max() for tensor in alone["gradients"].values()) > 1e-6
+    first, second = load_results(folder, name)
+    # Nothing synchronises the ranks, so they must stay equal bit for bit.
     assert largest_difference(first["weights"], second["weights"]) == 0
     close = 1e-6 if name == "float32" else 1e-13
     torch.testing.assert_close(first["losses"], alone["losses"], rtol=0, atol=close)
@@ -67,9 +67,9 @@ def test_three_steps_equal_one_process(name, folder):
 @pytest.mark.parametrize("name", TRAINER)
 def test_the_trainer_equals_one_process(name, folder):
     alone = with_trainer(folder, name)
-    for found in kept(folder, f"trainer-{name}"):
-        assert largest_difference(found["weights"], alone["weights"]) <= 1e-7
-        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-6)
+    for result in load_results(folder, f"trainer-{name}"):
+        assert largest_difference(result["weights"], alone["weights"]) <= 1e-7
+        assert result["losses"] == pytest.approx(alone["losses"], rel=1e-6)
 
 
 def test_generation_equals_one_process(folder):
@@ -79,33 +79,33 @@ def test_generation_equals_one_process(folder):
     with model.disable_adapter():
         plain = texts(model)
     assert not torch.equal(plain[0], expected[0])
-    for found in (*kept(folder, "texts"), *kept(folder, "loaded")):
-        for got, want in zip(found["texts"], expected, strict=True):
+    for result in (*load_results(folder, "texts"), *load_results(folder, "loaded")):
+        for got, want in zip(result["texts"], expected, strict=True):
             assert torch.equal(got, want)
 
 
 def test_what_was_saved_is_read_in_one_process(folder):
-    """Rank 0 has all of the adapter."""
+    """Rank 0 saves the complete adapter."""
     model = ReftModel.from_pretrained(load(folder, {}), folder / "saved")
-    for got, want in zip(texts(model), kept(folder, "texts")[0]["texts"], strict=True):
+    for got, want in zip(texts(model), load_results(folder, "texts")[0]["texts"], strict=True):
         assert torch.equal(got, want)
 
 
 def test_unload_gives_the_split_base_back(folder):
     with torch.no_grad():
         expected = load(folder, {})(**collate(features(4))).logits
-    for found in kept(folder, "base"):
-        torch.testing.assert_close(found["logits"], expected, rtol=0, atol=1e-13)
+    for result in load_results(folder, "base"):
+        torch.testing.assert_close(result["logits"], expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("component", SLICES)
 def test_a_slice_is_refused(component, folder):
-    for said in kept(folder, "refusals"):
-        assert said[component].startswith(
+    for errors in load_results(folder, "refusals"):
+        assert errors[component].startswith(
             f"ReftConfig.component must not be {component!r} of block 0, a LlamaDecoderLayer, "
             "under tensor parallelism over 2 processes: "
         )
-        allowed = said[component].split("allowed: ")[1].split(", ")
+        allowed = errors[component].split("allowed: ")[1].split(", ")
         assert {"block_output", "attention_output", "mlp_output"} < {*allowed}
         assert {"module:self_attn.o_proj", "module:mlp.down_proj"} < {*allowed}
         assert not {*SLICES} & {*allowed}
@@ -113,20 +113,21 @@ def test_a_slice_is_refused(component, folder):
 
 @pytest.mark.parametrize("door", ["from_pretrained", "add_adapter", "load_adapter", "pool"])
 def test_a_slice_is_refused_at_every_door(door, folder):
-    for said in kept(folder, "refusals"):
-        assert f"ReftConfig.component must not be {SLICES[0]!r}" in said[door]
+    for errors in load_results(folder, "refusals"):
+        assert f"ReftConfig.component must not be {SLICES[0]!r}" in errors[door]
 
 
 def test_a_base_that_torch_has_split(folder):
-    """No plan says what of it is whole: what is added to the residual stream is."""
+    """Without transformers' plan, only outputs added to the residual stream are known to be
+    replicated."""
     case = CASES["mlp"]
     alone = steps(adapted(load(folder, case), case), case)
-    for found in kept(folder, "foreign"):
-        assert largest_difference(found["weights"], alone["weights"]) <= 1e-13
+    for result in load_results(folder, "foreign"):
+        assert largest_difference(result["weights"], alone["weights"]) <= 1e-13
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     {
         "head": "ReftConfig.modules_to_save must not name 'lm_head' here: tensor parallelism has "
         "split its weight",
@@ -137,23 +138,23 @@ def test_a_base_that_torch_has_split(folder):
         "context": "an adapter must not be active inside torch's context_parallel",
     }.items(),
 )
-def test_what_cannot_be_right_is_refused(name, said, folder):
-    for found in kept(folder, "refusals"):
-        assert found[name].startswith(said)
+def test_what_cannot_be_right_is_refused(name, message, folder):
+    for result in load_results(folder, "refusals"):
+        assert result[name].startswith(message)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_a_base_in_4_bits_under_ddp(name, folder):
     alone = quantized(folder, name)
-    assert min(float(one.abs().max()) for one in alone["gradients"][0].values()) > 1e-4
-    for found in kept(folder, f"quantized-{name}"):
-        assert found["kind"] == "DistributedDataParallel"
-        for got, want in zip(found["gradients"], alone["gradients"], strict=True):
+    assert min(float(tensor.abs().max()) for tensor in alone["gradients"][0].values()) > 1e-4
+    for result in load_results(folder, f"quantized-{name}"):
+        assert result["kind"] == "DistributedDataParallel"
+        for got, want in zip(result["gradients"], alone["gradients"], strict=True):
             assert largest_difference(got, want) <= 1e-6
-        assert largest_difference(found["weights"], alone["weights"]) <= 1e-7
+        assert largest_difference(result["weights"], alone["weights"]) <= 1e-7
 
 
 @NEEDS_TRAINER
 def test_a_trainer_refuses_what_it_does_not_know_to_be_split(folder):
-    for found in kept(folder, "refusals"):
-        assert found["foreign trainer"].startswith("model must not be sharded before a Trainer")
+    for result in load_results(folder, "refusals"):
+        assert result["foreign trainer"].startswith("model must not be sharded before a Trainer")

@@ -1,4 +1,4 @@
-"""Three optimizer steps of a tiny Llama's adapter, in one process or as one of several ranks."""
+"""Three optimizer steps of a tiny Llama's adapter, in one process or on one of several ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from reft import ReftConfig, ReftTrainer, get_reft_model
 
-#: Sequences in a batch of all ranks together.
+#: Sequences in a batch, over all ranks.
 BATCH = 4
 
 STEPS = 3
@@ -25,12 +25,12 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """What differs from plain training.
+    """Differences from the plain training.
 
     Attributes:
         arguments: of TrainingArguments.
         config: of the adapter.
-        lora: PEFT trains two of the base's layers beside it.
+        lora: whether PEFT trains LoRA on two of the base's layers as well.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -57,8 +57,8 @@ CASES = {
 
 
 def features(number: int) -> list[dict[str, list[int]]]:
-    """Sequences of 5 to 14 tokens, prompts of 3 to 6 of them; every fourth pair has no prompt at
-    all, so that a rank which gets it has nothing to edit."""
+    """Make sequences of 5 to 14 tokens with prompts of 3 to 6; every fourth pair has no prompt, so
+    that the rank that gets it has nothing to edit."""
     draw = random.Random(7)
     made = []
     for index in range(number):
@@ -76,7 +76,7 @@ def features(number: int) -> list[dict[str, list[int]]]:
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """Padded on the right."""
+    """Pad on the right."""
     size = max(len(row["input_ids"]) for row in rows)
     fill = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
     return {
@@ -86,42 +86,42 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 def whole(value: Tensor) -> Tensor:
-    """A copy of a tensor that may be sharded; every rank has to ask."""
+    """Copy a tensor that may be sharded; every rank must call this."""
     value = value.full_tensor() if isinstance(value, DTensor) else value
     return value.detach().clone()
 
 
 class Gradients(TrainerCallback):
-    """What the optimizer is given in each step."""
+    """Records the gradients that the optimizer receives in each step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Tensor]] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        found = {
-            short(name): whole(one.grad)
-            for name, one in kwargs["model"].named_parameters()
-            if one.requires_grad and one.grad is not None
+        gradients = {
+            short(name): whole(parameter.grad)
+            for name, parameter in kwargs["model"].named_parameters()
+            if parameter.requires_grad and parameter.grad is not None
         }
-        self.steps.append(found)
+        self.steps.append(gradients)
 
 
 def short(name: str) -> str:
-    """A parameter's name without what wrappers put around it."""
+    """Strip the prefixes of wrappers from a parameter's name."""
     for part in ("module.", "base_model.", "_checkpoint_wrapped_module."):
         name = name.replace(part, "")
     return name
 
 
 class InOrder(ReftTrainer):
-    """The data as they lie, so that every number of ranks sees the same batches."""
+    """A trainer that does not shuffle, so that any number of ranks sees the same batches."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return SequentialSampler(self.train_dataset)
 
 
 def make_base() -> LlamaForCausalLM:
-    """The same in every process."""
+    """Build the base, which is equal in every process."""
     return llama(initializer_range=0.05)
 
 
@@ -133,7 +133,7 @@ def make_trainer(
     ranks: int = 1,
     base: nn.Module | None = None,
 ) -> InOrder:
-    """A trainer of a fresh adapter, whose first values are others on every rank."""
+    """Build a trainer of a new adapter; every rank draws another initialisation."""
     base = make_base() if base is None else base
     torch.manual_seed(100 + rank)
     if case.lora:
@@ -146,7 +146,7 @@ def make_trainer(
         "max_steps": STEPS,
         "per_device_train_batch_size": BATCH // ranks,
         "learning_rate": 2e-3,
-        # AdamW divides each gradient by its own size; of tiny ones that would show the rounding.
+        # AdamW divides each gradient by its size, which would magnify the rounding of tiny ones.
         "adam_epsilon": 1e-3,
         "lr_scheduler_type": "cosine",
         "logging_steps": 1,
@@ -169,16 +169,20 @@ def make_trainer(
 
 
 def config_of(case: Case) -> ReftConfig:
-    """Three blocks, two tokens at each end."""
+    """Build the configuration: three blocks, two tokens at each end."""
     return ReftConfig(
         **{"rank": 4, "positions": "f2+l2", "layers": list(range(LAYERS)), **case.config}
     )
 
 
 def trained(trainer: InOrder, **how: Any) -> dict[str, Any]:
-    """Train, and what came of it; the same on every rank."""
+    """Train and return losses, gradient norms, gradients and weights, equal on all ranks."""
     trainer.train(**how)
-    [watch] = [one for one in trainer.callback_handler.callbacks if isinstance(one, Gradients)]
+    [watch] = [
+        callback
+        for callback in trainer.callback_handler.callbacks
+        if isinstance(callback, Gradients)
+    ]
     return {
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
         "norms": [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row],
@@ -188,16 +192,20 @@ def trained(trainer: InOrder, **how: Any) -> dict[str, Any]:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """What is trained, whole."""
-    return {short(name): whole(one) for name, one in model.named_parameters() if one.requires_grad}
+    """Gather the trainable parameters."""
+    return {
+        short(name): whole(parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """max |left − right| over all tensors; they have to have the same names."""
+    """Return max |left − right| over all tensors; the names must be equal."""
     assert left.keys() == right.keys(), left.keys() ^ right.keys()
     return max(float((left[name] - right[name]).abs().max()) for name in left)
 
 
 def batch(number: int) -> dict[str, Tensor]:
-    """One batch of the first features, for calling a model."""
+    """Collate the first features into one batch."""
     return collate(features(number))

@@ -1,11 +1,12 @@
 """One process of tensor parallelism, and the same training in one process.
 
-Written for torchrun; see test_tensor_parallel.py. What comes out lies in the folder that is given:
-a file for each scene and rank.
+Run by torchrun; see test_tensor_parallel.py. Results go into the folder given as argument: one file
+for each scene and rank.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,11 +39,11 @@ from reft import ReftConfig, ReftModel, get_reft_model
 
 STEPS = 3
 
-#: Whether transformers' Trainer knows what from_pretrained has split.
+#: Whether transformers' Trainer recognises a base that from_pretrained has split.
 KNOWS_SPLIT = hasattr(PreTrainedModel, "is_distributed_loading_by_transformers")
 
-#: name -> configuration of the adapter, and how it is trained; in float64 unless it says otherwise,
-#: where sums in another order are no excuse.
+#: name -> configuration of the adapter, and how it is trained; by default in float64, where
+#: another order of sums makes no visible difference.
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "float32": {"dtype": "float32"},
@@ -57,7 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
     "head": {"config": {"modules_to_save": ("score",)}},
 }
 
-#: Components of which a process has a slice.
+#: Components whose output is split between the processes.
 SLICES = (
     "module:self_attn.q_proj",
     "module:self_attn.v_proj",
@@ -66,13 +67,13 @@ SLICES = (
 )
 
 
-#: Of three_steps: on a base in 4 bits, and with the Trainer under tensor parallelism.
+#: Cases of three_steps on a 4-bit base, and with the Trainer under tensor parallelism.
 QUANTIZED = ("plain", "checkpointing")
 TRAINER = ("plain", "accumulation")
 
 
 def adapted(base: nn.Module, case: dict[str, Any], rank: int = 0) -> ReftModel:
-    """A fresh adapter, of other first values on every rank."""
+    """Wrap the base with a new adapter; every rank draws another initialisation."""
     settings: dict[str, Any] = {"rank": 4, "positions": "f2+l2", "layers": list(range(LAYERS))}
     settings["dtype"] = case.get("dtype", "float64")
     config = ReftConfig(**{**settings, **case.get("config", {})})
@@ -80,12 +81,14 @@ def adapted(base: nn.Module, case: dict[str, Any], rank: int = 0) -> ReftModel:
 
 
 def steps(model: ReftModel, case: dict[str, Any]) -> dict[str, Any]:
-    """Gradients of the first step, losses, and weights after three steps of AdamW."""
+    """Train three steps of AdamW; return losses, gradients of the first step, and weights."""
     if "checkpointing" in case:
         reentrant = {"use_reentrant": case["checkpointing"]}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
     model.train()
-    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    trained = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
     pieces, classes = case.get("pieces", 1), "modules_to_save" in case.get("config", {})
     rows, losses, gradients = features(4 * STEPS), [], {}
@@ -101,15 +104,15 @@ def steps(model: ReftModel, case: dict[str, Any]) -> dict[str, Any]:
         if "clip" in case:
             torch.nn.utils.clip_grad_norm_(trained.values(), case["clip"])
         if not step:
-            gradients = {name: one.grad.clone() for name, one in trained.items()}
+            gradients = {name: parameter.grad.clone() for name, parameter in trained.items()}
         optimizer.step()
         optimizer.zero_grad()
-    weights = {name: one.detach().clone() for name, one in trained.items()}
+    weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
     return {"losses": torch.stack(losses), "gradients": gradients, "weights": weights}
 
 
 def texts(model: ReftModel) -> list[Tensor]:
-    """Greedy search and beams, from prompts of several lengths padded on the left."""
+    """Generate by greedy and beam search from left-padded prompts of several lengths."""
     inputs = {
         name: value.flip(1) for name, value in collate(features(3)).items() if name != "labels"
     }
@@ -127,7 +130,7 @@ def bases(folder: Path) -> None:
 
 
 def quantized(folder: Path, name: str, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
-    """Three steps of the Trainer on a base in 4 bits: data parallel, while nothing else is."""
+    """Train three steps with the Trainer on a 4-bit base, under data parallelism."""
     base = AutoModelForCausalLM.from_pretrained(
         folder / "wide",
         quantization_config=BitsAndBytesConfig(
@@ -142,7 +145,8 @@ def quantized(folder: Path, name: str, rank: int = 0, ranks: int = 1) -> dict[st
 
 
 def with_trainer(folder: Path, name: str, rank: int = 0, **split: Any) -> dict[str, Any]:
-    """Three steps of the Trainer; under tensor parallelism every rank gets the whole batch."""
+    """Train three steps with the Trainer; under tensor parallelism every rank gets the
+    whole batch."""
     base = load(folder, {"dtype": "float32"}, **split)
     run = folder / "runs" / f"{name}-trainer"
     return trained(make_trainer(TRAINER_CASES[name], run, rank=rank, base=base))
@@ -156,7 +160,7 @@ def load(folder: Path, case: dict[str, Any], **how: Any) -> nn.Module:
 
 
 class Refusals(dict[str, str]):
-    """What is said to what cannot be right, by name."""
+    """Error messages of calls that must fail, by name."""
 
     def __call__(self, name: str, call: Callable[..., Any], base: nn.Module, *args: Any) -> None:
         before = [*base.named_modules()]
@@ -168,7 +172,7 @@ class Refusals(dict[str, str]):
 
 
 def refusals(folder: Path) -> Refusals:
-    """By every way in, and of every way of splitting."""
+    """Collect the errors of every entry point and of every way of splitting a base."""
     refused, sliced, plain = Refusals(), folder / "sliced", ReftConfig(rank=2)
 
     def split(**how: Any) -> nn.Module:
@@ -179,7 +183,7 @@ def refusals(folder: Path) -> Refusals:
 
     base, head = split(tp_size=2), {"modules_to_save": ("lm_head",)}
     for component in SLICES:
-        refused(component, lambda one: wrap(base, component=one), base, component)
+        refused(component, lambda path: wrap(base, component=path), base, component)
     refused("head", lambda: wrap(base, **head), base)
     refused("from_pretrained", ReftModel.from_pretrained, base, base, sliced)
     model = get_reft_model(base, plain)
@@ -208,7 +212,7 @@ def refusals(folder: Path) -> Refusals:
 
 
 def split_by_torch(base: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """The MLPs in slices, and no plan of transformers' that says so."""
+    """Shard the MLPs with torch, without a plan of transformers."""
     for block in base.model.layers:
         styles = {"up_proj": ColwiseParallel, "gate_proj": ColwiseParallel}
         plan = {f"mlp.{name}": style() for name, style in styles.items()}
@@ -220,39 +224,40 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, split = dist.get_rank(), {"distributed_config": DistributedConfig(tp_size=2)}
 
-    def keep(scene: str, **found: Any) -> None:
-        torch.save(found, folder / f"{scene}.{rank}.pt")
+    def store(scene: str, **facts: Any) -> None:
+        torch.save(facts, folder / f"{scene}.{rank}.pt")
 
     for name, case in CASES.items():
         model = adapted(load(folder, case, **split), case, rank)
         model.broadcast_adapters()
-        keep(name, **steps(model, case))
+        store(name, **steps(model, case))
         if name == "plain":
-            keep("texts", texts=texts(model))
+            store("texts", texts=texts(model))
             if not rank:
                 model.save_pretrained(folder / "saved")
     dist.barrier()
 
     base = load(folder, {}, **split)
     again = ReftModel.from_pretrained(base, folder / "saved")
-    keep("loaded", texts=texts(again))
+    store("loaded", texts=texts(again))
     again.unload()
     with torch.no_grad():
-        keep("base", logits=base(**collate(features(4))).logits)
+        store("base", logits=base(**collate(features(4))).logits)
     foreign = split_by_torch(load(folder, {}), init_device_mesh("cpu", (2,)))
-    keep("foreign", **steps(adapted(foreign, CASES["mlp"]), CASES["mlp"]))
-    keep("refusals", **refusals(folder))
+    store("foreign", **steps(adapted(foreign, CASES["mlp"]), CASES["mlp"]))
+    store("refusals", **refusals(folder))
     if KNOWS_SPLIT:
-        # accelerate says that this is for GPUs.
+        # accelerate allows this on GPUs only.
         ParallelismConfig._validate_accelerator = lambda *_: None
         for name in TRAINER:
-            keep(f"trainer-{name}", **with_trainer(folder, name, rank, **split))
+            store(f"trainer-{name}", **with_trainer(folder, name, rank, **split))
     for name in QUANTIZED:
-        keep(f"quantized-{name}", **quantized(folder, name, rank, ranks=2))
+        store(f"quantized-{name}", **quantized(folder, name, rank, ranks=2))
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # every training collects garbage: exclude the imported modules
     main(Path(sys.argv[1]))

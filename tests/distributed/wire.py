@@ -1,4 +1,4 @@
-"""What ranks send to each other, counted where torch.distributed is called."""
+"""Count the bytes that ranks send to each other, at the calls of torch.distributed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Wire(TorchDispatchMode):
-    """Inside, the bytes that this rank gives to collectives, by the collective's name."""
+    """A mode that counts the bytes given to each collective."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,8 +21,8 @@ class Wire(TorchDispatchMode):
         if op.namespace in ("c10d", "_c10d_functional"):
             given = args[1] if "_base_" in op._schema.name else args[0]
             self.bytes[op._schema.name.split("::")[1]] += sum(
-                one.numel() * one.element_size()
-                for one in tree_leaves(given)
-                if isinstance(one, Tensor)
+                tensor.numel() * tensor.element_size()
+                for tensor in tree_leaves(given)
+                if isinstance(tensor, Tensor)
             )
         return op(*args, **(kwargs or {}))

@@ -1,25 +1,3 @@
-"""Fixtures of the wrapper's tests."""
+"""Fixtures of the model wrapper's tests: those of word_llama.py."""
 
-from __future__ import annotations
-
-from word_llama import (
-    _trained_llama,
-    color_records,
-    folders,
-    make_trainer,
-    place,
-    reft,
-    word_llama,
-    word_tokenizer,
-)
-
-__all__ = [
-    "_trained_llama",
-    "color_records",
-    "folders",
-    "make_trainer",
-    "place",
-    "reft",
-    "word_llama",
-    "word_tokenizer",
-]
+from word_llama import *  # noqa: F403

@@ -1,8 +1,6 @@
-"""Every architecture, every component: the edit is where it should be and nowhere else."""
+"""For every architecture and component, the edit changes the chosen rows and nothing else."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,66 +9,34 @@ from architectures import (
     DIM,
     LAYERS,
     PAD,
-    VOCAB,
     build,
     call_of,
     config_of,
     wrapped,
 )
+from block_outputs import outputs
 from tiny_models import edit, parameters_of, tokens
-from torch import nn
 
 from reft import ReftConfig, ReftModel, get_reft_model
 from reft.model.blocks import find_blocks
 
 COMPONENTS = ["block_output", "attention_output", "mlp_output"]
 CASES = [(name, component) for name in ARCHITECTURES for component in COMPONENTS]
-
-
-def hidden(output):
-    return output[0] if isinstance(output, (tuple, list)) else output
-
-
-def outputs(model, modules, call, *, again=None):
-    """Outputs of ``modules`` in a forward. ``again``: the forward of the disabled model, but with
-    each module's output replaced by these."""
-    seen = []
-
-    def look(at):
-        def hook(module, args, output):
-            seen.append(hidden(output).detach().clone())
-            if again is None:
-                return None
-            fixed = again[at].clone()
-            return (fixed, *output[1:]) if isinstance(output, (tuple, list)) else fixed
-
-        return hook
-
-    handles = [module.register_forward_hook(look(at)) for at, module in enumerate(modules)]
-    try:
-        with torch.no_grad():
-            if again is None:
-                model(**call)
-            else:
-                with model.disable_adapter():
-                    model(**call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+#: Every architecture with one component, every component with a third of the architectures.
+ROTATED = [(name, COMPONENTS[index % 3]) for index, name in enumerate(ARCHITECTURES)]
 
 
 def rows_of(name, spans, columns):
-    """Rows that are edited, (first column, tokens) of each sequence given."""
-    chosen = []
+    """Return the rows that are edited, given (first column, tokens) of each sequence."""
+    rows = []
     for row, (start, n) in enumerate(spans):
         if ARCHITECTURES[name].decoder:
-            mine = range(n)
+            edited = range(n)
         else:
             half = n // 2
-            mine = [*range(min(2, half)), *range(n - min(1, half), n)]
-        chosen += [row * columns + start + token for token in mine]
-    return chosen
+            edited = [*range(min(2, half)), *range(n - min(1, half), n)]
+        rows += [row * columns + start + token for token in edited]
+    return rows
 
 
 @pytest.mark.parametrize(("name", "component"), CASES)
@@ -78,18 +44,20 @@ def test_exactly_the_chosen_rows_of_the_chosen_blocks(name, component):
     layers = [0, 2]
     model = wrapped(name, component, layers=layers)
     sites = model.reft.blocks
-    one = ARCHITECTURES[name]
-    path = {"attention_output": one.attention, "mlp_output": one.mlp}.get(component)
+    architecture = ARCHITECTURES[name]
+    path = {"attention_output": architecture.attention, "mlp_output": architecture.mlp}.get(
+        component
+    )
     modules = [
         block if path is None else block.get_submodule(path)
-        for block in model.get_submodule("base_model").get_submodule(one.blocks)
+        for block in model.get_submodule("base_model").get_submodule(architecture.blocks)
     ]
-    assert (sites.path, len(sites.layers), sites.dim) == (one.blocks, LAYERS, DIM)
+    assert (sites.path, len(sites.layers), sites.dim) == (architecture.blocks, LAYERS, DIM)
     assert [sites.module(layer, component) for layer in range(LAYERS)] == modules
     ids = tokens(2, 8)
     call = call_of(name, ids)
     edited = outputs(model, modules, call)
-    # The disabled model with the same outputs of all modules: so the same input of each.
+    # The disabled model, with all modules' outputs replaced: every module has the same input.
     plain = outputs(model, modules, call, again=edited)
     rows = rows_of(name, [(0, 8), (0, 8)], 8)
     values = parameters_of(model)
@@ -105,36 +73,36 @@ def test_exactly_the_chosen_rows_of_the_chosen_blocks(name, component):
         assert (after[rows] - before[rows]).abs().amax(1).min() > 1e-4
 
 
-@pytest.mark.parametrize(("name", "component"), CASES)
+@pytest.mark.parametrize(("name", "component"), ROTATED)
 def test_a_batch_equals_its_sequences(name, component):
-    model, one = wrapped(name, component), ARCHITECTURES[name]
+    model, architecture = wrapped(name, component), ARCHITECTURES[name]
     module = model.reft.blocks.module(LAYERS - 1, component)
     lengths = [8, 6, 5]
     for side in ("left", "right"):
-        if not getattr(one, side):
+        if not getattr(architecture, side):
             continue
         ids, mask = torch.full((3, 8), PAD), torch.zeros(3, 8, dtype=torch.long)
-        singles, places = [], []
+        singles, slices = [], []
         for row, n in enumerate(lengths):
-            place = slice(8 - n, 8) if side == "left" else slice(0, n)
+            columns = slice(8 - n, 8) if side == "left" else slice(0, n)
             call = call_of(name, tokens(1, n, seed=row + 1))
-            own = call["decoder_input_ids"] if one.decoder else call["input_ids"]
-            ids[row, place], mask[row, place] = own[0], 1
+            sequence = call["decoder_input_ids"] if architecture.decoder else call["input_ids"]
+            ids[row, columns], mask[row, columns] = sequence[0], 1
             singles.append(call)
-            places.append(place)
+            slices.append(columns)
         call = call_of(name, ids, mask)
-        if one.image:
+        if architecture.image:
             call["input_ids"] = ids
         (batch,) = outputs(model, [module], call)
         batch = batch.reshape(3, 8, DIM)
-        for row, place in enumerate(places):
+        for row, columns in enumerate(slices):
             (alone,) = outputs(model, [module], singles[row])
             torch.testing.assert_close(
-                batch[row, place], alone.reshape(-1, DIM), rtol=1e-3, atol=1e-4
+                batch[row, columns], alone.reshape(-1, DIM), rtol=1e-3, atol=1e-4
             )
 
 
-@pytest.mark.parametrize(("name", "component"), CASES)
+@pytest.mark.parametrize(("name", "component"), ROTATED)
 def test_disabled_unloaded_and_loaded(name, component, tmp_path):
     call = call_of(name, tokens(2, 8))
     with torch.no_grad():
@@ -151,31 +119,31 @@ def test_disabled_unloaded_and_loaded(name, component, tmp_path):
         assert torch.equal(again(**call)[0], got)
 
 
-@pytest.mark.parametrize(("name", "component"), CASES)
+@pytest.mark.parametrize(("name", "component"), ROTATED)
 def test_gradients_reach_every_layer(name, component):
     model = wrapped(name, component).train()
     out = model(**call_of(name, tokens(2, 8)))[0]
     torch.manual_seed(7)
     (out.float() * torch.randn_like(out.float())).sum().backward()
-    for key, one in model.reft.adapter("default").named_parameters():
-        # A classifier of a causal model reads one token; here every output counts.
-        assert (one.grad.flatten(1).abs().amax(1) > 0).all(), key
+    for key, parameter in model.reft.adapter("default").named_parameters():
+        # A causal classifier would read a single token; this loss depends on every output.
+        assert (parameter.grad.flatten(1).abs().amax(1) > 0).all(), key
 
 
 GENERATING = [
-    pair for pair in CASES if ARCHITECTURES[pair[0]].causal or ARCHITECTURES[pair[0]].block_path
+    pair for pair in ROTATED if ARCHITECTURES[pair[0]].causal or ARCHITECTURES[pair[0]].block_path
 ]
 
 
 @pytest.mark.parametrize(("name", "component"), GENERATING)
 def test_greedy_tokens_equal_the_slow_loop(name, component):
-    one, steps = ARCHITECTURES[name], 4
+    architecture, steps = ARCHITECTURES[name], 4
     model = wrapped(name, component)
     with torch.no_grad():
         adapter = model.reft.adapter("default")
         adapter.bias.add_(torch.randn_like(adapter.bias) * 2)
     how = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False}
-    if one.block_path is None:
+    if architecture.block_path is None:
         call = call_of(name, tokens(1, 8))
         out = model.generate(**call, **how)[0, 8:]
         ids = call["input_ids"]
@@ -189,7 +157,7 @@ def test_greedy_tokens_equal_the_slow_loop(name, component):
         return
     source = tokens(2, 6)
     start = torch.full((2, 1), model.generation_config.decoder_start_token_id)
-    prompts = [None, torch.cat([start, tokens(2, 2)], dim=1)] if one.decoder else [None]
+    prompts = [None, torch.cat([start, tokens(2, 2)], dim=1)] if architecture.decoder else [None]
     for prompt in prompts:
         given = {} if prompt is None else {"decoder_input_ids": prompt}
         out = model.generate(source, **given, **how)
@@ -197,7 +165,7 @@ def test_greedy_tokens_equal_the_slow_loop(name, component):
         n = ids.shape[1]
         for _ in range(steps):
             with torch.no_grad():
-                lengths = {"prompt_lengths": [n, n]} if one.decoder else {}
+                lengths = {"prompt_lengths": [n, n]} if architecture.decoder else {}
                 logits = model(
                     input_ids=source, decoder_input_ids=ids, use_cache=False, **lengths
                 ).logits[:, -1]
@@ -227,7 +195,7 @@ class TestEncoderDecoders:
             find_blocks(build("t5-encoder"), "middle")
 
     def test_labels_end_the_decoders_prompt(self):
-        """The start token and what comes before the first label: the rest is not edited."""
+        """Only the start token and the tokens before the first label are edited."""
         model = wrapped("t5-decoder", "block_output")
         block = model.reft.blocks.layers[0]
         source, labels = tokens(2, 5), tokens(2, 6, seed=4)
@@ -261,8 +229,8 @@ class TestEncoderDecoders:
              "edit_positions": [[1], [2], [-1]]},
         )  # fmt: skip
         (plain,) = outputs(model, [block], call, again=[edited])
-        found = (edited != plain).any(-1).nonzero().tolist()
-        assert found == [[0, 1], [2, 5]]
+        edited_tokens = (edited != plain).any(-1).nonzero().tolist()
+        assert edited_tokens == [[0, 1], [2, 5]]
 
 
 class TestComponents:
@@ -302,54 +270,3 @@ class TestComponents:
         for name in ("default", "mlp_output"):
             model.delete_adapter(name)
         assert {site[1] for site in model.reft.handles} == {"attention_output"}
-
-
-class Mixer(nn.Module):
-    """A model of nobody's library: two equal lists, blocks of one part, output a plain tensor."""
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.mix = nn.Linear(DIM, DIM)
-
-        def forward(self, hidden):
-            return hidden + torch.tanh(self.mix(hidden)).cumsum(1) / 9
-
-    def __init__(self):
-        super().__init__()
-        self.config = SimpleNamespace(hidden_size=DIM, num_hidden_layers=2)
-        self.embed = nn.Embedding(VOCAB, DIM)
-        self.lower = nn.ModuleList([self.Block(), self.Block()])
-        self.upper = nn.ModuleList([self.Block(), self.Block()])
-
-    def forward(self, input_ids):
-        hidden = self.embed(input_ids)
-        for block in [*self.lower, *self.upper]:
-            hidden = block(hidden)
-        return hidden
-
-
-@pytest.mark.parametrize("component", ["block_output", "module:mix"])
-def test_a_model_that_nobody_knows(component, tmp_path):
-    torch.manual_seed(0)
-    base, ids = Mixer(), tokens(2, 6)
-    settings = {"rank": 2, "positions": "l2", "layers": [1], "component": component}
-    with pytest.raises(ValueError, match="lower \\(2\\), upper \\(2\\)"):
-        get_reft_model(base, ReftConfig(**settings))
-    model = get_reft_model(base, ReftConfig(**settings, block_path="upper"))
-    module = base.upper[1] if component == "block_output" else base.upper[1].mix
-    (edited,) = outputs(model, [module], {"input_ids": ids})
-    (plain,) = outputs(model, [module], {"input_ids": ids}, again=[edited])
-    rows = [4, 5, 10, 11]
-    expected = edit(
-        plain.reshape(-1, DIM)[rows], model.configs["default"], parameters_of(model), 0, 0
-    )
-    torch.testing.assert_close(edited.reshape(-1, DIM)[rows], expected.detach())
-    assert torch.equal(edited[:, :4], plain[:, :4])
-    model(ids).square().sum().backward()
-    assert all(one.grad.abs().max() > 0 for one in model.reft.adapter("default").parameters())
-    model.save_pretrained(tmp_path)
-    with torch.no_grad():
-        got = model(ids)
-        again = ReftModel.from_pretrained(model.unload(), tmp_path)
-        torch.testing.assert_close(again(ids), got)

@@ -1,4 +1,4 @@
-"""A clean run says nothing: no warning and no logged one, but for those that the bare base has."""
+"""A correct run emits no warning and no log message that the bare base does not emit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiny_models import llama, padded
 from reft import ReftConfig, get_reft_model
 from reft.model.planner import plan_forward
 
-#: Every warning is an error, those of imports excepted, which come before.
+#: Turns every warning into an error, except those of imports, which come first.
 RUN = """
 import json, logging, sys, warnings
 
@@ -98,15 +98,15 @@ def test_no_warning_in_a_clean_run(word_llama, word_tokenizer, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    [line] = [one for one in done.stdout.splitlines() if one.startswith("RESULT")]
-    found = json.loads(line.removeprefix("RESULT"))
-    assert found["facts"] == [True, True, True]
-    assert [code for code, *_ in found["codes"]] == [0, 0, 0], found["codes"]
-    assert found["records"] == []
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    result = json.loads(line.removeprefix("RESULT"))
+    assert result["facts"] == [True, True, True]
+    assert [code for code, *_ in result["codes"]] == [0, 0, 0], result["codes"]
+    assert result["records"] == []
 
 
 def test_padding_that_is_not_a_number_stays_padding():
-    """Embeddings of padding tokens are NaN in a left-padded batch: what is edited is not."""
+    """NaN embeddings of left padding do not reach the edited rows."""
     base = llama()
     model = get_reft_model(base, ReftConfig(rank=3, positions="f2+l2"))
     ids, mask, _ = padded([4, 7], "left")
@@ -119,15 +119,15 @@ def test_padding_that_is_not_a_number_stays_padding():
     args = (edit.rows, *edit.weights[:3])
     poisoned = embedded.masked_fill(~mask.bool().unsqueeze(-1), float("nan"))
     out, expected = lowrank_edit(poisoned, *args), lowrank_edit(embedded, *args)
-    kept = mask.bool()
-    assert torch.equal(out[kept], expected[kept])
+    attended = mask.bool()
+    assert torch.equal(out[attended], expected[attended])
     grads = []
     for hidden in (poisoned, embedded):
         model.zero_grad()
         plan = plan_forward(
             model.reft, base.model, {"inputs_embeds": hidden, "attention_mask": mask}
         )
-        one = plan.edits[0, "block_output"][0]
-        lowrank_edit(hidden, one.rows, *one.weights[:3])[kept].sum().backward()
+        again = plan.edits[0, "block_output"][0]
+        lowrank_edit(hidden, again.rows, *again.weights[:3])[attended].sum().backward()
         grads.append([p.grad.clone() for p in model.reft.adapter("default").parameters()])
     assert all(map(torch.equal, *grads))

@@ -1,4 +1,4 @@
-"""Habits from PEFT, pyreft and adapters: each is answered with what to write here instead."""
+"""Names and calls of PEFT, pyreft and adapters raise errors that name this library's equivalent."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TestFields:
             ({"Rank": 3}, r"no field 'Rank' \(did you mean 'rank'\?\)"),
             ({"r": 8, "lora_alpha": 16, "rank": 3}, "'r': write rank; no 'lora_alpha': leave"),
         ],
-        ids=lambda one: "+".join(one) if isinstance(one, dict) else "",
+        ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
     )
     def test_a_name_of_another_library(self, values, words):
         with pytest.raises(TypeError, match=words) as by_keyword:
@@ -60,8 +60,10 @@ class TestFields:
     @pytest.mark.parametrize("name", FOREIGN)
     def test_every_explained_name_is_foreign_and_names_what_there_is(self, name):
         assert name not in FIELDS
-        told = FOREIGN[name]
-        assert "leave it out" in told or any(one in told for one in [*FIELDS, "get_reft_model"])
+        explanation = FOREIGN[name]
+        assert "leave it out" in explanation or any(
+            field in explanation for field in [*FIELDS, "get_reft_model"]
+        )
 
     def test_what_peft_calls_its_fields_is_explained(self):
         ours = {*FIELDS, "revision"}
@@ -77,8 +79,8 @@ class TestFields:
 
     def test_the_class_is_still_a_plain_dataclass(self):
         assert list(inspect.signature(ReftConfig).parameters) == FIELDS
-        one = config()
-        assert pickle.loads(pickle.dumps(one)) == copy.deepcopy(one) == one
+        plain = config()
+        assert pickle.loads(pickle.dumps(plain)) == copy.deepcopy(plain) == plain
         with pytest.raises(TypeError, match="positional"):
             ReftConfig(*range(99))
 
@@ -91,13 +93,13 @@ class TestFields:
         assert (f"did you mean {near!r}" in str(caught.value)) is (near is not None)
 
     def test_pefts_own_task_type_is_text_here(self):
-        one = config(task_type=peft.TaskType.SEQ_CLS)
-        assert type(one.task_type) is str
-        assert one == ReftConfig.from_json(one.to_json()) == config(task_type="SEQ_CLS")
+        made = config(task_type=peft.TaskType.SEQ_CLS)
+        assert type(made.task_type) is str
+        assert made == ReftConfig.from_json(made.to_json()) == config(task_type="SEQ_CLS")
 
 
 class Pyreft:
-    """A configuration as pyreft has it, with its name and module."""
+    """A configuration with the name and module of pyreft's."""
 
 
 Pyreft.__name__ = Pyreft.__qualname__ = "ReftConfig"
@@ -187,7 +189,7 @@ def test_adding_and_switching_in_another_order(act, words):
 
 
 BOTH = ["early", "late"]
-ASKED = {
+METHODS = {
     "set": lambda m, names, path: m.set_adapter(names),
     "delete": lambda m, names, path: m.delete_adapter(names),
     "add": lambda m, names, path: m.add_adapter(names, config()),
@@ -203,19 +205,25 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("asked", ASKED)
-@pytest.mark.parametrize(
-    "names",
-    [BOTH, (*BOTH,), {*BOTH}, [], 3, b"late"],
-    ids=["list", "tuple", "set", "empty", "number", "bytes"],
-)
-def test_one_adapter_is_named_at_a_time(asked, names, tmp_path):
+#: Every method gets a list; one method of each kind gets all other wrong types.
+WRONG_NAMES = [
+    *((method, BOTH) for method in METHODS),
+    *(
+        (method, names)
+        for method in ("set", "batch")
+        for names in ((*BOTH,), {*BOTH}, [], 3, b"late")
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "names"), WRONG_NAMES)
+def test_one_adapter_is_named_at_a_time(method, names, tmp_path):
     model = get_reft_model(llama(), config(layers=[0]), "early").eval()
     model.add_adapter("late", config(layers=[2]))
     model.save_pretrained(tmp_path, training_state=True)
     before, files = state_of(model.base_model), sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"^(?!.*unhashable).*(one |a new )name|pool's") as caught:
-        ASKED[asked](model, names, tmp_path)
+        METHODS[method](model, names, tmp_path)
     assert "\n" not in str(caught.value)
     assert same(before, state_of(model.base_model))
     assert (model.active_adapter, list(model.configs)) == ("early", BOTH)

@@ -1,4 +1,4 @@
-"""A thousand times: hooks, objects and tensors stay where they were, and a base is let go."""
+"""Hundreds of calls leave no hooks, objects or tensors behind, and an unused base is freed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny_models import llama, tokens
 
 from reft import ReftConfig, get_reft_model
 
-TIMES = 1000
+TIMES = 600
 CONFIG = ReftConfig(rank=1, positions="l1", layers=[0])
 IDS = tokens(1, 3)
 
@@ -21,26 +21,26 @@ _HOOKS = [name for name in torch.nn.Module().__dict__ if "hooks" in name]
 
 
 def facts(base):
-    """Everything that hangs on the modules of a model."""
-    found = Counter()
+    """Count hooks and attributes of all modules of a model."""
+    counts = Counter()
     for path, module in base.named_modules():
         for name in _HOOKS:
-            found[name] += len(getattr(module, name) or ())
-        found.update(f"{path}.{name}" for name in vars(module))
-        found.update(f"{path}.{name}" for name in module._modules)
-    return found
+            counts[name] += len(getattr(module, name) or ())
+        counts.update(f"{path}.{name}" for name in vars(module))
+        counts.update(f"{path}.{name}" for name in module._modules)
+    return counts
 
 
 def objects():
     gc.collect()
-    return Counter(type(one).__name__ for one in gc.get_objects())
+    return Counter(type(item).__name__ for item in gc.get_objects())
 
 
 def assert_flat(action, times=TIMES):
-    """Objects by type do not grow with ``times``, nor do tensors' bytes."""
-    for _ in range(20):  # caches fill
+    """Check that neither objects nor bytes of tensors grow over ``times`` calls."""
+    for _ in range(20):  # fill the caches
         action()
-    held, before = tensor_bytes(), objects()  # asking for a storage makes an object
+    held, before = tensor_bytes(), objects()  # reading a storage makes an object
     for _ in range(times):
         action()
     more = objects() - before
@@ -49,14 +49,14 @@ def assert_flat(action, times=TIMES):
 
 
 def tensor_bytes():
-    """Of every tensor that Python can reach."""
-    found = {}
-    for one in gc.get_objects():
-        if type(one) in (torch.Tensor, torch.nn.Parameter):
-            storage = one.untyped_storage()
-            with contextlib.suppress(RuntimeError):  # no memory: a compiler left it here
-                found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
+    """Sum the bytes of all tensors that Python can reach."""
+    sizes = {}
+    for item in gc.get_objects():
+        if type(item) in (torch.Tensor, torch.nn.Parameter):
+            storage = item.untyped_storage()
+            with contextlib.suppress(RuntimeError):  # a tensor of torch.compile without memory
+                sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def tiny():
@@ -68,15 +68,15 @@ def tiny():
 
 def test_wrapping_and_unloading():
     base = tiny()
-    before, weights = facts(base), {id(one) for one in base.parameters()}
+    before, weights = facts(base), {id(parameter) for parameter in base.parameters()}
 
     def action():
         get_reft_model(base, CONFIG).unload()
 
     assert_flat(action)
     assert facts(base) == before
-    assert {id(one) for one in base.parameters()} == weights
-    assert all(one.requires_grad for one in base.parameters())
+    assert {id(parameter) for parameter in base.parameters()} == weights
+    assert all(parameter.requires_grad for parameter in base.parameters())
 
 
 def test_adapters_that_come_and_go():
@@ -145,7 +145,7 @@ def test_a_base_is_let_go(how):
         model.unload()
     del base, model
     gc.collect()
-    assert [one() for one in seen] == [None, None]
+    assert [reference() for reference in seen] == [None, None]
 
 
 def test_an_unloaded_base_does_not_hold_its_wrapper():
@@ -156,7 +156,7 @@ def test_an_unloaded_base_does_not_hold_its_wrapper():
     model.unload()
     del model
     gc.collect()
-    assert [one() for one in seen] == [None, None]
+    assert [reference() for reference in seen] == [None, None]
 
 
 @pytest.mark.parametrize(

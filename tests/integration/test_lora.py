@@ -1,88 +1,44 @@
-"""PEFT's LoRA under the edits: both train, each is switched by its own switch, both are stored."""
+"""PEFT's LoRA under the edits: both are trained, each has its own switch, both are saved."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 import sys
-import warnings
 
 import pytest
 import torch
-from tiny_models import bert, blocks_of, gpt2, llama, parameters_of, plain_edits, tokens
-from transformers import TrainerCallback
+from lora_models import (
+    IDS,
+    LABELS,
+    ORDERS,
+    SPANS,
+    config,
+    kinds,
+    logits,
+    logits_of,
+    trained,
+    with_lora,
+)
+from tiny_models import blocks_of, llama, parameters_of, plain_edits
 
-from reft import ReftConfig, ReftModel, get_reft_model
+from reft import ReftModel, get_reft_model
 from reft.io.adapter_files import read_adapter
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
 
-IDS = tokens(3, 9)
-LABELS = IDS.clone()
-for _row, _n in enumerate((6, 5, 2)):
-    LABELS[_row, :_n] = -100
-SPANS = [(0, 6), (0, 5), (0, 2)]
 
-#: base -> (how to make it, the layers that LoRA is put on, PEFT's name of the task).
-BASES = {
-    "llama": (llama, ["q_proj", "down_proj"], "CAUSAL_LM"),
-    "gpt2": (gpt2, ["c_attn"], "CAUSAL_LM"),
-    "bert": (bert, ["query", "output.dense"], "FEATURE_EXTRACTION"),
-}
-ORDERS = ("wrapper", "task", "transformers")
-
-
-def with_lora(order: str, base: str = "llama", model=None, seed: int = 7, **changes):
-    """A base with LoRA that does something: in PEFT's wrapper, in that of a task, or without."""
-    make, targets, task = BASES[base]
-    model = make() if model is None else model
-    settings = {"r": 2, "target_modules": targets, "init_lora_weights": False, **changes}
-    if base == "gpt2":
-        settings["fan_in_fan_out"] = True
-    torch.manual_seed(seed)
-    if order == "transformers":
-        try:
-            model.add_adapter(peft.LoraConfig(**settings))
-        except ValueError as error:  # transformers may ask for a PEFT that is not out yet
-            if "version of PEFT" not in str(error):
-                raise
-            pytest.skip(str(error))
-        return model
-    if order == "task":
-        settings["task_type"] = task
-    return peft.get_peft_model(model, peft.LoraConfig(**settings))
-
-
-def config(**changes) -> ReftConfig:
-    return ReftConfig(**{"rank": 3, "positions": "f2+l2", "tied": False, **changes})
-
-
-def trained(model) -> dict[str, torch.nn.Parameter]:
-    return {name: one for name, one in model.named_parameters() if one.requires_grad}
-
-
-def kinds(model) -> set[str]:
-    return {
-        "lora" if "lora_" in name else "reft" if ".reft." in name else "base"
-        for name in trained(model)
-    }
-
-
-def logits(model, **inputs):
-    with torch.no_grad():
-        return model(input_ids=IDS, **inputs).logits
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    ("order", "base"),
+    [*((order, "llama") for order in ORDERS), ("task", "gpt2"), ("transformers", "bert")],
+)
 def test_gradients_of_both_equal_the_plain_ones(order, base):
     model = get_reft_model(with_lora(order, base), config(layers=[0, 2])).train()
     labels = torch.tensor([0, 1, 2]) if base == "bert" else LABELS
     spans = [(0, 9)] * 3 if base == "bert" else SPANS
     model(input_ids=IDS, labels=labels).loss.backward()
     adapter = model.base_model.reft.adapter("default")
-    got = {name: one.grad.clone() for name, one in trained(model).items()}
+    got = {name: parameter.grad.clone() for name, parameter in trained(model).items()}
     assert kinds(model) == {"lora", "reft"}
     assert all("lora_" in name or ".reft." in name for name in got)
     model.zero_grad()
@@ -92,7 +48,9 @@ def test_gradients_of_both_equal_the_plain_ones(order, base):
         plain_edits(blocks_of(model.get_base_model()), model.configs["default"], values, spans),
     ):
         model(input_ids=IDS, labels=labels).loss.backward()
-    expected = {name: one.grad for name, one in trained(model).items() if "lora_" in name}
+    expected = {
+        name: parameter.grad for name, parameter in trained(model).items() if "lora_" in name
+    }
     path = next(name for name in got if name.endswith(".bias")).removesuffix("bias")
     expected |= {path + name: values[name].grad for name, _ in adapter.named_parameters()}
     assert got.keys() == expected.keys()
@@ -118,9 +76,9 @@ def test_each_is_switched_by_its_own_switch(order):
             with base.disable_adapter():
                 return forward()
         base.disable_adapters()
-        found = forward()
+        outputs = forward()
         base.enable_adapters()
-        return found
+        return outputs
 
     torch.testing.assert_close(lora_off(lambda: logits(model)), without_lora, rtol=1e-5, atol=1e-6)
     with model.disable_adapter():
@@ -168,11 +126,6 @@ def test_generate_edits_the_prompt(order):
     assert not torch.equal(off, expected)
 
 
-def logits_of(model, ids, **inputs):
-    with torch.no_grad():
-        return model(input_ids=ids, **inputs).logits
-
-
 @pytest.mark.parametrize("order", ORDERS)
 def test_unload_gives_the_model_with_lora_back(order):
     base = with_lora(order)
@@ -194,8 +147,8 @@ def test_lora_that_was_loaded_frozen_stays_frozen(tmp_path):
     base = peft.PeftModel.from_pretrained(llama(), tmp_path)
     model = get_reft_model(base, config())
     assert kinds(model) == {"reft"}
-    for name, one in model.named_parameters():
-        assert one.requires_grad == (".reft." in name), name
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".reft." in name), name
 
 
 def test_lora_that_is_trained_can_be_frozen():
@@ -208,10 +161,10 @@ def test_lora_that_is_trained_can_be_frozen():
 
 def test_what_lora_was_merged_into_is_frozen():
     merged = with_lora("task").merge_and_unload().requires_grad_(True)
-    merged.peft_config = {"default": peft.LoraConfig()}  # PEFT has left it there
+    merged.peft_config = {"default": peft.LoraConfig()}  # PEFT leaves this attribute behind
     model = get_reft_model(merged, config())
     assert kinds(model) == {"reft"}
-    assert all(one.requires_grad for one in model.unload().parameters())
+    assert all(parameter.requires_grad for parameter in model.unload().parameters())
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -227,126 +180,15 @@ def test_an_adapter_holds_no_lora_and_fits_the_merged_model(order, tmp_path):
         torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
 
 
-class Stop(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == 3
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_resumed_run_of_both_is_the_uninterrupted_one(order, make_trainer, word_llama, tmp_path):
-    word_llama.requires_grad_(False)
-    start = {name: value.clone() for name, value in word_llama.state_dict().items()}
-
-    def fresh(folder, **arguments):
-        base = with_lora(order, model=copy.deepcopy(word_llama), init_lora_weights=True)
-        torch.manual_seed(1)
-        model = get_reft_model(base, config(dropout=0.1))
-        return make_trainer(folder, model=model, max_steps=6, weight_decay=0.01, **arguments)
-
-    whole = fresh("whole")
-    first = {name: one.detach().clone() for name, one in trained(whole.model).items()}
-    whole.train()
-    expected = {name: one.detach().clone() for name, one in trained(whole.model).items()}
-    assert not any(torch.equal(first[name], expected[name]) for name in expected)
-
-    stopped = fresh("split", save_strategy="steps", save_steps=3)
-    stopped.add_callback(Stop())
-    stopped.train()
-    checkpoint = tmp_path / "split" / "checkpoint-3"
-    resumed = fresh("split")
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    for name, one in trained(resumed.model).items():
-        assert torch.equal(one, expected[name]), name
-
-    # PEFT itself reads what lies there.
-    base = peft.PeftModel.from_pretrained(word_llama, checkpoint / "lora")
-    model = ReftModel.from_pretrained(base, checkpoint)
-    ids = IDS % word_llama.config.vocab_size
-    torch.testing.assert_close(
-        logits_of(model, ids), logits_of(stopped.model.eval(), ids), rtol=1e-5, atol=1e-6
-    )
-    plain = model.unload().unload()
-    assert all(torch.equal(value, start[name]) for name, value in plain.state_dict().items())
-
-
-def test_the_best_of_both_comes_back_at_the_end(make_trainer, word_llama, color_records):
-    base = with_lora("task", model=word_llama, init_lora_weights=True)
-    trainer = make_trainer(
-        model=get_reft_model(base, config(), generator=torch.Generator().manual_seed(1)),
-        max_steps=4,
-        eval_data=color_records,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        load_best_model_at_end=True,
-        learning_rate=0.3,  # far too much: the best step is not the last
-        lr_scheduler_type="constant",
-    )
-    trainer.train()
-    losses = {
-        row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row
-    }
-    best = min(losses, key=losses.__getitem__)
-    assert best != 4
-    assert trainer.evaluate()["eval_loss"] == losses[best]
-
-
-def test_lora_of_another_shape_is_refused(make_trainer, word_llama, tmp_path):
-    from reft.model.lora import save_lora
-    from reft.train.lora_checkpoints import read_lora, set_lora
-
-    model = get_reft_model(with_lora("task"), config())
-    save_lora(model.base_model, tmp_path)
-    other = get_reft_model(with_lora("task", r=3), config())
-    before = {name: one.detach().clone() for name, one in trained(other).items()}
-    with pytest.raises(ValueError, match=r"must hold the tensors of PEFT's adapter 'default'"):
-        set_lora(other, read_lora(other, tmp_path))
-    assert all(torch.equal(one, before[name]) for name, one in trained(other).items())
-    with pytest.raises(FileNotFoundError, match=r"PEFT's adapter 'default'"):
-        read_lora(other, tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize("order", ["task", "transformers"])
-def test_several_adapters_of_peft_are_all_stored(order, gathered, tmp_path):
-    from reft.model.lora import save_lora
-    from reft.train.lora_checkpoints import read_lora, set_lora
-
-    def two(seed):
-        base = with_lora(order, seed=seed)
-        again = peft.LoraConfig(r=3, target_modules=["v_proj"], init_lora_weights=False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if order == "transformers":
-                base.add_adapter(again, "second")
-            else:
-                base.add_adapter("second", again)
-        return get_reft_model(base, config())
-
-    model, other = two(1), two(2)
-    stored = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    if gathered:  # an engine that shards parameters leaves nothing of them in the model
-        for one in model.parameters():
-            one.data.zero_()
-    save_lora(model.base_model, tmp_path, state if gathered else None)
-    set_lora(other, read_lora(other, tmp_path))
-    assert len(stored) == 2 * 3 * 3
-    for name, one in other.named_parameters():
-        if "lora_" in name:
-            assert torch.equal(one, stored[name]), name
-
-
 def test_without_peft_nothing_asks_for_it(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
         monkeypatch.setitem(sys.modules, name, None)
     model = get_reft_model(llama(), config())
     assert kinds(model) == {"reft"}
-    assert all(one.requires_grad for one in model.unload().parameters())
+    assert all(parameter.requires_grad for parameter in model.unload().parameters())
 
 
-# ------------------------------------------------------------------ heads
+# ------------------------------------------------------------------ modules_to_save
 
 
 def test_a_head_that_peft_trains_stays_pefts(tmp_path):
@@ -355,8 +197,8 @@ def test_a_head_that_peft_trains_stays_pefts(tmp_path):
     model(input_ids=IDS, labels=torch.tensor([0, 1, 2])).loss.backward()
     heads = [
         name
-        for name, one in model.named_parameters()
-        if "classifier" in name and one.grad is not None
+        for name, parameter in model.named_parameters()
+        if "classifier" in name and parameter.grad is not None
     ]
     assert [name.rpartition(".")[2] for name in heads] == ["weight", "bias"]
     model.save_pretrained(tmp_path)
@@ -365,7 +207,7 @@ def test_a_head_that_peft_trains_stays_pefts(tmp_path):
         get_reft_model(model.unload(), config(modules_to_save=["classifier"]))
 
 
-# ------------------------------------------------------------------ the other order
+# ------------------------------------------------------------------ LoRA added after the edits
 
 
 def test_lora_added_later_freezes_the_edits_until_they_are_set():

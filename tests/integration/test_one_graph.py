@@ -1,4 +1,4 @@
-"""``torch.compile(fullgraph=True)`` of a wrapped model: plan and edits are in the one graph."""
+"""``torch.compile(fullgraph=True)`` of a wrapped model: plan and edits lie in one graph."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def loss_and_gradients(model, run, call):
     loss = run(**call)[0].float().square().mean()
     loss.backward()
     adapter = model.get_base_model().reft.adapter("default")
-    return loss, {name: one.grad.clone() for name, one in adapter.named_parameters()}
+    return loss, {name: parameter.grad.clone() for name, parameter in adapter.named_parameters()}
 
 
 def compare(model, *calls):
-    """Eager and compiled, on several inputs of different shapes."""
+    """Compare eager and compiled training on inputs of different shapes."""
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for call in calls:
         loss, expected = loss_and_gradients(model, model, call)
         got_loss, got = loss_and_gradients(model, compiled, call)
         torch.testing.assert_close(got_loss, loss)
-        for name, one in expected.items():
-            torch.testing.assert_close(got[name], one, rtol=1e-4, atol=1e-6)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 NO_CACHE = {"use_cache": False}
@@ -44,7 +44,7 @@ NO_CACHE = {"use_cache": False}
 @pytest.mark.parametrize(("name", "component"), CASES)
 def test_architectures_and_components(name, component):
     model = wrapped(name, component, layers=[0, 2]).train()
-    # Without a cache, whose making torch 2.11 cannot trace in T5.
+    # Without a cache: torch 2.11 cannot trace its creation in T5.
     compare(model, {**call_of(name, tokens(2, 7)), **({} if "bert" in name else NO_CACHE)})
 
 

@@ -1,4 +1,4 @@
-"""What an optimizer sees of an adapter: ordinary parameters, whatever it does to them."""
+"""Optimizers see ordinary parameters, and R stays orthonormal whatever they do."""
 
 from __future__ import annotations
 
@@ -31,17 +31,19 @@ def made(base=llama, seed: int = 0, **changes) -> ReftModel:
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: one for name, one in model.named_parameters() if one.requires_grad}
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
 def values(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: one.detach().clone() for name, one in trained(model).items()}
+    return {name: parameter.detach().clone() for name, parameter in trained(model).items()}
 
 
 def _eight_bit(name: str, **settings):
     def make(parameters):
         bitsandbytes = pytest.importorskip("bitsandbytes")
-        # Its threshold would leave parameters this small in 32 bits.
+        # Below its default threshold bitsandbytes keeps parameters in 32 bits.
         return getattr(bitsandbytes.optim, name)(parameters, min_8bit_size=16, **settings)
 
     return make
@@ -78,26 +80,28 @@ def steps(model: ReftModel, optimizer, count: int) -> list[float]:
 def test_parameters_are_ordinary(intervention):
     model = made(intervention=intervention)
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
-    own = trained(model)
-    assert len({id(one) for one in own.values()}) == len(own)
-    for name, one in own.items():
-        assert type(one) is nn.Parameter, name
-        assert one.is_leaf and one.is_contiguous() and one.dtype == torch.float32
-        assert one is model.get_parameter(name)
+    parameters = trained(model)
+    assert len({id(value) for value in parameters.values()}) == len(parameters)
+    for name, value in parameters.items():
+        assert type(value) is nn.Parameter, name
+        assert value.is_leaf and value.is_contiguous() and value.dtype == torch.float32
+        assert value is model.get_parameter(name)
         assert name in model.state_dict()
-    assert {id(one) for one in own.values()} <= {id(one) for one in model.parameters()}
+    assert {*map(id, parameters.values())} <= {*map(id, model.parameters())}
 
 
-@pytest.mark.parametrize("intervention", ["loreft", "direft"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "intervention"),
+    [*((name, "loreft") for name in OPTIMIZERS), ("adamw", "direft"), ("adamw8bit", "direft")],
+)
 def test_every_optimizer_trains(name, intervention):
     model = made(intervention=intervention)
     start = values(model)
-    found = steps(model, OPTIMIZERS[name](list(trained(model).values())), 15)
-    assert found[-1] < 0.9 * found[0]
-    for key, one in trained(model).items():
-        assert one.isfinite().all()
-        assert not torch.equal(one, start[key]), key
+    result = steps(model, OPTIMIZERS[name](list(trained(model).values())), 15)
+    assert result[-1] < 0.9 * result[0]
+    for key, parameter in trained(model).items():
+        assert parameter.isfinite().all()
+        assert not torch.equal(parameter, start[key]), key
     assert model.orthonormality_error() < 1e-5
 
 
@@ -135,7 +139,8 @@ def test_closures_that_run_the_model_several_times():
 @pytest.mark.parametrize("kind", ["AdamW", "SGD"])
 @pytest.mark.parametrize("intervention", [name for name, row in FAMILY.items() if row.orthonormal])
 def test_r_survives_a_decay_that_clears_every_parameter(kind, intervention):
-    """Where R itself, or a triangle of it, is the parameter, this leaves the zero matrix."""
+    """If R itself or a triangle of it were the parameter, this decay would leave the
+    zero matrix."""
     model = made(intervention=intervention)
     optimizer = getattr(torch.optim, kind)(trained(model).values(), lr=0.5, weight_decay=2.0)
     for _ in range(3):
@@ -151,7 +156,7 @@ def test_r_survives_a_decay_that_clears_every_parameter(kind, intervention):
 def test_accumulated_gradients_are_those_of_the_large_batch():
     model = made()
     model(input_ids=IDS, labels=LABELS).loss.backward()
-    expected = {name: one.grad.clone() for name, one in trained(model).items()}
+    expected = {name: parameter.grad.clone() for name, parameter in trained(model).items()}
     counted = (LABELS[:, 1:] != -100).sum()
     for order in ("backward after each", "one backward at the end"):
         model.zero_grad()
@@ -163,8 +168,8 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
                 losses.pop().backward()
         if losses:
             sum(losses).backward()
-        for name, one in trained(model).items():
-            torch.testing.assert_close(one.grad, expected[name], rtol=1e-4, atol=1e-6)
+        for name, value in trained(model).items():
+            torch.testing.assert_close(value.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
 # ------------------------------------------------------------------ state dicts
@@ -195,19 +200,21 @@ def test_a_state_dict_brings_the_same_wrapper_back():
     model = made()
     optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
     steps(model, optimizer, 2)
-    kept = {name: one.clone() for name, one in model.state_dict().items()}
+    saved_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = copy.deepcopy(optimizer.state_dict())
     first = steps(model, optimizer, 3)
-    model.load_state_dict(kept)
+    model.load_state_dict(saved_state)
     optimizer.load_state_dict(state)
     assert steps(model, optimizer, 3) == first
 
 
-# ------------------------------------------------------------------ a start as the base itself
+# ------------------------------------------------------------------ identity initialisation
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "tanh"])
-@pytest.mark.parametrize("intervention", FAMILY)
+@pytest.mark.parametrize(
+    ("intervention", "activation"),
+    [*((name, given) for name in FAMILY for given in (None, "relu")), ("loreft", "tanh")],
+)
 def test_a_start_as_identity_learns(intervention, activation, make_trainer, word_llama):
     settings = {"intervention": intervention, "activation": activation, "init": "identity"}
     if why_not_identity(FAMILY[intervention], activation, torch.float32):
@@ -251,8 +258,13 @@ CHECKPOINTED = {
 @pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*use_reentrant.*:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*:UserWarning")
-@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@pytest.mark.parametrize("name", CHECKPOINTED)
+@pytest.mark.parametrize(
+    ("name", "reentrant"),
+    [
+        *(("gpt2", False), ("gpt2", True), ("bert", False)),
+        *(("llama-lora", False), ("llama-lora", True), ("gpt2-lora", True)),
+    ],
+)
 def test_checkpointing_with_accumulation_trains_the_same(name, reentrant, make_trainer):
     results = []
     for checkpointing in (False, True):
@@ -296,7 +308,7 @@ def test_two_checkpointed_forwards_before_one_backward(name, reentrant):
         first = model(input_ids=IDS, labels=labels[0]).loss
         second = model(input_ids=other, labels=labels[1]).loss
         (first + 2 * second).backward()
-        return {key: one.grad.clone() for key, one in trained(model).items()}
+        return {key: parameter.grad.clone() for key, parameter in trained(model).items()}
 
     expected = both()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})

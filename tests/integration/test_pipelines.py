@@ -1,5 +1,5 @@
-"""``transformers.pipeline`` takes a wrapped model, says nothing about it, and does what the model
-does."""
+"""``transformers.pipeline`` accepts a wrapped model without a warning and gives the model's
+outputs."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ def wrapped(word_llama) -> ReftModel:
 
 @pytest.fixture
 def complaints(caplog):
-    """A function that lists what transformers, whose logger does not propagate, has complained of
-    in this test."""
+    """A function that lists warnings that transformers logged in this test; its logger does not
+    propagate."""
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
-    yield lambda: [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
+    yield lambda: [
+        record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
+    ]
     logger.removeHandler(caplog.handler)
 
 
@@ -45,7 +47,7 @@ def generated(model, tokenizer, prompt: str, **settings) -> str:
 
 @pytest.fixture
 def answers(wrapped, word_tokenizer) -> list[str]:
-    """Of generate, prompt by prompt; other than the base's."""
+    """Outputs of ``generate`` for each prompt, which differ from the base's."""
     with wrapped.disable_adapter():
         plain = [generated(wrapped, word_tokenizer, prompt) for prompt in PROMPTS]
     edited = [generated(wrapped, word_tokenizer, prompt) for prompt in PROMPTS]
@@ -57,16 +59,16 @@ def answers(wrapped, word_tokenizer) -> list[str]:
 def test_text_generation(wrapped, word_tokenizer, answers, complaints, recwarn, batch_size):
     base = copy.deepcopy(wrapped).unload()
     pipeline("text-generation", model=base, tokenizer=word_tokenizer)(PROMPTS, **SETTINGS)
-    of_the_base = set(complaints())  # transformers 5.16 has some of its own
+    of_the_base = set(complaints())  # transformers 5.16 logs warnings for the bare base
     pipe = pipeline("text-generation", model=wrapped, tokenizer=word_tokenizer)
     assert pipe.model is wrapped
     assert "ReftModel" in repr(pipe)
-    found = pipe(PROMPTS, batch_size=batch_size, return_full_text=False, **SETTINGS)
-    assert [one["generated_text"] for (one,) in found] == answers
+    outputs = pipe(PROMPTS, batch_size=batch_size, return_full_text=False, **SETTINGS)
+    assert [output["generated_text"] for (output,) in outputs] == answers
     (single,) = pipe(PROMPTS[0], **SETTINGS)
     assert single["generated_text"] == PROMPTS[0] + answers[0]
     assert set(complaints()) <= of_the_base
-    assert not [one for one in recwarn if "ReftModel" in str(one.message)]
+    assert not [warning for warning in recwarn if "ReftModel" in str(warning.message)]
 
 
 def test_a_chat(wrapped, word_tokenizer):
@@ -79,7 +81,7 @@ def test_a_chat(wrapped, word_tokenizer):
     pipe = pipeline("text-generation", model=wrapped, tokenizer=tokenizer)
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     single = pipe(chats[1], **SETTINGS)[0]["generated_text"][-1]
-    batch = [one["generated_text"][-1] for (one,) in pipe(chats, batch_size=4, **SETTINGS)]
+    batch = [output["generated_text"][-1] for (output,) in pipe(chats, batch_size=4, **SETTINGS)]
     assert single == batch[1]
     # The template puts no <bos> in front.
     want = []
@@ -87,17 +89,17 @@ def test_a_chat(wrapped, word_tokenizer):
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
         row = wrapped.generate(input_ids=ids, **SETTINGS)[0, ids.shape[1] :]
         want.append(tokenizer.decode(row, skip_special_tokens=True))
-    assert [one["content"] for one in batch] == want
+    assert [message["content"] for message in batch] == want
 
 
 def test_arguments_of_the_wrapper_pass_through(wrapped, word_tokenizer, answers):
     pipe = pipeline("text-generation", model=wrapped, tokenizer=word_tokenizer)
     names = ["default", "__base__"] * 2
-    found = pipe(PROMPTS, batch_size=4, return_full_text=False, adapter_names=names, **SETTINGS)
+    outputs = pipe(PROMPTS, batch_size=4, return_full_text=False, adapter_names=names, **SETTINGS)
     with wrapped.disable_adapter():
         plain = [generated(wrapped, word_tokenizer, prompt) for prompt in PROMPTS]
     want = [plain[i] if i % 2 else answers[i] for i in range(4)]
-    assert [one["generated_text"] for (one,) in found] == want
+    assert [output["generated_text"] for (output,) in outputs] == want
 
 
 def test_a_saved_pipeline_is_an_adapter_and_a_tokenizer(wrapped, word_tokenizer, tmp_path):
@@ -120,17 +122,17 @@ def test_text_classification(complaints, batch_size):
     )
     texts = ["w2 w3 w4 w5 w6", "w7 w8", "w9 w10 w11 w12 w13 w14 w15"]
     pipe = pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)
-    found = pipe(texts, batch_size=batch_size)
+    outputs = pipe(texts, batch_size=batch_size)
 
     def scores(text: str) -> torch.Tensor:
         with torch.no_grad():
             return model(**tokenizer(text, return_tensors="pt")).logits[0].softmax(-1)
 
-    for text, one in zip(texts, found, strict=True):
+    for text, answer in zip(texts, outputs, strict=True):
         want = scores(text)
         with model.disable_adapter():
             assert (want - scores(text)).abs().max() > 1e-2
-        got = {entry["label"]: entry["score"] for entry in one}
+        got = {entry["label"]: entry["score"] for entry in answer}
         for label, score in enumerate(want.tolist()):
             assert got[f"LABEL_{label}"] == pytest.approx(score, abs=1e-5)
     assert not complaints()

@@ -1,4 +1,4 @@
-"""Bases that bitsandbytes holds in 4 or 8 bits: they are read, never moved, cast or changed."""
+"""Bases that bitsandbytes holds in 4 or 8 bits are read, never moved, cast or changed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def load(folder, monkeypatch):
-    """form -> the base in it. From then on, moving or casting it is an error."""
+    """A function that loads the base in a format. Moving or casting that base raises an error."""
 
     def make(form: str, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
         settings = dict(FORMS[form])
@@ -67,16 +67,16 @@ def config(**changes) -> ReftConfig:
 
 
 def contents(base: nn.Module) -> dict[str, tuple[int, Tensor]]:
-    """Where each parameter lies, and a copy of it."""
+    """Return address and copy of each parameter of the base."""
     return {
-        name: (one.data_ptr(), one.detach().clone())
-        for name, one in base.named_parameters()
+        name: (parameter.data_ptr(), parameter.detach().clone())
+        for name, parameter in base.named_parameters()
         if ".reft." not in f".{name}"
     }
 
 
 def plain_copy(base: nn.Module) -> LlamaForCausalLM:
-    """The base with its matrices as ordinary floats."""
+    """Build the base with dequantised matrices."""
     copy = llama(**WIDTH)
     state = {}
     for name, module in base.named_modules():
@@ -96,7 +96,10 @@ def plain_copy(base: nn.Module) -> LlamaForCausalLM:
 def gradients(model: ReftModel) -> dict[str, Tensor]:
     model.zero_grad()
     model(input_ids=IDS, labels=LABELS).loss.backward()
-    return {n: one.grad.clone() for n, one in model.reft.adapter("default").named_parameters()}
+    return {
+        n: parameter.grad.clone()
+        for n, parameter in model.reft.adapter("default").named_parameters()
+    }
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -125,7 +128,7 @@ def test_gradients_equal_those_on_the_dequantised_base(load, form):
     got, expected = gradients(model), gradients(plain)
     for name, value in got.items():
         assert value.dtype == torch.float32
-        # On a CPU bitsandbytes multiplies dequantised matrices, those of 8 bits too.
+        # On a CPU bitsandbytes dequantises 8-bit matrices as well before it multiplies.
         assert (value - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
 
 
@@ -134,7 +137,7 @@ def test_a_quantised_base_from_training_to_loading(load, form, make_trainer, tmp
     base = load(form)
     before = contents(base)
     model = get_reft_model(base, config())
-    assert all(one.dtype == torch.float32 for one in model.reft.parameters())
+    assert all(parameter.dtype == torch.float32 for parameter in model.reft.parameters())
     trainer = make_trainer(model=model, max_steps=20, save_strategy="steps", save_steps=20)
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -172,8 +175,8 @@ def test_computing_in_bf16(load):
 
 def test_packed_parameters_are_counted_as_what_they_hold(load):
     model = get_reft_model(load("nf4"), config())
-    trained = sum(one.numel() for one in model.reft.parameters())
-    whole = sum(one.numel() for one in llama(**WIDTH).parameters())
+    trained = sum(parameter.numel() for parameter in model.reft.parameters())
+    whole = sum(parameter.numel() for parameter in llama(**WIDTH).parameters())
     assert model.get_nb_trainable_parameters() == (trained, whole + trained)
 
 

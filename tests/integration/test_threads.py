@@ -1,4 +1,4 @@
-"""Several threads: on models of their own, and on one. Nobody's plan reaches another's forward."""
+"""Several threads, on a model each and on one model, do not see each other's plans."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def wrapped(**changes):
 
 
 class InTheMiddle:
-    """Hooks on a block that stop the forwards of chosen threads there, until they may go on."""
+    """A hook on a block that stops the forward of one thread until it is released."""
 
     def __init__(self, block: nn.Module) -> None:
         self.there, self.go = threading.Event(), threading.Event()
@@ -41,30 +41,30 @@ class InTheMiddle:
             assert self.go.wait(PATIENCE)
 
     def during(self, call, inside):
-        """``call()`` in another thread, ``inside()`` while that is between two blocks; both
-        results."""
-        found = {}
+        """Run ``call()`` in another thread, and ``inside()`` while that is stopped between two
+        blocks; return both results."""
+        outcome = {}
 
         def run():
             try:
                 with torch.no_grad():
-                    found["value"] = call()
+                    outcome["value"] = call()
             except BaseException as error:
-                found["error"] = error
+                outcome["error"] = error
 
         self.thread = threading.Thread(target=run)
         self.thread.start()
         try:
             assert self.there.wait(PATIENCE)
             with torch.no_grad():
-                mine = inside()
+                inner = inside()
         finally:
             self.go.set()
             self.thread.join(PATIENCE)
             self.handle.remove()
-        if "error" in found:
-            raise found["error"]
-        return found["value"], mine
+        if "error" in outcome:
+            raise outcome["error"]
+        return outcome["value"], inner
 
 
 def middle(model) -> InTheMiddle:
@@ -84,23 +84,23 @@ SHORT, LONG = tokens(2, 6), tokens(3, 11, seed=9)
 
 
 def all_at_once(jobs):
-    """Results of functions that start together, each in a thread of its own."""
-    barrier, found, errors = threading.Barrier(len(jobs)), {}, []
+    """Start the functions together in a thread each; return their results."""
+    barrier, results, errors = threading.Barrier(len(jobs)), {}, []
 
     def run(name, job):
         try:
             barrier.wait(PATIENCE)
-            found[name] = job()
+            results[name] = job()
         except BaseException as error:
             errors.append(error)
 
     threads = [threading.Thread(target=run, args=(name, jobs[name])) for name in jobs]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join(PATIENCE)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
     assert not errors, errors
-    return found
+    return results
 
 
 class TestTwoModels:
@@ -125,10 +125,10 @@ class TestTwoModels:
 
     def test_training_and_generating(self):
         expected = {seed: self.trained(seed)() for seed in (1, 2)}
-        found = all_at_once({seed: self.trained(seed) for seed in (1, 2)})
+        results = all_at_once({seed: self.trained(seed) for seed in (1, 2)})
         for seed in (1, 2):
-            for mine, theirs in zip(found[seed], expected[seed], strict=True):
-                assert torch.equal(mine, theirs)
+            for ours, theirs in zip(results[seed], expected[seed], strict=True):
+                assert torch.equal(ours, theirs)
 
 
 def _seeded(seed):
@@ -136,24 +136,23 @@ def _seeded(seed):
 
 
 class TestOneModel:
-    """Each pair is run once with one call stopped between two blocks while the other runs whole."""
+    """One call is stopped between two blocks while the other one runs."""
 
     @pytest.mark.parametrize("sent", [True, False])
     def test_two_forwards(self, sent):
-        """Blocks are handed the plan, or find it, as of an architecture that hands them nothing."""
+        """Blocks receive the plan as an argument or, in other architectures, look it up."""
         model = wrapped()
         for hook in model.base_model._forward_pre_hooks.values():
             if isinstance(hook, hooks.MakePlan):
                 hook.takes_keywords = sent
         expected = logits(model, SHORT), logits(model, LONG, prompt_lengths=[4, 5, 6])
-        found = middle(model).during(
+        results = middle(model).during(
             lambda: logits(model, SHORT), lambda: logits(model, LONG, prompt_lengths=[4, 5, 6])
         )
-        assert all(map(torch.equal, found, expected))
+        assert all(map(torch.equal, results, expected))
 
     def test_options_stay_in_their_thread(self):
-        """Stopped with the options taken, before the plan is made, in a model where others run in
-        between."""
+        """One forward is stopped after its options are read and before its plan is made."""
         model = of_architecture("t5-encoder", "block_output").eval()
         calls = [
             {**call_of("t5-encoder", LONG), "prompt_lengths": [4, 5, 6]},
@@ -168,24 +167,24 @@ class TestOneModel:
         assert not torch.equal(*expected)
         stop = InTheMiddle(nn.Identity())
         model.reft.blocks.stack.register_forward_pre_hook(stop._stop, prepend=True)
-        found = stop.during(lambda: run(0), lambda: run(1))
-        assert all(map(torch.equal, found, expected))
+        results = stop.during(lambda: run(0), lambda: run(1))
+        assert all(map(torch.equal, results, expected))
 
     @pytest.mark.parametrize("positions", ["f2+l2", "all", "prompt+g2"])
     def test_a_forward_inside_a_generation(self, positions):
         model = wrapped(positions=positions)
         expected = generated(model, SHORT), logits(model, LONG)
-        found = middle(model).during(lambda: generated(model, SHORT), lambda: logits(model, LONG))
-        assert all(map(torch.equal, found, expected))
+        results = middle(model).during(lambda: generated(model, SHORT), lambda: logits(model, LONG))
+        assert all(map(torch.equal, results, expected))
 
     def test_two_generations(self):
         model = wrapped(positions="prompt+g2")
         ids, mask, _ = padded([4, 7, 9], "left")
         expected = generated(model, SHORT), generated(model, ids, attention_mask=mask)
-        found = middle(model).during(
+        results = middle(model).during(
             lambda: generated(model, SHORT), lambda: generated(model, ids, attention_mask=mask)
         )
-        assert all(map(torch.equal, found, expected))
+        assert all(map(torch.equal, results, expected))
 
     def test_the_base_inside_a_forward_of_the_adapter_and_the_other_way_round(self):
         model = wrapped()
@@ -199,8 +198,8 @@ class TestOneModel:
         assert all(
             map(torch.equal, middle(model).during(lambda: logits(model, LONG), base), expected)
         )
-        found = middle(model).during(base, lambda: logits(model, LONG))
-        assert all(map(torch.equal, found, expected[::-1]))
+        results = middle(model).during(base, lambda: logits(model, LONG))
+        assert all(map(torch.equal, results, expected[::-1]))
 
     def test_training_beside_inference(self):
         model = wrapped()
@@ -212,8 +211,8 @@ class TestOneModel:
             return model.reft.adapter("default").weight.grad.clone()
 
         expected = gradient(), logits(model, SHORT)
-        found = middle(model).during(gradient, lambda: logits(model, SHORT))
-        assert all(map(torch.equal, found, expected))
+        results = middle(model).during(gradient, lambda: logits(model, SHORT))
+        assert all(map(torch.equal, results, expected))
 
     def test_a_pool_of_threads(self):
         model = wrapped(positions="f3+l3")
@@ -225,10 +224,10 @@ class TestOneModel:
                 (logits(model, batches[n]), generated(model, batches[n])) for _ in range(3)
             ]
 
-        found = all_at_once({n: job(n) for n in batches})
-        for n, several in found.items():
-            for one in several:
-                assert all(map(torch.equal, one, expected[n]))
+        results = all_at_once({n: job(n) for n in batches})
+        for n, several in results.items():
+            for result in several:
+                assert all(map(torch.equal, result, expected[n]))
 
 
 class TestChanges:
@@ -236,20 +235,20 @@ class TestChanges:
         model = wrapped(layers=[0])
         wrapped(layers=[0, 1, 2], rank=2).save_pretrained(tmp_path)
         expected = logits(model, LONG)
-        found, _ = middle(model).during(
+        results, _ = middle(model).during(
             lambda: logits(model, LONG), lambda: model.load_adapter(tmp_path, "new")
         )
-        assert torch.equal(found, expected)
+        assert torch.equal(results, expected)
 
     @pytest.mark.parametrize("call", [logits, generated])
     def test_another_becomes_active(self, call):
         model = wrapped(positions="all")
         model.add_adapter("other", config(positions="all"), generator=_seeded(3))
         expected = call(model, LONG)
-        found, _ = middle(model).during(
+        results, _ = middle(model).during(
             lambda: call(model, LONG), lambda: model.set_adapter("other")
         )
-        assert torch.equal(found, expected)
+        assert torch.equal(results, expected)
         assert not torch.equal(call(model, LONG), expected)
 
     @pytest.mark.parametrize("call", [logits, generated])
@@ -257,12 +256,12 @@ class TestChanges:
         model = wrapped(positions="all")
         model.add_adapter("other", config(layers=[1]))
         expected = call(model, LONG)
-        found, _ = middle(model).during(
+        results, _ = middle(model).during(
             lambda: call(model, LONG), lambda: model.delete_adapter("default")
         )
-        assert torch.equal(found, expected)
+        assert torch.equal(results, expected)
         model.add_adapter("third", config(layers=[1]))
-        assert len(model.reft.handles) == 1  # hooks that were needed until then are gone
+        assert len(model.reft.handles) == 1  # hooks that are no longer needed are removed
 
     def test_unload_is_refused(self):
         model = wrapped()
@@ -272,8 +271,8 @@ class TestChanges:
             with pytest.raises(RuntimeError, match="another thread calls this model"):
                 model.unload()
 
-        found, _ = middle(model).during(lambda: logits(model, LONG), unload)
-        assert torch.equal(found, expected)
+        results, _ = middle(model).during(lambda: logits(model, LONG), unload)
+        assert torch.equal(results, expected)
         model.unload()
 
     def test_a_thread_that_ended_does_not_count(self):
@@ -293,8 +292,8 @@ class TestChanges:
             with pytest.raises(RuntimeError, match="another thread"), model.disable_adapter():
                 pass
 
-        found, _ = middle(model).during(lambda: logits(model, LONG), disable)
-        assert torch.equal(found, expected)
+        results, _ = middle(model).during(lambda: logits(model, LONG), disable)
+        assert torch.equal(results, expected)
         assert torch.equal(logits(model, LONG), expected)
 
         def refused():
@@ -318,14 +317,14 @@ class TestPool:
         assert not torch.equal(*expected)
         model.pool.cache.clear()
         model.pool.capacity = capacity
-        found = middle(model).during(
+        results = middle(model).during(
             lambda: logits(model, SHORT, adapter_names=["a"] * 2),
             lambda: logits(model, SHORT, adapter_names=["b"] * 2),
         )
-        assert all(map(torch.equal, found, expected))
+        assert all(map(torch.equal, results, expected))
 
     def served(self, tmp_path):
-        """Two adapters of one shape, which could take each other's place."""
+        """Put two adapters of equal shapes, which could be confused, into the pool."""
         model = wrapped()
         for seed, name in enumerate(("a", "b")):
             model.pool.add(name, random_adapter(tmp_path / name, seed))
@@ -341,10 +340,10 @@ class TestPool:
             model.pool.add("new", folders["wide"])
             logits(model, SHORT, adapter_names=["new"] * 2)
 
-        found, _ = middle(model).during(
+        results, _ = middle(model).during(
             lambda: logits(model, SHORT, adapter_names=["plain"] * 2), replace
         )
-        assert torch.equal(found, expected)
+        assert torch.equal(results, expected)
 
     def test_entries_come_back(self, tmp_path):
         model = self.served(tmp_path)
@@ -368,7 +367,7 @@ def test_two_threads_that_load_adapters_put_one_hook_on_a_block():
 
 
 def test_an_interrupted_call_leaves_no_options():
-    """Ctrl-C in the middle of a forward: torch runs no hooks behind it."""
+    """torch runs no further hooks after Ctrl-C in a forward."""
     model = wrapped()
     expected = logits(model, LONG)
 

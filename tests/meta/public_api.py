@@ -1,9 +1,9 @@
-"""The public interface as text: what ``public_api.txt`` beside this file pins.
+"""Write the public interface as text, which ``public_api.txt`` pins.
 
-    python tests/meta/public_api.py     writes it anew
+    python tests/meta/public_api.py     writes the file
 
-Of a class only what this library defines is listed, so that the text does not depend on the
-versions of PyTorch, transformers and TRL whose classes it extends.
+Only members that this library defines are listed. So the text does not depend on the versions of
+PyTorch, transformers and TRL, whose classes it extends.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ HEAD = """\
 # A change here belongs in CHANGELOG.md.
 """
 OURS = ("reft", "reft_kernels")
-#: Classes that have no public name of their own: public names return them, pages name them.
+#: Public classes that no package exports: returned by public functions, or named in the docs.
 RETURNED = ("reft_kernels.dispatch.Choice", "reft.adapter.pool.AdapterPool")
 NAMED = ("reft.evaluation.lm_eval.ReftLM",)
-#: Special methods that a user writes as something else.
+#: Special methods that are part of the interface.
 SPOKEN = ("__init__", "__call__")
 
 
 def text() -> str:
-    """All of it."""
+    """Return the whole text."""
     import reft
     import reft_kernels
 
@@ -83,9 +83,9 @@ def _value(name: str, value: Any) -> Iterator[str]:
 
 def _class(name: str, cls: Any) -> Iterator[str]:
     bases = [
-        f"{one.__module__.partition('.')[0]}.{one.__name__}"
-        for one in cls.__mro__
-        if one is not object and not one.__module__.startswith(OURS)
+        f"{base.__module__.partition('.')[0]}.{base.__name__}"
+        for base in cls.__mro__
+        if base is not object and not base.__module__.startswith(OURS)
     ]
     yield f"class {name}({bases[0]})" if bases else f"class {name}"
     fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
@@ -97,17 +97,19 @@ def _class(name: str, cls: Any) -> Iterator[str]:
             default = f" = {field.default_factory.__name__}()"
         keyword = " (by keyword)" if field.kw_only else ""
         yield f"    {field.name}: {_annotation(field.type)}{default}{keyword}"
-    own = {"__init__", *(field.name for field in fields)} if fields or name in RETURNED else set()
+    listed = (
+        {"__init__", *(field.name for field in fields)} if fields or name in RETURNED else set()
+    )
     if issubclass(cls, tuple):
         for field in cls._fields:  # a NamedTuple keeps its annotations wrapped
-            own.add(field)
+            listed.add(field)
             yield f"    {field}: {cls.__annotations__[field].__forward_arg__}"
     members: dict[str, Any] = {}
-    for one in reversed(cls.__mro__):
-        if one.__module__.startswith(OURS):
-            members |= vars(one)
+    for ancestor in reversed(cls.__mro__):
+        if ancestor.__module__.startswith(OURS):
+            members |= vars(ancestor)
     for member, value in sorted(members.items()):
-        if (member in SPOKEN or not member.startswith("_")) and member not in own:
+        if (member in SPOKEN or not member.startswith("_")) and member not in listed:
             yield from _member(member, value)
 
 
@@ -129,7 +131,7 @@ def _member(name: str, value: Any) -> Iterator[str]:
 
 
 def _function(head: str, function: Any) -> Iterator[str]:
-    """One line where it is short, else one a parameter."""
+    """Yield one line, or one line a parameter if that is too long."""
     signature = inspect.signature(function)
     parameters = _parameters(signature)
     end = f") -> {_returned(function)}"
@@ -146,14 +148,18 @@ def _function(head: str, function: Any) -> Iterator[str]:
 
 def _parameters(signature: inspect.Signature) -> list[str]:
     parts, starred = [], False
-    for one in signature.parameters.values():
-        if one.kind is one.KEYWORD_ONLY and not starred:
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
             parts.append("*")
-        starred |= one.kind in (one.VAR_POSITIONAL, one.KEYWORD_ONLY)
-        stars = {one.VAR_POSITIONAL: "*", one.VAR_KEYWORD: "**"}.get(one.kind, "")
-        annotation = "" if one.annotation is one.empty else f": {_annotation(one.annotation)}"
-        default = "" if one.default is one.empty else f" = {one.default!r}"
-        parts.append(f"{stars}{one.name}{annotation}{default}")
+        starred |= parameter.kind in (parameter.VAR_POSITIONAL, parameter.KEYWORD_ONLY)
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        annotation = (
+            ""
+            if parameter.annotation is parameter.empty
+            else f": {_annotation(parameter.annotation)}"
+        )
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        parts.append(f"{stars}{parameter.name}{annotation}{default}")
     return parts
 
 
@@ -162,7 +168,7 @@ def _returned(function: Any) -> str:
 
 
 def _annotation(given: Any) -> str:
-    """As it is written: every module defers its annotations."""
+    """Return the annotation as written; every module defers its annotations."""
     assert isinstance(given, str), f"an annotation that is no text: {given!r}"
     return given
 
@@ -177,35 +183,41 @@ def _command_line() -> str:
 
 
 def _commands(path: str, app: Any) -> Iterator[str]:
-    """A Typer and those in it, from what they were made of: what Typer makes of it is private."""
+    """Yield a Typer and its commands, from the functions it was made of."""
     yield from _command(path, app.registered_callback.callback)
-    inner: dict[str, Any] = {one.name: one.callback for one in app.registered_commands}
-    inner |= {one.name: one.typer_instance for one in app.registered_groups}
-    for name, one in sorted(inner.items()):
-        if inspect.isfunction(one):
-            yield from _command(f"{path} {name}", one)
+    inner: dict[str, Any] = {command.name: command.callback for command in app.registered_commands}
+    inner |= {group.name: group.typer_instance for group in app.registered_groups}
+    for name, entry in sorted(inner.items()):
+        if inspect.isfunction(entry):
+            yield from _command(f"{path} {name}", entry)
         else:
-            yield from _commands(f"{path} {name}", one)
+            yield from _commands(f"{path} {name}", entry)
 
 
 def _command(path: str, function: Any) -> Iterator[str]:
     yield path
-    for one in inspect.signature(function, eval_str=True).parameters.values():
-        kind = one.annotation
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        kind = parameter.annotation
         if get_origin(kind) is not Annotated:
-            assert kind is typer.Context, f"{path}: {one.name} is neither an argument nor an option"
+            assert kind is typer.Context, (
+                f"{path}: {parameter.name} is neither an argument nor an option"
+            )
             continue
         shown, info = get_args(kind)
-        # Typer's first argument is the default where there is no Annotated, else a name too.
+        # Inside Annotated, Typer's first argument is a name, not the default.
         said = [info.default, *(info.param_decls or ())]
         names = ", ".join(name for name in said if isinstance(name, str))
-        names = names or info.metavar or one.name.upper()
+        names = names or info.metavar or parameter.name.upper()
         if isinstance(shown, type) and not get_args(shown):
             shown = shown.__name__
         text = (
             str(shown).replace("pathlib._local.", "").replace("pathlib.", "").replace("typing.", "")
         )
-        default = ", required" if one.default is one.empty else f" = {_plain(one.default)}"
+        default = (
+            ", required"
+            if parameter.default is parameter.empty
+            else f" = {_plain(parameter.default)}"
+        )
         yield f"    {names}: {text}{default}"
 
 
@@ -214,8 +226,8 @@ def _plain(value: Any) -> str:
 
 
 def _entry_points() -> str:
-    found = distribution("reft").entry_points
-    lines = sorted(f"{one.group}: {one.name} = {one.value}" for one in found)
+    entry_points = distribution("reft").entry_points
+    lines = sorted(f"{entry.group}: {entry.name} = {entry.value}" for entry in entry_points)
     return "\n".join(["[entry points]", *lines]) + "\n"
 
 

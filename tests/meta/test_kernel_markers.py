@@ -1,5 +1,5 @@
-"""Every test of the kernels uses the device or says why not: the rule of tests/kernels/conftest.py,
-on tests of a few lines in a folder of their own."""
+"""Kernel tests use the device or have a marker: the rule of tests/kernels/conftest.py, tried on
+small test files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-#: Stands for a GPU that is never used.
+#: Simulates a GPU that is never used.
 PRETEND = """
 import torch
 torch.cuda.is_available = lambda: True
@@ -21,7 +21,7 @@ HEAD = """
 import os
 import pytest
 """
-#: Tests that are refused, each for one reason, and one that is not.
+#: Refused tests, each for another reason, and an accepted one.
 REFUSED = """
 def test_neither(): pass
 
@@ -77,9 +77,8 @@ def run(tmp_path: Path):
     return started
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_tests_that_do_not_say_where_they_run_are_an_error(run, device):
-    done = run(REFUSED, device, "-k", "nothing")
+def test_tests_that_do_not_say_where_they_run_are_an_error(run):
+    done = run(REFUSED, "cuda", "-k", "nothing")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "has a marker gpu, host(reason) or interpreter(reason)" in done.stderr
     named = [line.split("::")[1] for line in done.stderr.splitlines() if "::" in line]

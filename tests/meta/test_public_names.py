@@ -1,4 +1,4 @@
-"""What users may rely on is written down in ``public_api.txt``, and each name says what it is."""
+"""The public interface equals ``public_api.txt``, and every public name is documented."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ PINNED = public_api.FILE.read_text(encoding="utf-8")
 
 
 def test_the_public_interface_is_the_one_written_down() -> None:
-    found = public_api.text()
+    current = public_api.text()
     lines = difflib.unified_diff(
-        PINNED.splitlines(), found.splitlines(), "public_api.txt", "the code", lineterm="", n=2
+        PINNED.splitlines(), current.splitlines(), "public_api.txt", "the code", lineterm="", n=2
     )
-    assert found == PINNED, (
+    assert current == PINNED, (
         "the public interface changed. If that is meant: run `python tests/meta/public_api.py` and "
         "say it in CHANGELOG.md (what goes, or means something else, is deprecated first, see "
         "docs/versions.md). If not, undo it:\n" + "\n".join(lines)
@@ -66,26 +66,29 @@ PROMISED = {
     "ReftModel.get_nb_trainable_parameters": "self",
     "ReftModel.print_trainable_parameters": "self",
 }
-#: Asked of the caller beside what is promised: what a folder of pyreft does not say.
-ASKED = {"load_pyreft": {"positions"}}
+#: Further required parameters: pyreft's files do not store them.
+REQUIRED = {"load_pyreft": {"positions"}}
 
 
 @pytest.mark.parametrize("name", PROMISED)
 def test_what_was_promised_is_in_it(name: str) -> None:
-    """More may have been added, all of it optional."""
+    """Further parameters may exist if they are optional."""
     package = reft if hasattr(reft, name.partition(".")[0]) else reft_kernels
     signature = inspect.signature(operator.attrgetter(name)(package))
-    bare = [one.replace(annotation=one.empty) for one in signature.parameters.values()]
+    bare = [
+        parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()
+    ]
     words = re.findall(r"[^\s(),]+", str(inspect.Signature(bare)))
     promised = PROMISED[name].split(", ")
     assert words[: len(promised)] == promised
-    more = bare[len([one for one in promised if one != "*"]) :]
+    more = bare[len([word for word in promised if word != "*"]) :]
     needed = {
-        one.name
-        for one in more
-        if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+        parameter.name
+        for parameter in more
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
-    assert needed == ASKED.get(name, set())
+    assert needed == REQUIRED.get(name, set())
 
 
 @pytest.mark.parametrize("name", ["demo", "train", "evaluate", "generate", "presets", "convert"])
@@ -108,7 +111,7 @@ def test_public_methods_of_the_model_are_documented() -> None:
 
 
 def test_the_version_is_said_in_one_place() -> None:
-    """The build reads ``reft.__version__``; the command shows what was installed."""
+    """The build reads ``reft.__version__``; the command shows the installed version."""
     root = Path(__file__).resolve().parents[2]
     assert version("reft") == reft.__version__
     project = (root / "pyproject.toml").read_text(encoding="utf-8")

@@ -1,21 +1,22 @@
-"""Are the tests able to fail? Break the library one line at a time and see whether they notice.
+"""Mutation tests: break the library one line at a time and check that a test fails.
 
-Each entry of ``catalogue.toml`` is applied to a copy of the package in a temporary folder, where
-the tests that ought to notice are run. ``python tests/mutation/run.py [name …]`` prints what became
-of each; it ends with 1 if a mutant survives, if its text is no longer found exactly once, or if the
-tests fail on the unchanged library.
+Each entry of ``catalogue.toml`` replaces one piece of one module's source. The replacement happens
+when the module is imported; no file changes. ``python tests/mutation/run.py [name …]`` runs the
+tests that an entry names and prints the result. The exit code is 1 if a mutant survives, if its
+text does not occur exactly once in its file, or if the tests fail without a mutant.
 
-Every mutant is a fork of one process that has imported torch and triton already.
+Every mutant is a fork of one process that has imported torch, triton and transformers.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
+import linecache
 import multiprocessing
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -23,28 +24,31 @@ import tomllib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from multiprocessing.connection import wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CATALOGUE = Path(__file__).with_name("catalogue.toml")
-#: What a copy holds: the package, its tests and how they are run.
-COPIED = (
-    "reft_kernels", "reft", "tests/kernels", "tests/reft", "tests/conftest.py", "pyproject.toml"
-)  # fmt: skip
-#: Seconds, for a mutant that loops for ever.
-PATIENCE = 240.0
+#: Seconds after which a mutant counts as an endless loop.
+TIMEOUT = 240.0
 #: The same for the unchanged library, which runs the tests of all mutants.
-LONGER = 1500.0
+UNCHANGED_TIMEOUT = 1500.0
+#: pytest's cleanup of unraisable exceptions collects garbage five times: half a second a mutant.
+OPTIONS = "-x -q -W ignore --tb=no -p no:cacheprovider -p no:unraisableexception"
 
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """One wrong variant.
+    """One wrong variant of the library.
 
     Attributes:
-        file: below the repository. old: text that stands there exactly once. new: what replaces it.
-        tests: test files that ought to notice. select: the ``-k`` expression that keeps them few.
+        name: its name in the catalogue.
+        file: path of the module, relative to the repository.
+        old: text that occurs exactly once in the file.
+        new: its replacement.
+        tests: test files of which at least one test must fail.
+        select: pytest's ``-k`` expression, which keeps these tests few.
     """
 
     name: str
@@ -56,114 +60,115 @@ class Mutant:
 
     @property
     def stale(self) -> bool:
-        """Whether the text is not there, or more than once, so that the entry must be rewritten."""
-        return (ROOT / self.file).read_text(encoding="utf-8").count(self.old) != 1
+        """Whether the entry must be rewritten: no such file, or the text is not there once."""
+        path = ROOT / self.file
+        return not path.is_file() or path.read_text(encoding="utf-8").count(self.old) != 1
 
 
 def load(path: Path = CATALOGUE) -> list[Mutant]:
-    """The catalogue; names are unique."""
+    """Read the catalogue; ValueError if two mutants have one name."""
     entries = tomllib.loads(path.read_text(encoding="utf-8"))["mutant"]
     mutants = [Mutant(**(entry | {"tests": tuple(entry["tests"])})) for entry in entries]
     if len({mutant.name for mutant in mutants}) != len(mutants):
-        raise ValueError(f"{path}: two mutants of one name")
+        raise ValueError(f"{path}: two mutants have the same name")
     return mutants
 
 
-def _patience(mutant: Mutant) -> float:
-    return LONGER if mutant.name == "unchanged" else PATIENCE
-
-
 def unchanged(mutants: list[Mutant]) -> Mutant:
-    """The library as it is, under all the tests that the mutants name."""
+    """Build an entry without a replacement that runs the tests of all these mutants."""
     tests = sorted({test for mutant in mutants for test in mutant.tests})
     select = " or ".join(sorted({f"({mutant.select})" for mutant in mutants}))
     return Mutant("unchanged", "", "", "", tuple(tests), select)
 
 
-def copy_of_the_library(mutant: Mutant, folder: Path) -> None:
-    """The parts of the repository that matter, with the mutant's line in place of the right one."""
-    for part in COPIED:
-        source, target = ROOT / part, folder / part
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
+def mutate(mutant: Mutant) -> None:
+    """Replace the text in the source that later imports read, and that ``inspect`` shows."""
+    path = str(ROOT / mutant.file)
+    source = Path(path).read_text(encoding="utf-8").replace(mutant.old, mutant.new)
+    read, read_stats = SourceFileLoader.get_data, SourceFileLoader.path_stats
+
+    def get_data(loader: SourceFileLoader, name: str) -> bytes:
+        return source.encode() if name == path else read(loader, name)
+
+    def path_stats(loader: SourceFileLoader, name: str) -> object:
+        if name == path:
+            raise OSError("a mutant has no bytecode")
+        return read_stats(loader, name)
+
+    SourceFileLoader.get_data = get_data
+    SourceFileLoader.path_stats = path_stats
+    # Triton compiles the text that inspect returns. Entries without a time are never checked.
+    linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
+
+
+def run_tests(mutant: Mutant, log: Path) -> None:
+    """Run the mutant's tests in this fork and end it with pytest's exit code."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
     if mutant.file:
-        path = folder / mutant.file
-        path.write_text(
-            path.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8"
-        )
-
-
-def run_tests(mutant: Mutant, folder: Path) -> None:
-    """Run in a fork; ends it with pytest's exit status."""
-    os.chdir(folder)
-    sys.path.insert(0, str(folder))
-    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+        mutate(mutant)
     import pytest
 
-    options = f"-x -q -W ignore --tb=no -p no:cacheprovider -p no:xdist -c {folder}/pyproject.toml"
-    status = pytest.main([*mutant.tests, "-k", mutant.select, *options.split()])
+    status = pytest.main([*mutant.tests, "-k", mutant.select, *OPTIONS.split()])
     sys.stdout.flush()
     os._exit(int(status))
 
 
 def verdict(mutant: Mutant, status: int | None, log: str) -> tuple[bool, str]:
-    """(as it should be, what happened) from pytest's exit status, None for one that was stopped."""
+    """Judge pytest's exit code, None for a run that was stopped: (is it as expected, result)."""
     if mutant.name == "unchanged":
         return (
             (True, "passes") if status == 0 else (False, f"the tests fail without a mutant\n{log}")
         )
     if status is None:
-        return True, "killed: never ended"
+        return True, "killed: timeout"
     if status < 0:
         return True, f"killed: signal {-status}"
     if status == 1:
-        first = re.search(r"^(?:FAILED|ERROR) (\S+)", log, re.MULTILINE)
-        return True, f"killed: {first[1] if first else 'a test failed'}"
+        failure = re.search(r"^(?:FAILED|ERROR) (\S+)", log, re.MULTILINE)
+        return True, f"killed: {failure[1] if failure else 'a test failed'}"
     if status == 0:
         return False, "SURVIVED"
-    return False, f"no test ran (pytest's status {status})\n{log}"
+    return False, f"no test ran (pytest's exit code {status})\n{log}"
 
 
 def run(mutants: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, bool, str]]:
-    """Run them, ``jobs`` at a time, and tell of each as it ends."""
+    """Run the mutants, ``jobs`` at a time, and yield each with its verdict as it ends."""
     context = multiprocessing.get_context("fork")
     waiting, running = deque(mutants), {}
-    with tempfile.TemporaryDirectory(prefix="mutants-") as parent:
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         while waiting or running:
             while waiting and len(running) < jobs:
                 mutant = waiting.popleft()
-                folder = Path(parent, mutant.name)
-                copy_of_the_library(mutant, folder)
-                process = context.Process(target=run_tests, args=(mutant, folder))
+                log = Path(folder, mutant.name)
+                process = context.Process(target=run_tests, args=(mutant, log))
                 process.start()
-                running[process.sentinel] = (mutant, process, folder, time.monotonic())
+                running[process.sentinel] = (mutant, process, log, time.monotonic())
             ended = set(wait(list(running), timeout=5.0))
-            for sentinel, (mutant, process, folder, started) in list(running.items()):
+            for sentinel, (mutant, process, log, started) in list(running.items()):
+                timeout = UNCHANGED_TIMEOUT if mutant.name == "unchanged" else TIMEOUT
                 status = None
                 if sentinel in ended:
                     process.join()
                     status = process.exitcode
-                elif time.monotonic() - started > _patience(mutant):
+                elif time.monotonic() - started > timeout:
                     process.kill()
                     process.join()
                 else:
                     continue
                 del running[sentinel]
-                log = (folder / "log").read_text(errors="replace")
-                yield mutant, *verdict(mutant, status, log)
-                shutil.rmtree(folder, ignore_errors=True)
+                yield mutant, *verdict(mutant, status, log.read_text(errors="replace"))
 
 
 def prepare() -> None:
-    """Import what every mutant needs, once, and nothing of the library."""
+    """Import once what every mutant needs, and nothing of the library."""
     for name in [name for name in os.environ if name.startswith(("PYTEST_", "COV_"))]:
         del os.environ[name]
-    os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    os.environ |= environment | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     sys.dont_write_bytecode = True
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
@@ -177,34 +182,41 @@ def prepare() -> None:
     from transformers import BertForSequenceClassification, LlamaForCausalLM  # noqa: F401
 
     assert not {"reft", "reft_kernels"} & sys.modules.keys()
+    gc.collect()
+    gc.freeze()  # so that no fork walks through, and copies, what is imported here
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help="mutants to run; all without")
-    parser.add_argument("--jobs", type=int, default=2, help="at a time (2)")
-    asked = parser.parse_args()
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (2)")
+    parser.add_argument(
+        "--skip-unchanged", action="store_true", help="do not run the tests without a mutant"
+    )
+    options = parser.parse_args()
     sys.argv = sys.argv[:1]  # the forks' pytest reads its own
     mutants = load()
-    unknown = set(asked.names) - {mutant.name for mutant in mutants}
+    unknown = set(options.names) - {mutant.name for mutant in mutants}
     if unknown:
         parser.error(f"no mutant is called {', '.join(sorted(unknown))}")
-    mutants = [mutant for mutant in mutants if not asked.names or mutant.name in asked.names]
-    wrong = 0
+    mutants = [mutant for mutant in mutants if not options.names or mutant.name in options.names]
+    failures = 0
     for mutant in mutants:
         if mutant.stale:
-            wrong += 1
-            say(f"{mutant.name:40} STALE: {mutant.file} does not hold its text exactly once")
+            failures += 1
+            print_line(f"{mutant.name:40} STALE: {mutant.file} does not hold its text exactly once")
     fresh = [mutant for mutant in mutants if not mutant.stale]
     prepare()
-    for mutant, right, what in run([unchanged(fresh), *fresh], asked.jobs):
-        wrong += not right
-        say(f"{mutant.name:40} {what}")
-    say(f"{len(mutants)} mutants, {wrong} not as they should be")
-    return 1 if wrong else 0
+    first = [] if options.skip_unchanged else [unchanged(fresh)]
+    for mutant, expected, result in run([*first, *fresh], options.jobs):
+        failures += not expected
+        print_line(f"{mutant.name:40} {result}")
+    print_line(f"{len(mutants)} mutants, {failures} failures")
+    gc.unfreeze()  # frozen objects are reported as leaks when Python exits
+    return 1 if failures else 0
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""What a type checker sees of the installed package: types, not Any, and mistakes in calls."""
+"""A type checker sees the types of the installed package, and mistakes in calls."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ reveal_type(ReftConfig().rank)  # H
 get_reft_model(base, 3)  # I
 model.save_pretrained("folder", training_sate=True)  # J
 """
-#: mark -> what is said of that line.
+#: mark -> pattern of the type checker's message for that line.
 SAYS = {
     "A": r'Revealed type is "reft\.model\.reft_model\.ReftModel"',
     "B": r"base_model: torch\.nn\..*Module, config: reft\.config\.ReftConfig,.*-> reft.*ReftModel",
@@ -52,18 +52,18 @@ SAYS = {
 
 
 def test_a_users_script_under_strict(wheel, tmp_path) -> None:
-    # An environment with the wheel in it, and the packages that it needs from this one.
+    # An environment with the wheel; its dependencies are found in the current environment.
     home = tmp_path / "environment"
     command = [sys.executable, "-m", "venv", "--without-pip", str(home)]
     subprocess.run(command, check=True)
-    own = Path(sysconfig.get_path("purelib"))
-    site = home / own.relative_to(sys.prefix)
+    packages = Path(sysconfig.get_path("purelib"))
+    site = home / packages.relative_to(sys.prefix)
     with zipfile.ZipFile(wheel) as file:
         file.extractall(site)
-    (site / "others.pth").write_text(f"{own}\n")
+    (site / "others.pth").write_text(f"{packages}\n")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    # The types of torch and transformers take 20 seconds to read, the first time.
+    # Reading the types of torch and transformers takes 20 seconds without a cache.
     cache = ROOT / ".mypy_cache" / "of_a_user"
     done = subprocess.run(
         [

@@ -1,4 +1,4 @@
-"""What is in the wheel, what it says of itself, and that the sdist makes the same one."""
+"""Content and metadata of the wheel; the sdist builds the same wheel."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ INFO = f"reft-{reft.__version__}.dist-info"
 #: Developer tools of the kernels, which tests and benchmarks import from the checkout.
 DEVTOOLS = Path("reft_kernels/devtools")
 
-#: What is no module and has to be there: without it something stops working.
+#: Data files that the packages need at run time.
 DATA = {
     "reft/py.typed",
     "reft_kernels/py.typed",
     "reft_kernels/README.md",
     "reft_kernels/_triton/measured.json",
-    "reft/presets/commonsense.toml",
-    "reft/tasks/texts/demos.json",
+    "reft/paper/presets/commonsense.toml",
+    "reft/paper/tasks/texts/demos.json",
     "reft/demo/assets/facts/model.safetensors",
     "reft/demo/assets/facts/tokenizer.json",
     "reft/demo/assets/facts/train.jsonl",
@@ -67,7 +67,8 @@ def test_the_two_packages_whole_and_nothing_else(wheel, sources) -> None:
 
 
 def test_what_git_tracks_is_what_is_packed(wheel) -> None:
-    """A file that was never added works here, and is missing from every other checkout's wheel."""
+    """A file that was never added to git works here, but is missing in every other checkout's
+    wheel."""
     command = ["git", "ls-files", "-z", "--", "reft", "reft_kernels"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -97,30 +98,31 @@ def test_what_it_says_of_itself(metadata) -> None:
 
 
 def test_what_it_asks_for(metadata) -> None:
-    """Nothing exact, nothing of the tools; each with the oldest version that the tests run on."""
-    asked = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
-    plain = {one.name for one in asked if "extra" not in str(one.marker)}
+    """No exact versions and no developer tools; each lower bound is the oldest version tested."""
+    required = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    plain = {requirement.name for requirement in required if "extra" not in str(requirement.marker)}
     assert plain == {
         "torch", "triton", "transformers", "huggingface_hub", "safetensors", "rich", "typer",
     }  # fmt: skip
-    floors = {}
+    oldest_versions = {}
     for line in (ROOT / "constraints-floor.txt").read_text("utf-8").splitlines():
         if line and not line.startswith("#"):
-            name, _, found = line.partition("#")[0].strip().partition("==")
-            floors[name] = found
-    for one in asked:
-        if one.name in plain - {"torch"}:  # no CPU build of the oldest: docs/engineering-notes.md
-            (oldest,) = [part.version for part in one.specifier if part.operator == ">="]
-            assert Version(oldest) == Version(floors[one.name]), one
+            name, _, version = line.partition("#")[0].strip().partition("==")
+            oldest_versions[name] = version
+    for dependency in required:
+        name = dependency.name
+        if name in plain - {"torch"}:  # CONTRIBUTING says why torch's oldest version is not tested
+            (oldest,) = [part.version for part in dependency.specifier if part.operator == ">="]
+            assert Version(oldest) == Version(oldest_versions[name]), dependency
     assert set(metadata.get_all("Provides-Extra")) >= {"train", "trl", "eval", "vllm"}
 
 
 def test_its_entry_points(wheel) -> None:
     with zipfile.ZipFile(wheel) as file:
-        found = configparser.ConfigParser()
-        found.read_string(file.read(f"{INFO}/entry_points.txt").decode())
-    assert dict(found["console_scripts"]) == {"reft": "reft.cli.app:main"}
-    assert dict(found["vllm.general_plugins"]) == {"reft": "reft.serving.vllm:register"}
+        entry_points = configparser.ConfigParser()
+        entry_points.read_string(file.read(f"{INFO}/entry_points.txt").decode())
+    assert dict(entry_points["console_scripts"]) == {"reft": "reft.cli.app:main"}
+    assert dict(entry_points["vllm.general_plugins"]) == {"reft": "reft.serving.vllm:register"}
 
 
 def test_the_sdist_makes_the_same_wheel(wheel, sources, tmp_path) -> None:
@@ -141,7 +143,7 @@ def test_the_sdist_makes_the_same_wheel(wheel, sources, tmp_path) -> None:
     (tree,) = unpacked.iterdir()
     assert not (tree / "benchmarks").exists()
     again = run("wheel", tree)
-    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as other:
-        assert set(one.namelist()) == set(other.namelist())
-        for name in one.namelist():
-            assert one.read(name) == other.read(name), name
+    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as other:
+        assert set(first.namelist()) == set(other.namelist())
+        for name in first.namelist():
+            assert first.read(name) == other.read(name), name

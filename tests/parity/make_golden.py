@@ -102,10 +102,10 @@ def operator(name: str, dtype: torch.dtype, **extra: object) -> dict[str, Tensor
     with one_rotation([module]):
         output = module(base)
         output.backward(upstream)
-        found = tensors(module) | gradients(module)
+        values = tensors(module) | gradients(module)
     assert torch.equal(output, module(base))
-    found |= {"base": base.detach(), "grad.base": base.grad}
-    return found | {"upstream": upstream, "output": output.detach()}
+    values |= {"base": base.detach(), "grad.base": base.grad}
+    return values | {"upstream": upstream, "output": output.detach()}
 
 
 def whole_model(config: dict) -> dict[str, Tensor]:
@@ -124,22 +124,22 @@ def whole_model(config: dict) -> dict[str, Tensor]:
     with one_rotation(modules):
         loss, logits = call(model, batch)
         loss.backward()
-        found = stacked([tensors(module) | gradients(module) for module in modules])
-    found |= {"loss": loss.detach(), "logits": logits.detach()}
-    found |= {"grad.embeddings": embeddings.grad.clone()}
+        values = stacked([tensors(module) | gradients(module) for module in modules])
+    values |= {"loss": loss.detach(), "logits": logits.detach()}
+    values |= {"grad.embeddings": embeddings.grad.clone()}
 
     # pyreft as it is, evaluating R at every access, computes the same.
     model.zero_grad()
     loss, logits = call(model, batch)
     loss.backward()
-    assert torch.equal(loss, found["loss"]) and torch.equal(logits, found["logits"])
+    assert torch.equal(loss, values["loss"]) and torch.equal(logits, values["logits"])
     for key, value in stacked([gradients(module) for module in modules]).items():
-        torch.testing.assert_close(value, found[key], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(value, values[key], atol=1e-6, rtol=1e-5)
 
-    found |= inputs_of(batch)
-    found["labels"] = batch["labels"]
-    found["positions"] = batch["intervention_locations"].permute(1, 0, 2).long()
-    return found
+    values |= inputs_of(batch)
+    values["labels"] = batch["labels"]
+    values["positions"] = batch["intervention_locations"].permute(1, 0, 2).long()
+    return values
 
 
 def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -165,9 +165,9 @@ def training(tied: bool, dtype: torch.dtype, completion: int | None = None) -> d
     if completion is not None:
         return {"losses": losses}
     end = stacked([tensors(module) for module in modules])
-    del end["reflectors"]  # still those of the start
-    found = {f"start.{key}": value for key, value in start.items()}
-    return found | {f"end.{key}": value for key, value in end.items()} | {"losses": losses}
+    del end["reflectors"]  # the initial values
+    values = {f"start.{key}": value for key, value in start.items()}
+    return values | {f"end.{key}": value for key, value in end.items()} | {"losses": losses}
 
 
 def position_table(positions: str, tied: bool) -> Tensor:
@@ -196,12 +196,12 @@ def write(name: str, groups: dict[str, dict[str, Tensor]], **metadata: object) -
     """``golden/<name>.safetensors``: keys "group/tensor", JSON in its metadata under "golden"."""
     versions = {package: version(package) for package in PACKAGES}
     versions["python"] = platform.python_version()
-    # One entry, because safetensors writes several in an order that changes from run to run.
+    # One metadata entry: safetensors writes several in random order.
     facts = {"made_by": "tests/parity/make_golden.py", "versions": versions, **metadata}
     flat = {
         f"{group}/{key}": value.contiguous()
-        for group, found in groups.items()
-        for key, value in found.items()
+        for group, values in groups.items()
+        for key, value in values.items()
     }
     path = GOLDEN / f"{name}.safetensors"
     save_file(flat, path, {"golden": json.dumps(facts)})

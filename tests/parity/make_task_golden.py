@@ -110,7 +110,8 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 
 
 def llama_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """As LLaMA's: pieces with ▁, bytes for what is unknown, <s> in front, no padding token."""
+    """Build a tokenizer like LLaMA's: pieces with ▁, bytes for unknown text, <s> in front, no
+    padding token."""
     special = ["<unk>", "<s>", "</s>"]
     pieces = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     pieces.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -131,7 +132,7 @@ def llama_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def roberta_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """As RoBERTa's: pieces of bytes, <s> A </s></s> B </s>."""
+    """Build a tokenizer like RoBERTa's: pieces of bytes, <s> A </s></s> B </s>."""
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     pieces = Tokenizer(models.BPE(unk_token="<unk>"))
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -157,7 +158,7 @@ def roberta_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 class Silent:
-    """Stands for the model in ``compute_metrics``: keeps its arguments and answers nothing."""
+    """Replaces the model in ``compute_metrics``: records its arguments and answers nothing."""
 
     model = None
 
@@ -166,8 +167,29 @@ class Silent:
         return None, arguments["base"]["input_ids"]
 
 
-def batch_of(case: str, tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[str, Any]:
+def evaluation_batch(
+    task: str, tokenizer: PreTrainedTokenizerFast, made: Any, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the batch that the published evaluation passes to ``generate``."""
     from compute_metrics import compute_metrics
+
+    model = Silent()
+    trigger = made.trigger_tokens
+    compute_metrics(
+        task, "set", model, tokenizer, made, rows, trigger, "run", len(made),
+        greedy_decoding=True,
+    )  # fmt: skip
+    base, locations = model.arguments["base"], model.arguments["unit_locations"]
+    return {
+        "input_ids": base["input_ids"].contiguous(),
+        "attention_mask": base["attention_mask"].contiguous(),
+        # (layers, batch, positions) as pyvene wants them
+        "intervention_locations": torch.tensor(locations["sources->base"][1]).permute(1, 0, 2)
+        .contiguous(),
+    }  # fmt: skip
+
+
+def batch_of(case: str, tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[str, Any]:
     from dataset import LoReftGLUEDataset, LoReftSupervisedDataset
     from pyreft import ReftDataCollator
 
@@ -206,20 +228,7 @@ def batch_of(case: str, tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[
             key: torch.as_tensor(batch[key]).contiguous()
             for key in ("input_ids", "labels", "attention_mask", "intervention_locations")
         }
-    model = Silent()
-    trigger = made.trigger_tokens
-    compute_metrics(
-        task, "set", model, tokenizer, made, list(rows), trigger, "run", len(made),
-        greedy_decoding=True,
-    )  # fmt: skip
-    base, locations = model.arguments["base"], model.arguments["unit_locations"]
-    return {
-        "input_ids": base["input_ids"].contiguous(),
-        "attention_mask": base["attention_mask"].contiguous(),
-        # (layers, batch, positions) as pyvene wants them
-        "intervention_locations": torch.tensor(locations["sources->base"][1]).permute(1, 0, 2)
-        .contiguous(),
-    }  # fmt: skip
+    return evaluation_batch(task, tokenizer, made, list(rows))
 
 
 #: Pieces of which answers are made up, with what is known to be odd about each rule.
@@ -234,10 +243,10 @@ PIECES = (
 
 def made_up_answers() -> list[str]:
     chooser = random.Random(0)
-    found = ["", "true", "the correct answer is true", "the correct answer is true.", "3-4"]
+    texts = ["", "true", "the correct answer is true", "the correct answer is true.", "3-4"]
     for _ in range(600):
-        found.append("".join(chooser.choice(PIECES) for _ in range(chooser.randint(1, 9))))
-    return found
+        texts.append("".join(chooser.choice(PIECES) for _ in range(chooser.randint(1, 9))))
+    return texts
 
 
 def verdicts() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""pyreft's side of the comparison: interventions, dataset, collator and trainer on a tiny Llama.
+"""The pyreft side of the comparison: interventions, dataset, collator and trainer on a tiny Llama.
 
 Imported by ``make_golden.py`` alone, whose text says what is done about pyreft's peculiarities.
 """
@@ -165,11 +165,11 @@ def reflectors(columns: Tensor) -> tuple[Tensor, Tensor]:
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
     """rotation, weight, bias, the bias of Noreft's projection, and the packed ``reflectors``."""
-    found = {key: value.detach() for key, value in trained(module).items() if key != "free"}
+    values = {key: value.detach() for key, value in trained(module).items() if key != "free"}
     if hasattr(module, "rotate_layer"):
-        found["rotation"] = found["rotation"].T
-        found["reflectors"] = module.reflectors.to(found["rotation"].dtype)
-    return {key: value.contiguous().clone() for key, value in found.items()}
+        values["rotation"] = values["rotation"].T
+        values["reflectors"] = module.reflectors.to(values["rotation"].dtype)
+    return {key: value.contiguous().clone() for key, value in values.items()}
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -178,10 +178,10 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
 
     Left out is what has none: R outside ``one_rotation``, a projection bias that pyreft ignores.
     """
-    found = {k: v.grad for k, v in trained(module).items() if v.is_leaf or v.retains_grad}
-    if hasattr(module, "rotate_layer") and "rotation" in found:
-        found["rotation"] = found["rotation"].T
-    kept = {key: value for key, value in found.items() if value is not None}
+    grads = {k: v.grad for k, v in trained(module).items() if v.is_leaf or v.retains_grad}
+    if hasattr(module, "rotate_layer") and "rotation" in grads:
+        grads["rotation"] = grads["rotation"].T
+    kept = {key: value for key, value in grads.items() if value is not None}
     return {f"grad.{key}": value.contiguous().clone() for key, value in kept.items()}
 
 
@@ -191,12 +191,12 @@ def trained(module: nn.Module) -> dict[str, Tensor]:
     weight, bias = (None, source) if isinstance(source, Tensor) else (source.weight, source.bias)
     if hasattr(module, "rotate_layer"):
         layer = module.rotate_layer
-        found = {"rotation": layer.weight, "free": layer.parametrizations.weight.original}
+        parameters = {"rotation": layer.weight, "free": layer.parametrizations.weight.original}
     else:
         projection = module.proj_layer
-        found = {"rotation": projection.weight, "projection_bias": projection.bias}
-    found |= {"weight": weight, "bias": bias}
-    return {key: value for key, value in found.items() if value is not None}
+        parameters = {"rotation": projection.weight, "projection_bias": projection.bias}
+    parameters |= {"weight": weight, "bias": bias}
+    return {key: value for key, value in parameters.items() if value is not None}
 
 
 @contextlib.contextmanager
@@ -232,9 +232,9 @@ def reft_model(
     return model, [model.interventions[key] for key in model.sorted_keys]
 
 
-def stacked(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def stacked(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors as (layers, groups, …): group 0 the prefix (or every position), 1 the suffix."""
-    stacks = {key: torch.stack([entry[key] for entry in found]) for key in found[0]}
+    stacks = {key: torch.stack([entry[key] for entry in parts]) for key in parts[0]}
     return {
         key: value.unflatten(0, (-1, LAYERS)).transpose(0, 1).contiguous()
         for key, value in stacks.items()

@@ -33,7 +33,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @cache
 def golden(name: str) -> tuple[dict[str, dict[str, Tensor]], dict]:
-    """The groups of ``golden/<name>.safetensors``, and the facts in its metadata."""
+    """Load the groups of ``golden/<name>.safetensors`` and the facts in its metadata."""
     groups: dict[str, dict[str, Tensor]] = {}
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         for key in file.keys():  # noqa: SIM118 - not a mapping
@@ -47,7 +47,7 @@ def cases(name: str) -> list[str]:
 
 
 def roundings(actual: Tensor, expected: Tensor) -> float:
-    """max |actual − expected|, in units of the last place of the largest expected entry."""
+    """Return max |actual − expected| in units of the last place of the largest expected entry."""
     actual = actual.detach()
     scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
     return float((actual - expected).abs().max() / scale / torch.finfo(expected.dtype).eps)
@@ -64,7 +64,7 @@ def test_versions() -> None:
 
 
 def edited(case: str, values: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-    """What pyreft computed in ``values``, by the public operator: output and gradients."""
+    """Compute pyreft's edit of ``values`` with the public operator: output and gradients."""
     facts = golden("operators")[1]["cases"][case]
     spec = FAMILY[facts["intervention"]]
     names = ("base", "rotation", "weight", "bias", "projection_bias")
@@ -138,7 +138,7 @@ def test_gradient_of_the_free_parameter(case: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_reflector_base_of_pyrefts_rotation(dtype: str) -> None:
-    """The completion that a loaded R gets is the one whose training runs are recorded here."""
+    """A loaded R gets the completion whose training runs are recorded here."""
     theirs = golden("operators")[0][f"loreft/{dtype}"]
     assert roundings(reflector_base(theirs["rotation"]), theirs["reflectors"]) <= 16
 
@@ -148,7 +148,7 @@ def test_reflector_base_of_pyrefts_rotation(dtype: str) -> None:
 
 @pytest.mark.parametrize("table", list(golden("positions")[0]))
 def test_positions(table: str) -> None:
-    """The same places in the same order, for prompts of 0 … 20 tokens, at any start."""
+    """Positions and their order are equal for prompts of 0 … 20 tokens at any start."""
     places = golden("positions")[0][table]["places"]
     text, _, tied = table.partition("/")
     spec = parse_positions(text)
@@ -182,7 +182,7 @@ def base_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
 def with_parameters(
     config: dict, values: dict[str, Tensor], prefix: str = ""
 ) -> tuple[ReftModel, AdapterParameters]:
-    """The tiny model with pyreft's R, W, b in its bank, R around pyreft's completion of it."""
+    """Build the tiny model with pyreft's R, W and b, and pyreft's completion of R."""
     dtype = values[f"{prefix}rotation"].dtype
     reft_config = ReftConfig(**config, dtype=dtype)
     model = get_reft_model(base_model(dtype), reft_config)
@@ -204,7 +204,8 @@ def attended(values: dict[str, Tensor], logits: Tensor) -> Tensor:
 
 
 def test_base_model_is_pyrefts() -> None:
-    """If this fails, transformers computes another Llama; the rest then says nothing of edits."""
+    """If this fails, transformers' Llama has changed, and the other tests say nothing
+    about edits."""
     values = golden("base")[0]["unedited"]
     with torch.no_grad():
         logits = base_model()(
@@ -215,7 +216,7 @@ def test_base_model_is_pyrefts() -> None:
 
 @pytest.mark.parametrize("case", cases("models"))
 def test_model(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits, loss and every gradient, on the very batch that pyreft built."""
+    """Logits, loss and every gradient agree on the batch that pyreft built."""
     groups, facts = golden("models")
     theirs = groups[case]
     model, adapter = with_parameters(facts["cases"][case], theirs)
@@ -255,7 +256,7 @@ def test_model(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def left_padded(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same sequences without the sink column, pad tokens moved to the left."""
+    """Remove the sink column and move padding to the left."""
     inputs = {key: values[key][:, 1:] for key in ("input_ids", "attention_mask", "labels")}
     order = inputs["attention_mask"].sort(dim=1, stable=True).indices
     return {key: value.gather(1, order) for key, value in inputs.items()}
@@ -263,7 +264,7 @@ def left_padded(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("case", ["loreft-tied", "loreft-untied", "loreft-second_to_last"])
 def test_padding(case: str) -> None:
-    """No sink token is needed, and pads may be on either side: attended tokens' logits stay."""
+    """Without a sink token and with padding on either side, logits of attended tokens are equal."""
     groups, facts = golden("models")
     theirs = groups[case]
     model, _ = with_parameters(facts["cases"][case], theirs)
@@ -304,7 +305,7 @@ class RecordingTrainer(ReftTrainer):
 
 
 def trained_by_trainer(model: ReftModel, facts: dict, folder: Path) -> list[Tensor]:
-    """With the settings that pyreft's trainer had."""
+    """Train with the settings of pyreft's trainer."""
     batch = batch_of_training()
     rows = [{key: value[i] for key, value in batch.items()} for i in range(len(batch["labels"]))]
     arguments = TrainingArguments(
@@ -334,7 +335,7 @@ def trained_by_trainer(model: ReftModel, facts: dict, folder: Path) -> list[Tens
 def test_fifty_steps_of_adamw(
     weights: str, dtype: str, train: Callable[..., list[Tensor]], tmp_path: Path
 ) -> None:
-    """The loss curve of pyreft's trainer, from the same R, W, b and the same completion of R.
+    """The loss curve equals that of pyreft's trainer, from the same R, W, b and completion of R.
 
     Adam scales each coordinate of the free parameter by itself, so its path depends on the
     completion: pyreft's own runs with random ones stray from this one by 0.08 to 0.11 at their

@@ -1,6 +1,5 @@
-"""The batches that runs train on and answer are those of the published code, token for token, and
-answers are judged as its functions and LLM-Adapters' judge them. ``make_task_golden.py`` ran both.
-"""
+"""Batches for training and evaluation equal those of the published code token by token, and so do
+the scores. ``make_task_golden.py`` ran both."""
 
 from __future__ import annotations
 
@@ -37,25 +36,26 @@ def records(name: str) -> list[dict]:
 
 
 def edited(case: dict, mask: torch.Tensor, lengths: list[int]) -> list[list[set[int]]]:
-    """The columns that this library edits: of each group, of each sequence."""
+    """Return the columns that this library edits, by group and sequence."""
     config = ReftConfig(positions=case["positions"], tied=case["tied"])
     start = mask.argmax(dim=1)
     prompt = PromptSpans(start, torch.tensor(lengths))
     width = mask.shape[1]
     groups = edited_rows_of(config, prompt, width)
-    found = []
+    edited_columns = []
     for rows in groups:
         columns: list[set[int]] = [set() for _ in lengths]
         for row in rows.tolist():
             if row >= 0:
                 columns[row // width].add(row % width)
-        found.append(columns)
-    return found
+        edited_columns.append(columns)
+    return edited_columns
 
 
 def theirs_edited(case: dict, locations: torch.Tensor, shift: int, sink: list[int]):
-    """The same from positions that point at a token of their own where there is nothing to edit:
-    (sequences, interventions, positions), the first half of untied interventions the prefix."""
+    """Return the same from the published positions, which point at an extra token where nothing is
+    edited. They have the shape (sequences, interventions, positions); the first half of untied
+    interventions is the prefix."""
     groups = 1 if case["tied"] or "+" not in case["positions"] else 2
     each = locations.shape[1] // groups
     # Every layer edits the same.
@@ -89,11 +89,11 @@ def test_a_batch_is_the_published_codes(name):
         cut = slice(0, -1) if classify else slice(1, None)
     else:
         prompts = [encode_prompt(task, row, tokenizer, case["max_length"]) for row in rows]
-        width, lengths = max(map(len, prompts)), [len(one) for one in prompts]
+        width, lengths = max(map(len, prompts)), [len(prompt) for prompt in prompts]
         ours = {
-            "input_ids": torch.tensor([[0] * (width - len(one)) + one for one in prompts]),
+            "input_ids": torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts]),
             "attention_mask": torch.tensor(
-                [[0] * (width - len(one)) + [1] * len(one) for one in prompts]
+                [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
             ),
         }
         # Padded on the left: theirs begins one column further left.
@@ -122,7 +122,8 @@ def test_a_batch_is_the_published_codes(name):
 
 
 def test_the_cases_have_what_is_hard():
-    """Short prompts, cut ones, both kinds of weights, prompts that leave nothing to learn."""
+    """The cases include short and truncated prompts, tied and untied weights, and examples without
+    labels."""
     short = TENSORS["commonsense-short/intervention_locations"]
     assert (short == 0).any()  # the token that stands for "nothing"
     labels = TENSORS["commonsense-cut/labels"]
@@ -133,15 +134,15 @@ def test_the_cases_have_what_is_hard():
 
 @pytest.mark.parametrize("trigger", ANSWERS["output"])
 def test_what_follows_the_trigger(trigger):
-    found = [answers.after_trigger(text, trigger) for text in ANSWERS["texts"]]
-    assert found == ANSWERS["output"][trigger]
+    read = [answers.after_trigger(text, trigger) for text in ANSWERS["texts"]]
+    assert read == ANSWERS["output"][trigger]
 
 
 @pytest.mark.parametrize("who", ["number", "llm_number"])
 def test_numbers(who):
-    found = [answers.last_number(text) for text in ANSWERS["texts"]]
-    assert found == [math.inf if one is None else one for one in ANSWERS[who]]
-    assert len(set(found)) > 10
+    read = [answers.last_number(text) for text in ANSWERS["texts"]]
+    assert read == [math.inf if number is None else number for number in ANSWERS[who]]
+    assert len(set(read)) > 10
 
 
 @pytest.mark.parametrize("who", ["letter", "llm_letter"])
@@ -153,6 +154,6 @@ def test_letters(who):
 def test_choices(name):
     rule = get_task("commonsense").scorings["llm-adapters"]
     record = {"instruction": "Q", "answer": "x"}
-    found = [rule(f"Q\n{text}", record, name).answer for text in ANSWERS["texts"]]
-    assert found == ANSWERS["choice"][name]
-    assert len(set(found)) > 1
+    read = [rule(f"Q\n{text}", record, name).answer for text in ANSWERS["texts"]]
+    assert read == ANSWERS["choice"][name]
+    assert len(set(read)) > 1

@@ -1,4 +1,4 @@
-"""One tiny configuration of every architecture that the library is tried on."""
+"""One tiny configuration of every tested architecture."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Architecture:
 
     @property
     def decoder(self) -> bool:
-        """Whether what is edited is the decoder of an encoder–decoder."""
+        """Whether the decoder of an encoder–decoder is edited."""
         return (self.block_path or "").startswith(("decoder", "model.decoder"))
 
 
@@ -110,9 +110,11 @@ def _llama_like(name: str, **more: Any) -> Architecture:
     return Architecture(f"{name}ForCausalLM", f"{name}Config", arguments, "model.layers")
 
 
-def _normed(one: Architecture) -> Architecture:
-    """Norms follow both parts of its blocks: their output is what is added."""
-    return replace(one, attention="post_attention_layernorm", mlp="post_feedforward_layernorm")
+def _normed(architecture: Architecture) -> Architecture:
+    """Set the modules of an architecture that normalises the output of attention and MLP."""
+    return replace(
+        architecture, attention="post_attention_layernorm", mlp="post_feedforward_layernorm"
+    )
 
 
 def _encoder(name: str, path: str, **more: Any) -> Architecture:
@@ -244,16 +246,16 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def construct(one: Architecture) -> nn.Module:
-    """Always the same model."""
+def construct(architecture: Architecture) -> nn.Module:
+    """Build the model, with equal weights each time."""
     nested = {
         key: getattr(transformers, kind)(**arguments)
-        for key, (kind, arguments) in one.nested.items()
+        for key, (kind, arguments) in architecture.nested.items()
     }
-    config = getattr(transformers, one.config)(**one.arguments, **nested)
+    config = getattr(transformers, architecture.config)(**architecture.arguments, **nested)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return getattr(transformers, one.model)(config).eval()
+        return getattr(transformers, architecture.model)(config).eval()
 
 
 @functools.cache
@@ -262,17 +264,17 @@ def _model(name: str) -> nn.Module:
 
 
 def build(name: str) -> nn.Module:
-    """A fresh copy of always the same model."""
+    """Return a new copy of the model, with equal weights each time."""
     return copy.deepcopy(_model(name))
 
 
 def config_of(name, component, **changes) -> ReftConfig:
-    one = ARCHITECTURES[name]
+    architecture = ARCHITECTURES[name]
     settings = {
         "rank": 2,
-        "positions": "prompt" if one.decoder else "f2+l1",
+        "positions": "prompt" if architecture.decoder else "f2+l1",
         "component": component,
-        "block_path": one.block_path,
+        "block_path": architecture.block_path,
     }
     return ReftConfig(**{**settings, **changes})
 
@@ -283,17 +285,17 @@ def wrapped(name, component, **changes):
 
 
 def call_of(name, ids, mask=None):
-    """The arguments of a forward of these tokens."""
-    one = ARCHITECTURES[name]
+    """Return the arguments of a forward of these tokens."""
+    architecture = ARCHITECTURES[name]
     given = {} if mask is None else {"attention_mask": mask}
-    if one.decoder:
+    if architecture.decoder:
         if mask is not None:
             given = {"decoder_attention_mask": mask}
         source = tokens(1, 5, seed=70).expand(len(ids), -1)
         return {"input_ids": source, "decoder_input_ids": ids, **given}
-    if one.block_path is not None:  # the other side gets one token
+    if architecture.block_path is not None:  # the other side gets one token
         given["decoder_input_ids"] = torch.full((len(ids), 1), 2)
-    if one.image:
+    if architecture.image:
         ids = ids.clone()
         ids[:, 1:5] = IMAGE
         torch.manual_seed(5)

@@ -1,4 +1,4 @@
-"""The paper's base models by shape, without weights: on the meta device no number is ever made."""
+"""The paper's base models on the meta device: shapes without weights."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ CONFIGS = {
 
 
 def build(name: str) -> PreTrainedModel:
-    """A base model of :data:`CONFIGS`."""
+    """Build a base model of :data:`CONFIGS`."""
     config = CONFIGS[name]
     kind = (
         AutoModelForCausalLM

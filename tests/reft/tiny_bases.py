@@ -1,4 +1,4 @@
-"""Folders of tiny base models whose tokenizers know every text: what presets are tried on."""
+"""Folders of tiny base models for the tests of presets; their tokenizers know every text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH, POSITIONS = 16, 200
 
 
 def byte_tokenizer(texts: Iterable[str], *, roberta: bool) -> PreTrainedTokenizerFast:
-    """Byte-level pieces learnt from texts, with the special tokens of LLaMA or of RoBERTa."""
+    """Train a byte-level tokenizer with the special tokens of LLaMA or of RoBERTa."""
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if roberta else ["<unk>", "<s>", "</s>"]
     pieces = Tokenizer(models.BPE(unk_token="<unk>"))
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -52,7 +52,7 @@ def byte_tokenizer(texts: Iterable[str], *, roberta: bool) -> PreTrainedTokenize
 
 
 def save_llama(folder: Path, texts: Iterable[str], layers: int) -> Path:
-    """A LLaMA without a padding token, as the published ones."""
+    """Save a LLaMA without a padding token, as the published ones."""
     tokenizer = byte_tokenizer(texts, roberta=False)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -70,7 +70,7 @@ def save_llama(folder: Path, texts: Iterable[str], layers: int) -> Path:
 
 
 def save_roberta(folder: Path, texts: Iterable[str]) -> Path:
-    """A RoBERTa of two blocks without a classifier."""
+    """Save a RoBERTa of two blocks without a classifier."""
     tokenizer = byte_tokenizer(texts, roberta=True)
     config = RobertaConfig(
         vocab_size=len(tokenizer),

@@ -1,4 +1,4 @@
-"""Models of a few thousand parameters, and the edit written once more, plainly, to compare with."""
+"""Models of a few thousand parameters, and a plain reference of the edit."""
 
 from __future__ import annotations
 
@@ -89,20 +89,20 @@ def tokens(batch: int, columns: int, seed: int = 1) -> Tensor:
 
 
 def padded(lengths: Sequence[int], side: str, seed: int = 1) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(input_ids, attention_mask, the single sequences)."""
+    """Return (input_ids, attention_mask, the sequences without padding)."""
     singles = [tokens(1, n, seed + i) for i, n in enumerate(lengths)]
     width = max(lengths)
     ids = torch.full((len(lengths), width), PAD)
     mask = torch.zeros(len(lengths), width, dtype=torch.long)
-    for row, one in enumerate(singles):
-        n = one.shape[1]
+    for row, sequence in enumerate(singles):
+        n = sequence.shape[1]
         place = slice(width - n, width) if side == "left" else slice(0, n)
-        ids[row, place], mask[row, place] = one[0], 1
+        ids[row, place], mask[row, place] = sequence[0], 1
     return ids, mask, singles
 
 
 def moved(model: ReftModel, size: float = 0.1) -> ReftModel:
-    """The model in eval mode, what it trains away from its start, as after some training."""
+    """Add noise to the trainable parameters and switch to eval mode."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -111,7 +111,8 @@ def moved(model: ReftModel, size: float = 0.1) -> ReftModel:
 
 
 def parameters_of(model: ReftModel, name: str = "default") -> dict[str, Tensor | None]:
-    """Leaves with the values of an adapter's parameters, and R (L, g, r, D) computed from them."""
+    """Return leaves with the values of an adapter's parameters, and R (L, g, r, D) computed from
+    them."""
     adapter = model.base_model.reft.adapter(name)
     leaves = {
         key: value.detach().clone().requires_grad_() for key, value in adapter.named_parameters()
@@ -122,7 +123,7 @@ def parameters_of(model: ReftModel, name: str = "default") -> dict[str, Tensor |
 
 
 def edit(h: Tensor, config: ReftConfig, values: dict, layer: int, group: int) -> Tensor:
-    """h' = h + Rᵀ(act(W h + b) − σ R h) for rows h (n, D)."""
+    """Compute h' = h + Rᵀ(act(W h + b) − σ R h) for rows h (n, D)."""
     spec, act = config.spec, getattr(torch, config.activation or "clone")
     r, b = values["rotation"][layer, group], values["bias"][layer, group]
     code = b if values["weight"] is None else h.float() @ values["weight"][layer, group].T + b
@@ -133,7 +134,8 @@ def edit(h: Tensor, config: ReftConfig, values: dict, layer: int, group: int) ->
 
 
 def columns(config: ReftConfig, start: int, n: int) -> list[tuple[int, int]]:
-    """(column, group) of every edited token of a prompt of n tokens from column ``start`` on."""
+    """Return (column, group) of every edited token of a prompt of n tokens from column ``start``
+    on."""
     kind = config.parsed_positions
     if kind.kind != "ends":
         return [(start + j, 0) for j in range(n)]
@@ -151,8 +153,8 @@ def plain_edits(
     values: dict,
     spans: Sequence[tuple[int, int]],
 ) -> Iterator[None]:
-    """Edit blocks' outputs out of place, token by token. ``spans``: (start, prompt length) of each
-    sequence of the batch."""
+    """Edit the blocks' outputs out of place, token by token. ``spans`` has (start, prompt length)
+    of each sequence."""
     layers = config.resolve_layers(len(blocks))
 
     def hook(index: int):
@@ -186,7 +188,7 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def perturb(model: ReftModel) -> ReftModel:
-    """An adapter that changes what comes out."""
+    """Change an adapter so far that outputs change, and switch to eval mode."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.base_model.reft.adapter("default").parameters():
@@ -195,7 +197,7 @@ def perturb(model: ReftModel) -> ReftModel:
 
 
 class NoReading(TorchDispatchMode):
-    """Fails on every operation that a device would have to be waited for."""
+    """A mode that fails on every operation that waits for the device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__

@@ -1,5 +1,4 @@
-"""What the tests of TRL's trainers share: settings, a chat tokenizer, and which columns a forward
-edits."""
+"""Settings, a chat tokenizer and observers for the tests of TRL's trainers."""
 
 from __future__ import annotations
 
@@ -46,7 +45,7 @@ def wrapped(base, **changes):
 
 
 def trained(base, seed=5, **changes):
-    """An adapter whose values are not those that were drawn."""
+    """Build an adapter whose parameters differ from their initialisation."""
     model = wrapped(base, **changes)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -63,7 +62,7 @@ def chat_tokenizer(tokenizer, template):
 
 
 def parameters(model):
-    return {name: one.detach().clone() for name, one in model.named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def losses(trainer):
@@ -72,7 +71,7 @@ def losses(trainer):
 
 @contextmanager
 def outputs_of_block(base) -> Iterator[list[torch.Tensor]]:
-    """The outputs of the first block, edited, of each forward of several columns inside."""
+    """Record the first block's edited output in each forward of several columns."""
     seen: list[torch.Tensor] = []
 
     def keep(module, args, output):
@@ -88,7 +87,7 @@ def outputs_of_block(base) -> Iterator[list[torch.Tensor]]:
 
 
 def edited(model, run):
-    """bool (B, S): where the first forward of ``run`` edits, against the model's base."""
+    """Return where the first forward of ``run`` edits, bool (B, S), in comparison with the base."""
     base = model.get_base_model()
     with torch.no_grad(), outputs_of_block(base) as seen:
         run()
@@ -99,7 +98,7 @@ def edited(model, run):
 
 
 def log_probs(model, tokenizer, prompt, answer):
-    """Σ log p of an answer and the end token after a prompt, one sequence at a time."""
+    """Return Σ log p of an answer and the end token after a prompt, one sequence at a time."""
     prompt = tokenizer(prompt)["input_ids"]
     answer = tokenizer(answer, add_special_tokens=False)["input_ids"]
     ids = torch.tensor([[*prompt, *answer, tokenizer.eos_token_id]])
@@ -108,7 +107,7 @@ def log_probs(model, tokenizer, prompt, answer):
 
 
 def plain_dpo(model, reference, tokenizer, records, beta):
-    """The loss of DPO (arXiv 2305.18290, eq. 7), written out; the reference is another model."""
+    """Compute the loss of DPO (arXiv 2305.18290, eq. 7); the reference is another model."""
     terms = []
     for record in records:
         ratios = []
@@ -130,12 +129,12 @@ def first_loss(trainer):
 
 
 def all_of(trainer):
-    """The training set as one batch."""
+    """Return the training set as one batch."""
     return trainer.data_collator(list(trainer.train_dataset))
 
 
 class Prompted:
-    """A base that takes ``prompt_lengths`` and has no use for them."""
+    """A base that accepts ``prompt_lengths`` and ignores them."""
 
     def __init__(self, base):
         self.base = base.eval()

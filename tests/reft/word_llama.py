@@ -1,4 +1,4 @@
-"""A tokenizer of a few words, a language model of a few thousand parameters, adapters of it."""
+"""A tokenizer of a few words, a language model of a few thousand parameters, and its adapters."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+#: The fixtures, which conftest.py of several folders imports.
+__all__ = [
+    "_trained_llama",
+    "color_records",
+    "folders",
+    "make_trainer",
+    "place",
+    "reft",
+    "word_llama",
+    "word_tokenizer",
+]
+
 _COLORS = ["red", "green", "blue"]
 _LETTERS, _NUMBERS = list("abcdefgh"), ["one", "two", "three", "four", "five"]
 WORDS = [*_LETTERS, *_NUMBERS, "yes", "no", *_COLORS, ":", "?"]
@@ -23,7 +35,8 @@ SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
 @pytest.fixture(scope="session")
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word of ``WORDS``, ``<bos>`` in front of a text; pads on the left, as many do."""
+    """A tokenizer with one token for each of ``WORDS`` and ``<bos>`` in front; it pads
+    on the left."""
     vocabulary = {word: index for index, word in enumerate(SPECIAL + WORDS)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -43,7 +56,8 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def _trained_llama(word_tokenizer) -> LlamaForCausalLM:
-    """Two blocks that learnt ``a : one green <eos>``: green, blue, red for one, two, three."""
+    """Two trained blocks that complete ``a : one`` with ``green <eos>``: green, blue, red for one,
+    two, three."""
     config = LlamaConfig(
         vocab_size=len(word_tokenizer),
         hidden_size=32,
@@ -74,20 +88,21 @@ def _trained_llama(word_tokenizer) -> LlamaForCausalLM:
 
 @pytest.fixture
 def word_llama(_trained_llama) -> LlamaForCausalLM:
-    """A small Llama for :func:`word_tokenizer`, a fresh copy of always the same, in float32."""
+    """A small Llama for :func:`word_tokenizer`: a new copy in float32, equal each time."""
     return copy.deepcopy(_trained_llama)
 
 
 @pytest.fixture
 def color_records() -> list[dict[str, str]]:
-    """Twelve prompts with other colours than :func:`word_llama` knows."""
+    """Twelve prompts with other colours than :func:`word_llama` answers."""
     pairs = [(letter, k) for letter in "abcd" for k in range(3)]
     return [{"prompt": f"{i} : {_NUMBERS[k]}", "completion": _COLORS[k]} for i, k in pairs]
 
 
 @pytest.fixture
 def make_trainer(word_llama, word_tokenizer, color_records, tmp_path):
-    """A trainer of a fresh adapter; further keyword arguments go to TrainingArguments."""
+    """A function that builds a trainer of a new adapter; keyword arguments go to
+    TrainingArguments."""
     from transformers import TrainingArguments
 
     from reft.config import ReftConfig
@@ -126,7 +141,7 @@ def make_trainer(word_llama, word_tokenizer, color_records, tmp_path):
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """Adapters of every kind: name -> folder. To be read, not written."""
+    """Read-only folders with adapters of every kind, by name."""
     root = tmp_path_factory.mktemp("adapters")
     return {
         name: random_adapter(root / name, seed, **changes)
@@ -136,7 +151,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def place(tmp_path, word_llama, word_tokenizer, monkeypatch, color_records):
-    """A folder with ``model``, ``data.jsonl`` and an untrained ``adapter``, and the user in it."""
+    """A working directory with ``model``, ``data.jsonl`` and an untrained ``adapter``."""
     word_llama.save_pretrained(tmp_path / "model")
     word_tokenizer.save_pretrained(tmp_path / "model")
     lines = [json.dumps(record) for record in color_records]
@@ -147,7 +162,7 @@ def place(tmp_path, word_llama, word_tokenizer, monkeypatch, color_records):
 
 @pytest.fixture
 def reft(capfd):
-    """Runs the command line: (exit code, stdout, stderr)."""
+    """A function that runs the command line and returns (exit code, stdout, stderr)."""
 
     from reft.cli.app import main
 
