@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import save
 
 with _instrumented:
-    from reft.adapter.host_adapter import stored
+    from reft.adapter.host_adapter import host_adapter
     from reft.adapter.parameters import AdapterParameters
     from reft.config import ReftConfig
     from reft.interop.folders import read_reft
@@ -85,7 +85,7 @@ def adapter(data: bytes) -> None:
     header, body = _split(data)
     (_HERE / WEIGHTS_FILE).write_bytes(struct.pack("<Q", len(header)) + header + body)
     read, tensors = read_adapter(_HERE)
-    loaded = stored(read, tensors, num_layers=BLOCKS, dim=DIM)
+    loaded = host_adapter(read, tensors, num_layers=BLOCKS, dim=DIM)
     assert all(part.isfinite().all() for part in (*loaded.effective.bias, *loaded.effective.decode))
     assert read_reft(_HERE).config == read
 

@@ -33,12 +33,12 @@ RECORDS: dict[str, tuple[str | bytes, str]] = {
     "deep in a line": (json.dumps(GOOD) + "\n" + '{"prompt":' * 10**5, "line 2: .*too deep"),
     "a number of 5000 digits": ('{"prompt": ' + LONG + "}", "line 1: .*digits"),
     "a key twice": ('{"prompt": "a", "prompt": "b", "completion": "c"}', "duplicate key 'prompt'"),
-    "half a character": (json.dumps({**GOOD, "prompt": "\ud800"}), "holds half a character"),
+    "half a character": (json.dumps({**GOOD, "prompt": "\ud800"}), "unpaired surrogate"),
     "not UTF-8": (NOT_UTF8, "is not UTF-8 text"),
     "binary": (bytes(range(256)), "is not UTF-8 text"),
     "a megabyte in one field": (json.dumps({"p" * 10**6: 1}), "is missing.*1000002 characters"),
     "a thousand fields": (json.dumps({str(n): 1 for n in range(1000)}), "is missing"),
-    "a list of lists": ("[[]]", "record 1: a record is an object .*got list"),
+    "a list of lists": ("[[]]", "record 1: a record must be an object .*got list"),
 }
 
 

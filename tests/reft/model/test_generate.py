@@ -9,7 +9,7 @@ from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
 from reft import ReftConfig, get_reft_model
 from reft.model import hooks
-from reft.model.generation import past_length
+from reft.model.forward_inputs import cache_of, past_length
 
 
 def config(**changes) -> ReftConfig:
@@ -185,8 +185,8 @@ def test_a_conversation_goes_on_from_its_cache():
 def test_a_cache_is_known_whatever_its_name(name):
     cache = DynamicCache()
     cache.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), 0)
-    assert past_length({"input_ids": tokens(1, 1), name: cache}) == 5
-    assert past_length({"input_ids": tokens(1, 1), name: None}) == 0
+    assert past_length(cache_of({"input_ids": tokens(1, 1), name: cache})) == 5
+    assert past_length(cache_of({"input_ids": tokens(1, 1), name: None})) == 0
 
 
 def test_a_forward_with_a_cache_is_taken_for_decoding(edits):

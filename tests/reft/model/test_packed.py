@@ -8,7 +8,8 @@ from tiny_models import gpt2, llama, tokens
 from transformers import DataCollatorWithFlattening
 
 from reft import ReftConfig, get_reft_model
-from reft.model.prompts import find_packed_prompt, packed_starts
+from reft.model.forward_inputs import cache_of, packed_starts
+from reft.model.prompts import find_packed_prompt
 
 LENGTHS, PROMPTS = [7, 1, 5, 9], [4, 1, 3, 6]
 KINDS = ["f2+l2", "l1", "prompt", "prompt+g1", "all"]
@@ -121,7 +122,8 @@ def test_several_rows_of_several_sequences():
 
 def test_what_is_packed():
     def starts(position, **call):
-        found = packed_starts({"position_ids": torch.tensor(position), **call}, (2, 4))
+        arguments = {"position_ids": torch.tensor(position), **call}
+        found = packed_starts(arguments, cache_of(arguments), (2, 4))
         return None if found is None else found.tolist()
 
     plain = [[0, 1, 2, 3], [2, 3, 4, 5]]
