@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
 
 @pytest.mark.parametrize(
     ("order", "base"),
-    [*((order, "llama") for order in ORDERS), ("task", "gpt2"), ("transformers", "bert")],
+    [*((order, "llama") for order in ORDERS), ("task", "gpt2"), ("wrapper", "bert")],
 )
 def test_gradients_of_both_equal_the_plain_ones(order, base):
     model = get_reft_model(with_lora(order, base), config(layers=[0, 2])).train()
