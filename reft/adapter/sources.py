@@ -1,4 +1,4 @@
-"""What the name of an adapter stands for in a forward."""
+"""The two kinds of adapters that a name stands for in a forward."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_five_files_lead_from_the_model_to_the_operator(calls) -> None:
 
 
 def test_nothing_is_asked_twice(calls) -> None:
-    """What a forward reads of its inputs and of its adapter, it reads once."""
+    """A forward reads its inputs and its adapter once."""
     names = [name for _, name in calls[: edits_of(calls)[0]]]
     once = ["read_inputs", "cache_of", "past_length", "_enter", "plan_forward", "find_prompt"]
     once += ["edited_rows", "group_edits", "AdapterParameters.forward", "ForwardPlan.__init__"]

@@ -59,11 +59,11 @@ class TestOnDisk:
         twin = get_reft_model(llama(), cfg)
         twin.restore(tmp_path)
         ours, theirs = model.reft.adapter("default"), twin.reft.adapter("default")
-        for mine, other in zip(
+        for tensor, other in zip(
             (*ours.parameters(), *ours.buffers()), (*theirs.parameters(), *theirs.buffers()),
             strict=True,
         ):  # fmt: skip
-            assert torch.equal(mine, other)
+            assert torch.equal(tensor, other)
         assert torch.equal(logits(model), logits(twin))
 
     def test_restoring_checks_what_it_reads(self, tmp_path):
@@ -207,13 +207,13 @@ class TestMixedBatches:
         ids, mask, singles = padded(lengths, "right")
         together = logits(mixed, ids, attention_mask=mask, adapter_names=list(self.NAMES))
         seen = set()
-        for row, (name, one) in enumerate(zip(self.NAMES, singles, strict=True)):
+        for row, (name, single) in enumerate(zip(self.NAMES, singles, strict=True)):
             if name == "__base__":
                 with mixed.disable_adapter():
-                    alone = logits(mixed, one)
+                    alone = logits(mixed, single)
             else:
                 mixed.set_adapter(name)
-                alone = logits(mixed, one)
+                alone = logits(mixed, single)
             ours = together[row, : lengths[row]]
             torch.testing.assert_close(ours, alone[0], rtol=1e-5, atol=5e-6)
             seen.add(round(float(ours.sum()), 4))
@@ -224,9 +224,9 @@ class TestMixedBatches:
         names = ["untied", "__base__", "steer"]
         settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": 2}
         out = mixed.generate(ids, attention_mask=mask, adapter_names=names, **settings)
-        for row, (name, one) in enumerate(zip(names, singles, strict=True)):
-            alone = mixed.generate(one, adapter_names=[name], **settings)
-            assert out[row, 6:].tolist() == alone[0, one.shape[1] :].tolist()
+        for row, (name, single) in enumerate(zip(names, singles, strict=True)):
+            alone = mixed.generate(single, adapter_names=[name], **settings)
+            assert out[row, 6:].tolist() == alone[0, single.shape[1] :].tolist()
 
     def test_gradients_go_to_the_adapters_of_the_batch(self, mixed):
         names = ["wide", "untied", "wide"]

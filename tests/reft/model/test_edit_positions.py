@@ -43,7 +43,7 @@ def edited(model, **call):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 class TestForms:
-    """The same tokens, said in each way, on either side's padding."""
+    """Each form of the argument names the same tokens, with padding on either side."""
 
     wanted = ((0, 1, 7), (4,), ())
 
@@ -178,7 +178,7 @@ def test_generate(way, form):
             said[row, [8 - n + t for t in these]] = True
     elif form == "function":
         said = lambda ids, mask: given  # noqa: E731
-    expected = [slow(model, one, t, STEPS) for one, t in zip(singles, numbers, strict=True)]
+    expected = [slow(model, single, t, STEPS) for single, t in zip(singles, numbers, strict=True)]
     assert greedy(model, ids, mask, edit_positions=said, **WAYS[way]) == expected
     assert greedy(model, ids, mask, edit_positions=[[], [], []]) != expected
 
@@ -189,8 +189,8 @@ def test_beams_repeat_them():
     given = [[0, -1], [2], [1]]
     how = {"num_beams": 2, "num_return_sequences": 2}
     together = greedy(model, ids, mask, edit_positions=given, **how)
-    for row, one in enumerate(singles):
-        alone = greedy(model, one, None, edit_positions=[given[row]], **how)
+    for row, single in enumerate(singles):
+        alone = greedy(model, single, None, edit_positions=[given[row]], **how)
         assert together[2 * row : 2 * row + 2] == alone
 
 
@@ -200,13 +200,13 @@ def test_the_first_generated_tokens(way, more):
     model = model_of(f"prompt+g{more}")
     ids, mask, singles = padded(LENGTHS, "left")
     plain = model_of("given")
-    expected = [slow(plain, one, range(one.shape[1]), STEPS, more) for one in singles]
+    expected = [slow(plain, single, range(single.shape[1]), STEPS, more) for single in singles]
     assert greedy(model, ids, mask, **WAYS[way]) == expected
     assert greedy(model_of("prompt"), ids, mask) != expected
 
 
 def test_generated_tokens_in_training():
-    """What follows the prompt counts as generated."""
+    """Tokens behind the prompt count as generated."""
     ids = tokens(2, 7)
     call = {"input_ids": ids, "prompt_lengths": [3, 5]}
     assert edited(model_of("prompt+g1"), **call) == {(0, t) for t in range(4)} | {
@@ -300,10 +300,10 @@ class TestImages:
 
 
 def test_numbers_on_a_device_are_not_read(monkeypatch):
-    """As for tensors on a device: what lies outside a sequence edits nothing."""
-    for module in ("prompt", "edit_positions"):
+    """Numbers outside a sequence edit nothing where the host does not read them, as on a device."""
+    for module in ("prompts", "edit_positions"):
         monkeypatch.setattr(f"reft.model.{module}.visible", lambda tensor: False)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
     prompt = find_prompt(2, 5, torch.device("cpu"), attention_mask=mask, prompt_lengths=[2, 4])
-    found = given_columns([[0, 3, -1, 1], [4, -5, 3]], prompt, (2, 5))
-    assert [sorted(row) for row in found.tolist()] == [[-1, -1, 2, 3], [-1, -1, -1, 3]]
+    columns = given_columns([[0, 3, -1, 1], [4, -5, 3]], prompt, (2, 5))
+    assert [sorted(row) for row in columns.tolist()] == [[-1, -1, 2, 3], [-1, -1, -1, 3]]

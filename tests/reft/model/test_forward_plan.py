@@ -47,26 +47,26 @@ def test_prompts_from_each_source():
         [[-100, -100, -100, -100, 5, 5], [-100, 7, -100, 7, -100, -100], [-100] * 6]
     )
 
-    def found(**sources):
+    def prompts_of(**sources):
         prompt = find_prompt(3, 6, CPU, **sources)
         first = prompt.columns(torch.zeros(3, 1, dtype=torch.int64))
         return first.flatten().tolist(), prompt.length.tolist()
 
-    assert found() == ([0, 0, 0], [6, 6, 6])
-    assert found(attention_mask=mask) == ([2, 0, 0], [4, 4, 6])
-    assert found(attention_mask=mask.bool(), labels=labels) == ([2, 0, 0], [2, 1, 6])
-    assert found(labels=labels) == ([0, 0, 0], [4, 1, 6])
+    assert prompts_of() == ([0, 0, 0], [6, 6, 6])
+    assert prompts_of(attention_mask=mask) == ([2, 0, 0], [4, 4, 6])
+    assert prompts_of(attention_mask=mask.bool(), labels=labels) == ([2, 0, 0], [2, 1, 6])
+    assert prompts_of(labels=labels) == ([0, 0, 0], [4, 1, 6])
     lengths = torch.tensor([1, 4, 0], dtype=torch.int32)
-    assert found(attention_mask=mask, labels=labels, prompt_lengths=lengths) == (
+    assert prompts_of(attention_mask=mask, labels=labels, prompt_lengths=lengths) == (
         [2, 0, 0],
         [1, 4, 0],
     )
     with pytest.raises(ValueError, match=r"labels must have the shape .*\(3, 6\).*\(3, 5\)"):
-        found(labels=labels[:, :5])
+        prompts_of(labels=labels[:, :5])
     with pytest.raises(ValueError, match="sequence 1 has 4, got 5"):
-        found(attention_mask=mask, prompt_lengths=[1, 5, 2])
+        prompts_of(attention_mask=mask, prompt_lengths=[1, 5, 2])
     with pytest.raises(ValueError, match="where a prompt starts"):
-        found(attention_mask=mask[:, None, None], prompt_lengths=[1, 1, 1])
+        prompts_of(attention_mask=mask[:, None, None], prompt_lengths=[1, 1, 1])
 
 
 def test_prompts_are_repeated_for_beams():

@@ -76,7 +76,7 @@ def test_greedy_tokens_equal_the_slow_loop(way, positions):
         disable_compile=True,
         **WAYS[way],
     )[:, ids.shape[1] :].tolist()
-    expected = [slow_greedy(_no_end(model), one, STEPS) for one in singles]
+    expected = [slow_greedy(_no_end(model), prompt, STEPS) for prompt in singles]
     assert out == expected
     with model.disable_adapter():
         plain = model.generate(
@@ -129,7 +129,7 @@ def test_beams_equal_single_prompts(make):
     ids, mask, singles = padded(LENGTHS, "left")
     settings = {"max_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
     together = model.generate(ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
-    alone = [model.generate(one, **settings)[:, one.shape[1] :] for one in singles]
+    alone = [model.generate(prompt, **settings)[:, prompt.shape[1] :] for prompt in singles]
     for row, single in enumerate(alone):
         ours = together[2 * row : 2 * row + 2, : single.shape[1]]
         assert ours.tolist() == single.tolist()

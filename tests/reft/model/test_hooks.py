@@ -32,9 +32,9 @@ def gradients(model, ids=IDS, labels=LABELS):
     return {name: parameter.grad.clone() for name, parameter in adapter.named_parameters()}
 
 
-def assert_same(mine, theirs):
-    assert mine.keys() == theirs.keys()
-    for name, value in mine.items():
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
         assert value.abs().max() > 0, name
         torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-6)
 

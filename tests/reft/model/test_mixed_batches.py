@@ -21,11 +21,11 @@ class TestMixedEqualsAlone:
         ids, mask, singles = padded(lengths, side)
         out = logits(served(folders, make()), ids, attention_mask=mask, adapter_names=names)
         different = set()
-        for row, (name, one) in enumerate(zip(names, singles, strict=True)):
+        for row, (name, single) in enumerate(zip(names, singles, strict=True)):
             alone = make() if name == "__base__" else loaded(folders, name, make())
-            mine = out[row][mask[row].bool()]
-            equal(mine, logits(alone, one)[0])
-            different.add(round(float(mine.sum()), 4))
+            mixed = out[row][mask[row].bool()]
+            equal(mixed, logits(alone, single)[0])
+            different.add(round(float(mixed.sum()), 4))
         assert len(different) == len(names)
 
     @pytest.mark.parametrize("beams", [1, 3])
@@ -34,10 +34,12 @@ class TestMixedEqualsAlone:
         ids, mask, singles = padded([3 + (5 * at) % 11 for at in range(len(names))], "left")
         settings = {**SETTINGS, "num_beams": beams}
         out = served(folders).generate(ids, attention_mask=mask, adapter_names=names, **settings)
-        for row, (name, one) in enumerate(zip(names, singles, strict=True)):
+        for row, (name, single) in enumerate(zip(names, singles, strict=True)):
             alone = llama() if name == "__base__" else loaded(folders, name)
-            expected = alone.generate(one, attention_mask=torch.ones_like(one), **settings)
-            assert out[row, ids.shape[1] :].tolist() == expected[0, one.shape[1] :].tolist(), name
+            expected = alone.generate(single, attention_mask=torch.ones_like(single), **settings)
+            assert out[row, ids.shape[1] :].tolist() == expected[0, single.shape[1] :].tolist(), (
+                name
+            )
 
     def test_a_prompt_in_chunks(self, folders):
         names = [*MIX]
@@ -61,9 +63,9 @@ class TestMixedEqualsAlone:
             adapter_names=names,
             use_cache=False,
         )
-        for name, one, ours in zip(names, singles, out[0].split(lengths), strict=True):
+        for name, single, ours in zip(names, singles, out[0].split(lengths), strict=True):
             alone = llama() if name == "__base__" else loaded(folders, name)
-            equal(ours, logits(alone, one)[0])
+            equal(ours, logits(alone, single)[0])
 
     def test_beside_adapters_with_parameters(self, folders):
         """Loaded ones and served ones in one batch; the loaded ones may change meanwhile."""
@@ -109,11 +111,11 @@ class TestMixedEqualsAlone:
         model(ids, adapter_names=chosen, labels=ids).logits.pow(2).sum().backward()
         for row, name in enumerate(chosen):
             alone = ReftModel.from_pretrained(llama(), folders[name], is_trainable=True).eval()
-            one = ids[row : row + 1]
-            alone(one, labels=one).logits.pow(2).sum().backward()
+            single = ids[row : row + 1]
+            alone(single, labels=single).logits.pow(2).sum().backward()
             for key, parameter in alone.reft.adapter("default").named_parameters():
-                mine = model.reft.adapter(name).get_parameter(key).grad
-                torch.testing.assert_close(mine, parameter.grad, rtol=2e-4, atol=2e-5)
+                mixed = model.reft.adapter(name).get_parameter(key).grad
+                torch.testing.assert_close(mixed, parameter.grad, rtol=2e-4, atol=2e-5)
 
 
 class TestCost:
@@ -161,11 +163,11 @@ class TestScale:
     @pytest.mark.parametrize("factor", [0.5, -2.0])
     def test_the_edit_times_a_number(self, folders, name, factor, tmp_path):
         """At one block: h + c (h' − h)."""
-        one = {**MIX[name], "layers": [LAYERS - 1]}
+        single = {**MIX[name], "layers": [LAYERS - 1]}
         config, tensors = read_adapter(folders[name])
         last = {key: value[-1:] for key, value in tensors.items()}
         write_adapter(tmp_path / "last", ReftConfig.from_dict(
-            {**config.to_dict(), "layers": one["layers"]}), last)  # fmt: skip
+            {**config.to_dict(), "layers": single["layers"]}), last)  # fmt: skip
         base = llama()
         model = ReftModel(base)
         model.pool.add("it", tmp_path / "last")
@@ -195,11 +197,11 @@ class TestScale:
         ids = tokens(2, 8)
         model = ReftModel.from_pretrained(llama(), folders["plain"], is_trainable=True)
         model(ids, adapter_scales=[0.0, 1.0]).logits.pow(2).sum().backward()
-        mine = model.reft.adapter("default").bias.grad.clone()
+        mixed = model.reft.adapter("default").bias.grad.clone()
         model.zero_grad()
         model(ids[1:]).logits.pow(2).sum().backward()
         torch.testing.assert_close(
-            mine, model.reft.adapter("default").bias.grad, rtol=1e-4, atol=1e-5
+            mixed, model.reft.adapter("default").bias.grad, rtol=1e-4, atol=1e-5
         )
 
     @pytest.mark.parametrize("bad", [[1.0], "half", [1, float("nan")], [True, 1]])

@@ -106,11 +106,11 @@ class TestGuidance:
         settings.update(eos_token_id=None, output_scores=True, return_dict_in_generate=True)
         got = model.generate(ids, generation_config=settings, negative_prompt_ids=negative)
         close(got.scores, expected)
-        own = UnbatchedClassifierFreeGuidanceLogitsProcessor(
+        guidance = UnbatchedClassifierFreeGuidanceLogitsProcessor(
             self.SCALE, model.get_base_model(), unconditional_ids=negative
         )
-        close(scores_of(model, ids, logits_processor=[own]).scores, expected)
-        assert own.model is model.get_base_model()  # the user's own is as it was
+        close(scores_of(model, ids, logits_processor=[guidance]).scores, expected)
+        assert guidance.model is model.get_base_model()  # the user's own is as it was
 
     def test_the_processor_keeps_its_place_among_others(self):
         """Guidance comes before the penalty on repetition, as in the base."""
@@ -186,7 +186,7 @@ class TestFilledCache:
             close(got.scores, torch.stack(list(expected.scores)))
 
     def test_what_agrees_is_not_read_again(self):
-        """Of a cached beginning only the columns from its last edited tokens on."""
+        """Only the columns from the last edited tokens of a cached beginning are read again."""
         read = []
         for positions, columns in (("f2", 4), ("f2+l2", 6), ("prompt", 4), ("l3", 7)):
             model, ids = model_of(positions), tokens(1, 11)
@@ -303,8 +303,8 @@ class TestWhisper:
                 whole = self.transcribe(model, sound, lengths)[row]
                 alone = self.transcribe(model, sound[row : row + 1], [length])[0]
             if whole == alone:  # the base itself depends on what is beside a recording
-                mine = self.transcribe(model, sound[row : row + 1], [length])[0]
-                assert mine == batch[row]
+                alone_text = self.transcribe(model, sound[row : row + 1], [length])[0]
+                assert alone_text == batch[row]
 
     def test_the_decoder_prompt_is_the_one_that_is_run(self):
         """Start, language, task: three tokens, of which "l1" edits the last, in a plain forward."""

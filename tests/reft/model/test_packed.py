@@ -62,15 +62,15 @@ def test_packed_equals_alone(base, positions, by):
     expected, loss = alone(model)
     loss.backward()
     adapter = model.reft.adapter("default")
-    gradients = {name: one.grad.clone() for name, one in adapter.named_parameters()}
+    gradients = {name: parameter.grad.clone() for name, parameter in adapter.named_parameters()}
     model.zero_grad()
     out = model(**packed(by))
     torch.testing.assert_close(out.logits[0], expected, rtol=1e-4, atol=1e-5)
     with model.disable_adapter():
         assert (model(**packed(by)).logits[0] - expected).abs().max() > 1e-3
     (out.loss * sum(n - p for n, p in zip(LENGTHS, PROMPTS, strict=True))).backward()
-    for name, one in adapter.named_parameters():
-        torch.testing.assert_close(one.grad, gradients[name], rtol=1e-3, atol=1e-4)
+    for name, parameter in adapter.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4)
 
 
 def test_untied_ends():
@@ -123,8 +123,8 @@ def test_several_rows_of_several_sequences():
 def test_what_is_packed():
     def starts(position, **call):
         arguments = {"position_ids": torch.tensor(position), **call}
-        found = packed_starts(arguments, cache_of(arguments), (2, 4))
-        return None if found is None else found.tolist()
+        bounds = packed_starts(arguments, cache_of(arguments), (2, 4))
+        return None if bounds is None else bounds.tolist()
 
     plain = [[0, 1, 2, 3], [2, 3, 4, 5]]
     jumps = [[0, 1, 0, 1], [0, 1, 2, 3]]
@@ -170,7 +170,9 @@ def test_training_without_padding_is_training(word_tokenizer, make_trainer):
         trainer = make_trainer(f"run{padding_free}", config=config, max_steps=3)
         trainer.data_collator = ReftDataCollator(word_tokenizer, padding_free=padding_free)
         trainer.train()
-        results.append([one.detach().clone() for one in trainer.model.reft.parameters()])
+        results.append(
+            [parameter.detach().clone() for parameter in trainer.model.reft.parameters()]
+        )
         trainer.model.unload()
     for padded, free in zip(*results, strict=True):
         torch.testing.assert_close(free, padded, rtol=1e-3, atol=1e-4)

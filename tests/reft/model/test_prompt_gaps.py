@@ -51,7 +51,7 @@ def sequences():
 
 
 def compare(model, **call):
-    """Of every attended token what it is alone."""
+    """Every attended token has the logits that it has alone."""
     ids, alone = sequences()
     with torch.no_grad():
         batch = model(input_ids=ids, attention_mask=MASK, position_ids=PLACE, **call).logits
@@ -109,8 +109,10 @@ def test_numbers_of_tokens_do_not_count_gaps(form):
             input_ids=ids, attention_mask=MASK, position_ids=PLACE, edit_positions=named
         ).logits
         for row, single in enumerate(alone):
-            mine = given[row] if form == "lists" else [one for one in given[row] if one >= 0]
-            expected = model(input_ids=single, edit_positions=[mine]).logits[0]
+            wanted = (
+                given[row] if form == "lists" else [entry for entry in given[row] if entry >= 0]
+            )
+            expected = model(input_ids=single, edit_positions=[wanted]).logits[0]
             torch.testing.assert_close(batch[row][MASK[row].bool()], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -172,7 +174,7 @@ def test_gradients_are_those_of_the_attended_tokens():
         return (out * MASK.unsqueeze(-1)).square().sum()
 
     def singly(model):
-        return sum(model(input_ids=one).logits.square().sum() for one in alone)
+        return sum(model(input_ids=entry).logits.square().sum() for entry in alone)
 
     for got, expected in zip(gradients(batch), gradients(singly), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
@@ -190,9 +192,9 @@ def test_packed_sequences_with_columns_left_out(positions):
     expected = set()
     for row, offset in ((0, 0), (2, 12)):
         alone = find_prompt(1, 12, CPU, attention_mask=MASK[row : row + 1])
-        (mine,) = edited_rows_of(config, alone, 12)
-        expected |= {one + offset for one in mine.tolist() if one >= 0}
-    assert {one for one in rows.tolist() if one >= 0} == expected
+        (wanted,) = edited_rows_of(config, alone, 12)
+        expected |= {entry + offset for entry in wanted.tolist() if entry >= 0}
+    assert {entry for entry in rows.tolist() if entry >= 0} == expected
     labels = torch.full((1, 24), IGNORED)
     labels[0, 9:12] = labels[0, 20:] = 3
     limited = find_packed_prompt(starts, 24, attention_mask=mask[None], labels=labels)
@@ -231,4 +233,4 @@ def test_rows_of_random_masks_equal_a_count_by_hand():
                 for column in there if positions == "prompt" else ends:
                     if column >= start:
                         expected.add(row * (9 - start) + column - start)
-            assert {one for one in rows.tolist() if one >= 0} == expected
+            assert {entry for entry in rows.tolist() if entry >= 0} == expected

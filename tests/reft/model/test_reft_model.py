@@ -27,7 +27,7 @@ def config(**changes) -> ReftConfig:
 
 
 def hidden_states(model, ids, **inputs):
-    """What each block returned, through hooks of the test's own, registered last."""
+    """The output of each block, recorded by hooks that are registered last."""
     seen = []
     base = getattr(model, "base_model", model) if isinstance(model, ReftModel) else model
     handles = [
@@ -107,8 +107,8 @@ def test_a_padded_batch_equals_its_single_sequences(side, positions):
     place = mask.cumsum(-1).sub(1).clamp(min=0)
     with torch.no_grad():
         together = model(ids, attention_mask=mask, position_ids=place).logits
-        for row, one in enumerate(singles):
-            alone = model(one).logits[0]
+        for row, single in enumerate(singles):
+            alone = model(single).logits[0]
             torch.testing.assert_close(together[row][mask[row].bool()], alone, rtol=1e-5, atol=2e-6)
 
 
@@ -244,8 +244,8 @@ def test_recorded_hidden_states_are_the_edited_ones():
         recorded = model(ids, output_hidden_states=True).hidden_states
         model.base_model.reft.in_place = False
         model.unload()
-    for mine, theirs in zip(seen[:-1], recorded[1:-1], strict=True):
-        assert torch.equal(mine, theirs)
+    for hooked, theirs in zip(seen[:-1], recorded[1:-1], strict=True):
+        assert torch.equal(hooked, theirs)
 
 
 @pytest.mark.parametrize("in_place", [True, False])
