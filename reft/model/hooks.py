@@ -109,7 +109,7 @@ class MakePlan(_ArgumentHook):
         registry = self.registry
         if plan is not None:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
-                refuse_context_parallel()
+                refuse_context_parallel()  # needs a process group
             watched = registry.calls.current.watched
             if watched is not None:
                 watched.append(plan)

@@ -55,7 +55,7 @@ def test_a_sweep_by_worker_processes(tmp_path):
     assert done.exit_code == 0, done.output
     rows = read(tmp_path)
     assert [(each.metric, each.peer == "table") for each in rows] == [
-        ("rows", True), ("rows", False), ("columns", True), ("columns", False),
+        ("rows", True), ("rows", False), ("params", True), ("params", False),
     ]  # fmt: skip
     for each in rows:
         assert each.gate.passed and each.value > 0 and each.ratio > 0 and each.baseline == "table"

@@ -157,4 +157,4 @@ def test_a_base_in_4_bits_under_ddp(name, folder):
 @NEEDS_TRAINER
 def test_a_trainer_refuses_what_it_does_not_know_to_be_split(folder):
     for result in load_results(folder, "refusals"):
-        assert result["foreign trainer"].startswith("model must not be sharded before a Trainer")
+        assert result["foreign trainer"].startswith("model must not be sharded before the Trainer")

@@ -104,7 +104,7 @@ TABLE = {
     "positions of images": (wrap(positions="image"), 'positions must not be "image".*LlamaFor'),
     "tied": (wrap(tied="yes"), "tied must be True or False, got 'yes'"),
     "activation": (wrap(activation="rleu"), "activation must be .* got 'rleu'.*'relu'"),
-    "dropout": (wrap(dropout=1.0), r"dropout must be a number in \[0, 1\), got 1.0"),
+    "dropout": (wrap(dropout=1.0), r"dropout must be a number of at least 0 and below 1, got 1.0"),
     "dropout_on": (wrap(dropout_on="h"), "dropout_on must be .* got 'h'"),
     "component": (wrap(component="mlp"), "component must be .* got 'mlp'"),
     "component of nothing": (
@@ -174,17 +174,17 @@ TABLE = {
     "delete unknown": (lambda env: env.model.delete_adapter("none"), "one of the adapters"),
     "merge": (lambda env: env.model.merge_and_unload(), "cannot be merged"),
     # ------------------------------------------------------------ calls
-    "no input": (lambda env: env.model(), "must be called with input_ids or inputs_embeds"),
+    "no input": (lambda env: env.model(), "must get input_ids or inputs_embeds"),
     "a mask of four dimensions": (
         call(attention_mask=torch.ones(2, 1, 6, 6)),
         r"attention_mask must be \(batch, columns\)",
     ),
     "prompt too long": (call(prompt_lengths=[6, 7]), "sequence 1 has 6, got 7"),
     "prompt negative": (call(prompt_lengths=[-1, 2]), "sequence 0 has 6, got -1"),
-    "one length for two": (call(prompt_lengths=[3]), r"one entry a sequence, shape \(2,\)"),
+    "one length for two": (call(prompt_lengths=[3]), r"one entry per sequence, shape \(2,\)"),
     "fractional lengths": (call(prompt_lengths=[1.5, 2.0]), "must be integers, got torch.float32"),
-    "names in a string": (call(adapter_names="other"), "a list of one name a sequence"),
-    "too few names": (call(adapter_names=["other"]), r"one name a sequence \(2 of them\)"),
+    "names in a string": (call(adapter_names="other"), "a list of one name per sequence"),
+    "too few names": (call(adapter_names=["other"]), r"one name per sequence \(2 of them\)"),
     "a name that is not there": (call(adapter_names=["other", "x"]), "one of the adapters .* 'x'"),
     "given out of range": (call(edit_positions=[[0], [9]]), "sequence 1 has 6 tokens.*got 9"),
     "given as text": (call(edit_positions="f1"), "edit_positions must be a list of token numbers"),
@@ -230,7 +230,7 @@ TABLE = {
     "an unknown stored field": (load(lambda env: env.altered("a", rnk=3)), "no field 'rnk'"),
     "a newer stored format": (
         load(lambda env: env.altered("a", format_version=99)),
-        "from 1 to 2, got 99; a newer version of reft wrote it",
+        "must be 2, got 99; a newer version of reft wrote it",
     ),
     "layers that are not there": (
         load(lambda env: env.altered("a", layers=[0, 1, 7])),

@@ -12,6 +12,7 @@ import torch
 from tiny_models import llama, padded
 
 from reft import ReftConfig, get_reft_model
+from reft.model.forward_inputs import read_inputs
 from reft.model.planner import plan_forward
 
 #: Turns every warning into an error, except those of imports, which come first.
@@ -111,7 +112,12 @@ def test_padding_that_is_not_a_number_stays_padding():
     model = get_reft_model(base, ReftConfig(rank=3, positions="f2+l2"))
     ids, mask, _ = padded([4, 7], "left")
     embedded = base.get_input_embeddings()(ids).detach()
-    plan = plan_forward(model.reft, base.model, {"inputs_embeds": embedded, "attention_mask": mask})
+
+    def plan_of(hidden):
+        arguments = {"inputs_embeds": hidden, "attention_mask": mask}
+        return plan_forward(model.reft, read_inputs(model.reft, base.model, arguments))
+
+    plan = plan_of(embedded)
     assert plan is not None
     edit = plan.edits[0, "block_output"][0]
     from reft_kernels import lowrank_edit
@@ -124,9 +130,7 @@ def test_padding_that_is_not_a_number_stays_padding():
     grads = []
     for hidden in (poisoned, embedded):
         model.zero_grad()
-        plan = plan_forward(
-            model.reft, base.model, {"inputs_embeds": hidden, "attention_mask": mask}
-        )
+        plan = plan_of(hidden)
         again = plan.edits[0, "block_output"][0]
         lowrank_edit(hidden, again.rows, *again.weights[:3])[attended].sum().backward()
         grads.append([p.grad.clone() for p in model.reft.adapter("default").parameters()])

@@ -243,7 +243,7 @@ def test_what_stands_for_none_in_a_batch(name):
             model(IDS, adapter_names=["late", name])
         for all_of_them in (3, None if name is None else 7.5):
             if all_of_them is not None:
-                with pytest.raises(ValueError, match="must be a list of one name a sequence"):
+                with pytest.raises(ValueError, match="must be a list of one name per sequence"):
                     model(IDS, adapter_names=all_of_them)
 
 

@@ -84,12 +84,11 @@ def test_the_best_of_both_comes_back_at_the_end(make_trainer, word_llama, color_
 
 
 def test_lora_of_another_shape_is_refused(make_trainer, word_llama, tmp_path):
-    from reft.train.lora import read_lora, set_lora
-
     from reft.model.lora import save_lora
+    from reft.train.lora_checkpoints import read_lora, set_lora
 
     model = get_reft_model(with_lora("task"), config())
-    save_lora(model, tmp_path)
+    save_lora(model.base_model, tmp_path)
     other = get_reft_model(with_lora("task", r=3), config())
     before = {name: parameter.detach().clone() for name, parameter in trained(other).items()}
     with pytest.raises(ValueError, match=r"must hold the tensors of PEFT's adapter 'default'"):
@@ -102,9 +101,8 @@ def test_lora_of_another_shape_is_refused(make_trainer, word_llama, tmp_path):
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("order", ["task", "transformers"])
 def test_several_adapters_of_peft_are_all_stored(order, gathered, tmp_path):
-    from reft.train.lora import read_lora, set_lora
-
     from reft.model.lora import save_lora
+    from reft.train.lora_checkpoints import read_lora, set_lora
 
     def two(seed):
         base = with_lora(order, seed=seed)
@@ -123,7 +121,7 @@ def test_several_adapters_of_peft_are_all_stored(order, gathered, tmp_path):
     if gathered:  # under ZeRO-3 the model's own parameters are empty
         for parameter in model.parameters():
             parameter.data.zero_()
-    save_lora(model, tmp_path, state if gathered else None)
+    save_lora(model.base_model, tmp_path, state if gathered else None)
     set_lora(other, read_lora(other, tmp_path))
     assert len(stored) == 2 * 3 * 3
     for name, parameter in other.named_parameters():

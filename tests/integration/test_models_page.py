@@ -63,7 +63,7 @@ class TestRefusals:
             image_size=8, patch_size=4,
         )  # fmt: skip
         model = get_reft_model(transformers.ViTModel(config), ReftConfig(rank=2))
-        with pytest.raises(ValueError, match="must be called with input_ids or inputs_embeds"):
+        with pytest.raises(ValueError, match="must get input_ids or inputs_embeds"):
             model(torch.randn(1, 3, 8, 8))
 
     @pytest.mark.parametrize("side", ["encoder", "decoder"])

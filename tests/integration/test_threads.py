@@ -14,6 +14,7 @@ from torch import nn
 
 from reft import ReftConfig, get_reft_model
 from reft.model import hooks
+from reft.model.hooks import _enter
 
 PATIENCE = 60
 
@@ -268,7 +269,7 @@ class TestChanges:
         expected = logits(model, LONG)
 
         def unload():
-            with pytest.raises(RuntimeError, match="another thread calls this model"):
+            with pytest.raises(RuntimeError, match="another thread calls it"):
                 model.unload()
 
         results, _ = middle(model).during(lambda: logits(model, LONG), unload)
@@ -277,7 +278,7 @@ class TestChanges:
 
     def test_a_thread_that_ended_does_not_count(self):
         model = wrapped()
-        thread = threading.Thread(target=model.reft.enter)
+        thread = threading.Thread(target=lambda: _enter(model.reft))
         thread.start()
         thread.join()
         model.unload()
@@ -382,6 +383,6 @@ def test_an_interrupted_call_leaves_no_options():
 
 
 def test_data_parallel_is_refused():
-    with pytest.raises(RuntimeError, match="one process a device"):
+    with pytest.raises(RuntimeError, match="one process per device"):
         for module in wrapped().modules():  # as nn.DataParallel does
             module._replicate_for_data_parallel()

@@ -26,6 +26,7 @@ def frames(request):
         yield
         return
     before = set_eval_frame(False)
+    grad_reuse.uncalibrated = True  # as after the first backward under the hook
     yield
     set_eval_frame(before)
 
@@ -111,6 +112,19 @@ def test_gradient_given_by_the_caller_is_left_alone(source, parameters, overwrit
     out = edit(source * 1.0, parameters)
     torch.autograd.grad(out, [source, *parameters], given)
     assert overwritten == [False] and same_bits(given, before)
+
+
+def test_a_new_way_of_calling_copies_once(source, parameters, overwritten):
+    """The first backward under an unmeasured way of calling copies; the next forward measures."""
+    measured = dict(grad_reuse._unshared)
+    grad_reuse._unshared.clear()
+    grad_reuse.uncalibrated = False
+    try:
+        for _ in range(2):
+            (edit(source * 1.0, parameters) * 2.0).sum().backward()
+    finally:
+        grad_reuse._unshared.update(measured)
+    assert overwritten == [False, True]
 
 
 def test_hook_that_keeps_the_gradient_keeps_its_values(source, parameters, overwritten, never):

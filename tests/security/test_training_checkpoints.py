@@ -93,7 +93,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "an optimizer of NaN": (optimizer_of_nan, r"state\.0\.exp_avg holds NaN.*had diverged"),
     "a state of no object": (
         lambda f: (f / "trainer_state.json").write_text("[]"),
-        r"trainer_state\.json must hold an object",
+        r"trainer_state\.json must hold a JSON object",
     ),
     "a deep state": (
         lambda f: (f / "trainer_state.json").write_text("[" * 10**5),

@@ -89,8 +89,8 @@ def test_a_wrong_edit_leaves_no_number(monkeypatch):
     """The gate compares sequences of the mixed batch with each adapter alone."""
     from reft.adapter.device_cache import AdapterCache
 
-    admit = AdapterCache.admit
-    monkeypatch.setattr(AdapterCache, "admit", lambda self, items: admit(self, items)[::-1])
+    insert = AdapterCache.insert
+    monkeypatch.setattr(AdapterCache, "insert", lambda self, items: insert(self, items)[::-1])
     (case,) = SUITE.cases("ci")
     ours = [peer for peer in peers() if peer.name == "ours"]
     options = Options(torch.device("cpu"), ours, Effort(0.1, min_rounds=2, warmup=1))

@@ -189,7 +189,7 @@ class TestMistakes:
         with pytest.raises(ValueError, match="'nobody'"):
             model.generate(tokens(2, 5), adapter_names=["plain", "nobody"], **SETTINGS)
         assert not calls
-        with pytest.raises(ValueError, match=r"one name a sequence \(2 of them\)"):
+        with pytest.raises(ValueError, match=r"one name per sequence \(2 of them\)"):
             model.generate(tokens(2, 5), adapter_names="plain", **SETTINGS)
         assert not calls
         with pytest.raises(ValueError, match="or of the pool's 14, got 'nobody'"):

@@ -46,7 +46,7 @@ def test_groups_of_the_edited_tokens():
     apart = ReftConfig(positions="f2+l2", tied=False, untied_by="position")
     assert token_positions(apart, 9) == ((0, 0), (1, 1), (7, 2), (8, 3))
     assert token_positions(apart, 3) == ((0, 0), (2, 3))
-    with pytest.raises(ValueError, match="not told by the length"):
+    with pytest.raises(ValueError, match="cannot be computed from the lengths"):
         token_positions(ReftConfig(positions="given"), 9)
 
 

@@ -250,7 +250,7 @@ class TestMixedBatches:
     @pytest.mark.parametrize(
         ("names", "words"),
         [
-            (["wide"], r"one name a sequence \(3 of them\)"),
+            (["wide"], r"one name per sequence \(3 of them\)"),
             ("wide", "must be a list"),
             (["wide", "nobody", "wide"], "'nobody'"),
         ],

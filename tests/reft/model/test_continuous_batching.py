@@ -25,7 +25,7 @@ from transformers import CompileConfig, Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.generation.continuous_batching import RequestState
 
 from reft import ReftModel, get_reft_model
-from reft.model import hooks
+from reft.model import edit_hook
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def wanted(model):
 
 def calls():
     """Count calls of the operator."""
-    return mock.patch.object(hooks, "lowrank_edit_", wraps=hooks.lowrank_edit_)
+    return mock.patch.object(edit_hook, "apply_edit", wraps=edit_hook.apply_edit)
 
 
 def sliding():
@@ -178,9 +178,9 @@ class TestRefused:
 
     def test_names_and_scales(self, model):
         self.refused(model, "'nobody'", adapter_names=["ends", "nobody"])
-        self.refused(model, r"one name a sequence \(2", adapter_names=["ends"])
-        self.refused(model, r"one name a sequence \(2", adapter_names="ends")
-        self.refused(model, r"one a sequence \(2", adapter_scales=[1.0])
+        self.refused(model, r"one name per sequence \(2", adapter_names=["ends"])
+        self.refused(model, r"one name per sequence \(2", adapter_names="ends")
+        self.refused(model, r"one per sequence \(2", adapter_scales=[1.0])
         self.refused(model, "finite", adapter_scales=[1.0, float("nan")])
 
     def test_positions_that_do_not_follow_from_a_length(self):

@@ -161,7 +161,7 @@ class TestManager:
         try:
             with pytest.raises(ValueError, match="'nobody'"):
                 manager.add_request([3, 4], adapter_name="nobody")
-            with pytest.raises(ValueError, match=r"one name a sequence \(2"):
+            with pytest.raises(ValueError, match=r"one name per sequence \(2"):
                 manager.add_requests([[3, 4], [5]], adapter_names=["ends"])
             assert manager.input_queue.empty() and not manager.requests()
             manager.add_request([3, 4], "mine", adapter_name="ends")

@@ -295,7 +295,7 @@ class TestImages:
 
     def test_embeddings_do_not_tell(self):
         model = model_of("image", llava)
-        with pytest.raises(ValueError, match="got inputs_embeds alone"):
+        with pytest.raises(ValueError, match="got inputs_embeds only"):
             model(inputs_embeds=torch.randn(1, 5, 24))
 
 

@@ -8,7 +8,7 @@ from tiny_models import PAD, VOCAB, gpt2, llama, padded, tokens
 from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
 from reft import ReftConfig, get_reft_model
-from reft.model import hooks
+from reft.model import edit_hook
 from reft.model.forward_inputs import cache_of, past_length
 
 
@@ -40,14 +40,13 @@ def slow_greedy(model, ids, steps):
 def edits(monkeypatch):
     """Shapes of the hidden states that were handed to the operator."""
     calls = []
-    for name in ("lowrank_edit", "lowrank_edit_"):
-        real = getattr(hooks, name)
+    apply_edit = edit_hook.apply_edit
 
-        def counted(hidden, *args, real=real, **kwargs):
-            calls.append(tuple(hidden.shape))
-            return real(hidden, *args, **kwargs)
+    def counted(hidden, *args, **kwargs):
+        calls.append(tuple(hidden.shape))
+        return apply_edit(hidden, *args, **kwargs)
 
-        monkeypatch.setattr(hooks, name, counted)
+    monkeypatch.setattr(edit_hook, "apply_edit", counted)
     return calls
 
 

@@ -11,9 +11,10 @@ from tiny_models import bert, gpt2, llama, parameters_of, plain_edits, tokens
 from torch.utils.checkpoint import checkpoint
 
 from reft import ReftConfig, get_reft_model
-from reft.model import hooks
+from reft.model import edit_hook, hooks
 from reft.model.dropout import dropped_edit
 from reft_kernels import RowPlan, lowrank_edit
+from reft_kernels.spec import EditWeights
 
 IDS = tokens(3, 9)
 LABELS = IDS.clone()
@@ -96,10 +97,13 @@ def test_hooks_that_are_run_again(reentrant, monkeypatch):
         model.enable_input_require_grads()
     expected = gradients(model)
     calls = []
-    real = hooks.lowrank_edit_
-    monkeypatch.setattr(
-        hooks, "lowrank_edit_", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)
-    )
+    apply_edit = edit_hook.apply_edit
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return apply_edit(*args, **kwargs)
+
+    monkeypatch.setattr(edit_hook, "apply_edit", counted)
     checkpoint_with_hooks(model.base_model, reentrant)
     assert_same(gradients(model), expected)
     assert len(calls) == 4  # two blocks, each in the forward and again in backward
@@ -133,7 +137,7 @@ def test_a_lost_plan_is_an_error(reentrant, monkeypatch):
     expected = gradients(model)
     assert expected["bias"].abs().max() > 0
     checkpoint_with_hooks(model.base_model, reentrant)
-    with pytest.raises(RuntimeError, match="run again in backward"):
+    with pytest.raises(RuntimeError, match="runs again in backward"):
         gradients(model)
 
 
@@ -205,9 +209,7 @@ class TestDropout:
     def test_without_probability_the_path_is_the_operators(self):
         plan, parts = _case()
         torch.testing.assert_close(
-            dropped_edit(
-                *parts, subtract=False, activation=None, p=0.0, on="delta", in_place=False
-            ),
+            dropped_edit(*parts[:2], EditWeights(*parts[2:]), p=0.0, on="delta", in_place=False),
             lowrank_edit(*parts),
         )
         assert plan is parts[1]
@@ -219,8 +221,8 @@ class TestDropout:
         edited = lowrank_edit(hidden, plan, encode, bias, decode)
         torch.manual_seed(1)
         out = dropped_edit(
-            hidden.clone(), plan, encode, bias, decode,
-            subtract=False, activation=None, p=0.5, on=on, in_place=in_place,
+            hidden.clone(), plan, EditWeights(encode, bias, decode),
+            p=0.5, on=on, in_place=in_place,
         )  # fmt: skip
         rows = [1, 3, 4]
         rest = [row for row in range(6) if row not in rows]
@@ -241,8 +243,8 @@ class TestDropout:
         def run(hidden, encode, bias, decode):
             torch.manual_seed(2)
             return dropped_edit(
-                hidden * 1, plan, encode, bias, decode,
-                subtract=False, activation=None, p=0.4, on=on, in_place=True,
+                hidden * 1, plan, EditWeights(encode, bias, decode),
+                p=0.4, on=on, in_place=True,
             )  # fmt: skip
 
         assert torch.autograd.gradcheck(run, leaves)

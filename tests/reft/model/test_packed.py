@@ -93,7 +93,7 @@ def test_each_packed_sequence_may_have_its_adapter(positions):
             parts.append(model(ids, labels=labels, adapter_names=[name]).logits[0])
         out = model(**packed(), adapter_names=names).logits[0]
     torch.testing.assert_close(out, torch.cat(parts), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"one name a sequence \(4 of them\)"):
+    with pytest.raises(ValueError, match=r"one name per sequence \(4 of them\)"):
         model(**packed(), adapter_names=["other"])
 
 
@@ -145,7 +145,7 @@ def test_prompts_of_packed_sequences():
     assert lengths() == [3, 1, 3]
     assert lengths(labels=labels) == [1, 1, 0]
     assert lengths(prompt_lengths=[2, 0, 3]) == [2, 0, 3]
-    with pytest.raises(ValueError, match="one a token, 7 of them"):
+    with pytest.raises(ValueError, match="one per token, 7 of them"):
         lengths(labels=labels[:, 1:])
 
 

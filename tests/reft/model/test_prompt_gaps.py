@@ -205,7 +205,7 @@ def test_packed_sequences_with_columns_left_out(positions):
 
 @pytest.mark.parametrize("positions", ["f2+l2", "prompt+g2"])
 def test_nothing_is_read_on_the_host(positions, monkeypatch):
-    for module in ("prompt", "edit_positions"):
+    for module in ("prompts", "edit_positions"):
         monkeypatch.setattr(f"reft.model.{module}.visible", lambda tensor: False)
     config = ReftConfig(positions=positions)
     ids = tokens(*MASK.shape)

@@ -102,6 +102,7 @@ def test_context_parallel_is_refused_while_it_is_on(monkeypatch):
     model, ids = get_reft_model(llama(), ReftConfig(rank=2)), tokens(1, 5)
     with torch.no_grad():
         expected = model(ids).logits
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", replaced)
         with pytest.raises(RuntimeError, match="inside torch's context_parallel"):
             model(ids)

@@ -27,7 +27,7 @@ def test_every_set_of_the_fixtures(name):
     train = read_set(task, task.train_set, "train", DATA)
     assert train.records
     for set_name in task.eval_sets:
-        split = "train" if set_name.startswith("gsm8k") else task.eval_split
+        split = "train" if name.startswith("gsm8k") else task.eval_split
         assert read_set(task, set_name, split, DATA).records
 
 
