@@ -1,5 +1,9 @@
-"""``ReftModel``: a transformers model whose blocks' outputs are edited, with PEFT's names and
-habits."""
+"""``ReftModel``: a transformers model with ReFT adapters, used like a ``PeftModel``.
+
+A forward runs through five files: this one, ``hooks`` (the call's options and its plan),
+``planner`` (which adapters edit which rows with which weights), ``edit_hook`` (the edit after a
+block) and ``reft_kernels.functional`` (the operator).
+"""
 
 from __future__ import annotations
 
@@ -53,19 +57,18 @@ def get_reft_model(
     *,
     generator: torch.Generator | None = None,
 ) -> ReftModel:
-    """Attach a new adapter to a model: freeze it, and edit its blocks' outputs as ``config`` says.
+    """Freeze a model and attach a new, active and trainable adapter to it.
 
     Args:
-        base_model: a transformers model, or one in PEFT's wrapper; changed in place until
-            :meth:`ReftModel.unload`. What PEFT trains in it, such as LoRA, goes on being trained.
-        config: what the adapter is.
+        base_model: a transformers model, or one in PEFT's wrapper. It is changed in place until
+            :meth:`ReftModel.unload`. PEFT's own adapters in it, such as LoRA, stay trainable.
+        config: the configuration of the adapter.
         adapter_name: its name.
-        generator: the source of randomness for the adapter's first values; None for the global
-            one, from which ``ReftTrainer`` draws them anew by its own seed.
+        generator: the source of randomness for the initialisation. None uses the global one, and
+            ``ReftTrainer`` then initialises the adapter again from its seed.
 
     Raises:
-        TypeError, ValueError: a model, configuration or name that does not fit. Nothing was
-            changed.
+        TypeError, ValueError: the model, configuration or name does not fit. Nothing was changed.
     """
     check_base(base_model)
     check_config(config, adapter_name)
@@ -80,13 +83,18 @@ def get_reft_model(
 
 
 class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
-    """A base model and its adapters. Made by :func:`get_reft_model` or :meth:`from_pretrained`.
+    """A base model and its adapters. Use :func:`get_reft_model` or :meth:`from_pretrained`.
 
-    It is called as the base model is, with five more keywords: ``prompt_lengths``, int (B,), the
-    number of prompt tokens of each sequence; ``adapter_names``, one a sequence, "__base__" for
-    none; ``adapter_scales``, what edits are multiplied by; ``edit_positions``, the tokens to edit,
-    see :func:`reft.model.edit_positions.given_columns`; ``subspaces``, see :mod:`reft.subspaces`.
-    Attributes that it has not are the base model's.
+    Its forward takes the base model's arguments and five more keywords:
+
+    - ``prompt_lengths``: int (B,), prompt tokens of each sequence;
+    - ``adapter_names``: one per sequence, "__base__" for none;
+    - ``adapter_scales``: a factor of the edits, one for all or one per sequence;
+    - ``edit_positions``: the tokens to edit instead of the configuration's, see
+      :func:`reft.model.edit_positions.given_columns`;
+    - ``subspaces``: named parts of the edit, see :mod:`reft.subspaces`.
+
+    Other attributes are looked up in the base model.
 
     Attributes:
         base_model: the model; its submodule ``reft`` holds the adapters.
@@ -104,13 +112,15 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
                 f"{type(base_model).__name__} with one; use add_adapter, or unload() first"
             )
         inner = peft_compat.transformers_model(base_model)
-        sites = find_blocks(inner, block_path)
+        blocks = find_blocks(inner, block_path)
         can_generate = getattr(inner, "can_generate", None)
         self.base_model = base_model
         self._frozen = peft_compat.freeze(inner)
         generates = can_generate is not None and can_generate()
         registry = AdapterRegistry(
-            sites, causal=generates and sites.side != "encoder", image_token=image_token(base_model)
+            blocks,
+            causal=generates and blocks.side != "encoder",
+            image_token=image_token(base_model),
         )
         registry.pool = AdapterPool(PoolHost(registry, origin_of(inner)))
         inner.add_module(SUBMODULE, registry)
@@ -121,8 +131,8 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
                 Forget(registry),
             ),
             *peft_compat.register(
-                peft_compat.callers(base_model, sites.stack),
-                lambda module: MakePlan(registry, sites.stack),
+                peft_compat.callers(base_model, blocks.stack),
+                lambda module: MakePlan(registry, blocks.stack),
                 ForgetPlan(registry),
             ),
             *put_on_base(self),
@@ -131,7 +141,7 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
         announce(type(self).__name__)
         registry.train(base_model.training)
         self.training = base_model.training
-        # On the instance, because signatures differ from base to base and Trainer reads them.
+        # On the instance: each base has its own signature, and Trainer reads it.
         forward = functools.partial(ReftModel.forward, self)
         forward.__signature__ = extended_signature(base_model)  # type: ignore[attr-defined]
         self.forward = forward  # type: ignore[method-assign]
@@ -139,7 +149,7 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
     # ---------------------------------------------------------------- calls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward, edited."""
+        """Run the base model's forward with the edits of the adapters."""
         return self.base_model(*args, **kwargs)
 
     def generate(
@@ -152,21 +162,25 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
         subspaces: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's ``generate``, with the edits of its prompt, what is given to generate
-        or its first ``prompt_lengths`` tokens. Edits happen while it is read, whole or in chunks;
-        decoding costs nothing unless positions are "all". It stops at the ends that the adapters
-        were trained to write, too.
+        """Run the base model's ``generate`` with edits in the prompt.
+
+        The prompt is the input, or its first ``prompt_lengths`` tokens. It is edited while it is
+        read, in one forward or in chunks. A decoding step edits nothing, unless positions are "all"
+        or "prompt+g<n>". Generation also stops at the end tokens that adapters were trained with.
 
         Args:
-            prompt_lengths: int (B,), before beams.
-            adapter_names: one a sequence, before beams; "__base__" for none. What the names stand
-                for is settled now, whatever is replaced meanwhile.
-            adapter_scales: what edits are multiplied by, one number or one a sequence.
-            edit_positions: tokens of the prompt to edit instead of those of the configuration, see
-                :func:`reft.model.edit_positions.given_columns`, or a function of
+            prompt_lengths: int (B,), before beam search repeats sequences.
+            adapter_names: one per sequence, before beams; "__base__" for none. The adapters are
+                looked up now: replacing one later does not affect this generation.
+            adapter_scales: a factor of the edits, one for all or one per sequence.
+            edit_positions: tokens of the prompt to edit instead of the configuration's, see
+                :func:`reft.model.edit_positions.given_columns`; or a function of
                 (input_ids, attention_mask) that returns them.
-            subspaces: parts of the edit that are used: a name of the adapter's ``subspaces``, or
-                for each sequence a name, several, or None for all of it.
+            subspaces: a name of the adapter's ``subspaces``; or for each sequence a name, several
+                names, or None for the whole edit.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit the prompt or the adapters.
         """
         base, registry = self.base_model, self._registry
         generation = capture(
@@ -183,13 +197,13 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
             return base.generate(*args, **kwargs)  # type: ignore[operator]
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """The base model's, without gradients that nothing below the first edit needs."""
+        """Enable activation checkpointing, without gradients for blocks below the first edit."""
         activation_checkpointing.enable(
             self.base_model, "gradient_checkpointing_enable", args, kwargs
         )
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """transformers' new name for :meth:`gradient_checkpointing_enable`."""
+        """Do the same under the name that transformers 5.24 prefers."""
         activation_checkpointing.enable(
             self.base_model, "activation_checkpointing_enable", args, kwargs
         )
@@ -203,8 +217,8 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
             return peft_compat.attribute(self.base_model, name)
 
     def get_base_model(self) -> nn.Module:
-        """The transformers model, out of PEFT's wrapper if it has one, with the adapters still
-        attached; :meth:`unload` detaches them."""
+        """Return the transformers model without PEFT's wrapper. Adapters stay attached until
+        :meth:`unload`."""
         return peft_compat.transformers_model(self.base_model)
 
     @property
@@ -218,13 +232,13 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
 
     @property
     def configs(self) -> dict[str, ReftConfig]:
-        """name -> configuration of each adapter."""
+        """The configuration of each adapter by name."""
         registry = self._registry
         return {name: registry.adapter(name).config for name in registry.adapters}
 
     @property
     def pool(self) -> AdapterPool:
-        """Adapters that are served: thousands in host memory, a bounded number on the device."""
+        """Adapters for inference: thousands in host memory, a bounded number on the device."""
         return self._registry.pool
 
     @property
@@ -246,23 +260,23 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
     ) -> None:
         """Add a new adapter, frozen and not active; :meth:`set_adapter` activates it.
 
-        Models compiled before do not see it: add first, compile then.
+        A model that is compiled already does not use it: add adapters before compiling.
 
         Raises:
-            TypeError: no ReftConfig.
-            ValueError: a name that is taken or not allowed, a configuration that does not fit the
+            TypeError: ``config`` is not a ReftConfig.
+            ValueError: the name is taken or not allowed, or the configuration does not fit the
                 model. Nothing was changed.
         """
         check_config(config, adapter_name)
         registry, base = self._registry, self.get_base_model()
         config = with_both_ends(registry, base, config)
-        adapter, heads = build(registry, base, adapter_name, config, generator)
-        attach(registry, base, adapter_name, adapter, heads)
+        adapter, modules = build(registry, base, adapter_name, config, generator)
+        attach(registry, base, adapter_name, adapter, modules)
         if generator is None:
-            mark_untrained(adapter)  # a Trainer may draw it anew, from its own seed
+            mark_untrained(adapter)  # a Trainer may initialise it again from its seed
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Make an adapter the active one, and the only one that is trained.
+        """Activate an adapter. It becomes the only trainable one.
 
         Args:
             adapter_name: its name.
@@ -301,14 +315,15 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside, the model is its base, bit for bit, heads included. May be nested. As with
-        ``torch.no_grad``, it is so for the thread that enters it."""
+        """Inside, the model computes exactly what its base does, ``modules_to_save`` included.
+
+        The context may be nested. Like ``torch.no_grad``, it holds for the thread that enters it.
+        """
         with self._registry.disabling(self.get_base_model()):
             yield
 
     def unload(self) -> nn.Module:
-        """Detach everything and return the base model as it was before, its ``requires_grad``
-        too."""
+        """Detach all adapters and return the base model as it was, with its ``requires_grad``."""
         registry, inner = self._registry, self.get_base_model()
         registry.active_threads.check_alone("unload()")
         detach_all(registry, inner, self._handles)
@@ -498,15 +513,15 @@ class ReftModel(ContinuousBatching, RefusesTrl, nn.Module):
         broadcast_adapters(self, source, group)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trained parameters, all parameters), the adapters' included."""
+        """Count (trainable parameters, all parameters), adapters included."""
         return count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
-        """Print :meth:`get_nb_trainable_parameters` in PEFT's words."""
+        """Print :meth:`get_nb_trainable_parameters` in PEFT's format."""
         print_parameters(*self.get_nb_trainable_parameters())
 
     def orthonormality_error(self) -> float:
-        """max |R Rᵀ − I| over all adapters whose R is kept orthonormal; 0.0 if there are none."""
+        """Compute max |R Rᵀ − I| over all adapters with an orthonormal R; 0.0 without any."""
         registry = self._registry
         errors = [registry.adapter(name).orthonormality_error() for name in registry.adapters]
         return max(errors, default=0.0)
