@@ -152,4 +152,7 @@ def expand(
     if DOT:
         return tl.dot(b_s, b_m, input_precision=PRECISION, out_dtype=ACC)
     else:
-        return tl.sum(b_s[:, :, None] * b_m[None, :, :], axis=1)
+        # The matrix comes first. Triton makes a tf32 tl.dot of a sum over the reverse product, if a
+        # tile has 16 rows. With fewer than 8 ranks that dot is wrong: it adds each rank again to
+        # fill the 8 of an instruction (seen on an H100 with Triton 3.6).
+        return tl.sum(b_m[None, :, :] * b_s[:, :, None], axis=1)

@@ -67,6 +67,7 @@ class Resources:
             registers, without memory traffic; 0 on NVIDIA.
         register_wgmma: number of Hopper's wgmma instructions with their left operand in registers,
             which triton before 3.7 and ptxas before CUDA 13.3 may overwrite too early.
+        dots: number of matrix products, ``tl.dot`` or made by Triton from sums of products.
     """
 
     registers: int
@@ -75,6 +76,7 @@ class Resources:
     spills: int
     scalar_spills: int = 0
     register_wgmma: int = 0
+    dots: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -132,8 +134,10 @@ def compile_build(build: Build, target: str) -> Resources:
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     if backend == "cuda":
         resources = _nvidia_resources(compiled.asm["cubin"], compiled.metadata.shared)
-        return replace(resources, register_wgmma=register_wgmma(compiled.asm["ptx"]))
-    return _amd_resources(compiled.asm["amdgcn"], compiled.metadata.shared)
+        resources = replace(resources, register_wgmma=register_wgmma(compiled.asm["ptx"]))
+    else:
+        resources = _amd_resources(compiled.asm["amdgcn"], compiled.metadata.shared)
+    return replace(resources, dots=compiled.asm["ttir"].count(" tt.dot "))
 
 
 def _source(

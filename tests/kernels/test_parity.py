@@ -56,6 +56,8 @@ SHAPES = [
 ]
 #: One row; tiles that end early; empty, equal, skewed, many groups.
 GROUPS = [
+    Case(40, 2, (1300,), missing="some"),  # tiles of 16 rows for fewer than 8 ranks
+    Case(40, 1, (700, 600)),
     Case(64, 4, (1,)),
     Case(64, 4, (45,), missing="some"),
     Case(64, 4, (3, 8)),

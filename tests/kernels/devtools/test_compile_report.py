@@ -59,6 +59,10 @@ BUILDS = [
     ("cuda:90", "edit_rows", "linear", 2048, 64, "float16", 8192),
     ("cuda:90", "edit_rows_grad", "linear", 4096, 8, "bfloat16", 8192),
     ("cuda:90", "edit_rows_grad", "gelu", 4096, 64, "float16", 8192),
+    ("cuda:90", "edit_rows", "linear", 768, 1, "float32", 2048),
+    ("cuda:90", "edit_rows", "gelu", 768, 2, "bfloat16", 2048),
+    ("cuda:90", "edit_params_grad", "gelu", 768, 1, "bfloat16"),
+    ("cuda:90", "edit_params_grad", "linear", 768, 2, "float32"),
 ]
 #: Bytes that one release of Triton spills in a build where others spill nothing.
 SPILLED = {("3.6", BUILDS[4]): 28}
@@ -135,6 +139,16 @@ def test_no_wgmma_has_an_operand_in_registers(compiled: list[dict[str, int]]) ->
     for build, resources in zip(BUILDS, compiled[: len(BUILDS)], strict=True):
         assert resources["register_wgmma"] == 0, build
     assert compiled[-1]["register_wgmma"] > 0, "the pattern is no longer recognised"
+
+
+@pytest.mark.slow
+def test_sums_of_few_ranks_stay_sums(compiled: list[dict[str, int]]) -> None:
+    """Triton makes a tf32 matrix product of a sum over products of one form. Triton 3.6 computes it
+    wrongly on matrix units for fewer than 8 ranks."""
+    for build, resources in zip(BUILDS, compiled[: len(BUILDS)], strict=True):
+        if build[4] <= 8 and (len(build) == 6 or build[6] <= 2048):
+            assert resources["dots"] == 0, build
+    assert compiled[-1]["dots"] > 0, "matrix products are no longer recognised"
 
 
 @pytest.mark.parametrize(
