@@ -35,7 +35,8 @@ import json
 import torch
 from benchmarks.peers.ours import wrap
 from benchmarks.suites import models
-from reft_kernels import dispatch, functional, launch_recorder, lowrank_edit
+from reft_kernels import dispatch, functional, lowrank_edit
+from reft_kernels.devtools import launch_recorder
 from reft_kernels.devtools.testing import Case, make_edit, run_edit
 
 seen = launch_recorder.record()
