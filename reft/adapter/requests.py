@@ -13,6 +13,9 @@ from reft.adapter.device_cache import CacheItem, CacheKey
 from reft.adapter.token_positions import TokenPositions, positions_between, token_positions
 from reft.config import ReftConfig
 
+#: The adapter name that means "no adapter"; PEFT uses it too.
+BASE = "__base__"
+
 #: The largest id of an edited token is the next smaller one; transformers uses −1 itself.
 _BELOW_TOKENS = -2
 

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from reft.adapter.requests import BASE
 from reft.adapter.sources import AdapterSource
 from reft.config import ReftConfig
 from reft.subspaces import Subspaces, active_ranks, subspaces_per_sequence
-
-#: The adapter name that means "no adapter"; PEFT uses it too.
-BASE = "__base__"
 
 _LISTS = (list, tuple)
 

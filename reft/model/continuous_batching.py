@@ -13,9 +13,9 @@ from torch import nn
 
 from reft.adapter.device_cache import CacheItem
 from reft.adapter.host_adapter import HostAdapter
-from reft.adapter.requests import UNEDITED, Request, make_request
+from reft.adapter.requests import BASE, UNEDITED, Request, make_request
 from reft.model.adapters import place_hooks
-from reft.model.batch import BASE, names_of, scales_of
+from reft.model.batch import names_of, scales_of
 from reft.model.registry import SUBMODULE, AdapterRegistry
 
 if TYPE_CHECKING:

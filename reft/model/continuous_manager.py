@@ -214,7 +214,7 @@ class AdapterManager(ContinuousBatchingManager):
 
     # ---------------------------------------------------------------- steps
 
-    def parts(self, cache: object) -> list[Chunk] | None:
+    def chunks(self, cache: object) -> list[Chunk] | None:
         """Return the chunks that the forward with this cache computes; None if the cache is not
         this manager's.
 

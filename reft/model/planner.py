@@ -58,7 +58,7 @@ def plan_paged_step(registry: AdapterRegistry, arguments: Mapping[str, Any]) -> 
     """
     tokens = arguments.get("input_ids")
     for engine in registry.engines():
-        chunks = engine.parts(arguments.get("cache"))
+        chunks = engine.chunks(arguments.get("cache"))
         if chunks is not None and isinstance(tokens, Tensor):
             return plan_engine_step(registry.pool.cache, chunks, tokens.shape[1], tokens.device)
     if registry.disabled or registry.active is None:

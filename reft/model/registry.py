@@ -19,9 +19,9 @@ from reft.adapter.locks import Lock
 from reft.adapter.multi_device import MultiDeviceParameters
 from reft.adapter.parameters import AdapterParameters
 from reft.adapter.pool import AdapterPool
-from reft.adapter.requests import Chunk, Request
+from reft.adapter.requests import BASE, Chunk, Request
 from reft.adapter.sources import AdapterSource
-from reft.model.batch import BASE, one_name
+from reft.model.batch import one_name
 from reft.model.blocks import ModelBlocks
 from reft.model.call_state import ActiveThreads, CallState, ThreadCallState
 from reft.model.forward_plan import ForwardPlan
@@ -35,7 +35,7 @@ SUBMODULE = "reft"
 class Engine(Protocol):
     """An engine that runs the model, as a forward sees it."""
 
-    def parts(self, cache: object) -> list[Chunk] | None:
+    def chunks(self, cache: object) -> list[Chunk] | None:
         """The chunks that the forward with this cache computes; None if it is not the engine's."""
 
     def busy(self) -> bool:

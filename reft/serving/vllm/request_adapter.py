@@ -8,15 +8,12 @@ from functools import lru_cache
 from math import isfinite
 from typing import Any
 
-from reft.adapter.requests import Request, make_request
+from reft.adapter.requests import BASE, Request, make_request
 from reft.config import ReftConfig
 from reft.serving.vllm.settings import KEY
 
 #: The key of a request's scale in its ``extra_args``.
 SCALE = "reft_scale"
-
-#: The name that means "no adapter".
-BASE = "__base__"
 
 #: Fields of a configuration that determine the edited tokens.
 _POSITION_FIELDS = ("positions", "tied", "untied_by", "short_prompts", "prompt_end")
