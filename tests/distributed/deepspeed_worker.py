@@ -171,3 +171,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     gc.freeze()  # every training collects garbage: exclude the imported modules
     main(Path(sys.argv[1]))
+    gc.unfreeze()  # frozen objects would leave threads of the process group running at exit
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
